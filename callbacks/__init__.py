@@ -1,0 +1,25 @@
+"""The shelf of swappable parts: what decides how large a step is, and what watches it.
+
+Import from ``pgpo_lightning.callbacks``; this folder stands at the top of the repository to be in plain sight.
+"""
+
+if __name__ != "pgpo_lightning.callbacks":
+    raise ImportError(f"Import `pgpo_lightning.callbacks`, not `{__name__}`: two copies of every class would exist.")
+
+from pgpo_lightning.callbacks.checkpoint import ResumeCheckpoint
+from pgpo_lightning.callbacks.multiplier import (
+    ConstantMultiplier,
+    InformationMultiplier,
+    RandomMultiplier,
+    StepSizeMultiplier,
+)
+from pgpo_lightning.callbacks.watch import Watch
+
+__all__ = [
+    "ConstantMultiplier",
+    "InformationMultiplier",
+    "RandomMultiplier",
+    "ResumeCheckpoint",
+    "StepSizeMultiplier",
+    "Watch",
+]

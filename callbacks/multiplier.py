@@ -1,0 +1,197 @@
+"""Multipliers of the step size: rho of PGPO (arXiv 2606.03620, Eq. 9) and its first controls.
+
+Why the step and not the loss: Adam divides by the gradient's own scale, so a loss that is multiplied by rho moves the
+weights hardly any differently.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from pgpo_lightning.seeding import derive_seed
+from pgpo_lightning.statistics import Aggregation, Estimator, StepStatistics, information
+
+
+class StepSizeMultiplier(L.Callback):
+    """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
+
+    A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back right
+    after the step, before any schedule looks at it. Gradients are not touched, so moments of Adam never see rho. With
+    decoupled weight decay (AdamW) the decay of that step is scaled as well, because PyTorch multiplies it by the rate.
+
+    Logs `lr/multiplier` (rho) and `lr/effective` beside the module's `lr/base`.
+
+    Raises:
+        MisconfigurationException: At start-up, if another multiplier is active.
+    """
+
+    rho_min: float | None = 0.0
+    rho_max: float | None = None
+
+    def __init__(self) -> None:
+        self._saved: list[float | torch.Tensor] = []
+        self._handles: list[Any] = []
+
+    @abstractmethod
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return rho for this step, before bounds.
+
+        Args:
+            statistics: One row per sequence in the loss, of all ranks. Must decide alone: a value that differed between
+                ranks would make their weights drift apart.
+            step: Optimizer steps taken so far; the same after a resume.
+        """
+
+    def bounded(self, rho: float) -> float:
+        """Return rho within [rho_min, rho_max].
+
+        Raises:
+            RuntimeError: If it is not a number.
+        """
+        if math.isnan(rho):
+            raise RuntimeError(f"Expected {type(self).__name__} to return a number, but got nan.")
+        rho = rho if self.rho_min is None else max(rho, self.rho_min)
+        return rho if self.rho_max is None else min(rho, self.rho_max)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a second multiplier: they would put back each other's rates."""
+        active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
+        if len(active) > 1:
+            raise MisconfigurationException(
+                f"Expected one step-size multiplier, but got {' and '.join(active)}. Keep it under `multiplier` and out of "
+                "`trainer.callbacks`."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Arrange for the rate to be put back after every step."""
+        self._handles = [optimizer.register_step_post_hook(self._restore) for optimizer in trainer.optimizers]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Scale the learning rate."""
+        rho = self.bounded(self.multiplier(pl_module.step_statistics, trainer.global_step))
+        # The very objects are kept and put back: dividing by rho again would round, and a tensor would lose its identity.
+        self._saved = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * rho
+        pl_module.scalars |= {"lr/multiplier": rho, "lr/effective": float(optimizer.param_groups[0]["lr"])}
+
+    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._saved, strict=False):
+            group["lr"] = rate
+        self._saved = []
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers, with the rate put back if a step was interrupted."""
+        if self._saved:
+            for optimizer in trainer.optimizers:
+                self._restore(optimizer)
+        self.on_train_end(trainer, pl_module)
+
+
+class InformationMultiplier(StepSizeMultiplier):
+    """PGPO: rho = clip(exp(sensitivity * I), rho_min, rho_max), with I the information of the step (Eq. 8 and 9).
+
+    Var(rho) <= (sensitivity * rho_max)^2 Var(I), because rho is Lipschitz in I with that constant.
+
+    Args:
+        sensitivity: The paper's alpha; at least 0. Default 1.0.
+        alpha: The paper's own name of `sensitivity`.
+        rho_max: Upper bound, at least 1. The paper gives no value.
+        rho_min: Lower bound. 1.0 keeps the paper's promise that rho >= 1 where the estimate is negative; null for none.
+        estimator: See :func:`pgpo_lightning.statistics.information`.
+        aggregation: See :func:`pgpo_lightning.statistics.information`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        sensitivity: float | None = None,
+        alpha: float | None = None,
+        rho_max: float = 2.0,
+        rho_min: float | None = 1.0,
+        estimator: Estimator = "entropy-difference",
+        aggregation: Aggregation = "sequence-mean",
+    ) -> None:
+        super().__init__()
+        if sensitivity is not None and alpha is not None and sensitivity != alpha:
+            raise ValueError(f"Expected only one of `sensitivity` and `alpha`, but got {sensitivity} and {alpha}.")
+        self.sensitivity = next((value for value in (sensitivity, alpha) if value is not None), 1.0)
+        if not self.sensitivity >= 0:
+            raise ValueError(f"Expected `sensitivity` to be at least 0, but got {self.sensitivity}.")
+        if not rho_max >= 1:
+            raise ValueError(f"Expected `rho_max` to be at least 1, but got {rho_max}.")
+        if rho_min is not None and not 0 <= rho_min <= rho_max:
+            raise ValueError(f"Expected `rho_min` to lie between 0 and `rho_max` ({rho_max}), but got {rho_min}.")
+        if estimator not in ("entropy-difference", "kl", "log-ratio"):
+            raise ValueError(f"Expected `estimator` to be entropy-difference, kl or log-ratio, but got {estimator!r}.")
+        if aggregation not in ("sequence-mean", "token-mean", "sequence-sum"):
+            raise ValueError(
+                f"Expected `aggregation` to be sequence-mean, token-mean or sequence-sum, but got {aggregation!r}."
+            )
+        self.rho_max, self.rho_min = rho_max, rho_min
+        self.estimator, self.aggregation = estimator, aggregation
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the module has a teacher to be informed."""
+        super().setup(trainer, pl_module, stage)
+        if not getattr(pl_module, "has_teacher", False):
+            raise MisconfigurationException(
+                f"Expected a module with a teacher for InformationMultiplier, but {type(pl_module).__name__} has none. Use "
+                "`--multiplier null`, or SDPO."
+            )
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return exp(sensitivity * I)."""
+        # exp() of more than 700 overflows; rho_max bounds it anyway.
+        return math.exp(min(self.sensitivity * information(statistics, self.estimator, self.aggregation).value, 700.0))
+
+
+class ConstantMultiplier(StepSizeMultiplier):
+    """The same rho at every step: the control that asks whether PGPO is more than a larger learning rate.
+
+    Args:
+        value: At least 0.
+    """
+
+    def __init__(self, value: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Expected `value` to be at least 0 and finite, but got {value}.")
+        self.value = value
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return the constant."""
+        return self.value
+
+
+class RandomMultiplier(StepSizeMultiplier):
+    """A uniform draw per step that knows nothing of the batch: the control for the information in PGPO's rho.
+
+    Args:
+        low: Smallest rho, at least 0.
+        high: Largest rho.
+        seed: Of the draws; a draw depends on it and on the step alone.
+    """
+
+    def __init__(self, low: float = 1.0, high: float = 1.2, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(f"Expected 0 <= `low` <= `high`, but got {low} and {high}.")
+        self.low, self.high, self.seed = low, high, seed
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return this step's draw."""
+        return self.low + (self.high - self.low) * derive_seed(self.seed, "multiplier", step) / 2**63

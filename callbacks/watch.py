@@ -1,0 +1,151 @@
+"""What a person sees of a run: grouped curves, sampled texts, a picture and a summary at the end."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from pgpo_lightning.curves import LAYOUT, draw_stability, read_scalars, series
+from pgpo_lightning.records import Row
+
+
+class Watch(L.Callback):
+    """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture and a summary.
+
+    Needs a TensorBoard logger; without one it does nothing.
+
+    Args:
+        texts_every_n_steps: Batches between two logs of rollouts; 0 for none.
+        texts: Rollouts per log.
+
+    Raises:
+        ValueError: If a setting is negative.
+    """
+
+    def __init__(self, texts_every_n_steps: int = 10, texts: int = 3) -> None:
+        if texts_every_n_steps < 0 or texts < 0:
+            raise ValueError(
+                f"Expected `texts_every_n_steps` and `texts` to be at least 0, but got {texts_every_n_steps} and {texts}."
+            )
+        self.texts_every_n_steps = texts_every_n_steps
+        self.texts = texts
+        self.seconds = 0.0
+        self._start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds of training so far, over all resumes."""
+        return {"seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the seconds of training before the interruption."""
+        self.seconds = state_dict["seconds"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the layout of the curves."""
+        self._start = time.perf_counter()
+        if (writer := _writer(trainer)) is not None:
+            writer.add_custom_scalars(LAYOUT)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a few rollouts with what the teacher saw."""
+        writer = _writer(trainer)
+        if writer is None or not self.texts_every_n_steps or (pl_module.steps - 1) % self.texts_every_n_steps:
+            return
+        # One of each kind first: what a failed response's teacher sees is what one wants to read.
+        rows = sorted(pl_module.last_rows, key=lambda row: row.verdict.reward)
+        picked = [rows[i * (len(rows) - 1) // max(1, self.texts - 1)] for i in range(min(self.texts, len(rows)))]
+        text = "\n\n---\n\n".join(_as_text(row) for row in picked)
+        writer.add_text("rollouts", text, pl_module.steps)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the curves and write the summary."""
+        writer = _writer(trainer)
+        if writer is None:
+            return
+        writer.flush()
+        folder = Path(trainer.log_dir)
+        scalars = read_scalars(folder)
+        draw_stability(
+            scalars, folder / "stability.png", f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps"
+        )
+        summary = summarise(scalars, pl_module.steps, self._elapsed(), pl_module.eval_samples)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print(f"\n{before_after(summary)}\n\ncurves:  {folder / 'stability.png'}\nsummary: {folder / 'summary.json'}")
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._start
+
+
+def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, k: int) -> dict[str, Any]:
+    """Condense a run: scores before and after, and the multiplier it trained with.
+
+    Args:
+        scalars: Of the run.
+        steps: Batches trained on.
+        seconds: Of training and validation.
+        k: Samples per question in evaluation.
+
+    Returns:
+        `base`, `final` and `best` hold the evaluation scores before the first step (null if there was no such evaluation),
+        at the last evaluation and at the one with the best avg@k; `multiplier` mean and standard deviation of rho over steps
+        (null without a multiplier).
+    """
+    at, scores = series(scalars, f"val/avg@{k}")
+    best = at[scores.index(max(scores))] if scores else None
+
+    def evaluation(step: int | None) -> dict[str, float] | None:
+        if step is None:
+            return None
+        tags = [tag for tag in scalars if tag.startswith("val/") and step in scalars[tag]]
+        return {"step": step, **{tag.removeprefix("val/"): scalars[tag][step] for tag in sorted(tags)}}
+
+    _, rho = series(scalars, "lr/multiplier")
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "base": evaluation(0 if 0 in at else None),
+        "final": evaluation(at[-1] if at else None),
+        "best": evaluation(best),
+        "multiplier": {"mean": statistics.fmean(rho), "std": statistics.pstdev(rho)} if rho else None,
+    }
+
+
+def before_after(summary: dict[str, Any]) -> str:
+    """Return a table of the scores before and after training."""
+    columns = [name for name in ("base", "best", "final") if summary[name]]
+    if not columns:
+        return f"{summary['steps']} steps, no evaluation"
+    rows = [name for name in summary[columns[-1]] if name != "step"]
+    lines = ["held-out".ljust(12) + "".join(f"{name + ' @' + str(summary[name]['step']):>14}" for name in columns)]
+    lines += [name.ljust(12) + "".join(f"{summary[c].get(name, float('nan')):14.3f}" for c in columns) for name in rows]
+    lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
+    if rho := summary["multiplier"]:
+        lines[-1] += f", multiplier {rho['mean']:.3f} ± {rho['std']:.3f}"
+    return "\n".join(lines)
+
+
+def _writer(trainer: L.Trainer) -> Any:
+    if not trainer.is_global_zero:
+        return None
+    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+
+def _as_text(row: Row) -> str:
+    teacher = row.reprompt if row.reprompt is not None else "(no teacher)"
+    fields = {
+        "reward": f"{row.verdict.reward:g}, {row.length} tokens{'' if row.rollout.finished else ', cut off'}",
+        "prompt": row.rollout.question.messages()[-1]["content"],
+        "response": row.rollout.text,
+        "what the teacher sees": teacher,
+    }
+    return "\n\n".join(f"**{name}**\n\n{_indented(value)}" for name, value in fields.items())
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,105 @@
+"""Reading a run back from its TensorBoard log, and drawing the curves that tell whether it is stable."""
+
+import math
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+Scalars = dict[str, dict[int, float]]
+"""Tag to step to value."""
+
+PANELS: list[tuple[str, list[str]]] = [
+    ("reward of rollouts", ["critic/score/mean"]),
+    ("held-out score", ["val/avg@*", "val/pass@*"]),
+    ("information I (nats)", ["information/mean"]),
+    ("multiplier ρ", ["lr/multiplier"]),
+    ("entropy (nats per token)", ["rollout/neg_log_prob", "self_distillation/teacher_entropy"]),
+    ("response length (tokens)", ["response_length/mean", "response_length/max", "val/length"]),
+    ("divergence (nats per token)", ["self_distillation/divergence_success", "self_distillation/divergence_failure"]),
+    ("gradient norm", ["actor/grad_norm"]),
+    ("shares", ["self_distillation/reprompt_sample_fraction", "response_length/clip_ratio"]),
+]
+"""The panels of ``stability.png`` in reading order, and the tags in each; ``*`` stands for the number of samples."""
+
+LAYOUT = {
+    "stability": {
+        "score": ["Multiline", ["critic/score/mean", "val/avg@.*", "val/pass@.*"]],
+        "entropy": ["Multiline", ["rollout/neg_log_prob", "actor/entropy", "self_distillation/teacher_entropy"]],
+        "divergence": ["Multiline", ["self_distillation/divergence_(success|failure)"]],
+        "gradient norm": ["Multiline", ["actor/grad_norm"]],
+        "rows with a teacher": ["Multiline", ["self_distillation/(reprompt_sample|success_group)_fraction"]],
+        "sampler against trainer": ["Multiline", ["rollout_corr/log_ratio.*"]],
+    },
+    "information": {
+        "I": ["Multiline", ["information/(mean|kl|log_ratio)"]],
+        "standard error of I": ["Multiline", ["information/standard_error"]],
+        "multiplier": ["Multiline", ["lr/multiplier"]],
+        "learning rate": ["Multiline", ["lr/(base|effective)"]],
+    },
+    "lengths": {
+        "response": ["Multiline", ["response_length/(mean|max|min)", "val/length"]],
+        "cut off": ["Multiline", ["response_length/clip_ratio", "val/cut_off"]],
+        "prompt": ["Multiline", ["prompt_length/mean"]],
+    },
+    "speed": {
+        "seconds": ["Multiline", ["timing_s/.*"]],
+        "tokens per second": ["Multiline", ["perf/tokens_per_s"]],
+    },
+}
+"""TensorBoard's custom-scalars layout: the curves that belong together, as regular expressions of tags."""
+
+
+def read_scalars(folder: str | Path) -> Scalars:
+    """Read all scalars of a run.
+
+    Where a resumed run logged a step again, the later value counts.
+
+    Args:
+        folder: With the TensorBoard event files of one run.
+    """
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+
+
+def series(scalars: Scalars, tag: str) -> tuple[list[int], list[float]]:
+    """Return steps and finite values of a tag, in order of steps."""
+    points = sorted((step, value) for step, value in scalars.get(tag, {}).items() if math.isfinite(value))
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def matching(scalars: Scalars, pattern: str) -> list[str]:
+    """Return the tags that a pattern of :data:`PANELS` stands for."""
+    stem, star, _ = pattern.partition("*")
+    return [tag for tag in sorted(scalars) if tag == pattern or (star and tag.startswith(stem))]
+
+
+def draw_stability(scalars: Scalars, path: str | Path, title: str) -> None:
+    """Draw the curves that show a collapse before the score does, as a PNG.
+
+    Args:
+        scalars: Of one run.
+        path: Of the picture.
+        title: Above the picture.
+    """
+    from matplotlib.figure import Figure  # no pyplot: it would pick a window system
+
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure.suptitle(title)
+    for axis, (name, patterns) in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
+        for tag in (tag for pattern in patterns for tag in matching(scalars, pattern)):
+            steps, values = series(scalars, tag)
+            axis.plot(steps, values, label=tag, marker="o" if len(steps) < 15 else None, markersize=3)
+            if tag == "information/mean":
+                errors = scalars.get("information/standard_error", {})
+                low = [v - errors.get(s, 0.0) for s, v in zip(steps, values, strict=True)]
+                high = [v + errors.get(s, 0.0) for s, v in zip(steps, values, strict=True)]
+                axis.fill_between(steps, low, high, alpha=0.3, label="± standard error")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)

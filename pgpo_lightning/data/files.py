@@ -1,0 +1,96 @@
+"""Questions from files (JSON, JSON Lines, parquet) or from a data set of the Hugging Face Hub."""
+
+from typing import Any
+
+import datasets
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from pgpo_lightning.data.questions import SPLITS, QuestionData
+from pgpo_lightning.data.rows import Columns, Row, read_rows
+from pgpo_lightning.records import Question
+
+
+class FileQuestions(QuestionData):
+    r"""Questions from your own files or from the Hub.
+
+    A row needs a prompt and an answer; all columns without a role here are handed to the verifier. The train split is
+    either a file or a split of ``dataset``; so is each of the others. Without validation data, the test data is used
+    for validation.
+
+    Args:
+        train: Path of the training file: ``.jsonl``, ``.json`` (array or JSON Lines) or ``.parquet``.
+        validation: Path of the validation file.
+        test: Path of the test file.
+        dataset: Data set on the Hugging Face Hub, instead of ``train``.
+        dataset_config: Its configuration, if it has several.
+        train_split: Its split for training.
+        validation_split: Its split for validation, if any.
+        test_split: Its split for testing, if any.
+        prompt_column: Column with the user's text, or with chat messages that end with a user turn.
+        answer_column: Column with the gold answer.
+        system_column: Column with a system message; rows without one have none.
+        privileged_context_column: Column with text that only the self-teacher may see; it may be missing.
+        prompt_suffix: Text that is appended to the last user turn as it is, such as
+            ``"\n\nPut the final answer in \\boxed{}."``.
+        **kwargs: Batch sizes, seed and limits, see :class:`QuestionData`.
+
+    Raises:
+        ValueError: If no data is named, or if a split is named twice.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        prompt_column: str = "prompt",
+        answer_column: str = "answer",
+        system_column: str = "system",
+        privileged_context_column: str = "privileged_context",
+        prompt_suffix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.files = {"train": train, "validation": validation, "test": test}
+        self.hub_splits = {"validation": validation_split, "test": test_split}
+        if dataset is None and not any(self.files.values()):
+            raise ValueError("Expected a data file (`train`, `validation`, `test`) or a `dataset`, but got none.")
+        if dataset is None and any(self.hub_splits.values()):
+            raise ValueError("Expected `dataset` beside `validation_split` or `test_split`, but got none.")
+        if dataset is not None:
+            self.hub_splits["train"] = train_split
+        for split in SPLITS:
+            if self.files[split] and self.hub_splits.get(split):
+                raise ValueError(
+                    f"Expected the {split} split from one place, but got the file {self.files[split]} and the split "
+                    f"`{self.hub_splits[split]}` of the data set {dataset}. Remove one of them."
+                )
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.columns = Columns(prompt_column, answer_column, system_column, privileged_context_column)
+        self.prompt_suffix = prompt_suffix
+
+    def load(self, split: str) -> list[Question]:
+        """Return the questions of one split; see the class."""
+        if split == "validation" and not self._has(split) and self._has("test"):
+            rank_zero_info("No validation data is named: the test data is used for validation.")
+            split = "test"
+        return [self.columns.to_question(row, source, self.prompt_suffix) for source, row in self._rows(split)]
+
+    def _has(self, split: str) -> bool:
+        return bool(self.files[split] or self.hub_splits.get(split))
+
+    def _rows(self, split: str) -> list[Row]:
+        if file := self.files[split]:
+            return read_rows(file)
+        if hub_split := self.hub_splits.get(split):
+            table = datasets.load_dataset(self.dataset, self.dataset_config, split=hub_split)
+            if len(table) == 0:
+                raise ValueError(f"Expected at least one row in {self.dataset} [{hub_split}], but it is empty.")
+            return [(f"{self.dataset}[{hub_split}]:{number}", row) for number, row in enumerate(table, start=1)]
+        return []

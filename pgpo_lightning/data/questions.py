@@ -1,0 +1,205 @@
+"""What all data sets have in common: splits of questions, dropped prompts, loaders and the exact position in them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from pgpo_lightning.data.sampler import ResumableSampler
+from pgpo_lightning.records import Question
+
+SPLITS = ("train", "validation", "test")
+STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+"""The splits that each stage of the Trainer reads; it cannot do without the first of them."""
+
+
+class QuestionLoader(DataLoader):
+    """A data loader that tells Lightning that it is resumable.
+
+    Without these two methods Lightning warns about unreliable results whenever a run continues inside an epoch. The
+    position itself is saved by the data module, which is restored before the loaders are built.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is part of the data module's state."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+class QuestionData(L.LightningDataModule):
+    """Base of all data sets: a subclass says how to :meth:`load` a split, everything else is here.
+
+    A batch is a list of :class:`~pgpo_lightning.records.Question`. The order of the training questions is a function
+    of ``seed`` and the epoch, and the position in it is saved in checkpoints, so a resumed run sees the questions that
+    the uninterrupted run would have seen.
+
+    Args:
+        batch_size: Training questions per device and optimizer step.
+        eval_batch_size: Validation and test questions per device and step.
+        seed: Seed of the order of the training questions.
+        limit_train: Use only the first so many training questions.
+        limit_val: Use only the first so many validation questions. The test split is always complete.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int = 32,
+        seed: int = 0,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        limits = {"limit_train": limit_train, "limit_val": limit_val}
+        for name, value in (numbers | {key: limit for key, limit in limits.items() if limit is not None}).items():
+            if value < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.limits = {"train": limit_train, "validation": limit_val, "test": None}
+        self.questions: dict[str, list[Question]] = {}
+        self.dropped: dict[str, int] = {}
+        self.sampler: ResumableSampler | None = None
+        self._restored: dict[str, int] | None = None
+
+    def load(self, split: str) -> list[Question]:
+        """Return the questions of one split; an empty list if the data has no such split.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `load(split)`.")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that a stage needs, each of them once.
+
+        Raises:
+            ValueError: If the data has no split for this stage, or if the data itself is faulty.
+        """
+        if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
+            # Another Trainer may have used this object before. A resumed run also passes here, and then restores its
+            # position.
+            self.sampler, self._restored = None, None
+        needed = STAGES.get(stage, SPLITS) if stage is not None else SPLITS
+        for split in needed:
+            if split not in self.questions:
+                questions = self.load(split)[: self.limits[split]]
+                for index, question in enumerate(questions):
+                    question.index = index
+                self.questions[split] = questions
+                self.dropped[split] = 0
+        if stage in STAGES and not self.questions[needed[0]]:
+            raise ValueError(
+                f"Expected {type(self).__name__} to have {needed[0]} questions for the stage `{stage}`, but it has "
+                f"none. Give it a {needed[0]} file or split."
+            )
+
+    def drop_prompts(self, reason: Callable[[Question], str | None]) -> None:
+        """Drop questions that cannot be used, from all splits that are loaded.
+
+        The training module calls this after ``setup`` and before the loaders are built, because only it knows the
+        tokenizer and the prompt limit. The number is kept in ``self.dropped[split]``.
+
+        Args:
+            reason: Says for a question why it must go (``"2100 tokens, limit 2048"``), or ``None`` to keep it.
+
+        Raises:
+            ValueError: If no question of a split is left.
+        """
+        for split, questions in self.questions.items():
+            reasons = [reason(question) for question in questions]
+            bad = [(question, why) for question, why in zip(questions, reasons, strict=True) if why is not None]
+            if not bad:
+                continue
+            first, why = bad[0]
+            told = f"{len(bad)} of {len(questions)} {split} questions; the first is {first.source}: {why}"
+            if len(bad) == len(questions):
+                raise ValueError(f"Expected to keep at least one {split} question, but had to drop {told}.")
+            rank_zero_warn(f"Dropped {told}.")
+            self.questions[split] = [q for q, why in zip(questions, reasons, strict=True) if why is None]
+            self.dropped[split] += len(bad)
+
+    def train_dataloader(self) -> QuestionLoader:
+        """Return the loader of the training questions.
+
+        Raises:
+            ValueError: If there are too few questions for one step, or if the data is not the data of the checkpoint.
+        """
+        rank, world_size = self._rank_and_world_size()
+        questions = self.questions["train"]
+        if len(questions) < self.batch_size * world_size:
+            raise ValueError(
+                f"Expected at least one batch of training questions, {self.batch_size * world_size} (`batch_size` "
+                f"{self.batch_size} x {world_size} devices), but got {len(questions)} ({self.dropped['train']} were "
+                "dropped). Lower `batch_size`, or use more questions."
+            )
+        consumed = 0 if self.sampler is None else self.sampler.consumed
+        self.sampler = ResumableSampler(len(questions), self.batch_size, self.seed, rank, world_size, consumed)
+        if self._restored is not None:
+            self._restore(self._restored, self.sampler)
+        # No workers: there is nothing to read, and they would run ahead of the position that is saved.
+        dataset: Any = questions  # a list is all that a DataLoader needs, whatever its annotation says
+        return QuestionLoader(dataset, self.batch_size, sampler=self.sampler, collate_fn=list, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the loader of the validation questions, in their order; an empty list if there are none."""
+        return self._eval_dataloader("validation")
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the loader of the test questions, in their order."""
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, split: str) -> DataLoader | list[DataLoader]:
+        questions: Any = self.questions[split]
+        return DataLoader(questions, self.eval_batch_size, collate_fn=list) if questions else []
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the training questions, and what it depends on."""
+        if self.sampler is None or self._restored is not None:
+            return dict(self._restored or {})
+        return {
+            "consumed": self.sampler.consumed,
+            "size": self.sampler.size,
+            "seed": self.sampler.seed,
+            "batch_size": self.sampler.batch_size,
+            "world_size": self.sampler.num_replicas,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from a saved position, at once or when the training loader is built.
+
+        Raises:
+            ValueError: If the training loader exists and its data is not the data of the checkpoint.
+        """
+        # Lightning also restores the data module when it only tests a checkpoint, perhaps on other data.
+        if self.trainer is not None and self.trainer.state.fn not in (None, TrainerFn.FITTING):
+            return
+        self._restored = dict(state_dict)
+        if self.sampler is not None:
+            self._restore(self._restored, self.sampler)
+
+    def _restore(self, state: dict[str, int], sampler: ResumableSampler) -> None:
+        step, saved_step = sampler.batch_size * sampler.num_replicas, state["batch_size"] * state["world_size"]
+        for what, saved, present in (
+            ("training questions", state["size"], sampler.size),
+            ("as data seed", state["seed"], sampler.seed),
+            ("questions per step", saved_step, step),
+        ):
+            if saved != present:
+                raise ValueError(
+                    f"Expected {saved} {what} as in the checkpoint, but got {present}: the run cannot continue at the "
+                    "same question. Resume with the same data, or start a new run from the checkpoint's weights."
+                )
+        # Counted per rank: the same steps are other numbers of questions if there are now more or fewer devices.
+        sampler.consumed = state["consumed"] * sampler.batch_size // state["batch_size"]
+        self._restored = None
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

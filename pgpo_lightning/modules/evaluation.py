@@ -1,0 +1,117 @@
+"""Held-out evaluation: avg@k, pass@k, majority@k, lengths, and every answer in a file."""
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK
+from pgpo_lightning.ranks import gather
+from pgpo_lightning.records import Question, Rollout, Verdict
+from pgpo_lightning.rollout import Sampling
+from pgpo_lightning.seeding import seeded
+
+
+class Evaluation(L.LightningModule):
+    """The validation and test loops of every module.
+
+    Question i of the split is sampled with the same random numbers in every evaluation of a run, so that a change of the
+    score is a change of the model. Validation before the first step (``num_sanity_val_steps=-1``) is logged as step 0.
+    """
+
+    eval_samples: int
+    eval_sampling: Sampling
+    seed: int
+    steps: int
+    success_reward_threshold: float
+
+    @abstractmethod
+    def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
+        """Sample `n` responses to every question."""
+
+    @abstractmethod
+    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
+        """Return the verifier's verdict on every rollout."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a new evaluation."""
+        k = self.eval_samples
+        # Plain attributes: as registered modules the metrics would enter checkpoints.
+        object.__setattr__(self, "_means", {"avg": AvgAtK(), "length": MeanLength(), "cut_off": CutOffShare()})
+        object.__setattr__(self, "_pass", PassAtK(k, threshold=self.success_reward_threshold))
+        object.__setattr__(self, "_majority", MajorityAtK())
+        self._results: list[dict[str, Any]] = []
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, questions: list[Question], batch_idx: int) -> None:
+        """Answer one batch of questions `eval_samples` times each."""
+        k = self.eval_samples
+        with seeded(self.seed, "evaluation", batch_idx, self.global_rank):
+            rollouts = self.sample(questions, k, self.eval_sampling)
+            verdicts = self.judge(rollouts)
+        index = torch.tensor([rollout.question.index for rollout in rollouts])
+        reward = torch.tensor([verdict.reward for verdict in verdicts])
+        self._means["avg"].update(index, reward)
+        self._means["length"].update(index, torch.tensor([float(len(r.response_ids)) for r in rollouts]))
+        self._means["cut_off"].update(index, torch.tensor([float(not r.finished) for r in rollouts]))
+        self._pass.update(index, reward)
+        self._majority.update(index, reward, [verdict.answer for verdict in verdicts])
+        for i, question in enumerate(questions):
+            mine = slice(i * k, (i + 1) * k)
+            self._results.append(_result(question, rollouts[mine], verdicts[mine]))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores and write the answers."""
+        self._finish("val", "validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores and write the answers."""
+        self._finish("test", "test")
+
+    def _finish(self, prefix: str, folder: str) -> None:
+        k = self.eval_samples
+        scores = {
+            f"{prefix}/avg@{k}": self._means["avg"].compute(),
+            f"{prefix}/pass@{k}": self._pass.compute(),
+            f"{prefix}/length": self._means["length"].compute(),
+            f"{prefix}/cut_off": self._means["cut_off"].compute(),
+        }
+        results = {result["index"]: result for part in gather(self._results) for result in part}
+        # Without answers to vote on there is no majority, rather than one of zero.
+        if any(answer is not None for result in results.values() for answer in result["answers"]):
+            scores[f"{prefix}/maj@{k}"] = self._majority.compute()
+        scores = {name: float(score) for name, score in scores.items()}
+        if self.trainer.sanity_checking:
+            # Lightning throws away what is logged here; it is the score of the base model.
+            if self.logger is not None:
+                self.logger.log_metrics(scores, step=0)
+        else:
+            self.log_dict({**scores, "step": float(self.steps)})
+            self.log("score", scores[f"{prefix}/avg@{k}"], prog_bar=True, logger=False)
+        if self.trainer.is_global_zero and self.trainer.log_dir is not None:
+            path = Path(self.trainer.log_dir) / folder / f"step={self.steps:06d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(results[index], ensure_ascii=False) for index in sorted(results)]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _result(question: Question, rollouts: list[Rollout], verdicts: list[Verdict]) -> dict[str, Any]:
+    rewards = [verdict.reward for verdict in verdicts]
+    return {
+        "index": question.index,
+        "source": question.source,
+        "prompt": question.prompt,
+        "gold": question.answer,
+        "avg": sum(rewards) / len(rewards),
+        "rewards": rewards,
+        "answers": [verdict.answer for verdict in verdicts],
+        "lengths": [len(rollout.response_ids) for rollout in rollouts],
+        "finished": [rollout.finished for rollout in rollouts],
+        "responses": [rollout.text for rollout in rollouts],
+    }

@@ -1,0 +1,131 @@
+"""Group Relative Policy Optimisation (GRPO), the baseline: a clipped policy gradient with the group's mean as baseline."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgpo_lightning.batching import micro_batches
+from pgpo_lightning.distillation import TokenStatistics, token_statistics
+from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.modules.settings import at_least
+from pgpo_lightning.policy import source
+from pgpo_lightning.records import Row
+
+
+def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
+    """Return each reward's distance from the mean of its group.
+
+    Args:
+        rewards: Shape ``(groups, n)``.
+        divide_by_std: Also divide by the group's standard deviation (n - 1 in the denominator).
+
+    Returns:
+        Shape ``(groups, n)``; zero where all rewards of a group are equal.
+
+    Example:
+        >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), divide_by_std=False)
+        tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if divide_by_std and rewards.size(1) > 1:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
+    return advantages
+
+
+def clipped_policy_loss(
+    log_p: Tensor, old_log_p: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> Tensor:
+    """Return PPO's clipped surrogate loss per token (sdpo.md 5.2).
+
+    Args:
+        log_p: Log-probabilities of the sampled tokens with gradient, shape ``(N,)``.
+        old_log_p: The same under the policy that the batch was sampled from, shape ``(N,)``.
+        advantages: Shape ``(N,)``.
+        clip_low: Ratios below ``1 - clip_low`` are clipped.
+        clip_high: Ratios above ``1 + clip_high`` are clipped.
+        dual_clip: Bound of the loss at negative advantages, in multiples of the advantage; null for none.
+
+    Returns:
+        Shape ``(N,)``.
+    """
+    ratio = (log_p - old_log_p).clamp(-20, 20).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss
+
+
+class GRPO(OnPolicyModule):
+    """Reinforces the better responses of each group.
+
+    Args:
+        model: See :class:`OnPolicyModule`, as for everything not named here.
+        verifier: Judges a response.
+        norm_adv_by_std_in_grpo: Divide advantages by the group's standard deviation.
+        clip_ratio_low: Clip range below 1. Without effect on the first of several updates, where the ratio is 1.
+        clip_ratio_high: Clip range above 1.
+        clip_ratio_c: Dual clip; null for none.
+        kwargs: See :class:`OnPolicyModule`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        norm_adv_by_std_in_grpo: bool = False,
+        clip_ratio_low: float = 0.2,
+        clip_ratio_high: float = 0.28,
+        clip_ratio_c: float | None = 3.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        at_least(0, clip_ratio_low=clip_ratio_low, clip_ratio_high=clip_ratio_high)
+        if clip_ratio_low > 1:
+            raise ValueError(f"Expected `clip_ratio_low` to be at most 1, but got {clip_ratio_low}.")
+        if clip_ratio_c is not None and clip_ratio_c <= 1 + clip_ratio_high:
+            raise ValueError(f"Expected `clip_ratio_c` to exceed 1 + `clip_ratio_high`, but got {clip_ratio_c}.")
+        if self.num_generations < 2:
+            raise ValueError(f"Expected `num_generations` of at least 2 for a group, but got {self.num_generations}.")
+        self.norm_adv_by_std_in_grpo = norm_adv_by_std_in_grpo
+        self.clip_ratio_low = clip_ratio_low
+        self.clip_ratio_high = clip_ratio_high
+        self.clip_ratio_c = clip_ratio_c
+
+    def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
+        """Give every row its advantage, and before several updates the log-probabilities of the sampling policy."""
+        rewards = torch.tensor([row.verdict.reward for row in rows]).view(-1, self.num_generations)
+        for row, advantage in zip(rows, group_advantages(rewards, self.norm_adv_by_std_in_grpo).view(-1), strict=True):
+            row.advantage = advantage.item()
+        if self.updates_per_batch > 1:
+            self._remember_old_log_probs([row for row in rows if self.in_loss(row)])
+        advantages = torch.tensor([row.advantage for row in rows])
+        groups = (rewards.std(1) > 0).float().mean().item()
+        return {"critic/advantages/std": advantages.std().item(), "critic/informative_groups": groups}
+
+    @torch.no_grad()
+    def _remember_old_log_probs(self, rows: list[Row]) -> None:
+        for group in micro_batches(rows, self.micro_batch_tokens, self.forward_length):
+            sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in group])
+            tokens = token_statistics(
+                source(self.model, sequences), [], sequences.targets, temperature=self.temperature
+            )
+            parts = tokens.log_p_student.split(sequences.lengths.tolist())
+            for row, log_probs in zip(group, parts, strict=True):
+                row.old_log_probs = log_probs.cpu()
+
+    def in_loss(self, row: Row) -> bool:
+        """Whether the row has an advantage: without one it has no gradient either."""
+        return row.advantage != 0
+
+    def loss_tokens(self, rows: list[Row]) -> int:
+        """Tokens of all rows."""
+        return sum(row.length for row in rows)
+
+    def objective(self, tokens: TokenStatistics, rows: list[Row]) -> Tensor:
+        """Return the clipped policy-gradient loss of every token, shape ``(N,)``."""
+        lengths = torch.tensor([row.length for row in rows], device=self.device)
+        advantages = torch.tensor([row.advantage for row in rows], device=self.device).repeat_interleave(lengths)
+        old = self.old_log_probs(tokens.log_p_student, rows)
+        return clipped_policy_loss(
+            tokens.log_p_student, old, advantages, self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c
+        )

@@ -1,0 +1,125 @@
+"""What surrounds the steps of every module: loading, checks at start-up, optimizers, checkpoints."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pgpo_lightning.modules.evaluation import Evaluation
+from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model
+from pgpo_lightning.prompts import PromptEncoder
+from pgpo_lightning.records import Question
+
+COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
+
+
+class Lifecycle(Evaluation):
+    """Lightning's hooks around training, none of which knows the objective."""
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    given_model: str | PreTrainedModel
+    loading: dict[str, Any]
+    make_optimizer: OptimizerCallable
+    make_scheduler: LRSchedulerCallable | None
+    gradient_checkpointing: bool
+    max_prompt_length: int
+    max_response_length: int
+    updates_per_batch: int
+    training_run: bool
+    """False if the module only evaluates, which needs no teacher."""
+
+    def setup(self, stage: str) -> None:
+        """Check what can be checked before anything is computed, and drop prompts that are too long."""
+        self.training_run = stage == "fit"
+        if (
+            stage == "fit"
+            and isinstance(self.trainer.precision_plugin, MixedPrecision)
+            and self.trainer.precision_plugin.scaler
+        ):
+            raise MisconfigurationException(
+                "Expected a precision without gradient scaling, but got 16-mixed, whose skipped steps would leave the rescaled "
+                "learning rate in place. Set `trainer.precision` to bf16-mixed or 32-true."
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "drop_prompts"):
+            data.drop_prompts(self._too_long)
+
+    def _too_long(self, question: Question) -> str | None:
+        length = len(self.encoder.question(question))
+        limit = self.max_prompt_length
+        return f"{length} tokens, `max_prompt_length` is {limit}" if length > limit else None
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.model is not None:
+            return
+        given = self.given_model
+        self.model = load_model(given, **self.loading) if isinstance(given, str) else given
+        check_head(self.model)
+        self._check_positions()
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most prompt tokens of any forward pass."""
+        return self.max_prompt_length
+
+    def _check_positions(self) -> None:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        needed = self.longest_prompt + self.max_response_length
+        if positions is not None and needed > positions:
+            raise MisconfigurationException(
+                f"Expected prompt and response to fit into the model's {positions} positions, but the limits allow "
+                f"{self.longest_prompt} + {self.max_response_length} tokens. Lower `max_response_length`, "
+                "`max_prompt_length` or `max_reprompt_len`."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule; the module itself steps the schedule, once per batch."""
+        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise MisconfigurationException(
+                "Expected a `scheduler` that depends on the step alone, but got ReduceLROnPlateau: it needs a metric."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Check the batch against the number of updates."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if size is not None and size % self.updates_per_batch:
+            raise MisconfigurationException(
+                f"Expected `updates_per_batch` to divide the batch of {size} questions, but got {self.updates_per_batch}."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters, and what is needed to tell whether a checkpoint belongs to a configuration."""
+        checkpoint["pgpo_lightning"] = {
+            "module": type(self).__name__,
+            "architecture": architecture(self.model),
+            "tokenizer": self.tokenizer.name_or_path,
+            **{name: getattr(self, name) for name in COUNTERS},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs here, and take over the counters.
+
+        Raises:
+            MisconfigurationException: If it is another module's, another architecture's or another program's.
+        """
+        mine = checkpoint.get("pgpo_lightning")
+        if mine is None or mine["module"] != type(self).__name__:
+            theirs = f"{mine['module']}'s" if mine else "another program's"
+            raise MisconfigurationException(f"Expected a checkpoint of {type(self).__name__}, but it is {theirs}.")
+        check_architecture(mine["architecture"], self.model)
+        for name in COUNTERS:
+            setattr(self, name, mine[name])

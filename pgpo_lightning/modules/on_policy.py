@@ -1,0 +1,403 @@
+"""The step that every module of the collection shares: sample, judge, learn (PGPO's Algorithm 1, arXiv 2606.03620).
+
+A subclass says what a row of the loss is and what its loss is. The size of the step is none of its business: a callback may
+rescale the learning rate of this one step, from :attr:`OnPolicyModule.step_statistics`.
+"""
+
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pgpo_lightning.batching import Sequences, micro_batches, shares
+from pgpo_lightning.distillation import Source, TokenLoss, TokenStatistics, token_statistics
+from pgpo_lightning.modules.lifecycle import Lifecycle
+from pgpo_lightning.modules.settings import at_least, one_of, positive
+from pgpo_lightning.policy import (
+    Dtype,
+    checked_tokenizer,
+    load_tokenizer,
+    source,
+)
+from pgpo_lightning.prompts import PromptEncoder
+from pgpo_lightning.ranks import gather
+from pgpo_lightning.records import Question, Rollout, Row, Verdict
+from pgpo_lightning.reporting import RolloutSummary, loss_scalars, rollout_scalars
+from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
+from pgpo_lightning.seeding import seeded
+from pgpo_lightning.statistics import StepStatistics, information
+from pgpo_lightning.verifiers import Verifier, VerifierError, grade
+
+LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
+
+
+class OnPolicyModule(Lifecycle):
+    """Trains a language model on its own samples, one optimizer step (or a few) per batch of questions.
+
+    Args:
+        model: Folder or Hub id of a causal language model, ``toy`` for the shipped one, or a model object.
+        verifier: Judges a response: any callable ``(question, response) -> reward``, ``(reward, feedback)`` or
+            :class:`~pgpo_lightning.records.Verdict`, by its import path.
+        tokenizer: Folder, Hub id or object; by default the model's.
+        engine: What samples the rollouts; by default the model's own ``generate``.
+        num_generations: Rollouts per question.
+        max_prompt_length: Longest prompt in tokens; longer ones are dropped from the data, counted and reported.
+        max_response_length: Longest response in tokens.
+        temperature: Of the rollouts; logits of student and teacher are divided by it too.
+        enable_thinking: Thinking mode of the chat template.
+        eval_samples: k of avg@k, pass@k and majority@k.
+        eval_temperature: Temperature in evaluation.
+        eval_top_p: Nucleus in evaluation.
+        optimizer: From parameters to an optimizer.
+        scheduler: From an optimizer to a schedule, stepped once per batch.
+        max_grad_norm: Gradients are clipped to this norm; null for no clipping.
+        updates_per_batch: Optimizer steps per batch, each on its share of the questions.
+        micro_batch_tokens: Most padded tokens of one forward pass.
+        loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the step, those
+            without a loss counting as zero, as the SDPO reference effectively does (sdpo.md 3.5); ``token-mean``: mean over
+            all tokens in the loss.
+        is_clip: Upper bound of the importance weight between trainer and sampler; null for no weight.
+        success_reward_threshold: Rewards from here on count as success.
+        on_verifier_error: What happens when the verifier raises or returns no finite number: ``raise`` stops the run,
+            ``zero`` gives that response a reward of 0 and counts it.
+        max_skipped_steps: Steps in a row that may be skipped because of a loss or gradient that is not finite.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        dtype: Type of the weights; keep float32 for mixed precision.
+        attn_implementation: As in transformers.
+        revision: Branch, tag or commit of model and tokenizer on the Hub.
+        trust_remote_code: Run Python code that comes with model or tokenizer.
+        seed: Of every random choice of the run. The command line sets it from ``seed_everything``.
+
+    Raises:
+        ValueError: If a setting is out of range or contradicts another; names the field.
+    """
+
+    step_statistics: StepStatistics
+    """One row per sequence in the loss of the current optimizer step, of all ranks. Set before ``optimizer.step()``."""
+
+    scalars: dict[str, float]
+    """What the current step reports. Callbacks may add to it."""
+
+    has_teacher = False
+    """Whether the objective compares the student with a teacher, so that there is information to measure."""
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        verifier: Verifier,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        engine: Engine | None = None,
+        num_generations: int = 8,
+        max_prompt_length: int = 2048,
+        max_response_length: int = 8192,
+        temperature: float = 1.0,
+        enable_thinking: bool = False,
+        eval_samples: int = 16,
+        eval_temperature: float = 0.6,
+        eval_top_p: float = 0.95,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        updates_per_batch: int = 1,
+        micro_batch_tokens: int = 16384,
+        loss_agg_mode: LossAggregation = "seq-mean-token-mean",
+        is_clip: float | None = 2.0,
+        success_reward_threshold: float = 0.5,
+        on_verifier_error: Literal["raise", "zero"] = "raise",
+        max_skipped_steps: int = 5,
+        gradient_checkpointing: bool = False,
+        dtype: Dtype = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        at_least(1, num_generations=num_generations, max_prompt_length=max_prompt_length)
+        at_least(1, max_response_length=max_response_length, eval_samples=eval_samples)
+        at_least(1, updates_per_batch=updates_per_batch, micro_batch_tokens=micro_batch_tokens)
+        at_least(0, max_skipped_steps=max_skipped_steps)
+        positive(temperature=temperature, eval_temperature=eval_temperature, eval_top_p=eval_top_p)
+        positive(max_grad_norm=max_grad_norm, is_clip=is_clip)
+        one_of(("seq-mean-token-mean", "token-mean"), loss_agg_mode=loss_agg_mode)
+        one_of(("raise", "zero"), on_verifier_error=on_verifier_error)
+        if eval_top_p > 1:
+            raise ValueError(f"Expected `eval_top_p` to be at most 1, but got {eval_top_p}.")
+        self.automatic_optimization = False
+        self.verifier = verifier
+        self.engine = engine or TransformersEngine()
+        self.num_generations = num_generations
+        self.max_prompt_length = max_prompt_length
+        self.max_response_length = max_response_length
+        self.temperature = temperature
+        self.eval_samples = eval_samples
+        self.eval_sampling = Sampling(max_response_length, eval_temperature, eval_top_p)
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.max_grad_norm = max_grad_norm
+        self.updates_per_batch = updates_per_batch
+        self.micro_batch_tokens = micro_batch_tokens
+        self.loss_agg_mode = loss_agg_mode
+        self.is_clip = is_clip
+        self.success_reward_threshold = success_reward_threshold
+        self.on_verifier_error = on_verifier_error
+        self.max_skipped_steps = max_skipped_steps
+        self.gradient_checkpointing = gradient_checkpointing
+        self.seed = seed
+
+        self.model: PreTrainedModel | None = None
+        self.given_model = model
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.loading = {**hub, "dtype": dtype, "attn_implementation": attn_implementation}
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = checked_tokenizer(tokenizer)
+        else:
+            name = tokenizer or (model if isinstance(model, str) else model.config._name_or_path)
+            self.tokenizer = load_tokenizer(name, **hub)
+        self.encoder = PromptEncoder(self.tokenizer, enable_thinking)
+
+        self.steps = 0  # batches trained on; unlike Lightning's global_step it counts skipped optimizer steps too
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.verifier_errors = 0
+        self.step_statistics = StepStatistics.empty()
+        self.scalars = {}
+        self.training_run = True
+        self._timing: dict[str, float] = defaultdict(float)
+
+    # ------------------------------------------------------------------------------------------------ the step
+
+    def training_step(self, questions: list[Question], batch_idx: int) -> None:
+        """One pass of Algorithm 1 over a batch of questions."""
+        with seeded(self.seed, "train", self.steps, self.global_rank) as rng, self._timed("step"):
+            with self._timed("gen"):
+                rollouts = self.sample(questions, self.num_generations, self._training_sampling)  # y ~ π(·|x)
+            with self._timed("reward"):
+                verdicts = self.judge(rollouts)
+            with self._timed("adv"):
+                rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+                self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
+            with self._timed("update_actor"):
+                updated = False
+                for share in shares(rows, self.updates_per_batch):
+                    loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
+                    updated |= self.update(loss)  # a callback reads I, scales the step by ρ
+                if updated:
+                    self.after_update()  # the teacher follows
+                self._advance_schedule()
+        self.steps += 1
+        self.report(rows)
+
+    def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
+        """Sample `n` responses to every question from the student as it is now."""
+        prompts = [self.encoder.question(question) for question in questions]
+        for question, prompt in zip(questions, prompts, strict=True):
+            if len(prompt) > self.max_prompt_length:  # data that did not come through our data module
+                raise ValueError(
+                    f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
+                    f"{question.source or f'question {question.index}'} has {len(prompt)}."
+                )
+        return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
+
+    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
+        """Return the verifier's verdict on every rollout.
+
+        Raises:
+            VerifierError: If the verifier fails and `on_verifier_error` is ``raise``; names the question.
+        """
+        verdicts = []
+        for rollout in rollouts:
+            try:
+                verdicts.append(grade(self.verifier, rollout.question, rollout.text))
+            except VerifierError:
+                if self.on_verifier_error == "raise":
+                    raise
+                self.verifier_errors += 1
+                verdicts.append(Verdict(0.0))
+        return verdicts
+
+    @abstractmethod
+    def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
+        """Give rows what their loss needs, in place; return scalars to report.
+
+        Args:
+            rows: All rows of the batch, those to one question next to each other.
+            rng: Source of random choices.
+        """
+
+    @abstractmethod
+    def in_loss(self, row: Row) -> bool:
+        """Whether a row takes part in the loss. The others cost no forward pass."""
+
+    @abstractmethod
+    def loss_tokens(self, rows: list[Row]) -> int:
+        """Return the number of tokens that ``token-mean`` divides by."""
+
+    def forward_length(self, row: Row) -> int:
+        """Return the tokens of the longest forward pass that a row needs."""
+        return len(row.rollout.prompt_ids) + row.length
+
+    def teacher_sources(self, rows: list[Row]) -> list[Source]:
+        """Run the teacher over the rows, if the objective has one."""
+        return []
+
+    token_loss: TokenLoss | None = None
+    """The part of the loss that needs both full distributions."""
+
+    def objective(self, tokens: TokenStatistics, rows: list[Row]) -> Tensor:
+        """Return the loss of every response token, shape ``(N,)``, before importance weights."""
+        return tokens.loss
+
+    def after_update(self) -> None:
+        """Run once per batch, if at least one optimizer step was taken."""
+
+    # ------------------------------------------------------------------------------------------- gradients, update
+
+    def accumulate_gradients(self, rows: list[Row]) -> float:
+        """Run forward and backward over the rows in micro-batches and set :attr:`step_statistics`.
+
+        Returns:
+            The loss of the step, summed over micro-batches, averaged over ranks.
+        """
+        self.optimizers().zero_grad()
+        if self.loss_agg_mode == "token-mean":
+            tokens = gather(self.loss_tokens(rows))
+            scale = len(tokens) / max(1, sum(tokens))  # ranks' gradients are averaged, not summed
+        else:
+            scale = 1 / len(rows)
+        active = [row for row in rows if self.in_loss(row)]
+        # A rank without any row still takes part in the exchange of gradients, with zeros.
+        groups = micro_batches(active, self.micro_batch_tokens, self.forward_length) or [[]]
+        total, statistics = 0.0, []
+        for i, group in enumerate(groups):
+            with self._synchronised(last=i == len(groups) - 1):
+                if group:
+                    loss, part = self._micro_batch(group, scale)
+                    statistics.append(part)
+                else:
+                    loss = sum(0.0 * p.sum() for p in self.model.parameters() if p.requires_grad)
+                self.manual_backward(loss)
+            total += loss.detach()
+        everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total)))
+        self.step_statistics = StepStatistics.from_table(torch.cat([table for table, _ in everyone]))
+        return sum(loss for _, loss in everyone) / len(everyone)
+
+    def _micro_batch(self, rows: list[Row], scale: float) -> tuple[Tensor, StepStatistics]:
+        sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
+        sampler = torch.cat([row.rollout.log_probs for row in rows]).to(self.device)
+        student = source(self.model, sequences)
+        tokens = token_statistics(
+            student, self.teacher_sources(rows), sequences.targets, self.token_loss, self.temperature
+        )
+        tokens = tokens._replace(loss=self.objective(tokens, rows))
+        weight = self._importance_weight(tokens.log_p_student.detach(), sampler, rows)
+        coefficient = torch.full_like(weight, scale)
+        if self.loss_agg_mode == "seq-mean-token-mean":
+            coefficient /= sequences.lengths.repeat_interleave(sequences.lengths, output_size=weight.numel())
+        rewards = torch.tensor([row.verdict.reward for row in rows], device=self.device)
+        statistics = StepStatistics.from_tokens(tokens, sampler, weight, sequences.lengths, rewards)
+        return (tokens.loss * weight * coefficient).sum(), statistics
+
+    def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences:
+        """Lay out (prompt, response) pairs on this module's device."""
+        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device)
+
+    def old_log_probs(self, current: Tensor, rows: list[Row]) -> Tensor:
+        """Return the log-probabilities under the policy that the batch was sampled from, as the trainer sees it, ``(N,)``."""
+        if rows[0].old_log_probs is None:
+            return current.detach()
+        return torch.cat([row.old_log_probs for row in rows]).to(current.device)
+
+    def _importance_weight(self, current: Tensor, sampler: Tensor, rows: list[Row]) -> Tensor:
+        # Corrects the difference between trainer and sampler (sdpo.md 3.4). Only capped from above; detached.
+        if self.is_clip is None:
+            return torch.ones_like(current)
+        ratio = (self.old_log_probs(current, rows) - sampler).clamp(-20, 20).exp()
+        return ratio.clamp(max=self.is_clip)
+
+    def update(self, loss: float) -> bool:
+        """Clip and take one optimizer step, unless loss or gradient are not finite.
+
+        Args:
+            loss: Of this step.
+
+        Returns:
+            Whether the step was taken.
+
+        Raises:
+            RuntimeError: After `max_skipped_steps` steps in a row that were not.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        rate = float(self.optimizers().param_groups[0]["lr"])
+        self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
+        if torch.isfinite(torch.tensor([loss, norm])).all():
+            self.optimizers().step()
+            self.skipped_in_a_row = 0
+            return True
+        self.optimizers().zero_grad()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.max_skipped_steps:
+            raise RuntimeError(
+                f"Expected finite losses and gradients, but {self.skipped_in_a_row} optimizer steps in a row had none "
+                f"(loss {loss}, gradient norm {norm} at step {self.steps}); the weights were left as they were before them. "
+                "Lower the learning rate, or raise `max_skipped_steps`. The last checkpoint is good."
+            )
+        return False
+
+    def _advance_schedule(self) -> None:
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._timing[f"timing_s/{phase}"] = time.perf_counter() - start
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not last else nullcontext()
+
+    @property
+    def _training_sampling(self) -> Sampling:
+        return Sampling(self.max_response_length, self.temperature)
+
+    # ------------------------------------------------------------------------------------------------ reporting
+
+    def report(self, rows: list[Row]) -> None:
+        """Log the step; every value is that of all ranks together."""
+        summary = RolloutSummary.join(gather(RolloutSummary.of(rows)))
+        shared = gather(self.scalars)
+        scalars = {name: sum(each[name] for each in shared) / len(shared) for name in self.scalars}
+        scalars |= rollout_scalars(summary, self.success_reward_threshold)
+        scalars |= loss_scalars(self.step_statistics, self.success_reward_threshold)
+        scalars |= self._timing
+        scalars["perf/tokens_per_s"] = sum(summary.response_length) / self._timing["timing_s/step"]
+        scalars["actor/skipped_steps"] = float(self.skipped)
+        scalars["rollout/verifier_errors"] = float(sum(gather(self.verifier_errors)))
+        if self.device.type == "cuda":
+            scalars["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        # Not through self.log: within an epoch it goes on reporting the last value of a curve that has no value now, such as
+        # the divergence of failed responses in a step without any.
+        if self.steps % self.trainer.log_every_n_steps == 0:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(scalars, step=self.steps)
+        self.log_dict(scalars, logger=False, batch_size=len(rows))  # for callbacks that monitor a metric
+        bar = {"reward": scalars["critic/score/mean"]}
+        if self.has_teacher:
+            bar["I"] = information(self.step_statistics).value
+        if "lr/multiplier" in scalars:
+            bar["rho"] = scalars["lr/multiplier"]
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(rows))
+        self.last_rows = rows

@@ -1,0 +1,175 @@
+"""The language model behind student and teacher: loading, hidden states, head, identity."""
+
+import hashlib
+import json
+from importlib.resources import files
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pgpo_lightning.batching import Sequences
+from pgpo_lightning.distillation import Source
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def resolve_model(name: str) -> str:
+    """Return where a model lives: a folder or Hub id as it is, and ``toy`` for the base model in this package."""
+    return str(files("pgpo_lightning") / "assets" / "toy") if name == "toy" else name
+
+
+def load_model(
+    name: str,
+    dtype: Dtype = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model through transformers, safetensors only.
+
+    Args:
+        name: A folder, a Hub id, or ``toy``.
+        dtype: Type of the weights. float32 even for mixed precision: in bfloat16 a weight of 1.0 does not move in a hundred
+            AdamW steps of 1e-6.
+        attn_implementation: As in ``from_pretrained``.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_model(name),
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and make sure that it can end and pad a sequence.
+
+    Raises:
+        MisconfigurationException: If it has no end-of-sequence token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+    )
+    return checked_tokenizer(tokenizer)
+
+
+def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a padding token, or raise if it has no end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise MisconfigurationException(
+            f"Expected the tokenizer `{tokenizer.name_or_path}` to have an end-of-sequence token, but it has none: no "
+            "response could ever end. Set `eos_token` in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Apply a model's language-model head, and the soft cap or scale that some architectures put behind it.
+
+    Args:
+        model: A causal language model.
+        hidden: Shape ``(..., D)``.
+
+    Returns:
+        Logits, shape ``(..., V)``.
+    """
+    weight_dtype = model.get_output_embeddings().weight.dtype
+    logits = model.get_output_embeddings()(hidden.to(weight_dtype))
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scale
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Make sure that :func:`head` on hidden states is what the model itself computes.
+
+    Raises:
+        MisconfigurationException: If this architecture does something else to its logits.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head(model, decoder(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
+    model.train(was_training)
+    if not torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item() + 1e-6):
+        raise MisconfigurationException(
+            f"Expected the logits of {type(model).__name__} to be its output embedding applied to its last hidden state, "
+            f"but they differ by {(ours - theirs).abs().max().item():.3g}. This architecture is not supported: "
+            "`pgpo_lightning.policy.head` has to learn what it does to its logits."
+        )
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the part of the model that gives hidden states."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def source(model: PreTrainedModel, sequences: Sequences, weight: float = 1.0) -> Source:
+    """Run the model over whole sequences and keep what predicts the response tokens.
+
+    Args:
+        model: Student or teacher.
+        sequences: Prompts with responses.
+        weight: Weight of this model's logits in a mixture.
+
+    Returns:
+        Hidden states ``(N, D)`` of the response positions with the head that belongs to them.
+    """
+    hidden = decoder(model)(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+    return Source(hidden[sequences.row, sequences.position], lambda h: head(model, h), weight)
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Return the model's configuration as JSON, as kept in checkpoints."""
+    return model.config.to_json_string(use_diff=False)
+
+
+def check_architecture(saved: str, model: PreTrainedModel) -> None:
+    """Compare a checkpoint's architecture with the model that is to receive it.
+
+    Raises:
+        MisconfigurationException: If type or shapes differ; names the first differing fields.
+    """
+    keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings")  # fmt: skip
+    theirs, ours = json.loads(saved), json.loads(architecture(model))
+    different = [
+        f"{key} {theirs.get(key)!r} instead of {ours.get(key)!r}" for key in keys if theirs.get(key) != ours.get(key)
+    ]
+    if different:
+        raise MisconfigurationException(
+            f"Expected a checkpoint of the configured model, but it is of another architecture: {', '.join(different)}. "
+            "Set `model.model` to the model that the checkpoint was trained from."
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a short identity of a model's weights: equal weights, equal text.
+
+    Hashes names, shapes and up to 4096 evenly spaced elements of every parameter, so that 8 billion parameters take
+    about a second.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,103 @@
+"""The records that travel through one optimizer step: question -> rollout -> verdict -> row of the loss."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Message = dict[str, str]
+"""One chat turn: ``{"role": ..., "content": ...}``."""
+
+
+@dataclass
+class Question:
+    """One row of the data.
+
+    Args:
+        prompt: The user's text, or a list of chat messages that ends with a user turn.
+        answer: The gold answer, handed to the verifier as it is.
+        system: An optional system message, put before ``prompt``.
+        privileged_context: Optional text that only the self-teacher may see (TRL's column of that name). It serves as
+            feedback for every rollout whose verifier returns none of its own.
+        index: Position in its split; identifies the question in metrics and per-question results.
+        source: Where the row comes from (``file:line``), for error messages.
+        columns: All other columns of the row, for verifiers that need them.
+    """
+
+    prompt: str | list[Message]
+    answer: Any
+    system: str | None = None
+    privileged_context: str | None = None
+    index: int = 0
+    source: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def messages(self) -> list[Message]:
+        """Return the conversation that the student answers, as chat messages."""
+        turns = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else list(self.prompt)
+        return [{"role": "system", "content": self.system}, *turns] if self.system is not None else turns
+
+
+@dataclass
+class Verdict:
+    """What a verifier says about one response.
+
+    Args:
+        reward: The score; at least ``success_reward_threshold`` counts as a success.
+        feedback: Optional text about this very attempt (an error message, a failing test). It reaches the self-teacher
+            of this attempt only.
+        answer: The answer that was read from the response, for majority voting; ``None`` if there was none.
+    """
+
+    reward: float
+    feedback: str | None = None
+    answer: str | None = None
+
+
+@dataclass
+class Rollout:
+    """One response that the student sampled.
+
+    Args:
+        question: What was asked.
+        prompt_ids: Token ids of the prompt, chat template included.
+        response_ids: Token ids of the response; the end-of-sequence token, if it was sampled, is the last of them.
+        log_probs: Log-probability (nats) of each response token under the sampler, shape ``(len(response_ids),)``,
+            fp32 on the CPU.
+        text: The decoded response without special tokens.
+        finished: Whether the response ended by itself; ``False`` means that it was cut off at the length limit.
+    """
+
+    question: Question
+    prompt_ids: list[int]
+    response_ids: list[int]
+    log_probs: Tensor
+    text: str
+    finished: bool
+
+
+@dataclass
+class Row:
+    """One rollout with everything that its loss needs.
+
+    Args:
+        rollout: The sampled response.
+        verdict: What the verifier said.
+        reprompt_ids: Token ids of the self-teacher's prompt, or ``None`` if the row has no teacher (SDPO).
+        reprompt: The same as text, for the log.
+        advantage: Group-relative advantage (GRPO).
+        old_log_probs: Log-probabilities of the response under the policy before the first of several updates on one
+            batch, shape ``(len(response_ids),)``; ``None`` means that the current policy is the sampling policy.
+    """
+
+    rollout: Rollout
+    verdict: Verdict
+    reprompt_ids: list[int] | None = None
+    reprompt: str | None = None
+    advantage: float = 0.0
+    old_log_probs: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Response tokens, end-of-sequence included."""
+        return len(self.rollout.response_ids)

@@ -1,0 +1,156 @@
+"""Verdicts to teacher contexts: who sees which demonstration, and what the self-teacher's prompt says (sdpo.md section 2)."""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgpo_lightning.records import Message, Row
+
+REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
+FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+
+_CLOSED_THINKING = re.compile(r"<think>.*?</think>\s*", flags=re.DOTALL)
+
+
+def fill(template: str, **values: str) -> str:
+    r"""Put values into ``{name}`` placeholders.
+
+    Unlike ``str.format`` it leaves all other braces alone, so that templates may say ``\boxed{}``, and never looks into the
+    values.
+    """
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def check_template(field: str, template: str, placeholders: tuple[str, ...]) -> None:
+    """Raise if a template lacks one of its placeholders.
+
+    Raises:
+        ValueError: Names the field and the placeholder.
+    """
+    for name in placeholders:
+        if f"{{{name}}}" not in template:
+            raise ValueError(f"Expected `{field}` to contain the placeholder {{{name}}}, but got {template!r}.")
+
+
+def remove_thinking(text: str) -> str:
+    """Drop every closed think block and the white space after it."""
+    return _CLOSED_THINKING.sub("", text)
+
+
+@dataclass
+class RepromptBuilder:
+    """Builds the self-teacher's prompt of every row that has something to tell it.
+
+    Fields carry the names of the SDPO reference; see :class:`pgpo_lightning.modules.SDPO` for their meaning.
+    """
+
+    success_reward_threshold: float
+    dont_reprompt_on_self_success: bool
+    remove_thinking_from_demonstration: bool
+    include_environment_feedback: bool
+    environment_feedback_only_without_solution: bool
+    max_reprompt_len: int
+    reprompt_template: str
+    solution_template: str
+    feedback_template: str
+
+    def attach(
+        self,
+        rows: list[Row],
+        encode: Callable[[list[Message]], list[int]],
+        tokens: Callable[[str], list[int]],
+        text: Callable[[list[int]], str],
+        rng: random.Random,
+    ) -> dict[str, float]:
+        """Give every row its reprompt, or none if there is neither a demonstration nor feedback.
+
+        The demonstration is a uniform choice among the successful responses to the same question. (The reference takes the
+        first of a list sorted by length, which favours short ones: sdpo.md 8.1.)
+
+        Args:
+            rows: All rows of the step, whole groups; changed in place.
+            encode: Chat messages to prompt token ids.
+            tokens: Text to token ids, nothing added.
+            text: Token ids to text.
+            rng: Source of the choice.
+
+        Returns:
+            Shares of rows and groups under the metric names of the reference.
+        """
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            if row.verdict.reward >= self.success_reward_threshold:
+                groups.setdefault(row.rollout.question.index, []).append(row)
+        count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
+        for row in rows:
+            candidates = groups.get(row.rollout.question.index, [])
+            if self.dont_reprompt_on_self_success:
+                candidates = [other for other in candidates if other is not row]
+            demonstration = (self._demonstration(rng.choice(candidates)) or None) if candidates else None
+            feedback = self._feedback(row)
+            count["demonstration"] += demonstration is not None
+            count["feedback_available"] += feedback is not None
+            if demonstration is not None and self.environment_feedback_only_without_solution:
+                feedback = None
+            count["feedback_used"] += feedback is not None
+            if demonstration is None and feedback is None:
+                continue
+            trimmed = self._fit(row, demonstration, feedback, encode, tokens, text)
+            count["trimmed"] += trimmed
+            count["dropped"] += row.reprompt_ids is None
+        total = max(1, len(rows))
+        questions = len({row.rollout.question.index for row in rows})
+        return {
+            "self_distillation/success_group_fraction": len(groups) / max(1, questions),
+            "self_distillation/success_sample_fraction": count["demonstration"] / total,
+            "self_distillation/feedback_available_fraction": count["feedback_available"] / total,
+            "self_distillation/feedback_used_fraction": count["feedback_used"] / total,
+            "self_distillation/reprompt_sample_fraction": sum(row.reprompt_ids is not None for row in rows) / total,
+            "self_distillation/reprompt_trimmed_fraction": count["trimmed"] / total,
+            "self_distillation/reprompt_dropped_fraction": count["dropped"] / total,
+        }
+
+    def _demonstration(self, row: Row) -> str:
+        return remove_thinking(row.rollout.text) if self.remove_thinking_from_demonstration else row.rollout.text
+
+    def _feedback(self, row: Row) -> str | None:
+        if not self.include_environment_feedback:
+            return None
+        raw = row.verdict.feedback or row.rollout.question.privileged_context
+        return raw if raw and raw.strip() else None
+
+    def messages(self, row: Row, demonstration: str | None, feedback: str | None) -> list[Message]:
+        """Return the teacher's conversation: the student's, its last user turn rewritten."""
+        *before, last = row.rollout.question.messages()
+        solution = (
+            "" if demonstration is None else fill(self.solution_template, successful_previous_attempt=demonstration)
+        )
+        remarks = "" if feedback is None else fill(self.feedback_template, feedback_raw=feedback)
+        content = fill(self.reprompt_template, prompt=last["content"], solution=solution, feedback=remarks)
+        return [*before, {**last, "content": content}]
+
+    def _fit(
+        self,
+        row: Row,
+        demonstration: str | None,
+        feedback: str | None,
+        encode: Callable[[list[Message]], list[int]],
+        tokens: Callable[[str], list[int]],
+        text: Callable[[list[int]], str],
+    ) -> bool:
+        """Encode the reprompt, shortening the demonstration, then the feedback, from their ends until it fits."""
+        parts = {"demonstration": demonstration, "feedback": feedback}
+        trimmed = False
+        while any(parts.values()):
+            messages = self.messages(row, parts["demonstration"], parts["feedback"])
+            ids = encode(messages)
+            if (excess := len(ids) - self.max_reprompt_len) <= 0:
+                row.reprompt_ids, row.reprompt = ids, messages[-1]["content"]
+                break
+            # One token more than the excess, because text that is cut and encoded again can come out a token longer.
+            part = "demonstration" if parts["demonstration"] else "feedback"
+            parts[part] = text(tokens(parts[part])[: -(excess + 1)]) or None
+            trimmed = True
+        return trimmed

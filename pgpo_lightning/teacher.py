@@ -1,0 +1,156 @@
+"""Whose weights the self-teacher has, and how they move (SDPO, sdpo.md section 4)."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pgpo_lightning.batching import Sequences
+from pgpo_lightning.distillation import Source
+from pgpo_lightning.policy import fingerprint, source
+
+TeacherRegularization = Literal["ema", "frozen", "live", "trust-region"]
+
+
+class Teacher(nn.Module):
+    """A self-teacher: gives hidden states for the reprompted sequences and follows the student after each step."""
+
+    @abstractmethod
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """Return the teacher's hidden states and heads at the response tokens, without gradient.
+
+        Args:
+            student: The model being trained.
+            sequences: Reprompts with the student's responses.
+        """
+
+    def update(self, student: PreTrainedModel) -> None:
+        """Move after an optimizer step. Called once per training step, and only if a step was taken."""
+
+
+class LiveTeacher(Teacher):
+    """The student itself, seeing the feedback. Holds no copy of the weights."""
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [source(student, sequences)]
+
+
+class EMATeacher(Teacher):
+    """An exponential moving average of the student, in fp32, saved with the checkpoint.
+
+    ``theta_T <- (1 - rate) theta_T + rate theta_S`` over the parameters, once per training step. In bf16 most of these
+    increments would round to nothing.
+
+    Args:
+        student: The model whose weights, as they are now, are the starting point.
+        rate: How far the teacher moves towards the student per step.
+    """
+
+    def __init__(self, student: PreTrainedModel, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.model = copy.deepcopy(student).float().requires_grad_(False)
+        self.train(False)
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [source(self.model, sequences)]
+
+    @torch.no_grad()
+    def update(self, student: PreTrainedModel) -> None:
+        """See :meth:`Teacher.update`."""
+        for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+            mine.lerp_(theirs.to(mine.dtype), self.rate)
+
+    def train(self, mode: bool = True) -> "EMATeacher":
+        """Stay in evaluation mode: a teacher with dropout would be another teacher for every token."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATeacher":
+        # Lightning's half precision converts the whole module. Follow it to the device, but keep fp32.
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+
+class FrozenTeacher(Teacher):
+    """The weights that the student started from. Not saved: the checkpoint holds their fingerprint only.
+
+    Args:
+        student: The model whose weights, as they are now, stay the teacher's.
+    """
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(student).requires_grad_(False)
+        self.train(False)
+        self.identity = fingerprint(self.model)
+        self._register_state_dict_hook(self._leave_out_weights)
+        self._register_load_state_dict_pre_hook(self._put_back_weights)
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [source(self.model, sequences)]
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def get_extra_state(self) -> dict[str, str]:
+        """Return the identity of the weights, for the checkpoint."""
+        return {"identity": self.identity}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        """Check that a checkpoint was trained with this very teacher.
+
+        Raises:
+            MisconfigurationException: If it was another one.
+        """
+        if state["identity"] != self.identity:
+            raise MisconfigurationException(
+                f"Expected the checkpoint's frozen teacher ({state['identity']}) to be the configured model "
+                f"({self.identity}), but their weights differ. Set `model.model` to the base model of the interrupted run."
+            )
+
+    @staticmethod
+    def _leave_out_weights(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+            del state[name]
+
+    def _put_back_weights(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        # So that a strict load finds nothing missing.
+        state.update({f"{prefix}model.{name}": tensor for name, tensor in self.model.state_dict().items()})
+
+
+class TrustRegionTeacher(FrozenTeacher):
+    """A geometric mixture of the frozen start and the live student: ``lerp(start logits, student logits, rate)``.
+
+    Args:
+        student: The model whose weights, as they are now, are the fixed end of the mixture.
+        rate: Weight of the live student's logits.
+    """
+
+    def __init__(self, student: PreTrainedModel, rate: float) -> None:
+        super().__init__(student)
+        self.rate = rate
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [source(self.model, sequences, 1 - self.rate), source(student, sequences, self.rate)]
+
+
+def make_teacher(kind: TeacherRegularization, student: PreTrainedModel, rate: float) -> Teacher:
+    """Build the teacher that a configuration names, from the student's weights as they are now."""
+    if kind == "live":
+        return LiveTeacher()
+    if kind == "frozen":
+        return FrozenTeacher(student)
+    return EMATeacher(student, rate) if kind == "ema" else TrustRegionTeacher(student, rate)

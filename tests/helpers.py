@@ -1,0 +1,92 @@
+"""What many tests share: a tiny random Qwen3 with the toy's tokenizer, a few questions, and a quiet trainer."""
+
+import random
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from pgpo_lightning.data.toy import ToyArithmetic
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.policy import resolve_model
+from pgpo_lightning.records import Question, Rollout, Row, Verdict
+
+TOKENIZER = AutoTokenizer.from_pretrained(resolve_model("toy"))
+LIMITS = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 12}
+
+
+def tiny_model(seed=0, **settings):
+    """A Qwen3 of 2 layers with random weights; predictions far from uniform, so that entropies differ."""
+    config = Qwen3Config(
+        **{
+            "vocab_size": len(TOKENIZER),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+            "eos_token_id": TOKENIZER.eos_token_id,
+            "pad_token_id": TOKENIZER.pad_token_id,
+        }
+        | settings
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model
+
+
+def half_right(question, response):
+    """A verdict that depends on the response alone, right about half the time."""
+    return float(sum(map(ord, response)) % 2)
+
+
+def tiny_sdpo(seed=0, **settings):
+    """An SDPO module around :func:`tiny_model`, ready to run without a trainer."""
+    model = settings.pop("model", None) or tiny_model(seed)
+    module = SDPO(model, settings.pop("verifier", half_right), tokenizer=TOKENIZER, **(LIMITS | settings))
+    module.configure_model()
+    return module
+
+
+def questions(n=4):
+    """The first questions of the toy task."""
+    return ToyArithmetic(limit_val=n).load("validation")[:n]
+
+
+def random_rows(n, seed=0, with_reprompt=True, longest=12):
+    """Rows with random token ids, for everything that comes after sampling."""
+    rng = random.Random(seed)
+    ids = lambda low, high: [rng.randrange(5, len(TOKENIZER)) for _ in range(rng.randint(low, high))]  # noqa: E731
+    rows = []
+    for i in range(n):
+        response = ids(1, longest)
+        log_probs = -3.5 - torch.rand(len(response), generator=torch.Generator().manual_seed(seed * 1000 + i))
+        rollout = Rollout(Question("?", "1", index=i // 2), ids(3, 20), response, log_probs, "text", True)
+        rows.append(Row(rollout, Verdict(float(i % 2)), ids(10, 40) if with_reprompt else None))
+    return rows
+
+
+def loader(items, batch_size=2):
+    """A data loader over anything, in order."""
+    return DataLoader(items, batch_size=batch_size, collate_fn=list)
+
+
+def trainer(folder, **settings):
+    """A CPU trainer without logger, progress bar and checkpoints."""
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(
+        **({"accelerator": "cpu", "default_root_dir": folder, "num_sanity_val_steps": 0} | quiet | settings)
+    )

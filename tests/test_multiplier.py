@@ -1,0 +1,230 @@
+"""The rescale holds for exactly one optimizer step: moments and schedules never see it."""
+
+import math
+
+import bitsandbytes
+import pytest
+import torch
+from helpers import LIMITS, TOKENIZER, half_right, loader, tiny_model, trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
+from pgpo_lightning.modules import GRPO, SDPO
+from pgpo_lightning.statistics import StepStatistics
+
+STEPS, PARTS, LR = 20, 3, 0.01
+RHO = [1.0 + 0.5 * math.sin(k) for k in range(STEPS)]
+
+
+class Scripted(StepSizeMultiplier):
+    """A given sequence."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def multiplier(self, statistics, step):
+        return self.values[step]
+
+
+class FixedGradients(SDPO):
+    """The real update, clip and schedule, on gradients that do not depend on the weights: the loss is linear in them."""
+
+    def configure_model(self):
+        self.model = torch.nn.Linear(64, 80)  # over 4096 elements: below, the 8-bit optimizer keeps 32-bit state
+        with torch.no_grad():
+            self.model.weight.zero_()
+            self.model.bias.zero_()
+        self.path, self.rates = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        generator = torch.Generator().manual_seed(self.steps)
+        for _ in range(PARTS):
+            loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in self.model.parameters())
+            self.manual_backward(loss / PARTS)
+        self.update(0.0)
+        self._advance_schedule()
+        self.steps += 1
+        self.path.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.0),
+    "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(LR), weight_decay=0.0, foreach=False),
+    "adamw-8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=LR, weight_decay=0.0),
+}
+
+
+def run(folder, optimizer, callbacks, scheduler=None, max_grad_norm=None):
+    module = FixedGradients(
+        tiny_model(),
+        half_right,
+        tokenizer=TOKENIZER,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        max_grad_norm=max_grad_norm,
+        **LIMITS,
+    )
+    t = trainer(folder, max_steps=STEPS, callbacks=callbacks)
+    t.fit(module, loader(range(STEPS), 1))
+    return module, t.optimizers[0]
+
+
+def moments(optimizer):
+    return {
+        (i, name): value.clone()
+        for i, state in enumerate(optimizer.state.values())
+        for name, value in state.items()
+        if torch.is_tensor(value)
+    }
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("scheduler", [None, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_are_untouched_and_every_parameter_moves_rho_times_as_far(tmp_path, name, scheduler, clip):
+    plain, plain_optimizer = run(tmp_path, OPTIMIZERS[name], [], scheduler, clip)
+    scaled, scaled_optimizer = run(tmp_path, OPTIMIZERS[name], [Scripted(RHO)], scheduler, clip)
+
+    expected, got = moments(plain_optimizer), moments(scaled_optimizer)
+    assert expected
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+    # ExponentialLR multiplies the *current* rate: had it seen rho, the rates would drift apart.
+    assert [float(rate) for rate in plain.rates] == [float(rate) for rate in scaled.rates]
+
+    steps = lambda module: torch.stack(module.path).diff(dim=0, prepend=torch.zeros(1, module.path[0].numel()))  # noqa: E731
+    rounding = 1e-7  # of weights of up to 0.5 in fp32
+    assert steps(plain).abs().mean() > 100 * rounding
+    torch.testing.assert_close(steps(scaled), torch.tensor(RHO).unsqueeze(1) * steps(plain), rtol=1e-3, atol=rounding)
+
+
+def test_equals_a_hand_written_loop_bit_for_bit(tmp_path):
+    """AdamW with weight decay, clipping and a schedule that multiplies the current rate."""
+    make = lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.1)  # noqa: E731
+    decay = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)  # noqa: E731
+    module, _ = run(tmp_path, make, [Scripted(RHO)], decay, 0.5)
+
+    weights = torch.nn.Linear(64, 80)
+    with torch.no_grad():
+        weights.weight.zero_()
+        weights.bias.zero_()
+    optimizer, rate = make(weights.parameters()), LR
+    for k in range(STEPS):
+        generator = torch.Generator().manual_seed(k)
+        optimizer.zero_grad()
+        for _ in range(PARTS):
+            loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in weights.parameters())
+            (loss / PARTS).backward()
+        torch.nn.utils.clip_grad_norm_(weights.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = rate * RHO[k]
+        optimizer.step()
+        rate *= 0.9
+    assert torch.equal(module.path[-1], torch.cat([p.detach().flatten() for p in weights.parameters()]))
+
+
+def test_an_interrupted_step_leaves_the_base_rate(tmp_path):
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()
+            raise KeyError("disk full")
+
+    multiplier = ConstantMultiplier(1.5)
+    module = FixedGradients(
+        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=lambda p: Broken(p, lr=LR), **LIMITS
+    )
+    t = trainer(tmp_path, max_steps=2, callbacks=[multiplier])
+    with pytest.raises(KeyError, match="disk full"):
+        t.fit(module, loader(range(2), 1))
+    assert t.optimizers[0].param_groups[0]["lr"] == LR
+    assert multiplier._handles == []
+
+
+def test_two_multipliers_are_refused(tmp_path):
+    t = trainer(tmp_path, callbacks=[ConstantMultiplier(1.1), RandomMultiplier()])
+    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS)
+    with pytest.raises(
+        MisconfigurationException, match=r"one step-size multiplier, but got ConstantMultiplier and Random"
+    ):
+        t.fit(module, loader(range(2), 1))
+
+
+def test_information_needs_a_teacher(tmp_path):
+    limits = {k: v for k, v in LIMITS.items() if k != "max_reprompt_len"}
+    module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
+    with pytest.raises(MisconfigurationException, match="a module with a teacher .* but GRPO has none"):
+        trainer(tmp_path, callbacks=[InformationMultiplier()]).fit(module, loader(range(2), 1))
+
+
+def one_row(student, teacher):
+    values = {name: torch.ones(1) for name in StepStatistics.__dataclass_fields__}
+    return StepStatistics(
+        **values | {"entropy_student": torch.tensor([student]), "entropy_teacher": torch.tensor([teacher])}
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "information", "rho"),
+    [
+        ({}, 0.2, math.exp(0.2)),
+        ({"sensitivity": 1.5}, 0.2, math.exp(0.3)),
+        ({"alpha": 1.5}, 0.2, math.exp(0.3)),
+        ({"sensitivity": 0.0}, 0.2, 1.0),
+        ({}, -0.5, 1.0),  # the floor that keeps the paper's promise
+        ({"rho_min": None}, -0.5, math.exp(-0.5)),
+        ({"rho_min": 0.8}, -0.5, 0.8),
+        ({"sensitivity": 10.0}, 0.5, 2.0),
+        ({"sensitivity": 10.0, "rho_max": 4.0}, 0.5, 4.0),
+        ({"sensitivity": 1e6}, 0.5, 2.0),  # exp() must not overflow
+    ],
+)
+def test_equation_nine(settings, information, rho):
+    multiplier = InformationMultiplier(**settings)
+    statistics = one_row(1.0 + information, 1.0)
+    assert multiplier.bounded(multiplier.multiplier(statistics, 0)) == pytest.approx(rho, rel=1e-6)
+
+
+def test_no_row_with_a_teacher_is_no_information():
+    multiplier = InformationMultiplier(sensitivity=3.0, rho_min=None)
+    assert multiplier.multiplier(StepStatistics.empty(), 0) == 1.0
+
+
+def test_random_draws_depend_on_seed_and_step_alone():
+    a, b = RandomMultiplier(0.5, 1.5, seed=1), RandomMultiplier(0.5, 1.5, seed=1)
+    draws = [a.multiplier(StepStatistics.empty(), k) for k in range(2000)]
+    assert draws[::-1] == [b.multiplier(StepStatistics.empty(), k) for k in reversed(range(2000))]
+    assert 0.5 <= min(draws) < 0.51
+    assert 1.49 < max(draws) <= 1.5
+    assert sum(draws) / 2000 == pytest.approx(1.0, abs=0.03)
+    assert draws[0] != RandomMultiplier(0.5, 1.5, seed=2).multiplier(StepStatistics.empty(), 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InformationMultiplier(sensitivity=-1.0), "`sensitivity` to be at least 0, but got -1.0"),
+        (lambda: InformationMultiplier(sensitivity=1.0, alpha=2.0), "only one of `sensitivity` and `alpha`"),
+        (lambda: InformationMultiplier(rho_max=0.9), "`rho_max` to be at least 1, but got 0.9"),
+        (lambda: InformationMultiplier(rho_min=3.0), "`rho_min` to lie between 0 and `rho_max`"),
+        (lambda: InformationMultiplier(estimator="entropy"), "`estimator` to be"),
+        (lambda: InformationMultiplier(aggregation="mean"), "`aggregation` to be"),
+        (lambda: ConstantMultiplier(-0.1), "`value` to be at least 0"),
+        (lambda: RandomMultiplier(2.0, 1.0), "`low` <= `high`"),
+    ],
+)
+def test_bad_settings_name_the_field(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_multiplier_that_is_not_a_number_stops_the_run():
+    with pytest.raises(RuntimeError, match="ConstantMultiplier to return a number"):
+        ConstantMultiplier().bounded(math.nan)

@@ -1,0 +1,183 @@
+"""A run that is killed and resumed is bit for bit the run that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pgpo_lightning.cli import main
+from pgpo_lightning.curves import read_scalars
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(folder, steps=6, **changes):
+    """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step."""
+    model = {
+        "model": "toy",
+        "verifier": "pgpo_lightning.verifiers.BoxedAnswer",
+        "num_generations": 4,
+        "max_prompt_length": 64,
+        "max_reprompt_len": 160,
+        "max_response_length": 24,
+        "eval_samples": 2,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        "scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}},
+    }
+    settings = {
+        "seed_everything": 3,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "default_root_dir": str(folder),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "model": {"class_path": changes.pop("module", "SDPO"), "init_args": model | changes.pop("model", {})},
+        "data": {
+            "class_path": "ToyArithmetic",
+            "init_args": {"batch_size": 4, "eval_batch_size": 8, "limit_train": 13, "limit_val": 8},
+        },
+        "multiplier": {"class_path": "RandomMultiplier", "init_args": {"low": 0.5, "high": 1.5}},
+        "checkpoint": {"every_n_train_steps": 1, "keep": None},
+    }
+    path = Path(folder).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings | changes))
+    return str(path)
+
+
+def final(folder, steps=6):
+    return torch.load(folder / "checkpoints" / f"step={steps:06d}.ckpt", weights_only=True)
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(whole, resumed):
+    a, b = final(whole), final(resumed)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ToyArithmetic", "pgpo_lightning", "global_step"):
+        assert_same(a[part], b[part], part)
+    curves = [
+        {tag: points for tag, points in read_scalars(folder).items() if not tag.startswith(("timing_s", "perf"))}
+        for folder in (whole, resumed)
+    ]
+    assert "val/avg@2" in curves[0]
+    assert sorted(curves[0]["val/avg@2"]) == [0, 2, 4, 6]
+    assert sorted(curves[0]["critic/score/mean"]) == [1, 2, 3, 4, 5, 6]
+    assert_same(*curves)
+    for path in sorted((whole / "validation").iterdir()):
+        assert path.read_text() == (resumed / "validation" / path.name).read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    main(["fit", "--config", config(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+def test_resume_from_every_step(whole, tmp_path, cut):
+    """2 is followed by a validation, 3 ends an epoch, 5 is neither."""
+    folder = tmp_path / "run"
+    main(["fit", "--config", config(folder, steps=cut)])
+    main(["fit", "--config", config(folder), "--ckpt_path", "last"])
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.timeout(300)
+def test_resume_after_kill_nine(whole, tmp_path):
+    """Killed at a moment that nobody chose, in the middle of whatever it was doing."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pgpo_lightning.cli", "fit", "--config", config(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    checkpoints = folder / "checkpoints"
+    while not (checkpoints.is_dir() and len(list(checkpoints.glob("step=*.ckpt"))) >= 3):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    time.sleep(0.15)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (checkpoints / "step=000006.ckpt").exists(), "the run ended before it was killed"
+    main(["fit", "--config", config(folder), "--ckpt_path", "last"])
+    assert_same_run(whole, folder)
+
+
+def test_a_checkpoint_holds_the_teacher_and_nothing_that_needs_pickle(whole):
+    saved = final(whole)
+    names = saved["state_dict"]
+    assert {name.split(".")[0] for name in names} == {"model", "teacher"}
+    student = names["model.model.layers.0.mlp.up_proj.weight"]
+    teacher = names["teacher.model.model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(student, teacher)
+    assert saved["lr_schedulers"][0]["last_epoch"] == 6
+    # The rates that the optimizer and the schedule keep never saw the multiplier.
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.9**6, rel=1e-12)
+
+
+def test_a_run_in_the_folder_of_another_is_refused_and_loses_nothing(whole):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="holds one. Continue it with `--ckpt_path last`"):
+        main(["fit", "--config", config(whole)])
+    after = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert {path: after.get(path) for path in before} == before
+
+
+def test_resuming_where_there_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="to resume from, but there is none"):
+        main(["fit", "--config", config(tmp_path / "run"), "--ckpt_path", "last"])
+
+
+def test_settings_of_the_command_line_win_over_those_of_the_checkpoint(whole, tmp_path):
+    checkpoint = str(whole / "checkpoints" / "step=000006.ckpt")
+    main(["validate", "--config", config(tmp_path / "run"), "--ckpt_path", checkpoint, "--model.eval_samples", "3"])
+    assert "val/avg@3" in read_scalars(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_module_or_architecture_is_refused(whole, tmp_path):
+    from helpers import TOKENIZER, tiny_model
+
+    checkpoint = str(whole / "checkpoints" / "step=000006.ckpt")
+    grpo = config(tmp_path / "a", module="GRPO")
+    text = Path(grpo).read_text().replace("    max_reprompt_len: 160\n", "")
+    Path(grpo).write_text(text)
+    with pytest.raises(Exception, match=r"Expected a checkpoint of GRPO, but it is SDPO's"):
+        main(["validate", "--config", grpo, "--ckpt_path", checkpoint])
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    TOKENIZER.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(Exception, match=r"of another architecture: hidden_size 128 instead of 32"):
+        main(["validate", "--config", config(tmp_path / "b", model={"model": str(tmp_path / "tiny")}), "--ckpt_path", checkpoint])
+
+
+def test_export_opens_with_transformers_alone(whole, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(["export", str(whole), str(tmp_path / "student")])
+    main(["export", str(whole), str(tmp_path / "teacher"), "--weights", "teacher"])
+    saved = final(whole)["state_dict"]
+    for kind, prefix in (("student", "model."), ("teacher", "teacher.model.")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, saved[prefix + name]), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert tokenizer.decode(tokenizer("8*6=48")["input_ids"]) == "8*6=48"

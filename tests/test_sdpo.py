@@ -1,0 +1,264 @@
+"""SDPO's step against a plain re-computation, and its invariances."""
+
+import math
+
+import pytest
+import torch
+from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, tiny_sdpo, trainer
+
+from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
+from pgpo_lightning.divergence import divergence, entropy, sampled_token, student_top_k
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.records import Verdict
+from pgpo_lightning.statistics import information
+
+
+class Detached(SDPO):
+    """Runs `accumulate_gradients` without a trainer."""
+
+    def optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    def manual_backward(self, loss):
+        loss.backward()
+
+    def _synchronised(self, last):
+        return torch.enable_grad()
+
+
+def detached(rows_seed=0, **settings):
+    module = Detached(
+        settings.pop("model", None) or tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings)
+    )
+    module.configure_model()
+    with torch.no_grad():  # a teacher that is not the student
+        for p in module.teacher.parameters():
+            p.mul_(1.5)
+    return module
+
+
+def plain_loss(module, rows, denominator, cap=2.0):
+    """The formula of sdpo.md 3.5, one row at a time, from the models' own logits."""
+    total = 0.0
+    for row in rows:
+        if row.reprompt_ids is None:
+            continue
+        y = torch.tensor(row.rollout.response_ids)
+        ids = lambda prompt, y=y: torch.tensor([[*prompt, *y.tolist()]])  # noqa: E731
+        log_s = (
+            module.model(ids(row.rollout.prompt_ids)).logits[0, len(row.rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        )
+        with torch.no_grad():
+            log_t = (
+                module.teacher.model(ids(row.reprompt_ids)).logits[0, len(row.reprompt_ids) - 1 : -1].log_softmax(-1)
+            )
+        log_s_y = log_s[torch.arange(len(y)), y]
+        if not module.full_logit_distillation:
+            d = sampled_token(log_s, log_t, y)
+        else:
+            a, b = log_s, log_t
+            if module.distillation_topk is not None:
+                a, b = student_top_k(a, b, module.distillation_topk, module.distillation_add_tail)
+            d = divergence(a, b, module.divergence_alpha)
+        weight = (log_s_y.detach() - row.rollout.log_probs).exp().clamp(max=cap) if cap else 1.0
+        if denominator == "tokens":
+            total = total + (d * weight).sum() / sum(r.length for r in rows if r.reprompt_ids is not None)
+        else:
+            total = total + (d * weight).mean() / len(rows)
+    return total
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+CASES = [
+    {},
+    {"divergence_alpha": 0.0},
+    {"alpha": 1.0},
+    {"divergence_alpha": 0.1},
+    {"distillation_topk": 5},
+    {"distillation_topk": 5, "distillation_add_tail": False},
+    {"divergence_alpha": 1.0, "full_logit_distillation": False},
+    {"loss_agg_mode": "token-mean"},
+    {"is_clip": None},
+    {"is_clip": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_loss_and_gradient_equal_the_formula(settings):
+    module = detached(**settings)
+    rows = random_rows(6)
+    rows[1].reprompt_ids = None  # a masked row stays in the denominator
+    loss = module.accumulate_gradients(rows)
+    ours = gradients(module.model)
+    module.model.zero_grad()
+    tokens = "tokens" if settings.get("loss_agg_mode") == "token-mean" else "rows"
+    plain = plain_loss(module, rows, tokens, settings.get("is_clip", 2.0))
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), rel=1e-5)
+    for a, b in zip(ours, gradients(module.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert max(g.abs().max() for g in ours) > 2e-4
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["seq-mean-token-mean", "token-mean"])
+def test_micro_batches_do_not_change_anything(loss_agg_mode):
+    results = []
+    for budget in (1, 150, 10_000):
+        module = detached(micro_batch_tokens=budget, loss_agg_mode=loss_agg_mode)
+        rows = random_rows(8)
+        loss = module.accumulate_gradients(rows)
+        results.append((loss, gradients(module.model), information(module.step_statistics)))
+    for loss, grads, signal in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert signal.value == pytest.approx(results[0][2].value, abs=1e-6)
+        assert signal.standard_error == pytest.approx(results[0][2].standard_error, abs=1e-6)
+        for a, b in zip(grads, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_masked_rows_cost_no_forward_pass():
+    module = detached()
+    rows = random_rows(6)
+    for row in rows[:4]:
+        row.reprompt_ids = None
+    seen = []
+    for model in (module.model, module.teacher.model):
+        model.get_decoder().register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["input_ids"].size(0)), with_kwargs=True
+        )
+    module.accumulate_gradients(rows)
+    assert sum(seen) == 2 * 2
+    assert len(module.step_statistics) == 2
+
+
+def test_no_row_with_a_teacher_gives_zero_gradients_and_no_information():
+    module = detached()
+    rows = random_rows(4, with_reprompt=False)
+    assert module.accumulate_gradients(rows) == 0.0
+    assert all((g == 0).all() for g in gradients(module.model))
+    assert information(module.step_statistics).value == 0.0
+
+
+def test_statistics_are_those_of_the_sequences():
+    module = detached()
+    rows = random_rows(3)
+    module.accumulate_gradients(rows)
+    got = module.step_statistics
+    order = [(got.length == row.length).nonzero()[0, 0].item() for row in rows]
+    assert len(set(order)) == 3, "the example needs rows of different lengths"
+    for row, i in zip(rows, order, strict=True):
+        y = row.rollout.response_ids
+        with torch.no_grad():
+            log_s = module.model(torch.tensor([[*row.rollout.prompt_ids, *y]])).logits[
+                0, len(row.rollout.prompt_ids) - 1 : -1
+            ]
+            log_t = module.teacher.model(torch.tensor([[*row.reprompt_ids, *y]])).logits[
+                0, len(row.reprompt_ids) - 1 : -1
+            ]
+        log_s, log_t = log_s.log_softmax(-1), log_t.log_softmax(-1)
+        at_y = (torch.arange(len(y)), torch.tensor(y))
+        assert got.entropy_student[i].item() == pytest.approx(entropy(log_s).mean().item(), abs=1e-5)
+        assert got.entropy_teacher[i].item() == pytest.approx(entropy(log_t).mean().item(), abs=1e-5)
+        assert got.log_ratio[i].item() == pytest.approx((log_t - log_s)[at_y].mean().item(), abs=1e-5)
+        expected = (log_s[at_y] - row.rollout.log_probs).mean().item()
+        assert got.sampler_log_ratio[i].item() == pytest.approx(expected, abs=1e-5)
+        assert got.reward[i].item() == row.verdict.reward
+
+
+def fit(folder, callbacks=(), steps=3, model=None, **settings):
+    module = SDPO(model or tiny_model(), settings.pop("verifier", half_right), tokenizer=TOKENIZER, num_generations=4,
+                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **(LIMITS | settings))  # fmt: skip
+    t = trainer(folder, max_steps=steps, callbacks=list(callbacks))
+    t.fit(module, loader(questions(2 * steps), 2))
+    return module, t
+
+
+def state(module):
+    return [p.detach().clone() for p in module.model.parameters()]
+
+
+def test_no_multiplier_and_a_constant_of_one_are_the_same_run_bit_for_bit(tmp_path):
+    plain, _ = fit(tmp_path)
+    one, _ = fit(tmp_path, [ConstantMultiplier(1.0)])
+    other, _ = fit(tmp_path, [ConstantMultiplier(1.1)])
+    assert all(torch.equal(a, b) for a, b in zip(state(plain), state(one), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(state(plain), state(other), strict=True))
+
+
+def test_pgpo_takes_exactly_the_step_of_sdpo_times_rho(tmp_path):
+    """One step on one seed: the same gradients, so the parameters move exp(sensitivity * I) times as far."""
+    start = state(tiny_sdpo())
+    plain, _ = fit(tmp_path, steps=1, model=tiny_model())
+    pgpo, t = fit(
+        tmp_path, [InformationMultiplier(sensitivity=30.0, rho_min=None, rho_max=50.0)], steps=1, model=tiny_model()
+    )
+    rho = math.exp(30.0 * information(pgpo.step_statistics).value)
+    assert t.callback_metrics["rho"].item() == pytest.approx(rho, rel=1e-6)
+    assert abs(rho - 1) > 0.02
+    for a, b, s in zip(state(plain), state(pgpo), start, strict=True):
+        torch.testing.assert_close(b - s, rho * (a - s), rtol=2e-3, atol=2e-7)
+
+
+def test_rollouts_are_on_policy(tmp_path):
+    """The sampler's and the trainer's log-probabilities agree at every step, so no sample is older than the weights."""
+    ratios = []
+
+    class Recording(SDPO):
+        def report(self, rows):
+            ratios.append(self.step_statistics.sampler_log_ratio.abs().max().item())
+            super().report(rows)
+
+    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
+                       optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **LIMITS)  # fmt: skip
+    trainer(tmp_path, max_steps=4).fit(module, loader(questions(8), 2))
+    assert len(ratios) == 4
+    assert max(ratios) < 1e-4
+
+
+def test_feedback_per_attempt_reaches_the_teacher_of_that_attempt(tmp_path):
+    def verifier(question, response):
+        return Verdict(0.0, feedback=f"The final answer {len(response)} is wrong.")
+
+    module, _ = fit(tmp_path, steps=1, verifier=verifier)
+    assert len(module.last_rows) == 8
+    for row in module.last_rows:
+        assert f"earlier attempt:\n\nThe final answer {len(row.rollout.text)} is wrong.\n\nCorrectly" in row.reprompt
+        assert module.encoder.text(row.reprompt_ids).count(f"answer {len(row.rollout.text)} is") == 1
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, _ = fit(tmp_path, model=tiny_model())
+    checkpointed, _ = fit(tmp_path, model=tiny_model(), gradient_checkpointing=True)
+    for a, b in zip(state(plain), state(checkpointed), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence_alpha": 1.2}, r"`divergence_alpha` to lie in \[0, 1\], but got 1.2"),
+        ({"divergence_alpha": 0.2, "alpha": 0.3}, "only one of `divergence_alpha` and `alpha`"),
+        ({"full_logit_distillation": False}, "`divergence_alpha` 1 with `full_logit_distillation` false"),
+        ({"full_logit_distillation": False, "alpha": 1.0, "distillation_topk": 5}, "no `distillation_topk`"),
+        ({"distillation_add_tail": True}, "`distillation_topk` with `distillation_add_tail`"),
+        ({"distillation_topk": 0}, "`distillation_topk` to be at least 1"),
+        ({"teacher_regularization": "emma"}, "`teacher_regularization` to be one of"),
+        ({"teacher_update_rate": 2.0}, "`teacher_update_rate` to lie in"),
+        ({"max_reprompt_len": 64}, "`max_reprompt_len` to exceed `max_prompt_length`"),
+        ({"reprompt_template": "{prompt}{solution}"}, r"`reprompt_template` to contain the placeholder \{feedback\}"),
+        ({"num_generations": 0}, "`num_generations` to be at least 1"),
+        ({"temperature": 0.0}, "`temperature` to be above 0"),
+        ({"eval_top_p": 1.5}, "`eval_top_p` to be at most 1"),
+        ({"loss_agg_mode": "mean"}, "`loss_agg_mode` to be one of"),
+        ({"on_verifier_error": "ignore"}, "`on_verifier_error` to be one of"),
+        ({"max_skipped_steps": -1}, "`max_skipped_steps` to be at least 0"),
+        ({"is_clip": 0.0}, "`is_clip` to be above 0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings_name_the_field(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))

@@ -1,0 +1,179 @@
+"""Whose weights the teacher has, how they move, and what of them a checkpoint holds."""
+
+import copy
+
+import pytest
+import torch
+from helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.policy import head
+
+
+def weights(model):
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def disturb(model, scale=0.1, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator).to(p.dtype))
+
+
+def test_ema_follows_its_formula_and_starts_at_the_student():
+    module = tiny_sdpo(teacher_update_rate=0.05)
+    start = weights(module.model)
+    assert torch.equal(weights(module.teacher.model), start)
+    expected = start.clone()
+    for k in range(4):
+        disturb(module.model, seed=k)
+        module.after_update()
+        expected = 0.95 * expected + 0.05 * weights(module.model)
+    torch.testing.assert_close(weights(module.teacher.model), expected, rtol=0, atol=1e-6)
+
+
+def test_ema_stays_in_fp32_and_keeps_increments_that_bf16_would_round_away():
+    module = tiny_sdpo(model=tiny_model().bfloat16())
+    module.to(torch.bfloat16)  # what Lightning's bf16-true does to the whole module
+    assert {p.dtype for p in module.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in module.teacher.parameters()} == {torch.float32}
+    with torch.no_grad():
+        for p in module.model.parameters():
+            p.mul_(1 + 2**-7)  # one bf16 step up
+    before = weights(module.teacher.model)
+    module.after_update()
+    moved = (weights(module.teacher.model) - before).abs()
+    assert moved.sum().item() == pytest.approx(0.05 * (weights(module.model) - before).abs().sum().item(), rel=1e-3)
+    assert torch.equal(weights(module.teacher.model.bfloat16()), before)  # in bf16 nothing would have moved
+
+
+def test_a_rate_of_one_is_the_student_and_of_zero_the_start():
+    for rate, expect in ((1.0, lambda start, now: now), (0.0, lambda start, now: start)):
+        module = tiny_sdpo(teacher_update_rate=rate)
+        start = weights(module.model)
+        disturb(module.model)
+        module.after_update()
+        torch.testing.assert_close(
+            weights(module.teacher.model), expect(start, weights(module.model)), rtol=0, atol=1e-7
+        )
+
+
+def test_a_live_teacher_holds_no_copy():
+    module = tiny_sdpo(teacher_regularization="live")
+    assert list(module.teacher.parameters()) == []
+    assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in module.model.parameters())
+
+
+def test_a_module_object_with_changed_weights_gets_a_teacher_with_those_weights():
+    model = tiny_model()
+    disturb(model)
+    module = tiny_sdpo(model=model)
+    assert torch.equal(weights(module.teacher.model), weights(model))
+    assert not torch.equal(weights(module.teacher.model), weights(tiny_model()))
+
+
+def teacher_logits(module, rows):
+    sources = module.teacher_sources(rows)
+    assert not any(s.hidden.requires_grad for s in sources)
+    return sum(s.weight * s.head(s.hidden) for s in sources)
+
+
+def plain_logits(model, row):
+    ids = torch.tensor([[*row.reprompt_ids, *row.rollout.response_ids]])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[0, len(row.reprompt_ids) - 1 : -1]
+    model.train()
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen", "live", "trust-region"])
+def test_every_mode_gives_the_logits_that_its_definition_gives(kind):
+    rate = {} if kind in ("frozen", "live") else {"teacher_update_rate": 0.3}
+    module = tiny_sdpo(teacher_regularization=kind, **rate)
+    start = copy.deepcopy(module.model)
+    disturb(module.model, 0.05)
+    module.after_update()
+    ema = copy.deepcopy(start)
+    with torch.no_grad():
+        for e, s in zip(ema.parameters(), module.model.parameters(), strict=True):
+            e.lerp_(s, 0.3)
+    rows = random_rows(3)
+    expected = {
+        "ema": lambda row: plain_logits(ema, row),
+        "frozen": lambda row: plain_logits(start, row),
+        "live": lambda row: plain_logits(module.model, row),
+        "trust-region": lambda row: torch.lerp(plain_logits(start, row), plain_logits(module.model, row), 0.3),
+    }[kind]
+    got = teacher_logits(module, rows)
+    torch.testing.assert_close(got, torch.cat([expected(row) for row in rows]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved"), [("ema", True), ("frozen", False), ("live", False), ("trust-region", False)]
+)
+def test_a_moving_teacher_is_saved_and_a_frozen_one_is_not(kind, saved):
+    module = tiny_sdpo(teacher_regularization=kind)
+    names = [name for name, value in module.state_dict().items() if torch.is_tensor(value)]
+    assert any(name.startswith("teacher.") for name in names) == saved
+    assert any(name.startswith("model.") for name in names)
+
+
+def test_ema_weights_come_back_and_differ_from_the_student():
+    module = tiny_sdpo()
+    disturb(module.model)
+    module.after_update()
+    other = tiny_sdpo(seed=5)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(weights(other.teacher.model), weights(module.teacher.model))
+    assert not torch.equal(weights(other.teacher.model), weights(other.model))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trust-region"])
+def test_a_frozen_teacher_is_checked_on_resume(kind):
+    module = tiny_sdpo(teacher_regularization=kind)
+    frozen = weights(module.teacher.model)
+    disturb(module.model)
+    state = module.state_dict()
+
+    same = tiny_sdpo(teacher_regularization=kind)
+    same.load_state_dict(state)
+    assert torch.equal(weights(same.model), weights(module.model))
+    assert torch.equal(weights(same.teacher.model), frozen)
+
+    other = tiny_sdpo(seed=5, teacher_regularization=kind)
+    with pytest.raises(
+        MisconfigurationException, match=r"checkpoint's frozen teacher .* Set `model.model` to the base"
+    ):
+        other.load_state_dict(state)
+
+
+def test_the_teacher_never_trains():
+    module = tiny_sdpo(model=tiny_model(attention_dropout=0.5))
+    module.train()
+    assert module.model.training
+    assert not any(m.training for m in module.teacher.modules())
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+    assert all(p.requires_grad for p in module.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["frozen", "live"])
+def test_a_rate_without_effect_is_refused(kind):
+    with pytest.raises(ValueError, match=f"no `teacher_update_rate` with the {kind} teacher"):
+        SDPO(
+            tiny_model(),
+            half_right,
+            tokenizer=TOKENIZER,
+            teacher_regularization=kind,
+            teacher_update_rate=0.1,
+            **LIMITS,
+        )
+
+
+def test_tied_weights_stay_tied_in_the_copy():
+    module = tiny_sdpo()
+    teacher = module.teacher.model
+    assert teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
+    hidden = torch.randn(2, 32)
+    torch.testing.assert_close(head(teacher, hidden), hidden @ teacher.get_input_embeddings().weight.T)

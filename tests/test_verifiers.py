@@ -1,0 +1,316 @@
+import math
+import os
+import threading
+import time
+
+import pytest
+
+from pgpo_lightning import verifiers
+from pgpo_lightning.records import Question, Verdict
+from pgpo_lightning.verifiers import BoxedAnswer, MultipleChoice, VerifierError, grade
+
+
+def ask(answer, **kwargs):
+    return Question("What is it?", answer, index=3, source="train.json:4", **kwargs)
+
+
+# The examples that sdpo.md 1.2 ran against the reference grader, gold "A".
+REFERENCE = [
+    ("A", 1, "A"),
+    ("<answer>A", 1, "A"),
+    ("<answer>A</answer> and more text", 1, "A"),
+    ("<answer>B</answer> no, <answer>A</answer>", 1, "A"),
+    ("A</answer> junk", 1, "A"),
+    ("<answer>(A)</answer>", 0, "(A)"),
+    ("<answer>A.</answer>", 0, "A."),
+    ("<answer>a</answer>", 0, "a"),
+    ("<answer>A: text</answer>", 0, "A: text"),
+    ("<answer>\\boxed{A}</answer>", 0, "\\boxed{A}"),
+    ("The answer is A", 0, "The answer is A"),
+    ("<answer>\n A \n</answer>", 1, "A"),
+    ("<answer>A</answer> or <answer>B</answer>", 0, "B"),
+    ("<answer>A</answer> x <answer></answer>", 0, None),
+    ("The answer is definitely A", 0, None),  # 26 characters are no vote
+    ("", 0, None),
+]
+STRICT = [
+    ("<answer>A</answer>", "A"),
+    ("<think>so\n</think>\n<answer>\n A </answer> \n", "A"),
+    ("A", None),
+    ("<answer>A", None),
+    ("<answer>A</answer>.", None),
+    ("<answer>B</answer><answer>A</answer>", None),
+    ("</answer><answer>A</answer>", None),
+    ("<answer>a</answer>", None),
+    ("<answer>AB</answer>", None),
+    ("<answer>E</answer>", None),
+    ("<answer>(A)</answer>", None),
+]
+LENIENT = [
+    ("A", "A"),
+    ("(A)", "A"),
+    ("<answer>(A)</answer>", "A"),
+    ("<answer>A.</answer>", "A"),
+    ("<answer>a</answer>", "A"),
+    ("<answer>A: noble gas</answer>", "A"),
+    ("<answer>\n**C**\n</answer>", "C"),
+    ("<answer>\\boxed{A}</answer>", "A"),
+    ("so $\\boxed{\\text{A}}$.", "A"),
+    ("so \\boxed{ \\mathrm{(B)} }", "B"),
+    ("The answer is A", "A"),
+    ("The final answer is: (A), because gold is dense.", "A"),
+    ("**Answer:** D", "D"),
+    ("The answer is A because B is wrong.", "A"),
+    ("<answer>B</answer> No: the answer is C.", "C"),
+    ("The answer is C. <answer>B</answer>", "B"),
+    ("\\boxed{A} ... \\boxed{B}", "B"),
+    ("A\nBecause it is.", "A"),
+    # Words and lists that only look like an option.
+    ("A noble gas.", None),
+    ("<answer>a noble gas</answer>", None),
+    ("The answer is a gas.", None),
+    ("The answer is not A.", None),
+    ("The answer is Argon", None),
+    ("The answer is A's opposite", None),
+    ("The answer is A or B", None),
+    ("<answer>A, B</answer>", None),
+    ("<answer>(A) and (C)</answer>", None),
+    ("\\boxed{AB}", None),
+    ("<answer>E</answer>", None),
+    ("I like A and C.", None),
+    ("", None),
+]
+
+
+class TestMultipleChoice:
+    @pytest.mark.parametrize(("response", "reward", "answer"), REFERENCE)
+    def test_reference(self, response, reward, answer):
+        assert MultipleChoice()(ask("A"), response) == Verdict(float(reward), None, answer)
+
+    @pytest.mark.parametrize(
+        ("variant", "response", "answer"),
+        [("strict", *case) for case in STRICT] + [("lenient", *case) for case in LENIENT],
+    )
+    def test_letter(self, variant, response, answer):
+        verifier = MultipleChoice(variant)
+        for gold in "ABCD":
+            assert verifier(ask(gold), response) == Verdict(float(gold == answer), None, answer)
+
+    def test_options(self):
+        assert MultipleChoice("lenient", "AB")(ask("B"), "\\boxed{C}").answer is None
+        assert MultipleChoice("lenient", "ABCDE")(ask("E"), "\\boxed{E}").reward == 1.0
+
+    @pytest.mark.parametrize("gold", ["C", "a", "", "AB", None, 0])
+    def test_gold_not_an_option(self, gold):
+        with pytest.raises(ValueError, match=r"train\.json:4 to be in 'AB', but got"):
+            MultipleChoice(options="AB")(ask(gold), "A")
+
+    def test_arguments(self):
+        with pytest.raises(ValueError, match=r"`variant` to be one of .* but got 'loose'"):
+            MultipleChoice("loose")
+        for options in ("", "A", "ab", "AAB", "A B"):
+            with pytest.raises(ValueError, match="`options`"):
+                MultipleChoice(options=options)
+
+    @pytest.mark.parametrize(
+        "response", ["answer:" + "\n" * 40000, "<answer>" * 5000, "A" + " " * 40000, "answer is " * 4000]
+    )
+    def test_degenerate_response_is_read_in_linear_time(self, response):
+        start = time.perf_counter()
+        for variant in ("reference", "strict", "lenient"):
+            MultipleChoice(variant)(ask("A"), response)
+        assert time.perf_counter() - start < 1.0
+
+
+class TestBoxedAnswer:
+    @pytest.mark.parametrize(
+        ("gold", "response", "answer"),
+        [
+            (24, r"It is \boxed{24}", "24"),
+            ("24", r"\boxed{48}, no: \boxed{ 24. }", "24"),
+            ("24", r"\boxed{24} and then \boxed{4", "24"),  # cut off: the last complete box counts
+            ("24", r"\boxed{\boxed{24}}", "24"),
+            ("24", r"\boxed {+024.0}", "+024.0"),
+            (0.5, r"\boxed{.50}", ".50"),
+            ("-1234567", r"\boxed{−1{,}234,567}", "-1234567"),
+            ("1234", r"\boxed{\$1\,234}", "1234"),
+            (r"\dfrac{1}{2}", r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ],
+    )
+    def test_equal_without_library(self, gold, response, answer, monkeypatch):
+        monkeypatch.setattr(verifiers._math, "equal", lambda *_: pytest.fail("math-verify was called"))
+        assert BoxedAnswer()(ask(gold), response) == Verdict(1.0, None, answer)
+
+    @pytest.mark.parametrize(
+        ("gold", "response"),
+        [
+            ("24", r"\boxed{48}"),
+            ("24", r"\boxed{24} and \boxed{48}"),
+            ("24", r"\boxed{24.0000001}"),
+            ("0.333333", r"\boxed{0.3333333}"),
+            ("24", "24"),
+            ("24", r"\boxed{}"),
+            ("24", r"\boxed{24"),
+            ("24", r"\boxed{" + "0" * 199 + "24}"),
+            ("2424", r"\boxed{24 24}"),
+        ],
+    )
+    def test_different_without_library(self, gold, response, monkeypatch):
+        monkeypatch.setattr(verifiers._math, "equal", lambda *_: pytest.fail("math-verify was called"))
+        assert BoxedAnswer()(ask(gold), response).reward == 0.0
+
+    @pytest.mark.parametrize(
+        ("gold", "answer", "equal"),
+        [
+            ("0.5", r"\frac{1}{2}", True),
+            (r"\frac{1}{2}", "2/4", True),
+            (r"\frac{3}{4}", r"\frac{4}{3}", False),
+            (r"2\sqrt{3}", r"\sqrt{12}", True),
+            (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+            ("x^2+2x+1", "(x+1)^2", True),
+            ("x^2+2x+1", "(x-1)^2", False),
+            (r"\{1, 2\}", r"\left\{2,1\right\}", True),
+            (r"\{1, 2\}", r"\{1, 3\}", False),
+            ("24", "x = 24", True),
+            ("24", r"24\text{ cm}", True),
+            ("24", "48 or 24", False),
+            ("24", "24, 48", False),
+            ("24", "12 12", False),  # math-verify alone says 24
+            ("24", "1, 24", False),
+            ("24", "3 4 + * 24", False),
+            ("[0,1)", "[0,1]", False),
+            (r"\frac{\pi}{2}", r"\pi/2", True),
+            (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+            (r"\text{Monday}", r"\text{Tuesday}", False),
+            ("1024", "2^{10}", True),
+        ],
+    )
+    def test_library(self, gold, answer, equal):
+        assert BoxedAnswer()(ask(gold), rf"So \boxed{{{answer}}}.").reward == float(equal)
+
+    @pytest.mark.parametrize(
+        "answer", ["9^{9^{9^9}}", "3 4 + * 9^9^9^9", "{" * 20 + "1" + "}" * 20, r"\binom{1000000}{500000}"]
+    )
+    def test_garbage_cannot_hang(self, answer):
+        assert BoxedAnswer()(ask("23"), r"\boxed{\frac{46}{2}}").reward == 1.0  # the process has started
+        start = time.perf_counter()
+        assert BoxedAnswer(timeout=0.3)(ask("24"), rf"\boxed{{{answer}}}").reward == 0.0
+        assert time.perf_counter() - start < 2.0
+        # The killed process is replaced.
+        assert BoxedAnswer()(ask("24"), rf"\boxed{{\frac{{48}}{{2}}}} {answer}").reward == 1.0
+
+    def test_many_open_boxes_are_linear(self):
+        start = time.perf_counter()
+        assert BoxedAnswer()(ask("24"), r"\boxed{" * 5000).reward == 0.0
+        assert time.perf_counter() - start < 1.0
+
+    def test_threads(self):
+        cases = [(f"\\frac{{{i}}}{{7}}", f"{2 * i}/{14 + i % 2}", i % 2 == 0) for i in range(1, 13)]
+        rewards = {}
+
+        def work(case):
+            rewards[case] = BoxedAnswer()(ask(case[0]), rf"\boxed{{{case[1]}}}").reward
+
+        threads = [threading.Thread(target=work, args=(case,)) for case in cases]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert rewards == {case: float(case[2]) for case in cases}
+
+    def test_fork_has_its_own_process(self):
+        assert verifiers._math.equal("3/2", "6/4", 3.0)
+        before = verifiers._math.process.pid
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(
+                writer, b"%d %d" % (verifiers._math.equal("5/2", "10/4", 3.0), verifiers._math.process.pid != before)
+            )
+            verifiers._math.stop()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(reader, 9) == b"1 1"
+        assert verifiers._math.equal("7/2", "14/4", 3.0)
+        assert verifiers._math.process.pid == before
+
+    @pytest.mark.parametrize(
+        ("response", "feedback"),
+        [
+            ("24 or so", r"No final answer in \boxed{} was found."),
+            (r"\boxed{48}", "The final answer 48 is wrong."),
+            (r"\boxed{" + "1+" * 30 + "1}", "The final answer is longer than 50 characters."),
+        ],
+    )
+    def test_feedback(self, response, feedback):
+        verifier = BoxedAnswer(feedback=True, max_chars=50)
+        # The same text whatever the gold answer is: nothing of it leaks.
+        assert {verifier(ask(gold), response).feedback for gold in ("24", "480", "31")} == {feedback}
+        assert BoxedAnswer(max_chars=50)(ask("24"), response).feedback is None
+        assert verifier(ask("24"), r"\boxed{24}").feedback is None
+
+    def test_max_chars_is_inclusive(self):
+        assert BoxedAnswer(max_chars=4)(ask("24"), r"\boxed{0024}") == Verdict(1.0, None, "0024")
+        assert BoxedAnswer(max_chars=3)(ask("24"), r"\boxed{0024}") == Verdict(0.0, None, None)
+
+    @pytest.mark.parametrize("gold", [None, "", "  "])
+    def test_no_gold(self, gold):
+        with pytest.raises(ValueError, match=r"train\.json:4 to have a gold answer, but got"):
+            BoxedAnswer()(ask(gold), r"\boxed{1}")
+
+    @pytest.mark.parametrize("argument", [{"max_chars": 0}, {"timeout": 0.0}, {"timeout": math.nan}])
+    def test_arguments(self, argument):
+        with pytest.raises(ValueError, match=f"`{next(iter(argument))}` to be larger than 0, but got"):
+            BoxedAnswer(**argument)
+
+
+class TestGrade:
+    @pytest.mark.parametrize(
+        ("result", "verdict"),
+        [
+            (1, Verdict(1.0)),
+            (True, Verdict(1.0)),
+            (-0.25, Verdict(-0.25)),
+            ((0, "Too long."), Verdict(0.0, "Too long.")),
+            (Verdict(1, "Fine.", "A"), Verdict(1.0, "Fine.", "A")),
+        ],
+    )
+    def test_result(self, result, verdict):
+        graded = grade(lambda question, response: result, ask("A"), "text")
+        assert graded == verdict
+        assert type(graded.reward) is float
+
+    def test_arguments_arrive(self):
+        assert grade(lambda question, response: (len(response), question.answer), ask("A"), "text") == Verdict(4.0, "A")
+
+    @pytest.mark.parametrize(
+        "result",
+        [math.nan, math.inf, None, "1", (1.0,), (1.0, 2), (1.0, "a", "b"), Verdict(math.nan), Verdict("1"), Verdict(1.0, 2),
+         Verdict(1.0, None, 3), [1.0, "a"]],
+    )  # fmt: skip
+    def test_bad_result(self, result):
+        def judge(question, response):
+            return result
+
+        question = Question("p" * 90, "A", index=3, source="train.json:4")
+        with pytest.raises(VerifierError) as caught:
+            grade(judge, question, "text")
+        message = str(caught.value)
+        assert message.startswith(
+            "Expected verifier TestGrade.test_bad_result.<locals>.judge to return a finite number"
+        )
+        assert message.endswith(f"but got {result!r} on question 3 of train.json:4 ('{'p' * 80}').")
+
+    def test_verifier_raises(self):
+        with pytest.raises(
+            VerifierError, match=r"MultipleChoice raised ValueError on question 3 of train.json:4 \('What"
+        ) as caught:
+            grade(MultipleChoice(), ask("E"), "A")
+        assert isinstance(caught.value.__cause__, ValueError)
+
+    def test_interrupt_passes(self):
+        def interrupt(question, response):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            grade(interrupt, ask("A"), "text")
