@@ -202,6 +202,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 config = [LatexExtractionConfig(boxed_match_priority=0)]
 read = lambda text: parse(r"\boxed{%s}" % text, config, fallback_mode="no_fallback", parsing_timeout=None)
 replies, sys.stdout = sys.stdout, sys.stderr
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
 if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
     resource.setrlimit(resource.RLIMIT_AS, (2**32, resource.RLIM_INFINITY))
@@ -221,23 +222,26 @@ for line in sys.stdin:
 
     def equal(self, gold: str, answer: str, timeout: float) -> bool:
         with self.lock:
-            # To a fork of this process, the parent's helper counts as ended: `poll` knows only a process's own children.
-            if self.process is None or self.process.poll() is not None:
-                self.process = Popen([sys.executable, "-c", self.code], stdin=PIPE, stdout=PIPE, text=True)  # noqa: S603
-                if self.process.stdout.readline() != "ready\n":
-                    raise RuntimeError(
-                        "Expected math-verify to start in a process of its own, but it ended; see above."
-                    )
-            print(json.dumps([gold, answer, timeout]), file=self.process.stdin, flush=True)
-            reply = self.process.stdout.readline()
-            if not reply:  # the alarm went off
-                self.stop()
+            reply = ""
+            try:
+                # In a fork of this process `poll` says that the parent's helper has ended, so the fork starts its own.
+                if self.process is None or self.process.poll() is not None:
+                    self.process = Popen([sys.executable, "-c", self.code], stdin=PIPE, stdout=PIPE, text=True)  # noqa: S603
+                    if self.process.stdout.readline() != "ready\n":
+                        raise RuntimeError("Expected math-verify to start in its own process, but see the error above.")
+                print(json.dumps([gold, answer, timeout]), file=self.process.stdin, flush=True)
+                reply = self.process.stdout.readline()
+            finally:
+                # Without a reply the alarm went off. Or Ctrl-C came here: what is still to come would answer the next call.
+                if not reply:
+                    self.stop()
             return reply == "1\n"
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.process = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
 
 
 _math = _MathProcess()

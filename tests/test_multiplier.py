@@ -160,7 +160,7 @@ def test_two_multipliers_are_refused(tmp_path):
 def test_information_needs_a_teacher(tmp_path):
     limits = {k: v for k, v in LIMITS.items() if k != "max_reprompt_len"}
     module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
-    with pytest.raises(MisconfigurationException, match="a module with a teacher .* but GRPO has none"):
+    with pytest.raises(MisconfigurationException, match=r"a module with a teacher .* but GRPO has none"):
         trainer(tmp_path, callbacks=[InformationMultiplier()]).fit(module, loader(range(2), 1))
 
 

@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_the_teacher_and_nothing_that_needs_pickle(whole):
 
 def test_a_run_in_the_folder_of_another_is_refused_and_loses_nothing(whole):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with pytest.raises(FileExistsError, match="holds one. Continue it with `--ckpt_path last`"):
+    with pytest.raises(FileExistsError, match=r"holds one. Continue it with `--ckpt_path last`"):
         main(["fit", "--config", config(whole)])
     after = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert {path: after.get(path) for path in before} == before

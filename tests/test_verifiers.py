@@ -218,6 +218,21 @@ class TestBoxedAnswer:
             thread.join()
         assert rewards == {case: float(case[2]) for case in cases}
 
+    def test_interrupt_leaves_no_reply_behind(self, monkeypatch):
+        assert verifiers._math.equal("3/2", "6/4", 3.0)
+
+        class Interrupted:
+            def readline(self):
+                raise KeyboardInterrupt
+
+        process = verifiers._math.process
+        monkeypatch.setattr(process, "stdout", Interrupted())
+        monkeypatch.setattr(process, "communicate", process.wait)
+        with pytest.raises(KeyboardInterrupt):
+            verifiers._math.equal("3/2", "6/4", 3.0)
+        monkeypatch.undo()
+        assert not verifiers._math.equal("3/2", "5/4", 3.0)
+
     def test_fork_has_its_own_process(self):
         assert verifiers._math.equal("3/2", "6/4", 3.0)
         before = verifiers._math.process.pid

@@ -1,0 +1,67 @@
+"""Trains on fixed rows under DDP, each rank with its own share; run by test_ranks.py.
+
+Usage: ddp_worker.py OUTPUT RANKS SPLIT, where SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of
+micro-batches) or `one-sided` (rank 1 has no row with a teacher at all).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model  # noqa: E402
+
+from pgpo_lightning.callbacks import InformationMultiplier  # noqa: E402
+from pgpo_lightning.modules import SDPO  # noqa: E402
+from pgpo_lightning.statistics import information  # noqa: E402
+
+ROWS, STEPS = 8, 3
+
+
+def rows_of(step, split):
+    rows = random_rows(ROWS, seed=step)
+    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7]}[split]
+    for i in masked:
+        rows[i].reprompt_ids = None
+    return rows
+
+
+class FixedRows(SDPO):
+    """Everything after sampling, on rows that are split between ranks."""
+
+    def training_step(self, batch, batch_idx):
+        rows = rows_of(self.steps, self.split)
+        share = ROWS // self.trainer.world_size
+        self.scalars = {}
+        loss = self.accumulate_gradients(rows[self.global_rank * share : (self.global_rank + 1) * share])
+        self.update(loss)
+        self.after_update()
+        self.steps += 1
+        signal = information(self.step_statistics)
+        self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
+
+
+def main():
+    output, ranks, split = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    module = FixedRows(
+        tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
+        loss_agg_mode="token-mean" if split == "uneven" else "seq-mean-token-mean",
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **LIMITS,
+    )  # fmt: skip
+    module.split, module.seen = split, []
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=STEPS, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
+    )  # fmt: skip
+    trainer.fit(module, loader(range(STEPS * ranks), 1))
+    weights = torch.cat([p.detach().flatten() for p in module.model.parameters()])
+    teacher = torch.cat([p.detach().flatten() for p in module.teacher.model.parameters()])
+    torch.save({"seen": module.seen, "weights": weights, "teacher": teacher}, f"{output}.{trainer.global_rank}")
+
+
+if __name__ == "__main__":
+    main()

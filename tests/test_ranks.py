@@ -1,0 +1,36 @@
+"""Two processes are one: equal weights, and one information estimate that is the true mean over all rows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "ddp_worker.py"
+
+
+def run(folder, ranks, split):
+    output = folder / f"out{ranks}"
+    subprocess.run(
+        [sys.executable, str(WORKER), str(output), str(ranks), split],
+        check=True,
+        timeout=200,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("split", ["uneven", "one-sided"])
+def test_two_processes_equal_one(tmp_path, split):
+    (one,), two = run(tmp_path, 1, split), run(tmp_path, 2, split)
+    assert torch.equal(two[0]["weights"], two[1]["weights"])
+    assert torch.equal(two[0]["teacher"], two[1]["teacher"])
+    assert two[0]["seen"] == two[1]["seen"]
+    torch.testing.assert_close(torch.tensor(two[0]["seen"]), torch.tensor(one["seen"]), rtol=1e-3, atol=1e-6)
+    assert len({rho for *_, rho in one["seen"]}) == 3, "the multiplier must move for the comparison to mean anything"
+    # Adam divides by the gradient's size, so a rounding difference of a tiny gradient can show: compare in the mean too.
+    torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=0, atol=3e-4)
+    assert (two[0]["weights"] - one["weights"]).abs().mean() < 1e-6
