@@ -2,18 +2,18 @@
 
 Same weights, questions, order of questions and settings; the same evaluation code on the weights that both save every 10
 steps. TRL runs in an environment of its own (``requirements-trl.txt``), everything else in that of this package, both from
-the root of the repository. One seed of either takes a few minutes of one CPU core::
+the root of the repository. One run takes a few minutes of one CPU core::
 
     export OMP_NUM_THREADS=1 PYTHONPATH=.
-    python benchmarks/trl_parity.py questions                 # out/questions.jsonl
+    python benchmarks/trl_parity.py questions                             # out/questions.jsonl
     for seed in 1 2 3; do
         trl-env/bin/python benchmarks/trl_parity.py trl --seed $seed      # out/trl-$seed
         python benchmarks/trl_parity.py ours --seed $seed                 # out/ours-$seed
-        python benchmarks/trl_parity.py ours --seed $seed --first         # out/first-$seed: TRL's choice of demonstrations
+        python benchmarks/trl_parity.py first --seed $seed                # out/first-$seed: TRL's choice of demonstrations
     done
-    python benchmarks/trl_parity.py replay --seed 1           # TRL's own rollouts of seed 1 through our training step
-    python benchmarks/trl_parity.py evaluate                  # adds evaluation.jsonl to every run that has none
-    python benchmarks/trl_parity.py table                     # Markdown, then one JSON line per row
+    python benchmarks/trl_parity.py replay --seed 1       # TRL's rollouts through our step; see out/replay-1/replay.jsonl
+    python benchmarks/trl_parity.py evaluate              # adds evaluation.jsonl to every run that has none
+    python benchmarks/trl_parity.py table                 # Markdown, then one JSON line per row
 
 A run is a folder with ``log.jsonl`` (one line per optimizer step), ``step-0010`` ... (weights for transformers) and, from
 TRL, ``rollouts.jsonl`` (token ids, rewards and teacher prompts of every rollout).
@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -37,11 +38,11 @@ TOY = Path(__file__).parent.parent / "pgpo_lightning" / "assets" / "toy"
 STEPS, SAVE_EVERY, QUESTIONS, ROLLOUTS, RESPONSE = 40, 10, 32, 8, 32
 LEARNING_RATE, WEIGHT_DECAY, CLIP, ALPHA, TEACHER_RATE = 1e-4, 0.01, 1.0, 0.5, 0.05
 SAVED = range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
-EVALUATION_QUESTIONS, EVALUATION_SAMPLES = 100, 8
+ARMS = ("trl", "ours", "first", "replay")
 
 
 class Recorder:
-    """Writes a run's folder: a line of numbers per step with the CPU seconds it took, and the weights now and then."""
+    """Writes a run's folder: a line of numbers per step, its CPU seconds among them, and the weights now and then."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -49,29 +50,33 @@ class Recorder:
         self.clock()
 
     def clock(self) -> None:
-        """Start the clocks anew, so that writing is not part of a step."""
-        self.cpu, self.wall = time.process_time(), time.perf_counter()
+        """Start the clock anew, so that writing is not part of a step."""
+        self.cpu = time.process_time()
 
     def end_of_step(self, model: Any) -> None:
-        """Stop the clocks, save the weights if it is time."""
+        """Stop the clock, save the weights if it is time."""
         self.step += 1
-        self.times = {"cpu_s": time.process_time() - self.cpu, "wall_s": time.perf_counter() - self.wall}
+        self.cpu_s = time.process_time() - self.cpu
         if self.step in SAVED:
             model.save_pretrained(self.folder / f"step-{self.step:04d}")
+
+    def write(self, **numbers: float) -> None:
+        """Log what the last step gave."""
+        append(self.folder / "log.jsonl", {"step": self.step, **numbers, "cpu_s": self.cpu_s})
         self.clock()
 
-    def write(self, name: str, line: dict[str, Any]) -> None:
-        """Append a line."""
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.clock()
+
+def append(path: Path, *records: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------- TRL
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 def boxed_integer(text: str, gold: str) -> float:
@@ -80,29 +85,24 @@ def boxed_integer(text: str, gold: str) -> float:
     return float(bool(boxes) and re.fullmatch(r"\d+", boxes[-1]) is not None and int(boxes[-1]) == int(gold))
 
 
-def run_trl(out: Path, seed: int) -> None:
+def run_trl(out: Path, seed: int, arm: str) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    recorder = Recorder(out / f"trl-{seed}")
+    recorder = Recorder(out / f"{arm}-{seed}")
     step: dict[str, Any] = {}
 
     def reward(completions: list[Any], completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
+        texts = [turns[0]["content"] for turns in completions]
+        step["rewards"] = [boxed_integer(text, gold) for text, gold in zip(texts, answer, strict=True)]
         step["responses"] = completion_ids
-        step["rewards"] = [
-            boxed_integer(turns[0]["content"], gold) for turns, gold in zip(completions, answer, strict=True)
-        ]
         return step["rewards"]
 
     class Record(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            recorder.clock()
-
         def on_teacher_context_built(self, *_: Any, **batch: Any) -> None:
             rows = zip(batch["teacher_input_ids"], batch["teacher_attention_mask"].bool(), strict=True)
-            teacher = [ids[mask].tolist() for ids, mask in rows]
-            prompts = [ids[: -len(response)] for ids, response in zip(teacher, step["responses"], strict=True)]
+            prompts = [ids[m][: -len(y)].tolist() for (ids, m), y in zip(rows, step["responses"], strict=True)]
             active = batch["self_distillation_mask"].bool().tolist()
             step["reprompts"] = [ids if on else None for ids, on in zip(prompts, active, strict=True)]
 
@@ -111,67 +111,37 @@ def run_trl(out: Path, seed: int) -> None:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "grad_norm" in logs:
-                numbers = {
-                    "loss": logs["loss"],
-                    "grad_norm": logs["grad_norm"],
-                    "reward": statistics.mean(step["rewards"]),
-                    "length": logs["completions/mean_length"],
-                    "in_loss": logs["self_distillation/reprompt_sample_fraction"],
-                }
-                recorder.write("log.jsonl", {"step": recorder.step, **numbers, **recorder.times})
-                recorder.write("rollouts.jsonl", step)
+                length, in_loss = logs["completions/mean_length"], logs["self_distillation/reprompt_sample_fraction"]
+                numbers = {"reward": statistics.mean(step["rewards"]), "length": length, "in_loss": in_loss}
+                append(recorder.folder / "rollouts.jsonl", step)
+                recorder.write(loss=logs["loss"], grad_norm=logs["grad_norm"], **numbers)
 
     questions = lines(out / "questions.jsonl")
-    data = {
-        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in questions],
-        "answer": [row["answer"] for row in questions],
-    }
+    prompts = [[{"role": "user", "content": question["prompt"]}] for question in questions]
+    data = Dataset.from_dict({"prompt": prompts, "answer": [question["answer"] for question in questions]})
     model = AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32)
-    # Ours to build: the Trainer's own would exempt the norms from weight decay.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    config = SDPOConfig(
-        output_dir=str(recorder.folder / "trainer"),
-        seed=seed,
-        max_steps=STEPS,
-        per_device_train_batch_size=QUESTIONS * ROLLOUTS // 2,
-        gradient_accumulation_steps=2,
-        num_generations=ROLLOUTS,
-        shuffle_dataset=False,
-        max_completion_length=RESPONSE,
-        temperature=1.0,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=CLIP,
-        distillation_mode="full_logits",
-        distillation_alpha=ALPHA,
-        teacher_model_kind="ema",
-        teacher_update_rate=TEACHER_RATE,
-        success_reward_threshold=0.5,
-        max_reprompt_len=160,
-        # Ours; TRL's end in more line breaks.
-        reprompt_template="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
-        solution_template="\nCorrect solution:\n\n{successful_previous_attempt}",
-        chat_template_kwargs={"enable_thinking": False},
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    SDPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset.from_dict(data),
-        processing_class=AutoTokenizer.from_pretrained(TOY),
-        callbacks=[Record()],
-        optimizers=(optimizer, None),
-    ).train()
+    batch = {"per_device_train_batch_size": QUESTIONS * ROLLOUTS // 2, "gradient_accumulation_steps": 2}
+    sampling = {"num_generations": ROLLOUTS, "max_completion_length": RESPONSE, "temperature": 1.0}
+    objective = {"distillation_mode": "full_logits", "distillation_alpha": ALPHA, "max_grad_norm": CLIP}
+    teacher = {"teacher_model_kind": "ema", "teacher_update_rate": TEACHER_RATE, "success_reward_threshold": 0.5}
+    templates = {  # ours; TRL's end in more line breaks
+        "reprompt_template": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
+        "solution_template": "\nCorrect solution:\n\n{successful_previous_attempt}",
+    }
+    schedule = {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "max_steps": STEPS}
+    precision = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True}
+    logging = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+    settings = {**batch, **sampling, **objective, **teacher, **templates, **schedule, **precision, **logging}
+    config = SDPOConfig(str(recorder.folder / "trainer"), seed=seed, shuffle_dataset=False, **settings)
+    # An optimizer of our making, because the Trainer's own would exempt the norms from weight decay.
+    more = {"processing_class": AutoTokenizer.from_pretrained(TOY), "optimizers": (adamw(model.parameters()), None)}
+    SDPOTrainer(model, reward, config, data, callbacks=[Record()], **more).train()
 
 
-# ------------------------------------------------------------------------------------------------------ ours
+def toy_data() -> Any:
+    from pgpo_lightning.data import ToyArithmetic
+
+    return ToyArithmetic(batch_size=QUESTIONS, eval_batch_size=100, seed=0, limit_val=100)
 
 
 def write_questions(out: Path) -> None:
@@ -180,206 +150,145 @@ def write_questions(out: Path) -> None:
     data = toy_data()
     data.setup("fit")
     batches = zip(range(STEPS), data.train_dataloader(), strict=False)
-    rows = [{"prompt": question.prompt, "answer": question.answer} for _, batch in batches for question in batch]
-    (out / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    append(out / "questions.jsonl", *({"prompt": q.prompt, "answer": q.answer} for _, batch in batches for q in batch))
 
 
-def toy_data() -> Any:
-    from pgpo_lightning.data import ToyArithmetic
-
-    return ToyArithmetic(
-        batch_size=QUESTIONS, eval_batch_size=EVALUATION_QUESTIONS, seed=0, limit_val=EVALUATION_QUESTIONS
-    )
-
-
-def module(kind: type, **settings: Any) -> Any:
+def module(kind: type, model: Path, seed: int, **settings: Any) -> Any:
     from pgpo_lightning.verifiers import BoxedAnswer
 
-    return kind(
-        tokenizer="toy",
-        verifier=BoxedAnswer(),
-        num_generations=ROLLOUTS,
-        max_prompt_length=64,
-        max_reprompt_len=160,
-        max_response_length=RESPONSE,
-        divergence_alpha=ALPHA,
-        teacher_update_rate=TEACHER_RATE,
-        eval_samples=EVALUATION_SAMPLES,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-        max_grad_norm=CLIP,
-        is_clip=None,  # TRL has no weight between sampler and trainer
-        **settings,
-    )
+    sampling = {"num_generations": ROLLOUTS, "max_response_length": RESPONSE, "eval_samples": 8}
+    lengths = {"max_prompt_length": 64, "max_reprompt_len": 160}
+    # TRL has no weight between sampler and trainer.
+    objective = {"divergence_alpha": ALPHA, "max_grad_norm": CLIP, "is_clip": None, "teacher_update_rate": TEACHER_RATE}
+    policy = {"model": str(model), "tokenizer": "toy", "verifier": BoxedAnswer(), "optimizer": adamw, "seed": seed}
+    return kind(**policy, **sampling, **lengths, **objective, **settings)
 
 
 def trainer(folder: Path, **settings: Any) -> Any:
     import lightning as L
 
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "enable_checkpointing": False,
-    }
-    return L.Trainer(accelerator="cpu", max_steps=STEPS, default_root_dir=folder, **quiet, **settings)
+    settings |= dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing"), False)
+    return L.Trainer(accelerator="cpu", max_steps=STEPS, default_root_dir=folder, **settings)
 
 
-def run_ours(out: Path, seed: int, first: bool = False, replay: bool = False) -> None:
+def run_ours(out: Path, seed: int, arm: str) -> None:
     import lightning as L
 
     from pgpo_lightning.modules import SDPO
     from pgpo_lightning.records import Rollout
     from pgpo_lightning.rollout import Engine
 
-    recorder = Recorder(out / f"{'replay' if replay else 'first' if first else 'ours'}-{seed}")
-    theirs = lines(out / f"trl-{seed}" / "rollouts.jsonl") if replay else []
-    same = {"rewards": 0, "reprompts": 0, "rollouts": 0}
+    recorder = Recorder(out / f"{arm}-{seed}")
+    theirs = lines(out / f"trl-{seed}" / "rollouts.jsonl") if arm == "replay" else []
+    same = {"rollouts": 0, "same_reward": 0, "same_reprompt": 0}
 
-    class First:
-        @staticmethod
-        def choice(candidates: list[Any]) -> Any:
-            return candidates[0]
+    first: Any = SimpleNamespace(choice=lambda candidates: candidates[0])
 
     class FirstSDPO(SDPO):
         def prepare_rows(self, rows: list[Any], rng: Any) -> dict[str, float]:
-            scalars = super().prepare_rows(rows, First())
-            if replay:
-                record = theirs[self.steps]
+            scalars = super().prepare_rows(rows, first)
+            if theirs:
+                rewards, reprompts = theirs[self.steps]["rewards"], theirs[self.steps]["reprompts"]
                 same["rollouts"] += len(rows)
-                same["rewards"] += sum(r.verdict.reward == x for r, x in zip(rows, record["rewards"], strict=True))
-                same["reprompts"] += sum(r.reprompt_ids == x for r, x in zip(rows, record["reprompts"], strict=True))
+                same["same_reward"] += sum(r.verdict.reward == x for r, x in zip(rows, rewards, strict=True))
+                same["same_reprompt"] += sum(r.reprompt_ids == x for r, x in zip(rows, reprompts, strict=True))
             return scalars
 
     class Replay(Engine):
-        step = 0
-
-        def generate(self, model: Any, tokenizer: Any, questions: Any, prompts: Any, n: int, *_: Any) -> list[Rollout]:
-            self.step += 1
-            return [
-                Rollout(
-                    questions[i // n],
-                    prompts[i // n],
-                    ids,
-                    torch.zeros(len(ids)),
-                    tokenizer.decode(ids, skip_special_tokens=True),
-                    ids[-1] == tokenizer.eos_token_id,
-                )
-                for i, ids in enumerate(theirs[self.step - 1]["responses"])
-            ]
+        def generate(self, model: Any, tokenizer: Any, questions: Any, prompts: Any, n: int, _: Any) -> list[Rollout]:
+            rollouts = []
+            for i, ids in enumerate(theirs[recorder.step]["responses"]):
+                text, finished = tokenizer.decode(ids, skip_special_tokens=True), ids[-1] == tokenizer.eos_token_id
+                rollouts += [Rollout(questions[i // n], prompts[i // n], ids, torch.zeros(len(ids)), text, finished)]
+            return rollouts
 
     class Record(L.Callback):
-        def on_train_start(self, *_: Any) -> None:
-            recorder.clock()
-
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             recorder.end_of_step(pl_module.model)
             rows, scalars = pl_module.last_rows, pl_module.scalars
-            numbers = {
-                "loss": scalars["actor/pg_loss"],
-                "grad_norm": scalars["actor/grad_norm"],
-                "reward": statistics.mean(row.verdict.reward for row in rows),
-                "length": statistics.mean(row.length for row in rows),
-                "in_loss": scalars["self_distillation/reprompt_sample_fraction"],
-            }
-            recorder.write("log.jsonl", {"step": recorder.step, **numbers, **recorder.times})
+            numbers = {"loss": scalars["actor/pg_loss"], "grad_norm": scalars["actor/grad_norm"]}
+            numbers["reward"] = statistics.mean(row.verdict.reward for row in rows)
+            numbers["length"] = statistics.mean(row.length for row in rows)
+            recorder.write(**numbers, in_loss=scalars["self_distillation/reprompt_sample_fraction"])
 
-    kind, engine = (FirstSDPO if first or replay else SDPO), (Replay() if replay else None)
-    run = trainer(recorder.folder, callbacks=[Record()], limit_val_batches=0, num_sanity_val_steps=0)
-    run.fit(module(kind, model=str(TOY), seed=seed, engine=engine), datamodule=toy_data())
-    if replay:
-        compare(recorder.folder, out / f"trl-{seed}", same)
+    policy = module(SDPO if arm == "ours" else FirstSDPO, TOY, seed, engine=Replay() if theirs else None)
+    trainer(recorder.folder, callbacks=[Record()], limit_val_batches=0).fit(policy, datamodule=toy_data())
+    if theirs:
+        append(recorder.folder / "replay.jsonl", same | distance(recorder.folder, out / f"trl-{seed}"))
 
 
-def compare(ours: Path, theirs: Path, same: dict[str, int]) -> None:
-    """Print how far a replayed run is from the original: loss and gradient norm of every step, and the weights."""
+def distance(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Return how far two runs are apart: loss and gradient norm of every step, and the weights over their path."""
     from safetensors.torch import load_file
 
     def weights(folder: Path) -> torch.Tensor:
         tensors = load_file(folder / "model.safetensors")
         return torch.cat([tensors[name].float().flatten() for name in sorted(tensors)])
 
-    result: dict[str, Any] = dict(same)
     pairs = list(zip(lines(ours / "log.jsonl"), lines(theirs / "log.jsonl"), strict=True))
-    for name in ("loss", "grad_norm"):
-        result[f"{name}_relative_difference"] = [abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs]
-        result[f"{name}_first_step"] = [pairs[0][0][name], pairs[0][1][name]]
-    start = weights(TOY)
+    result = {name: [abs(a[name] / b[name] - 1) for a, b in pairs] for name in ("loss", "grad_norm")}
     for step in SAVED:
         a, b = (weights(folder / f"step-{step:04d}") for folder in (ours, theirs))
-        result[f"weights_step_{step}"] = float((a - b).norm() / (b - start).norm())
-    (ours / "replay.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        result[f"weights_step_{step}"] = float((a - b).norm() / (b - weights(TOY)).norm())
+    return result
 
 
 def evaluate(out: Path) -> None:
-    """Evaluate every run's weights, and the base model, with our validation loop."""
+    """Evaluate the weights of every run, and the base model, with our validation loop."""
     from pgpo_lightning.modules import SDPO
 
     for folder in sorted(path.parent for path in out.glob("*-*/log.jsonl")):
-        target, results = folder / "evaluation.jsonl", []
-        if target.exists() or folder.name.startswith("replay"):
+        seed, results = int(folder.name.split("-")[1]), []
+        if (folder / "evaluation.jsonl").exists() or folder.name.startswith("replay"):
             continue
         for step in (0, *SAVED):
-            seed = int(folder.name.split("-")[1])
-            policy = module(SDPO, model=str(folder / f"step-{step:04d}" if step else TOY), seed=seed)
+            policy = module(SDPO, folder / f"step-{step:04d}" if step else TOY, seed)
             scores = trainer(folder / "evaluations").validate(policy, datamodule=toy_data(), verbose=False)[0]
-            results.append({"step": step, **{name.removeprefix("val/"): value for name, value in scores.items()}})
-        target.write_text("".join(json.dumps(row | {"step": row["step"]}) + "\n" for row in results), encoding="utf-8")
+            results.append({name.removeprefix("val/"): value for name, value in scores.items()} | {"step": step})
+        append(folder / "evaluation.jsonl", *results)
 
 
-# ----------------------------------------------------------------------------------------------------- table
-
-
-def curves(folder: Path) -> Iterator[tuple[str, float]]:
-    """Yield every number of a run that the table compares."""
-    for row in lines(folder / "evaluation.jsonl"):
+def numbers_of(run: Path) -> Iterator[tuple[str, float]]:
+    for row in lines(run / "evaluation.jsonl"):
         yield f"avg@8, step {row['step']}", row["avg@8"]
-    log = lines(folder / "log.jsonl")
+    log = lines(run / "log.jsonl")
     for last in SAVED:
         for name in ("reward", "length", "in_loss", "loss", "grad_norm"):
             part = [row[name] for row in log[last - SAVE_EVERY : last]]
             yield f"{name}, steps {last - SAVE_EVERY + 1}-{last}", statistics.mean(part)
-    for name in ("cpu_s", "wall_s"):
-        yield f"{name} per step (median)", statistics.median(row[name] for row in log[1:])
+    yield "cpu_s per step", statistics.median(row["cpu_s"] for row in log[1:])  # the first has the start in it
 
 
 def table(out: Path) -> None:
     """Print means and standard deviations over seeds, and differences to TRL with their standard errors."""
     runs: dict[str, list[dict[str, float]]] = {}
     for path in sorted(out.glob("*-*/evaluation.jsonl")):
-        runs.setdefault(path.parent.name.split("-")[0], []).append(dict(curves(path.parent)))
-    arms = [arm for arm in ("trl", "ours", "first") if arm in runs]
+        runs.setdefault(path.parent.name.split("-")[0], []).append(dict(numbers_of(path.parent)))
+    arms = [arm for arm in ARMS if arm in runs]
     header = [f"{arm} ({len(runs[arm])} seeds)" for arm in arms] + [f"{arm} - trl" for arm in arms[1:]]
     print(f"| | {' | '.join(header)} |\n|---|{'---|' * len(header)}")
     records = []
-    for name in runs[arms[0]][0]:
+    for name in runs["trl"][0]:
         values = {arm: [run[name] for run in runs[arm]] for arm in arms}
         mean = {arm: statistics.mean(values[arm]) for arm in arms}
-        deviation = {arm: statistics.stdev(values[arm]) for arm in arms}
-        record = {"what": name, "values": values, "mean": mean, "sd": deviation, "difference": {}, "standard_error": {}}
-        cells = [f"{mean[arm]:.4f} ± {deviation[arm]:.4f}" for arm in arms]
-        for arm in arms[1:]:
-            record["difference"][arm] = mean[arm] - mean["trl"]
-            error = sum(deviation[side] ** 2 / len(values[side]) for side in (arm, "trl")) ** 0.5
-            record["standard_error"][arm] = error
-            cells.append(f"{mean[arm] - mean['trl']:+.4f} (s.e. {error:.4f})")
+        variance = {arm: statistics.variance(values[arm]) for arm in arms}
+        error = {a: sum(variance[b] / len(values[b]) for b in (a, "trl")) ** 0.5 for a in arms[1:]}
+        cells = [f"{mean[arm]:.4f} ± {variance[arm] ** 0.5:.4f}" for arm in arms]
+        cells += [f"{mean[arm] - mean['trl']:+.4f} (s.e. {error[arm]:.4f})" for arm in arms[1:]]
         print(f"| {name} | {' | '.join(cells)} |")
-        records.append(record)
+        records.append({"what": name, "mean": mean, "variance": variance, "standard_error": error, "values": values})
     print("\n" + "\n".join(json.dumps(record) for record in records))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["questions", "trl", "ours", "replay", "evaluate", "table"])
+    parser.add_argument("command", choices=[*ARMS, "questions", "evaluate", "table"])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--first", action="store_true", help="ours: demonstrate the first success, as TRL does")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.command == "trl":
-        run_trl(args.out, args.seed)
-    elif args.command in ("ours", "replay"):
-        run_ours(args.out, args.seed, first=args.first, replay=args.command == "replay")
+    if args.command in ARMS:
+        (run_trl if args.command == "trl" else run_ours)(args.out, args.seed, args.command)
     else:
         {"questions": write_questions, "evaluate": evaluate, "table": table}[args.command](args.out)
 

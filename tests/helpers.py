@@ -1,9 +1,11 @@
 """What many tests share: a tiny random Qwen3 with the toy's tokenizer, a few questions, and a quiet trainer."""
 
 import random
+from pathlib import Path
 
 import lightning as L
 import torch
+import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -90,3 +92,40 @@ def trainer(folder, **settings):
     return L.Trainer(
         **({"accelerator": "cpu", "default_root_dir": folder, "num_sanity_val_steps": 0} | quiet | settings)
     )
+
+
+def config(folder, steps=6, **changes):
+    """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step."""
+    model = {
+        "model": "toy",
+        "verifier": "pgpo_lightning.verifiers.BoxedAnswer",
+        "num_generations": 4,
+        "max_prompt_length": 64,
+        "max_reprompt_len": 160,
+        "max_response_length": 24,
+        "eval_samples": 2,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        "scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}},
+    }
+    settings = {
+        "seed_everything": 3,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "default_root_dir": str(folder),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "model": {"class_path": changes.pop("module", "SDPO"), "init_args": model | changes.pop("model", {})},
+        "data": {
+            "class_path": "ToyArithmetic",
+            "init_args": {"batch_size": 4, "eval_batch_size": 8, "limit_train": 13, "limit_val": 8},
+        },
+        "multiplier": {"class_path": "RandomMultiplier", "init_args": {"low": 0.5, "high": 1.5}},
+        "checkpoint": {"every_n_train_steps": 1, "keep": None},
+    }
+    path = Path(folder).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings | changes))
+    return str(path)

@@ -13,7 +13,9 @@ GRPO_LIMITS = {name: value for name, value in LIMITS.items() if name != "max_rep
 def test_group_advantages():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     torch.testing.assert_close(group_advantages(rewards, False)[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
-    torch.testing.assert_close(group_advantages(rewards, True)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        group_advantages(rewards, True)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), rtol=1e-5, atol=0
+    )
     assert (group_advantages(rewards, True)[1] == 0).all()
 
 

@@ -9,49 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from helpers import TOKENIZER, config, tiny_model
 
 from pgpo_lightning.cli import main
 from pgpo_lightning.curves import read_scalars
 
 ROOT = Path(__file__).parent.parent
-
-
-def config(folder, steps=6, **changes):
-    """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step."""
-    model = {
-        "model": "toy",
-        "verifier": "pgpo_lightning.verifiers.BoxedAnswer",
-        "num_generations": 4,
-        "max_prompt_length": 64,
-        "max_reprompt_len": 160,
-        "max_response_length": 24,
-        "eval_samples": 2,
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
-        "scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}},
-    }
-    settings = {
-        "seed_everything": 3,
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "val_check_interval": 2,
-            "check_val_every_n_epoch": None,
-            "default_root_dir": str(folder),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        },
-        "model": {"class_path": changes.pop("module", "SDPO"), "init_args": model | changes.pop("model", {})},
-        "data": {
-            "class_path": "ToyArithmetic",
-            "init_args": {"batch_size": 4, "eval_batch_size": 8, "limit_train": 13, "limit_val": 8},
-        },
-        "multiplier": {"class_path": "RandomMultiplier", "init_args": {"low": 0.5, "high": 1.5}},
-        "checkpoint": {"every_n_train_steps": 1, "keep": None},
-    }
-    path = Path(folder).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings | changes))
-    return str(path)
 
 
 def final(folder, steps=6):
@@ -155,8 +118,6 @@ def test_settings_of_the_command_line_win_over_those_of_the_checkpoint(whole, tm
 
 
 def test_a_checkpoint_of_another_module_or_architecture_is_refused(whole, tmp_path):
-    from helpers import TOKENIZER, tiny_model
-
     checkpoint = str(whole / "checkpoints" / "step=000006.ckpt")
     grpo = config(tmp_path / "a", module="GRPO")
     text = Path(grpo).read_text().replace("    max_reprompt_len: 160\n", "")
@@ -166,7 +127,15 @@ def test_a_checkpoint_of_another_module_or_architecture_is_refused(whole, tmp_pa
     tiny_model().save_pretrained(tmp_path / "tiny")
     TOKENIZER.save_pretrained(tmp_path / "tiny")
     with pytest.raises(Exception, match=r"of another architecture: hidden_size 128 instead of 32"):
-        main(["validate", "--config", config(tmp_path / "b", model={"model": str(tmp_path / "tiny")}), "--ckpt_path", checkpoint])
+        main(
+            [
+                "validate",
+                "--config",
+                config(tmp_path / "b", model={"model": str(tmp_path / "tiny")}),
+                "--ckpt_path",
+                checkpoint,
+            ]
+        )
 
 
 def test_export_opens_with_transformers_alone(whole, tmp_path):

@@ -1,0 +1,190 @@
+"""The command line as a user types it: swapping callbacks, refusing what is wrong before anything is generated."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import config
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
+from pgpo_lightning.cli import PGPOCommand, main
+from pgpo_lightning.curves import read_scalars
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FULL = sorted(CONFIGS.glob("*.yaml"))
+OVERLAYS = [(path, CONFIGS / "sciknoweval.yaml") for path in sorted((CONFIGS / "domains").glob("*.yaml"))] + [
+    (path, CONFIGS / "quickstart.yaml") for path in sorted((CONFIGS / "ablations").glob("*.yaml"))
+]
+
+
+def parsed(capsys, *args):
+    """What the program would run, without running it."""
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *args, "--print_config"])
+    assert end.value.code == 0, capsys.readouterr().err
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_every_config_parses_and_says_how_to_run_it(capsys, path):
+    settings = parsed(capsys, "--config", str(path))
+    assert settings["model"]["class_path"].startswith("pgpo_lightning.modules.")
+    header = path.read_text().split("\nseed_everything")[0]
+    assert f"pgpo fit --config configs/{path.name}" in header
+
+
+@pytest.mark.parametrize(("overlay", "base"), OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_changes_only_what_it_names(capsys, overlay, base):
+    before = parsed(capsys, "--config", str(base))
+    after = parsed(capsys, "--config", str(base), "--config", str(overlay))
+    named = yaml.safe_load(overlay.read_text())
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed
+    assert changed <= set(named)
+    assert overlay.read_text().startswith("# vs ")
+
+
+def multiplier_of(tmp_path, *args):
+    """Everything is built, nothing is run."""
+    built = {}
+
+    class Building(PGPOCommand):
+        def _run_subcommand(self, subcommand):
+            built["callbacks"] = self.trainer.callbacks
+
+    Building(["fit", "--config", config(tmp_path / "run"), *args])
+    return next((c for c in built["callbacks"] if isinstance(c, StepSizeMultiplier)), None)
+
+
+def test_callbacks_are_swapped_by_one_argument(tmp_path):
+    assert isinstance(multiplier_of(tmp_path), RandomMultiplier)
+    constant = multiplier_of(tmp_path, "--multiplier", "ConstantMultiplier", "--multiplier.value", "1.1")
+    assert isinstance(constant, ConstantMultiplier)
+    assert constant.value == 1.1
+    information = multiplier_of(tmp_path, "--multiplier", "InformationMultiplier", "--multiplier.alpha", "0.5")
+    assert isinstance(information, InformationMultiplier)
+    assert information.sensitivity == 0.5
+    assert multiplier_of(tmp_path, "--multiplier", "null") is None
+
+
+def test_a_multiplier_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from pgpo_lightning.callbacks import StepSizeMultiplier\n"
+        "class Halving(StepSizeMultiplier):\n"
+        "    def __init__(self, base: float = 0.5) -> None:\n"
+        "        super().__init__()\n"
+        "        self.base = base\n"
+        "    def multiplier(self, statistics, step):\n"
+        "        return self.base**step\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = multiplier_of(tmp_path, "--multiplier", "mine.Halving", "--multiplier.base", "0.25")
+    assert mine.multiplier(None, 2) == 0.0625
+
+
+def run(tmp_path, *args, **changes):
+    changes.setdefault("multiplier", None)
+    settings = config(tmp_path / "run", steps=2, **changes)
+    main(
+        ["fit", "--config", settings, "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0", *args]
+    )
+    return read_scalars(tmp_path / "run")
+
+
+def test_a_python_function_with_feedback_as_verifier(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text(
+        "def judge(question, response):\n    return 0.0, f'The final answer {len(response)} is wrong.'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    scalars = run(tmp_path, model={"verifier": "judge.judge"})
+    assert scalars["self_distillation/feedback_used_fraction"] == {1: 1.0, 2: 1.0}
+    assert scalars["self_distillation/reprompt_sample_fraction"] == {1: 1.0, 2: 1.0}
+    assert scalars["critic/score/mean"] == {1: 0.0, 2: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.divergence_alfa", "0.5"], "divergence_alfa"),
+        (["--model.alpha", "1.5"], r"`divergence_alpha` to lie in \[0, 1\], but got 1.5"),
+        (["--model.distillation_add_tail", "true"], "`distillation_topk` with `distillation_add_tail`"),
+        (["--multiplier", "InformationMultiplier", "--multiplier.rho_max", "0.5"], "`rho_max` to be at least 1"),
+        (["--multiplier", "InformationMultiplier", "--multiplier.sensitivity", "-1"], "`sensitivity` to be at least 0"),
+        (["--data.batch_size", "14"], "at least one batch of training questions, 14"),
+        (["--model.max_prompt_length", "5"], "max_prompt_length"),
+        (["--model.max_response_length", "500"], "fit into the model's 512 positions"),
+        (["--model.updates_per_batch", "3"], "`updates_per_batch` to divide the batch of 4 questions"),
+        (["--model.model", "no/such/folder"], "no/such/folder"),
+        (["--seed_everything", "true"], "`seed_everything` to be a number"),
+        (["--trainer.precision", "16-mixed"], "bf16-mixed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_settings_stop_before_anything_is_generated(tmp_path, capsys, monkeypatch, args, message):
+    def never(*_, **__):
+        raise AssertionError("something was generated")
+
+    monkeypatch.setattr("pgpo_lightning.rollout.TransformersEngine.generate", never)
+    if "16-mixed" in args:  # on a CPU Lightning turns it into bf16-mixed by itself
+        monkeypatch.setattr(MixedPrecision, "__init__", _with_scaler(MixedPrecision.__init__))
+    with pytest.raises((Exception, SystemExit)) as error:  # noqa: PT011 (the message is looked for in what is printed too)
+        run(tmp_path, *args)
+    assert not isinstance(error.value, AssertionError)
+    assert re.search(message, f"{error.value}\n{capsys.readouterr().err}")
+
+
+def _with_scaler(init):
+    def wrapped(self, precision, device, scaler=None):
+        init(self, "16-mixed", device, torch.amp.GradScaler("cpu"))
+
+    return wrapped
+
+
+def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(
+        "import math\n"
+        "def nan(question, response):\n    return math.nan\n"
+        "def raises(question, response):\n    raise KeyError('no key')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Exception, match=r"question \d+ of .*"):
+        run(tmp_path, model={"verifier": "broken.nan"})
+    (tmp_path / "b").mkdir()
+    scalars = run(tmp_path / "b", model={"verifier": "broken.raises", "on_verifier_error": "zero"})
+    assert scalars["rollout/verifier_errors"] == {1: 16.0, 2: 32.0}
+    assert scalars["critic/score/mean"] == {1: 0.0, 2: 0.0}
+
+
+def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
+    folder = tmp_path / "run"
+    main(
+        [
+            "fit",
+            "--config",
+            config(folder, steps=2, multiplier={"class_path": "ConstantMultiplier", "init_args": {"value": 1.25}}),
+        ]
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["multiplier"] == {"mean": 1.25, "std": 0.0}
+    scalars = read_scalars(folder)
+    for name, step in (("base", 0), ("final", 2)):
+        assert summary[name]["step"] == step
+        for metric in ("avg@2", "pass@2", "maj@2", "length", "cut_off"):
+            assert summary[name][metric] == scalars[f"val/{metric}"][step]
+        answers = [
+            json.loads(line) for line in (folder / "validation" / f"step={step:06d}.jsonl").read_text().splitlines()
+        ]
+        assert len(answers) == 8
+        assert sum(answer["avg"] for answer in answers) / 8 == pytest.approx(summary[name]["avg@2"], abs=1e-6)
+        assert all(len(answer["responses"]) == 2 for answer in answers)
+    assert (folder / "stability.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert scalars["lr/effective"][1] == pytest.approx(1.25e-3)
+    assert scalars["lr/base"][1] == pytest.approx(1e-3)
+    out = capsys.readouterr().out
+    assert "held-out" in out
+    assert f"{summary['final']['avg@2']:.3f}" in out
