@@ -2,16 +2,15 @@
 
 Same weights, questions, order of questions and settings; the same evaluation code on the weights that both save every 10
 steps. TRL runs in an environment of its own (``requirements-trl.txt``), everything else in that of this package, both from
-the root of the repository. One run takes a few minutes of one CPU core::
+the root of the repository. One run takes a few minutes of one CPU core; ``--out`` is ``runs/trl-parity`` by default::
 
     export OMP_NUM_THREADS=1 PYTHONPATH=.
-    python benchmarks/trl_parity.py questions                             # out/questions.jsonl
+    python benchmarks/trl_parity.py questions                             # writes questions.jsonl
     for seed in 1 2 3; do
-        trl-env/bin/python benchmarks/trl_parity.py trl --seed $seed      # out/trl-$seed
-        python benchmarks/trl_parity.py ours --seed $seed                 # out/ours-$seed
-        python benchmarks/trl_parity.py first --seed $seed                # out/first-$seed: TRL's choice of demonstrations
+        trl-env/bin/python benchmarks/trl_parity.py trl --seed $seed      # the run trl-$seed
+        python benchmarks/trl_parity.py ours --seed $seed                 # the run ours-$seed
     done
-    python benchmarks/trl_parity.py replay --seed 1       # TRL's rollouts through our step; see out/replay-1/replay.jsonl
+    python benchmarks/trl_parity.py replay --seed 1   # TRL's rollouts through our step; see replay-1/replay.jsonl
     python benchmarks/trl_parity.py evaluate              # adds evaluation.jsonl to every run that has none
     python benchmarks/trl_parity.py table                 # Markdown, then one JSON line per row
 
@@ -38,7 +37,7 @@ TOY = Path(__file__).parent.parent / "pgpo_lightning" / "assets" / "toy"
 STEPS, SAVE_EVERY, QUESTIONS, ROLLOUTS, RESPONSE = 40, 10, 32, 8, 32
 LEARNING_RATE, WEIGHT_DECAY, CLIP, ALPHA, TEACHER_RATE = 1e-4, 0.01, 1.0, 0.5, 0.05
 SAVED = range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
-ARMS = ("trl", "ours", "first", "replay")
+ARMS = ("trl", "ours", "replay")
 
 
 class Recorder:
@@ -181,20 +180,20 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
     recorder = Recorder(out / f"{arm}-{seed}")
     theirs = lines(out / f"trl-{seed}" / "rollouts.jsonl") if arm == "replay" else []
     same = {"rollouts": 0, "same_reward": 0, "same_reprompt": 0}
-
     first: Any = SimpleNamespace(choice=lambda candidates: candidates[0])
 
-    class FirstSDPO(SDPO):
+    class Replayed(SDPO):
+        """Demonstrates the first other success, as TRL does, and compares what the loss is about to see."""
+
         def prepare_rows(self, rows: list[Any], rng: Any) -> dict[str, float]:
             scalars = super().prepare_rows(rows, first)
-            if theirs:
-                rewards, reprompts = theirs[self.steps]["rewards"], theirs[self.steps]["reprompts"]
-                same["rollouts"] += len(rows)
-                same["same_reward"] += sum(r.verdict.reward == x for r, x in zip(rows, rewards, strict=True))
-                same["same_reprompt"] += sum(r.reprompt_ids == x for r, x in zip(rows, reprompts, strict=True))
+            rewards, reprompts = theirs[self.steps]["rewards"], theirs[self.steps]["reprompts"]
+            same["rollouts"] += len(rows)
+            same["same_reward"] += sum(r.verdict.reward == x for r, x in zip(rows, rewards, strict=True))
+            same["same_reprompt"] += sum(r.reprompt_ids == x for r, x in zip(rows, reprompts, strict=True))
             return scalars
 
-    class Replay(Engine):
+    class Recorded(Engine):
         def generate(self, model: Any, tokenizer: Any, questions: Any, prompts: Any, n: int, _: Any) -> list[Rollout]:
             rollouts = []
             for i, ids in enumerate(theirs[recorder.step]["responses"]):
@@ -211,7 +210,7 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
             numbers["length"] = statistics.mean(row.length for row in rows)
             recorder.write(**numbers, in_loss=scalars["self_distillation/reprompt_sample_fraction"])
 
-    policy = module(SDPO if arm == "ours" else FirstSDPO, TOY, seed, engine=Replay() if theirs else None)
+    policy = module(Replayed if theirs else SDPO, TOY, seed, engine=Recorded() if theirs else None)
     trainer(recorder.folder, callbacks=[Record()], limit_val_batches=0).fit(policy, datamodule=toy_data())
     if theirs:
         append(recorder.folder / "replay.jsonl", same | distance(recorder.folder, out / f"trl-{seed}"))
@@ -283,7 +282,7 @@ def table(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=[*ARMS, "questions", "evaluate", "table"])
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--out", type=Path, default=Path("runs/trl-parity"))
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)

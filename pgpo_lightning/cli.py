@@ -40,7 +40,7 @@ class _SaveConfig(SaveConfigCallback):
 class PGPOCommand(LightningCLI):
     """LightningCLI with the multiplier, the checkpoints and the watch as arguments of their own."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             model_class=OnPolicyModule,
             datamodule_class=QuestionData,
@@ -99,13 +99,14 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
     # Questions are text in memory; more workers would only break the exact resume.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # The teacher stays in evaluation mode on purpose.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+        lambda record: not any(word in record.getMessage() for word in ("litlogger", "litmodels", "`weights_only`"))
     )
 
 
@@ -115,10 +116,10 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Without the program's name; by default those of the process.
     """
-    args = sys.argv[1:] if args is None else args
     _quiet()
-    if args[:1] == ["export"]:
-        jsonargparse.auto_cli(export, args=args[1:], prog="pgpo export", as_positional=True)
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["export"]:
+        jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
     else:
         PGPOCommand(args)
 

@@ -1,4 +1,4 @@
-"""Evaluation: the scores are those of the samples, the same questions get the same random numbers, nothing leaks into training."""
+"""Evaluation: scores are those of the samples, random numbers repeat, nothing leaks into training."""
 
 import json
 

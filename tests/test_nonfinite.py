@@ -63,7 +63,7 @@ def test_a_poisoned_step_changes_nothing_but_the_counters(tmp_path):
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path):
-    with pytest.raises(RuntimeError, match="3 optimizer steps in a row had none .* The last checkpoint is good"):
+    with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row had none .* The last checkpoint is good"):
         fit(tmp_path, {1, 2, 3}, max_skipped_steps=2)
 
 

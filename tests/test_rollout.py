@@ -207,7 +207,7 @@ def test_later_tokens_have_the_frequencies_of_the_model():
 
 
 def test_responses_end_with_the_end_token_or_at_the_limit():
-    rollouts = generate(ending_model(), prompts_of(5, 9, 2), n=40, max_tokens=15)
+    rollouts = generate(ending_model(), prompts_of(5, 9, 2), n=100, max_tokens=15)
     ended = 0
     for rollout in rollouts:
         ids = rollout.response_ids
@@ -217,7 +217,7 @@ def test_responses_end_with_the_end_token_or_at_the_limit():
         assert rollout.log_probs.shape == (len(ids),)
         assert rollout.text == TOKENIZER.decode([i for i in ids if i not in TOKENIZER.all_special_ids])
         ended += rollout.finished
-    assert 20 < ended < 110  # both kinds are there
+    assert 60 < ended < 270  # both kinds are there
     assert any(rollout.finished and len(rollout.response_ids) == 15 for rollout in rollouts)  # the end just fits
     # Whole matrices are not kept alive by their rows.
     assert all(r.log_probs.untyped_storage().nbytes() == 4 * len(r.response_ids) for r in rollouts)
