@@ -88,7 +88,8 @@ class RepromptBuilder:
             candidates = groups.get(row.rollout.question.index, [])
             if self.dont_reprompt_on_self_success:
                 candidates = [other for other in candidates if other is not row]
-            demonstration = (self._demonstration(rng.choice(candidates)) or None) if candidates else None
+            shown = [answer for other in candidates if (answer := self._demonstration(other))]
+            demonstration = rng.choice(shown) if shown else None
             feedback = self._feedback(row)
             count["demonstration"] += demonstration is not None
             count["feedback_available"] += feedback is not None
@@ -142,15 +143,16 @@ class RepromptBuilder:
     ) -> bool:
         """Encode the reprompt, shortening the demonstration, then the feedback, from their ends until it fits."""
         parts = {"demonstration": demonstration, "feedback": feedback}
-        trimmed = False
+        left: dict[str, list[int]] = {}
         while any(parts.values()):
             messages = self.messages(row, parts["demonstration"], parts["feedback"])
             ids = encode(messages)
             if (excess := len(ids) - self.max_reprompt_len) <= 0:
                 row.reprompt_ids, row.reprompt = ids, messages[-1]["content"]
                 break
-            # One token more than the excess, because text that is cut and encoded again can come out a token longer.
+            # One token more than the excess, because text that is cut and encoded again can come out a token longer. What is
+            # left is cut again, not its text: half a character decodes to one of more tokens, and that would never end.
             part = "demonstration" if parts["demonstration"] else "feedback"
-            parts[part] = text(tokens(parts[part])[: -(excess + 1)]) or None
-            trimmed = True
-        return trimmed
+            left[part] = (left[part] if part in left else tokens(parts[part]))[: -(excess + 1)]
+            parts[part] = text(left[part]).rstrip("\ufffd") or None
+        return bool(left)

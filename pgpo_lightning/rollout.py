@@ -90,12 +90,15 @@ class TransformersEngine(Engine):
         sampling: Sampling,
     ) -> list[Rollout]:
         """See :meth:`Engine.generate`."""
-        at_once = max(1, self.max_sequences // n) if self.max_sequences else len(questions)
+        limit = self.max_sequences or max(1, len(questions)) * n
+        at_once, each = max(1, limit // n), min(n, limit)
         rollouts: list[Rollout] = []
         with _generating(model, tokenizer):
             for start in range(0, len(questions), at_once):
                 part = slice(start, start + at_once)
-                rollouts += _decode(model, tokenizer, questions[part], prompts[part], n, sampling)
+                for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
+                    count = min(each, n - done)
+                    rollouts += _decode(model, tokenizer, questions[part], prompts[part], count, sampling)
         return rollouts
 
 

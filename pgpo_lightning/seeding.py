@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
 
 def derive_seed(*names: int | str) -> int:
@@ -27,8 +26,14 @@ def seeded(*names: int | str) -> Iterator[random.Random]:
         A generator of its own for choices that must not depend on how many numbers others draw.
     """
     seed = derive_seed(*names)
-    with isolate_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  (verifiers of users may draw from the global generator)
-        torch.manual_seed(seed)
-        yield random.Random(seed)
+    # Not Lightning's `isolate_rng`, which puts nothing back after an exception.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  (verifiers of users may draw from the global generator)
+            torch.manual_seed(seed)
+            yield random.Random(seed)
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
