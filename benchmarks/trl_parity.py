@@ -251,10 +251,9 @@ def numbers_of(run: Path) -> Iterator[tuple[str, float]]:
     for row in lines(run / "evaluation.jsonl"):
         yield f"avg@8, step {row['step']}", row["avg@8"]
     log = lines(run / "log.jsonl")
-    for last in SAVED:
+    for first, last in (*((last - SAVE_EVERY, last) for last in SAVED), (0, STEPS)):
         for name in ("reward", "length", "in_loss", "loss", "grad_norm"):
-            part = [row[name] for row in log[last - SAVE_EVERY : last]]
-            yield f"{name}, steps {last - SAVE_EVERY + 1}-{last}", statistics.mean(part)
+            yield f"{name}, steps {first + 1}-{last}", statistics.mean(row[name] for row in log[first:last])
     yield "cpu_s per step", statistics.median(row["cpu_s"] for row in log[1:])  # the first has the start in it
 
 

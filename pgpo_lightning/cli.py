@@ -105,9 +105,10 @@ def _quiet() -> None:
     # The teacher stays in evaluation mode on purpose.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in record.getMessage() for word in ("litlogger", "litmodels", "`weights_only`"))
-    )
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(
+            lambda record: not any(word in record.getMessage() for word in ("litlogger", "litmodels", "`weights_only`"))
+        )
 
 
 def main(args: list[str] | None = None) -> None:
