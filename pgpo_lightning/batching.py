@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.records import Row
 
 
@@ -71,6 +72,54 @@ class Sequences:
         lengths = torch.tensor([len(response) for _, response in pairs])
         parts = (ids, torch.cat(row), torch.cat(position), torch.cat(targets), lengths)
         return cls(*(part.to(device) for part in parts))
+
+
+@dataclass
+class TokenInputs:
+    """What is known about each response token before the forward pass; shape ``(N,)`` each, fp32.
+
+    Attributes:
+        sampler: Log-probability under the sampler (nats).
+        coefficient: Factor of the token's loss in the loss of the step.
+        advantage: Of its response.
+        old: Log-probability under the policy before the first of several updates; ``None`` where that is the current one.
+    """
+
+    sampler: Tensor
+    coefficient: Tensor
+    advantage: Tensor
+    old: Tensor | None
+
+    @classmethod
+    def of(cls, rows: list[Row], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
+        """Collect what the rows know.
+
+        Args:
+            rows: In the order of the packed sequences.
+            lengths: Their response tokens, shape ``(rows,)``, on the device of the model.
+            scale: Factor of a sequence's mean over its tokens, or of a token.
+            by_sequence: Which of the two.
+        """
+        device = lengths.device
+        sampler = torch.cat([row.rollout.log_probs for row in rows]).to(device)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.repeat_interleave(lengths, output_size=sampler.numel())
+
+        coefficient = scale / lengths if by_sequence else torch.full(lengths.shape, scale, device=device)
+        advantage = torch.tensor([row.advantage for row in rows], device=device)
+        known = rows[0].old_log_probs is not None
+        old = torch.cat([row.old_log_probs for row in rows]).to(device) if known else None
+        return cls(sampler, spread(coefficient), spread(advantage), old)
+
+    def __getitem__(self, part: slice) -> "TokenInputs":
+        """Return the same for some of the tokens."""
+        old = None if self.old is None else self.old[part]
+        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old)
+
+    def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
+        """Return log-probabilities under the policy that the batch was sampled from, as the trainer sees it."""
+        return tokens.log_p_student.detach() if self.old is None else self.old
 
 
 def shares(rows: list[Row], count: int) -> Iterator[list[Row]]:

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.batching import Sequences
-from pgpo_lightning.distillation import Source
+from pgpo_lightning.distillation import Head, Source
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -72,26 +72,12 @@ def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Apply a model's language-model head, and the soft cap or scale that some architectures put behind it.
-
-    Args:
-        model: A causal language model.
-        hidden: Shape ``(..., D)``.
-
-    Returns:
-        Logits, shape ``(..., V)``.
-    """
-    weight_dtype = model.get_output_embeddings().weight.dtype
-    logits = model.get_output_embeddings()(hidden.to(weight_dtype))
+def head(model: PreTrainedModel) -> Head:
+    """Return a model's language-model head, with the soft cap or scale that some architectures put behind it."""
     config = model.config.get_text_config()
-    if scale := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scale
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(model.get_output_embeddings().weight, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -106,7 +92,7 @@ def check_head(model: PreTrainedModel) -> None:
     model.eval()
     with torch.no_grad():
         theirs = model(input_ids=ids, use_cache=False).logits.float()
-        ours = head(model, decoder(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
+        ours = head(model)(decoder(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
     model.train(was_training)
     if not torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item() + 1e-6):
         raise MisconfigurationException(
@@ -133,7 +119,7 @@ def source(model: PreTrainedModel, sequences: Sequences, weight: float = 1.0) ->
         Hidden states ``(N, D)`` of the response positions with the head that belongs to them.
     """
     hidden = decoder(model)(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-    return Source(hidden[sequences.row, sequences.position], lambda h: head(model, h), weight)
+    return Source(hidden[sequences.row, sequences.position], head(model), weight)
 
 
 def architecture(model: PreTrainedModel) -> str:

@@ -56,6 +56,7 @@ class StepStatistics:
     def from_tokens(
         cls,
         tokens: TokenStatistics,
+        loss: Tensor,
         sampler_log_p: Tensor,
         weight: Tensor,
         lengths: Tensor,
@@ -65,6 +66,7 @@ class StepStatistics:
 
         Args:
             tokens: Values of shape ``(N,)``, the sequences one after the other.
+            loss: The objective, shape ``(N,)``.
             sampler_log_p: Log-probabilities under the sampler, shape ``(N,)``.
             weight: Importance weights, shape ``(N,)``.
             lengths: Tokens of each sequence, shape ``(sequences,)``; they sum to N.
@@ -83,7 +85,7 @@ class StepStatistics:
             kl=mean(tokens.kl),
             log_ratio=mean(tokens.log_p_teacher - tokens.log_p_student),
             sampler_log_ratio=mean(tokens.log_p_student - sampler_log_p),
-            loss=mean(tokens.loss),
+            loss=mean(loss),
             weight=mean(weight),
             length=lengths.float(),
             reward=rewards.float(),

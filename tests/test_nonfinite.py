@@ -15,8 +15,8 @@ class Poisoned(SDPO):
         super().configure_model()
         self.states = []
 
-    def token_loss(self, log_s, log_t, targets):
-        loss = super().token_loss(log_s, log_t, targets)
+    def objective(self, tokens, given):
+        loss = super().objective(tokens, given)
         return loss * torch.nan if self.steps in self.poisoned else loss
 
     def report(self, rows):
@@ -74,9 +74,9 @@ def test_as_many_as_allowed_do_not(tmp_path):
 
 def test_a_gradient_that_overflows_is_skipped_too(tmp_path):
     class Exploding(Poisoned):
-        def token_loss(self, log_s, log_t, targets):
-            loss = SDPO.token_loss(self, log_s, log_t, targets)
-            if self.steps in self.poisoned:
+        def objective(self, tokens, given):
+            loss = SDPO.objective(self, tokens, given)
+            if self.steps in self.poisoned and loss.requires_grad:
                 loss.register_hook(lambda gradient: gradient * torch.inf)
             return loss
 

@@ -16,7 +16,7 @@ def test_the_wheel_holds_every_file_and_no_global_callbacks(tmp_path):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "pgpo_lightning"
     files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    files += [path for path in (ROOT / "callbacks").glob("*.py")]
+    files += (ROOT / "callbacks").glob("*.py")
     expected = set()
     for path in files:
         inside = path.relative_to(ROOT)
@@ -32,5 +32,3 @@ def test_the_top_level_folder_is_no_package_of_its_own():
     result = subprocess.run([sys.executable, "-c", "import callbacks"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
     assert "Import `pgpo_lightning.callbacks`, not `callbacks`" in result.stderr
-
-

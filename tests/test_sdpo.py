@@ -57,8 +57,8 @@ def plain_loss(module, rows, denominator, cap=2.0):
             d = sampled_token(log_s, log_t, y)
         else:
             a, b = log_s, log_t
-            if module.distillation_topk is not None:
-                a, b = student_top_k(a, b, module.distillation_topk, module.distillation_add_tail)
+            if module.divergence.top_k is not None:
+                a, b = student_top_k(a, b, module.divergence.top_k, module.divergence.add_tail)
             d = divergence(a, b, module.divergence_alpha)
         weight = (log_s_y.detach() - row.rollout.log_probs).exp().clamp(max=cap) if cap else 1.0
         if denominator == "tokens":

@@ -88,7 +88,9 @@ def test_mutual_information_of_a_known_case():
 def test_from_tokens_averages_each_sequence():
     values = torch.arange(5.0)
     tokens = TokenStatistics(values, values, values + 1, values, values * 0, values)
-    r = StepStatistics.from_tokens(tokens, values - 0.5, torch.ones(5), torch.tensor([2, 3]), torch.tensor([1.0, 0.0]))
+    r = StepStatistics.from_tokens(
+        tokens, values, values - 0.5, torch.ones(5), torch.tensor([2, 3]), torch.tensor([1.0, 0.0])
+    )
     assert r.entropy_student.tolist() == [0.5, 3.0]
     assert r.log_ratio.tolist() == [1.0, 1.0]
     assert r.sampler_log_ratio.tolist() == [0.5, 0.5]

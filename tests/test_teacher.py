@@ -176,4 +176,4 @@ def test_tied_weights_stay_tied_in_the_copy():
     teacher = module.teacher.model
     assert teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
     hidden = torch.randn(2, 32)
-    torch.testing.assert_close(head(teacher, hidden), hidden @ teacher.get_input_embeddings().weight.T)
+    torch.testing.assert_close(head(teacher)(hidden), hidden @ teacher.get_input_embeddings().weight.T)

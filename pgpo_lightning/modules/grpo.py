@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgpo_lightning.batching import micro_batches
-from pgpo_lightning.distillation import TokenStatistics, token_statistics
+from pgpo_lightning.batching import TokenInputs, micro_batches
+from pgpo_lightning.distillation import TokenStatistics, linear_distillation
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.settings import at_least
 from pgpo_lightning.policy import source
@@ -106,8 +106,12 @@ class GRPO(OnPolicyModule):
     def _remember_old_log_probs(self, rows: list[Row]) -> None:
         for group in micro_batches(rows, self.micro_batch_tokens, self.forward_length):
             sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in group])
-            tokens = token_statistics(
-                source(self.model, sequences), [], sequences.targets, temperature=self.temperature
+            _, tokens = linear_distillation(
+                source(self.model, sequences),
+                [],
+                sequences.targets,
+                lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
+                temperature=self.temperature,
             )
             parts = tokens.log_p_student.split(sequences.lengths.tolist())
             for row, log_probs in zip(group, parts, strict=True):
@@ -121,11 +125,9 @@ class GRPO(OnPolicyModule):
         """Tokens of all rows."""
         return sum(row.length for row in rows)
 
-    def objective(self, tokens: TokenStatistics, rows: list[Row]) -> Tensor:
-        """Return the clipped policy-gradient loss of every token, shape ``(N,)``."""
-        lengths = torch.tensor([row.length for row in rows], device=self.device)
-        advantages = torch.tensor([row.advantage for row in rows], device=self.device).repeat_interleave(lengths)
-        old = self.old_log_probs(tokens.log_p_student, rows)
+    def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
+        """Return the clipped policy-gradient loss of every token, shape ``(n,)``."""
+        old = given.old_log_probs(tokens)
         return clipped_policy_loss(
-            tokens.log_p_student, old, advantages, self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c
+            tokens.log_p_student, old, given.advantage, self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c
         )

@@ -17,8 +17,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.batching import Sequences, micro_batches, shares
-from pgpo_lightning.distillation import Source, TokenLoss, TokenStatistics, token_statistics
+from pgpo_lightning.batching import Sequences, TokenInputs, micro_batches, shares
+from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation
+from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.lifecycle import Lifecycle
 from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import (
@@ -249,12 +250,18 @@ class OnPolicyModule(Lifecycle):
         """Run the teacher over the rows, if the objective has one."""
         return []
 
-    token_loss: TokenLoss | None = None
-    """The part of the loss that needs both full distributions."""
+    divergence: Divergence | None = None
+    """Which divergence between student and teacher the objective asks for, if any."""
 
-    def objective(self, tokens: TokenStatistics, rows: list[Row]) -> Tensor:
-        """Return the loss of every response token, shape ``(N,)``, before importance weights."""
-        return tokens.loss
+    @abstractmethod
+    def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
+        """Return the loss of some response tokens, shape ``(n,)``, before importance weights.
+
+        Args:
+            tokens: What student and teacher say about them. Divergence, student's log-probability and student's entropy
+                carry gradients.
+            given: What was known before the forward pass.
+        """
 
     def after_update(self) -> None:
         """Run once per batch, if at least one optimizer step was taken."""
@@ -292,36 +299,38 @@ class OnPolicyModule(Lifecycle):
 
     def _micro_batch(self, rows: list[Row], scale: float) -> tuple[Tensor, StepStatistics]:
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
-        sampler = torch.cat([row.rollout.log_probs for row in rows]).to(self.device)
-        student = source(self.model, sequences)
-        tokens = token_statistics(
-            student, self.teacher_sources(rows), sequences.targets, self.token_loss, self.temperature
+        given = TokenInputs.of(rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean")
+
+        def weighted(tokens: TokenStatistics, part: slice) -> Tensor:
+            here = given[part]
+            return self.objective(tokens, here) * self.importance_weight(tokens, here) * here.coefficient
+
+        loss, tokens = linear_distillation(
+            source(self.model, sequences),
+            self.teacher_sources(rows),
+            sequences.targets,
+            weighted,
+            self.divergence,
+            self.temperature,
         )
-        tokens = tokens._replace(loss=self.objective(tokens, rows))
-        weight = self._importance_weight(tokens.log_p_student.detach(), sampler, rows)
-        coefficient = torch.full_like(weight, scale)
-        if self.loss_agg_mode == "seq-mean-token-mean":
-            coefficient /= sequences.lengths.repeat_interleave(sequences.lengths, output_size=weight.numel())
+        values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
         rewards = torch.tensor([row.verdict.reward for row in rows], device=self.device)
-        statistics = StepStatistics.from_tokens(tokens, sampler, weight, sequences.lengths, rewards)
-        return (tokens.loss * weight * coefficient).sum(), statistics
+        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
+        return loss, statistics
+
+    def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
+        """Return the weight of every token, ``(n,)``, that corrects the difference between trainer and sampler (sdpo.md 3.4).
+
+        Capped from above only; carries no gradient.
+        """
+        if self.is_clip is None:
+            return torch.ones_like(given.sampler)
+        ratio = (given.old_log_probs(tokens) - given.sampler).clamp(-20, 20).exp()
+        return ratio.clamp(max=self.is_clip)
 
     def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences:
         """Lay out (prompt, response) pairs on this module's device."""
         return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device)
-
-    def old_log_probs(self, current: Tensor, rows: list[Row]) -> Tensor:
-        """Return the log-probabilities under the policy that the batch was sampled from, as the trainer sees it, ``(N,)``."""
-        if rows[0].old_log_probs is None:
-            return current.detach()
-        return torch.cat([row.old_log_probs for row in rows]).to(current.device)
-
-    def _importance_weight(self, current: Tensor, sampler: Tensor, rows: list[Row]) -> Tensor:
-        # Corrects the difference between trainer and sampler (sdpo.md 3.4). Only capped from above; detached.
-        if self.is_clip is None:
-            return torch.ones_like(current)
-        ratio = (self.old_log_probs(current, rows) - sampler).clamp(-20, 20).exp()
-        return ratio.clamp(max=self.is_clip)
 
     def update(self, loss: float) -> bool:
         """Clip and take one optimizer step, unless loss or gradient are not finite.

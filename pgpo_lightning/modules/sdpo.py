@@ -10,8 +10,9 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from pgpo_lightning.distillation import Source
-from pgpo_lightning.divergence import divergence, sampled_token, student_top_k
+from pgpo_lightning.batching import TokenInputs
+from pgpo_lightning.distillation import Source, TokenStatistics
+from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.settings import at_least, either, one_of
 from pgpo_lightning.records import Row
@@ -110,8 +111,8 @@ class SDPO(OnPolicyModule):
         check_template("solution_template", solution_template, ("successful_previous_attempt",))
         check_template("feedback_template", feedback_template, ("feedback_raw",))
         self.full_logit_distillation = full_logit_distillation
-        self.distillation_topk = distillation_topk
-        self.distillation_add_tail = True if distillation_add_tail is None else distillation_add_tail
+        if full_logit_distillation:
+            self.divergence = Divergence(self.divergence_alpha, distillation_topk, distillation_add_tail is not False)
         self.teacher_regularization = teacher_regularization
         self.reprompt = RepromptBuilder(
             success_reward_threshold=self.success_reward_threshold,
@@ -151,13 +152,14 @@ class SDPO(OnPolicyModule):
             self.model, self.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
         )
 
-    def token_loss(self, log_s: Tensor, log_t: Tensor, targets: Tensor) -> Tensor:
-        """Return the divergence of every token, shape ``(N,)``, from log-probabilities ``(N, V)`` (sdpo.md 3.3)."""
-        if not self.full_logit_distillation:
-            return sampled_token(log_s, log_t, targets)
-        if self.distillation_topk is not None:
-            log_s, log_t = student_top_k(log_s, log_t, self.distillation_topk, self.distillation_add_tail)
-        return divergence(log_s, log_t, self.divergence_alpha)
+    def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
+        """Return the divergence of every token, shape ``(n,)``, or the policy-gradient form of it (sdpo.md 3.3).
+
+        The latter has the per-token advantage log T - log S; its expected gradient is that of KL(S||T).
+        """
+        if self.full_logit_distillation:
+            return tokens.divergence
+        return (tokens.log_p_student - tokens.log_p_teacher).detach() * tokens.log_p_student
 
     def after_update(self) -> None:
         """The teacher follows the student."""
