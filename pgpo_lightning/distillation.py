@@ -124,8 +124,11 @@ class _LinearDistillation(torch.autograd.Function):
         device = hidden.device
         n, vocabulary = targets.numel(), head_weight.size(0)
         product = _Product(head_weight.dtype, device.type)
-        block = max(1, _CACHE_BYTES // (4 * vocabulary)) if device.type == "cpu" else _CHUNK_ROWS
-        rows = chunk_rows or max(_CPU_CHUNK_ROWS, block) if device.type == "cpu" else chunk_rows or _CHUNK_ROWS
+        if device.type == "cpu":
+            block = max(1, _CACHE_BYTES // (4 * vocabulary))
+            rows = chunk_rows or max(_CPU_CHUNK_ROWS, block)
+        else:
+            rows = block = chunk_rows or _CHUNK_ROWS
         statistics = TokenStatistics(
             *(torch.full((n,), torch.nan, dtype=product.wide, device=device) for _ in range(6))
         )

@@ -6,6 +6,7 @@ from itertools import chain
 
 import torch
 
+from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.statistics import Information, StepStatistics, information
 
@@ -37,12 +38,13 @@ class RolloutSummary:
         return cls(**{f.name: list(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(cls)})
 
 
-def rollout_scalars(summary: RolloutSummary, threshold: float) -> dict[str, float]:
-    """Return rewards and lengths of all rollouts of a step, with and without a teacher.
+def rollout_scalars(rows: list[Row], threshold: float) -> dict[str, float]:
+    """Return rewards and lengths of all rollouts of a step and of all ranks, with and without a teacher.
 
     `rollout/neg_log_prob` is the mean of -log p over the sampled tokens of each response (nats): an unbiased estimate of the
     student's entropy that needs no forward pass, so it is there even when no row is in the loss.
     """
+    summary = RolloutSummary.join(gather(RolloutSummary.of(rows)))
     reward, length = torch.tensor(summary.reward), torch.tensor(summary.response_length, dtype=torch.float32)
     return {
         "critic/score/mean": reward.mean().item(),
@@ -50,6 +52,7 @@ def rollout_scalars(summary: RolloutSummary, threshold: float) -> dict[str, floa
         "response_length/mean": length.mean().item(),
         "response_length/max": length.max().item(),
         "response_length/min": length.min().item(),
+        "response_length/total": length.sum().item(),
         "response_length/clip_ratio": sum(summary.cut_off) / len(summary.cut_off),
         "prompt_length/mean": sum(summary.prompt_length) / len(summary.prompt_length),
         "rollout/neg_log_prob": sum(summary.negative_log_prob) / len(summary.negative_log_prob),

@@ -1,21 +1,20 @@
 """Held-out evaluation: avg@k, pass@k, majority@k, lengths, and every answer in a file."""
 
 import json
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 
 from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK
+from pgpo_lightning.modules.acting import Acting
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Sampling
 from pgpo_lightning.seeding import seeded
 
 
-class Evaluation(L.LightningModule):
+class Evaluation(Acting):
     """The validation and test loops of every module.
 
     Question i of the split is sampled with the same random numbers in every evaluation of a run, so that a change of the
@@ -27,14 +26,6 @@ class Evaluation(L.LightningModule):
     seed: int
     steps: int
     success_reward_threshold: float
-
-    @abstractmethod
-    def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
-        """Sample `n` responses to every question."""
-
-    @abstractmethod
-    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
-        """Return the verifier's verdict on every rollout."""
 
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""

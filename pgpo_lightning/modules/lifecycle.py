@@ -6,11 +6,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model
-from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.records import Question
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
@@ -19,15 +18,11 @@ COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
 class Lifecycle(Evaluation):
     """Lightning's hooks around training, none of which knows the objective."""
 
-    model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
-    encoder: PromptEncoder
     given_model: str | PreTrainedModel
     loading: dict[str, Any]
     make_optimizer: OptimizerCallable
     make_scheduler: LRSchedulerCallable | None
     gradient_checkpointing: bool
-    max_prompt_length: int
     max_response_length: int
     updates_per_batch: int
     training_run: bool

@@ -30,12 +30,12 @@ from pgpo_lightning.policy import (
 )
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
-from pgpo_lightning.reporting import RolloutSummary, loss_scalars, rollout_scalars
+from pgpo_lightning.records import Question, Row
+from pgpo_lightning.reporting import loss_scalars, rollout_scalars
 from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
 from pgpo_lightning.seeding import seeded
 from pgpo_lightning.statistics import StepStatistics, information
-from pgpo_lightning.verifiers import Verifier, VerifierError, grade
+from pgpo_lightning.verifiers import Verifier
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
@@ -196,34 +196,6 @@ class OnPolicyModule(Lifecycle):
                 self._advance_schedule()
         self.steps += 1
         self.report(rows)
-
-    def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
-        """Sample `n` responses to every question from the student as it is now."""
-        prompts = [self.encoder.question(question) for question in questions]
-        for question, prompt in zip(questions, prompts, strict=True):
-            if len(prompt) > self.max_prompt_length:  # data that did not come through our data module
-                raise ValueError(
-                    f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
-                    f"{question.source or f'question {question.index}'} has {len(prompt)}."
-                )
-        return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
-
-    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
-        """Return the verifier's verdict on every rollout.
-
-        Raises:
-            VerifierError: If the verifier fails and `on_verifier_error` is ``raise``; names the question.
-        """
-        verdicts = []
-        for rollout in rollouts:
-            try:
-                verdicts.append(grade(self.verifier, rollout.question, rollout.text))
-            except VerifierError:
-                if self.on_verifier_error == "raise":
-                    raise
-                self.verifier_errors += 1
-                verdicts.append(Verdict(0.0))
-        return verdicts
 
     @abstractmethod
     def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
@@ -386,13 +358,12 @@ class OnPolicyModule(Lifecycle):
 
     def report(self, rows: list[Row]) -> None:
         """Log the step; every value is that of all ranks together."""
-        summary = RolloutSummary.join(gather(RolloutSummary.of(rows)))
         shared = gather(self.scalars)
         scalars = {name: sum(each[name] for each in shared) / len(shared) for name in self.scalars}
-        scalars |= rollout_scalars(summary, self.success_reward_threshold)
+        scalars |= rollout_scalars(rows, self.success_reward_threshold)
         scalars |= loss_scalars(self.step_statistics, self.success_reward_threshold)
         scalars |= self._timing
-        scalars["perf/tokens_per_s"] = sum(summary.response_length) / self._timing["timing_s/step"]
+        scalars["perf/tokens_per_s"] = scalars["response_length/total"] / self._timing["timing_s/step"]
         scalars["actor/skipped_steps"] = float(self.skipped)
         scalars["rollout/verifier_errors"] = float(sum(gather(self.verifier_errors)))
         if self.device.type == "cuda":
