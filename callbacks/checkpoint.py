@@ -35,6 +35,7 @@ class ResumeCheckpoint(Checkpoint):
         self.keep = keep
         self.dirpath = dirpath
         self._due = False
+        self._saved = -1
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Return where the checkpoints of this run are."""
@@ -62,8 +63,9 @@ class ResumeCheckpoint(Checkpoint):
         self._due = False
         folder = self.folder(trainer)
         path = folder / f"step={pl_module.steps:06d}.ckpt"
-        if trainer.strategy.broadcast(path.exists()):
+        if self._saved == pl_module.steps:
             return
+        self._saved = pl_module.steps
         partial = path.with_suffix(".partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:

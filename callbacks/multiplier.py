@@ -143,6 +143,7 @@ class InformationMultiplier(StepSizeMultiplier):
             )
         self.rho_max, self.rho_min = rho_max, rho_min
         self.estimator, self.aggregation = estimator, aggregation
+        self.signal = information(StepStatistics.empty())
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the module has a teacher to be informed."""
@@ -155,8 +156,16 @@ class InformationMultiplier(StepSizeMultiplier):
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
         """Return exp(sensitivity * I)."""
+        self.signal = information(statistics, self.estimator, self.aggregation)
         # exp() of more than 700 overflows; rho_max bounds it anyway.
-        return math.exp(min(self.sensitivity * information(statistics, self.estimator, self.aggregation).value, 700.0))
+        return math.exp(min(self.sensitivity * self.signal.value, 700.0))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Scale the learning rate, and log the estimate that rho was made from."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        pl_module.scalars["information/used"] = self.signal.value
+        if not math.isnan(self.signal.standard_error):
+            pl_module.scalars["information/used_standard_error"] = self.signal.standard_error
 
 
 class ConstantMultiplier(StepSizeMultiplier):

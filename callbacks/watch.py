@@ -65,11 +65,12 @@ class Watch(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves and write the summary."""
+        log_dir = trainer.log_dir  # a collective: every rank has to ask
         writer = _writer(trainer)
         if writer is None:
             return
         writer.flush()
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         scalars = read_scalars(folder)
         draw_stability(
             scalars, folder / "stability.png", f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps"

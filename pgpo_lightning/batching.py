@@ -106,8 +106,10 @@ class TokenInputs:
         def spread(values: Tensor) -> Tensor:
             return values.repeat_interleave(lengths, output_size=sampler.numel())
 
-        coefficient = scale / lengths if by_sequence else torch.full(lengths.shape, scale, device=device)
-        advantage = torch.tensor([row.advantage for row in rows], device=device)
+        coefficient = (
+            scale / lengths if by_sequence else torch.full(lengths.shape, scale, dtype=torch.float32, device=device)
+        )
+        advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device)
         known = rows[0].old_log_probs is not None
         old = torch.cat([row.old_log_probs for row in rows]).to(device) if known else None
         return cls(sampler, spread(coefficient), spread(advantage), old)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonargparse
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -20,6 +21,7 @@ from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.export import export
 from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.verifiers import VerifierError
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -52,6 +54,11 @@ class PGPOCommand(LightningCLI):
             trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": -1},
             args=args,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer what the modules have."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a user swaps to the command line."""
@@ -95,13 +102,12 @@ def _one_seed(seed: int | bool) -> int:
 
 def _quiet() -> None:
     """Silence remarks that a user of this program can do nothing about."""
-    # Nothing leaves the machine: no usage reports of the libraries we call.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
     # Questions are text in memory; more workers would only break the exact resume.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Scores are exchanged by the metrics themselves.
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     # The teacher stays in evaluation mode on purpose.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -118,12 +124,26 @@ def main(args: list[str] | None = None) -> None:
         args: Without the program's name; by default those of the process.
     """
     _quiet()
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a user's verifiers and multipliers stand in the working folder, as with `python -m`
     words = sys.argv[1:] if args is None else args
     if words[:1] == ["export"]:
         jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
     else:
+        if words[:1] in (["-h"], ["--help"]):
+            print("pgpo {fit,validate,test} runs a configuration; pgpo export writes a checkpoint for transformers.\n")
         PGPOCommand(args)
 
 
+def program() -> None:
+    """Run the command line as a program: what a user can mend is one line, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, MisconfigurationException, VerifierError) as error:
+        if os.environ.get("PGPO_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(PGPO_TRACEBACK=1 shows where)")
+
+
 if __name__ == "__main__":
-    main()
+    program()

@@ -45,7 +45,8 @@ def rollout_scalars(rows: list[Row], threshold: float) -> dict[str, float]:
     student's entropy that needs no forward pass, so it is there even when no row is in the loss.
     """
     summary = RolloutSummary.join(gather(RolloutSummary.of(rows)))
-    reward, length = torch.tensor(summary.reward), torch.tensor(summary.response_length, dtype=torch.float32)
+    reward = torch.tensor(summary.reward, dtype=torch.float32)
+    length = torch.tensor(summary.response_length, dtype=torch.float32)
     return {
         "critic/score/mean": reward.mean().item(),
         "critic/score/success": (reward >= threshold).float().mean().item(),

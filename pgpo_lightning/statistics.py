@@ -95,7 +95,7 @@ class StepStatistics:
     @classmethod
     def empty(cls) -> "StepStatistics":
         """Return statistics of no sequence at all."""
-        return cls(*(torch.zeros(0) for _ in fields(cls)))
+        return cls(*(torch.zeros(0, dtype=torch.float32) for _ in fields(cls)))
 
     @classmethod
     def concatenate(cls, parts: list["StepStatistics"]) -> "StepStatistics":

@@ -1,7 +1,10 @@
 """The command line as a user types it: swapping callbacks, refusing what is wrong before anything is generated."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,9 @@ def test_a_multiplier_of_ones_own(tmp_path, monkeypatch):
     assert mine.multiplier(None, 2) == 0.0625
 
 
+QUICK = ["--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
+
+
 def run(tmp_path, *args, **changes):
     changes.setdefault("multiplier", None)
     settings = config(tmp_path / "run", steps=2, **changes)
@@ -100,7 +106,7 @@ def test_a_python_function_with_feedback_as_verifier(tmp_path, monkeypatch):
         "def judge(question, response):\n    return 0.0, f'The final answer {len(response)} is wrong.'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    scalars = run(tmp_path, model={"verifier": "judge.judge"})
+    scalars = run(tmp_path, *QUICK, model={"verifier": "judge.judge"})
     assert scalars["self_distillation/feedback_used_fraction"] == {1: 1.0, 2: 1.0}
     assert scalars["self_distillation/reprompt_sample_fraction"] == {1: 1.0, 2: 1.0}
     assert scalars["critic/score/mean"] == {1: 0.0, 2: 0.0}
@@ -121,6 +127,10 @@ def test_a_python_function_with_feedback_as_verifier(tmp_path, monkeypatch):
         (["--model.model", "no/such/folder"], "no/such/folder"),
         (["--seed_everything", "true"], "`seed_everything` to be a number"),
         (["--trainer.precision", "16-mixed"], "bf16-mixed"),
+        (
+            ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"],
+            "`trainer.strategy` auto or ddp",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -154,7 +164,7 @@ def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
     with pytest.raises(Exception, match=r"question \d+ of .*"):
         run(tmp_path, model={"verifier": "broken.nan"})
     (tmp_path / "b").mkdir()
-    scalars = run(tmp_path / "b", model={"verifier": "broken.raises", "on_verifier_error": "zero"})
+    scalars = run(tmp_path / "b", *QUICK, model={"verifier": "broken.raises", "on_verifier_error": "zero"})
     assert scalars["rollout/verifier_errors"] == {1: 16.0, 2: 32.0}
     assert scalars["critic/score/mean"] == {1: 0.0, 2: 0.0}
 
@@ -188,3 +198,57 @@ def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "held-out" in out
     assert f"{summary['final']['avg@2']:.3f}" in out
+
+
+def program(folder, *args):
+    """The installed command, in a folder of the user's."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.path.pop(0); from pgpo_lightning.cli import program; program()",
+        *args,
+    ]
+    path = os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_a_module_in_the_working_folder_is_found_and_errors_are_one_line(tmp_path):
+    (tmp_path / "rewards.py").write_text("def check(question, response):\n    return float('nan')\n")
+    settings = config(tmp_path / "run", steps=1, model={"verifier": "rewards.check"})
+    result = program(tmp_path, "fit", "--config", settings)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-2:]
+    assert last[0].startswith("error: ")
+    assert "verifier check" in last[0]
+    assert "nan" in last[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_two_processes_train_evaluate_and_finish(tmp_path):
+    settings = config(tmp_path / "run", steps=2)
+    ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    result = program(tmp_path, "fit", "--config", settings, *ddp)
+    assert result.returncode == 0, result.stderr[-2000:]
+    scalars = read_scalars(tmp_path / "run")
+    assert sorted(scalars["val/avg@2"]) == [0, 2]
+    assert len((tmp_path / "run" / "validation" / "step=000002.jsonl").read_text().splitlines()) == 8
+    assert (tmp_path / "run" / "stability.png").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step=000002.ckpt").exists()
+
+
+def test_no_usage_reports_are_sent():
+    code = "import pgpo_lightning.cli, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "DO_NOT_TRACK")
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONFIGS.parent, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "True"
+
+
+def test_no_text_has_a_gap_left_to_fill():
+    texts = [path for path in CONFIGS.parent.rglob("*.md") if ".venv" not in path.parts]
+    assert len(texts) >= 3
+    assert not [path for path in texts if "@" * 2 in path.read_text()]

@@ -17,6 +17,8 @@ def test_group_advantages():
         group_advantages(rewards, True)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), rtol=1e-5, atol=0
     )
     assert (group_advantages(rewards, True)[1] == 0).all()
+    # The mean of seven times 0.1 is not 0.1 in fp32, and dividing by a standard deviation of nothing would blow it up.
+    assert (group_advantages(torch.full((1, 7), 0.1), True) == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ class Poisoned(SDPO):
         loss = super().objective(tokens, given)
         return loss * torch.nan if self.steps in self.poisoned else loss
 
-    def report(self, rows):
-        super().report(rows)
+    def report(self, rows, statistics):
+        super().report(rows, statistics)
         self.states.append(
             (
                 [p.detach().clone() for p in self.model.parameters()],

@@ -9,7 +9,7 @@ from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_row
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
 from pgpo_lightning.divergence import divergence, entropy, sampled_token, student_top_k
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.records import Verdict
+from pgpo_lightning.records import Question, Verdict
 from pgpo_lightning.statistics import information
 
 
@@ -207,9 +207,9 @@ def test_rollouts_are_on_policy(tmp_path):
     ratios = []
 
     class Recording(SDPO):
-        def report(self, rows):
+        def report(self, rows, statistics):
             ratios.append(self.step_statistics.sampler_log_ratio.abs().max().item())
-            super().report(rows)
+            super().report(rows, statistics)
 
     module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
                        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **LIMITS)  # fmt: skip
@@ -262,3 +262,33 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 def test_bad_settings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):
         SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+
+
+def test_gradients_do_not_stay_through_the_next_rollouts(tmp_path):
+    held = []
+
+    class Recording(SDPO):
+        def sample(self, *args):
+            held.append(sum(p.grad is not None for p in self.model.parameters()))
+            return super().sample(*args)
+
+    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    trainer(tmp_path, max_steps=2).fit(module, loader(questions(4), 2))
+    assert held == [0, 0]
+
+
+def test_questions_that_cannot_be_told_apart_are_refused(tmp_path):
+    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    same = [Question("1+1?", "2"), Question("1+2?", "3")]
+    with pytest.raises(ValueError, match="questions with different `index`"):
+        trainer(tmp_path, max_steps=1).fit(module, loader(same, 2))
+
+
+def test_the_information_that_rho_was_made_from_is_reported(tmp_path):
+    multiplier = InformationMultiplier(sensitivity=0.01, rho_min=None, estimator="kl", aggregation="sequence-sum")
+    module, t = fit(tmp_path, [multiplier], steps=1)
+    used = information(module.step_statistics, "kl", "sequence-sum")
+    assert t.callback_metrics["information/used"].item() == pytest.approx(used.value, rel=1e-5)
+    assert t.callback_metrics["I"].item() == pytest.approx(used.value, rel=1e-5)
+    assert t.callback_metrics["lr/multiplier"].item() == pytest.approx(math.exp(0.01 * used.value), rel=1e-6)
+    assert abs(used.value - information(module.step_statistics).value) > 1e-3

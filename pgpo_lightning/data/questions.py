@@ -125,6 +125,18 @@ class QuestionData(L.LightningDataModule):
             rank_zero_warn(f"Dropped {told}.")
             self.questions[split] = [q for q, why in zip(questions, reasons, strict=True) if why is None]
             self.dropped[split] += len(bad)
+        if self.questions.get("train"):
+            self._check_batch()  # now, and not after an evaluation of the base model
+
+    def _check_batch(self) -> None:
+        _, world_size = self._rank_and_world_size()
+        count = len(self.questions["train"])
+        if count < self.batch_size * world_size:
+            raise ValueError(
+                f"Expected at least one batch of training questions, {self.batch_size * world_size} (`batch_size` "
+                f"{self.batch_size} x {world_size} devices), but got {count} ({self.dropped['train']} were dropped). "
+                "Lower `batch_size`, or use more questions."
+            )
 
     def train_dataloader(self) -> QuestionLoader:
         """Return the loader of the training questions.
@@ -132,14 +144,9 @@ class QuestionData(L.LightningDataModule):
         Raises:
             ValueError: If there are too few questions for one step, or if the data is not the data of the checkpoint.
         """
+        self._check_batch()
         rank, world_size = self._rank_and_world_size()
         questions = self.questions["train"]
-        if len(questions) < self.batch_size * world_size:
-            raise ValueError(
-                f"Expected at least one batch of training questions, {self.batch_size * world_size} (`batch_size` "
-                f"{self.batch_size} x {world_size} devices), but got {len(questions)} ({self.dropped['train']} were "
-                "dropped). Lower `batch_size`, or use more questions."
-            )
         consumed = 0 if self.sampler is None else self.sampler.consumed
         self.sampler = ResumableSampler(len(questions), self.batch_size, self.seed, rank, world_size, consumed)
         if self._restored is not None:

@@ -30,10 +30,15 @@ class Evaluation(Acting):
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""
         k = self.eval_samples
-        # Plain attributes: as registered modules the metrics would enter checkpoints.
-        object.__setattr__(self, "_means", {"avg": AvgAtK(), "length": MeanLength(), "cut_off": CutOffShare()})
-        object.__setattr__(self, "_pass", PassAtK(k, threshold=self.success_reward_threshold))
-        object.__setattr__(self, "_majority", MajorityAtK())
+        metrics = {
+            "avg": AvgAtK(),
+            "pass": PassAtK(k, threshold=self.success_reward_threshold),
+            "maj": MajorityAtK(),
+            "length": MeanLength(),
+            "cut_off": CutOffShare(),
+        }
+        # A plain attribute: as registered modules the metrics would enter checkpoints. On the device, where ranks exchange them.
+        object.__setattr__(self, "_metrics", {name: metric.to(self.device) for name, metric in metrics.items()})
         self._results: list[dict[str, Any]] = []
 
     on_test_epoch_start = on_validation_epoch_start
@@ -44,13 +49,21 @@ class Evaluation(Acting):
         with seeded(self.seed, "evaluation", batch_idx, self.global_rank):
             rollouts = self.sample(questions, k, self.eval_sampling)
             verdicts = self.judge(rollouts)
-        index = torch.tensor([rollout.question.index for rollout in rollouts])
-        reward = torch.tensor([verdict.reward for verdict in verdicts])
-        self._means["avg"].update(index, reward)
-        self._means["length"].update(index, torch.tensor([float(len(r.response_ids)) for r in rollouts]))
-        self._means["cut_off"].update(index, torch.tensor([float(not r.finished) for r in rollouts]))
-        self._pass.update(index, reward)
-        self._majority.update(index, reward, [verdict.answer for verdict in verdicts])
+        index = torch.tensor([rollout.question.index for rollout in rollouts], device=self.device)
+        reward, length, cut_off = (
+            # Lightning's bf16-true makes bf16 the default type, in which a length of 301 is 300.
+            torch.tensor(values, dtype=torch.float32, device=self.device)
+            for values in (
+                [verdict.reward for verdict in verdicts],
+                [len(rollout.response_ids) for rollout in rollouts],
+                [not rollout.finished for rollout in rollouts],
+            )
+        )
+        self._metrics["avg"].update(index, reward)
+        self._metrics["pass"].update(index, reward)
+        self._metrics["maj"].update(index, reward, [verdict.answer for verdict in verdicts])
+        self._metrics["length"].update(index, length)
+        self._metrics["cut_off"].update(index, cut_off)
         for i, question in enumerate(questions):
             mine = slice(i * k, (i + 1) * k)
             self._results.append(_result(question, rollouts[mine], verdicts[mine]))
@@ -67,17 +80,17 @@ class Evaluation(Acting):
 
     def _finish(self, prefix: str, folder: str) -> None:
         k = self.eval_samples
+        computed = {name: float(metric.compute()) for name, metric in self._metrics.items()}
         scores = {
-            f"{prefix}/avg@{k}": self._means["avg"].compute(),
-            f"{prefix}/pass@{k}": self._pass.compute(),
-            f"{prefix}/length": self._means["length"].compute(),
-            f"{prefix}/cut_off": self._means["cut_off"].compute(),
+            f"{prefix}/avg@{k}": computed["avg"],
+            f"{prefix}/pass@{k}": computed["pass"],
+            f"{prefix}/length": computed["length"],
+            f"{prefix}/cut_off": computed["cut_off"],
         }
         results = {result["index"]: result for part in gather(self._results) for result in part}
         # Without answers to vote on there is no majority, rather than one of zero.
         if any(answer is not None for result in results.values() for answer in result["answers"]):
-            scores[f"{prefix}/maj@{k}"] = self._majority.compute()
-        scores = {name: float(score) for name, score in scores.items()}
+            scores[f"{prefix}/maj@{k}"] = computed["maj"]
         if self.trainer.sanity_checking:
             # Lightning throws away what is logged here; it is the score of the base model.
             if self.logger is not None:
@@ -85,8 +98,9 @@ class Evaluation(Acting):
         else:
             self.log_dict({**scores, "step": float(self.steps)})
             self.log("score", scores[f"{prefix}/avg@{k}"], prog_bar=True, logger=False)
-        if self.trainer.is_global_zero and self.trainer.log_dir is not None:
-            path = Path(self.trainer.log_dir) / folder / f"step={self.steps:06d}.jsonl"
+        log_dir = self.trainer.log_dir  # a collective: every rank has to ask
+        if self.trainer.is_global_zero and log_dir is not None:
+            path = Path(log_dir) / folder / f"step={self.steps:06d}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(results[index], ensure_ascii=False) for index in sorted(results)]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -30,7 +30,8 @@ def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
     advantages = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std and rewards.size(1) > 1:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    return advantages
+    # Equal rewards have no advantage; rounding of their mean may say otherwise.
+    return torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, advantages)
 
 
 def clipped_policy_loss(
@@ -93,13 +94,13 @@ class GRPO(OnPolicyModule):
 
     def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
         """Give every row its advantage, and before several updates the log-probabilities of the sampling policy."""
-        rewards = torch.tensor([row.verdict.reward for row in rows]).view(-1, self.num_generations)
+        rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32).view(-1, self.num_generations)
         for row, advantage in zip(rows, group_advantages(rewards, self.norm_adv_by_std_in_grpo).view(-1), strict=True):
             row.advantage = advantage.item()
         if self.updates_per_batch > 1:
             self._remember_old_log_probs([row for row in rows if self.in_loss(row)])
-        advantages = torch.tensor([row.advantage for row in rows])
-        groups = (rewards.std(1) > 0).float().mean().item()
+        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
+        groups = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
         return {"critic/advantages/std": advantages.std().item(), "critic/informative_groups": groups}
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
 from pgpo_lightning.modules.evaluation import Evaluation
@@ -39,6 +40,11 @@ class Lifecycle(Evaluation):
             raise MisconfigurationException(
                 "Expected a precision without gradient scaling, but got 16-mixed, whose skipped steps would leave the rescaled "
                 "learning rate in place. Set `trainer.precision` to bf16-mixed or 32-true."
+            )
+        if stage == "fit" and not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise MisconfigurationException(
+                f"Expected `trainer.strategy` auto or ddp, but got {type(self.trainer.strategy).__name__}: under it gradients "
+                "would not be exchanged between ranks."
             )
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
@@ -101,6 +107,7 @@ class Lifecycle(Evaluation):
         checkpoint["pgpo_lightning"] = {
             "module": type(self).__name__,
             "architecture": architecture(self.model),
+            "generation": self.model.generation_config.to_json_string(use_diff=True),
             "tokenizer": self.tokenizer.name_or_path,
             **{name: getattr(self, name) for name in COUNTERS},
         }

@@ -60,7 +60,8 @@ class OnPolicyModule(Lifecycle):
         optimizer: From parameters to an optimizer.
         scheduler: From an optimizer to a schedule, stepped once per batch.
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
-        updates_per_batch: Optimizer steps per batch, each on its share of the questions.
+        updates_per_batch: Optimizer steps per batch, each on its share of the questions. Lightning's `max_steps` counts
+            optimizer steps; curves, checkpoints and schedule count batches.
         micro_batch_tokens: Most padded tokens of one forward pass.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the step, those
             without a loss counting as zero, as the SDPO reference effectively does (sdpo.md 3.5); ``token-mean``: mean over
@@ -178,6 +179,10 @@ class OnPolicyModule(Lifecycle):
 
     def training_step(self, questions: list[Question], batch_idx: int) -> None:
         """One pass of Algorithm 1 over a batch of questions."""
+        if len({question.index for question in questions}) < len(
+            questions
+        ):  # data that did not come through our data module
+            raise ValueError("Expected questions with different `index`: by it rollouts find their siblings.")
         with seeded(self.seed, "train", self.steps, self.global_rank) as rng, self._timed("step"):
             with self._timed("gen"):
                 rollouts = self.sample(questions, self.num_generations, self._training_sampling)  # y ~ π(·|x)
@@ -187,15 +192,16 @@ class OnPolicyModule(Lifecycle):
                 rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
                 self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("update_actor"):
-                updated = False
+                updated, seen = False, []
                 for share in shares(rows, self.updates_per_batch):
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
                     updated |= self.update(loss)  # a callback reads I, scales the step by ρ
+                    seen.append(self.step_statistics)
                 if updated:
                     self.after_update()  # the teacher follows
                 self._advance_schedule()
         self.steps += 1
-        self.report(rows)
+        self.report(rows, StepStatistics.concatenate(seen))
 
     @abstractmethod
     def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
@@ -246,7 +252,6 @@ class OnPolicyModule(Lifecycle):
         Returns:
             The loss of the step, summed over micro-batches, averaged over ranks.
         """
-        self.optimizers().zero_grad()
         if self.loss_agg_mode == "token-mean":
             tokens = gather(self.loss_tokens(rows))
             scale = len(tokens) / max(1, sum(tokens))  # ranks' gradients are averaged, not summed
@@ -286,7 +291,7 @@ class OnPolicyModule(Lifecycle):
             self.temperature,
         )
         values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
-        rewards = torch.tensor([row.verdict.reward for row in rows], device=self.device)
+        rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
         statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
         return loss, statistics
 
@@ -323,6 +328,7 @@ class OnPolicyModule(Lifecycle):
         self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
         if torch.isfinite(torch.tensor([loss, norm])).all():
             self.optimizers().step()
+            self.optimizers().zero_grad()  # not before the next backward: generation needs the memory
             self.skipped_in_a_row = 0
             return True
         self.optimizers().zero_grad()
@@ -356,12 +362,19 @@ class OnPolicyModule(Lifecycle):
 
     # ------------------------------------------------------------------------------------------------ reporting
 
-    def report(self, rows: list[Row]) -> None:
-        """Log the step; every value is that of all ranks together."""
+    def report(self, rows: list[Row], statistics: StepStatistics) -> None:
+        """Log the step; every value is that of all ranks together.
+
+        With several updates per batch the statistics are those of all of them, loss, gradient norm and rates of the last.
+
+        Args:
+            rows: This rank's rollouts.
+            statistics: Of the sequences in the loss, of all updates and ranks.
+        """
         shared = gather(self.scalars)
         scalars = {name: sum(each[name] for each in shared) / len(shared) for name in self.scalars}
         scalars |= rollout_scalars(rows, self.success_reward_threshold)
-        scalars |= loss_scalars(self.step_statistics, self.success_reward_threshold)
+        scalars |= loss_scalars(statistics, self.success_reward_threshold)
         scalars |= self._timing
         scalars["perf/tokens_per_s"] = scalars["response_length/total"] / self._timing["timing_s/step"]
         scalars["actor/skipped_steps"] = float(self.skipped)
@@ -370,13 +383,14 @@ class OnPolicyModule(Lifecycle):
             scalars["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
         # Not through self.log: within an epoch it goes on reporting the last value of a curve that has no value now, such as
         # the divergence of failed responses in a step without any.
-        if self.steps % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # 0 means never
+        if every and self.steps % every == 0:
             for logger in self.trainer.loggers:
                 logger.log_metrics(scalars, step=self.steps)
         self.log_dict(scalars, logger=False, batch_size=len(rows))  # for callbacks that monitor a metric
         bar = {"reward": scalars["critic/score/mean"]}
         if self.has_teacher:
-            bar["I"] = information(self.step_statistics).value
+            bar["I"] = scalars.get("information/used", information(statistics).value)
         if "lr/multiplier" in scalars:
             bar["rho"] = scalars["lr/multiplier"]
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(rows))
