@@ -200,6 +200,9 @@ def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
     assert f"{summary['final']['avg@2']:.3f}" in out
 
 
+PROGRAM = "import sys; sys.path.pop(0); from pgpo_lightning.cli import program; program()"  # as a console script: no '' in path
+
+
 def program(folder, *args):
     """The installed command, in a folder of the user's."""
     command = [

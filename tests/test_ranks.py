@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import tiny_sdpo
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
@@ -34,3 +38,12 @@ def test_two_processes_equal_one(tmp_path, split):
     # Adam divides by the gradient's size, so a rounding difference of a tiny gradient can show: compare in the mean too.
     torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=0, atol=3e-4)
     assert (two[0]["weights"] - one["weights"]).abs().mean() < 1e-6
+
+
+def test_a_strategy_that_would_not_exchange_gradients_is_refused():
+    module = tiny_sdpo()
+    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy(), precision_plugin=None, datamodule=None)
+    with pytest.raises(
+        MisconfigurationException, match="`trainer.strategy` auto or ddp, but got ModelParallelStrategy"
+    ):
+        module.setup("fit")
