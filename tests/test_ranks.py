@@ -44,6 +44,6 @@ def test_a_strategy_that_would_not_exchange_gradients_is_refused():
     module = tiny_sdpo()
     module._trainer = SimpleNamespace(strategy=ModelParallelStrategy(), precision_plugin=None, datamodule=None)
     with pytest.raises(
-        MisconfigurationException, match="`trainer.strategy` auto or ddp, but got ModelParallelStrategy"
+        MisconfigurationException, match=r"`trainer.strategy` auto or ddp, but got ModelParallelStrategy"
     ):
         module.setup("fit")
