@@ -30,10 +30,8 @@ from transformers import (
 
 from pgpo_lightning.data.toy import BASE_MODEL, FACTORS, SUMMANDS, WORDINGS, held_out, prompt, questions, solution
 from pgpo_lightning.records import Question
+from pgpo_lightning.reprompt import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE, fill
 
-DEMONSTRATION = "\nCorrect solution:\n\n{}"
-FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{}"
-REQUEST = "\n\nCorrectly solve the original question."
 WRONG = "The final answer {} is wrong."
 MISSING = "No final answer in \\boxed{} was found."
 
@@ -57,7 +55,7 @@ WARM_UP = 0.1
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer; it reproduces every text of the task exactly, spaces and newlines included."""
     texts = [text.format(a="", b="", c="") for text in WORDINGS.values()]
-    texts += [DEMONSTRATION, FEEDBACK, REQUEST, WRONG, MISSING, solution(2, 2, 1)]
+    texts += [reprompt("", "", ""), WRONG, MISSING, solution(2, 2, 1)]
     characters = {chr(code) for code in range(32, 127)} | {"\n", "\n\n"}
     pieces = characters.union(*(re.findall(PIECES, text) for text in texts))
     words = {piece.strip(" ") for piece in pieces} - {""}
@@ -108,9 +106,9 @@ def reprompt(question: str, demonstration: str | None = None, feedback: str | No
         demonstration: A successful response.
         feedback: What was wrong with an earlier attempt.
     """
-    guidance = DEMONSTRATION.format(demonstration) if demonstration is not None else ""
-    guidance += FEEDBACK.format(feedback) if feedback is not None else ""
-    return question + guidance + REQUEST
+    solution = "" if demonstration is None else fill(SOLUTION_TEMPLATE, successful_previous_attempt=demonstration)
+    remarks = "" if feedback is None else fill(FEEDBACK_TEMPLATE, feedback_raw=feedback)
+    return fill(REPROMPT_TEMPLATE, prompt=question, solution=solution, feedback=remarks)
 
 
 def example(rng: random.Random) -> tuple[str, str]:
