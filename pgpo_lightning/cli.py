@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -142,7 +143,13 @@ def program() -> None:
     except (ValueError, OSError, MisconfigurationException, VerifierError) as error:
         if os.environ.get("PGPO_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(PGPO_TRACEBACK=1 shows where)")
+        sys.exit(f"error: {_told(error)}\n(PGPO_TRACEBACK=1 shows where)")
+
+
+def _told(error: Exception) -> str:
+    """Return what a class said about its arguments, out of the list of all that jsonargparse tried."""
+    said = re.search(r"^ *- (Expected .*`.*)$", str(error), re.MULTILINE)
+    return said[1] if said else str(error)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,11 @@ def test_a_module_in_the_working_folder_is_found_and_errors_are_one_line(tmp_pat
     assert "verifier check" in last[0]
     assert "nan" in last[0]
     assert "Traceback" not in result.stderr
+    result = program(
+        tmp_path, "fit", "--config", settings, "--trainer.default_root_dir", "other", "--model.alpha", "1.5"
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-2] == "error: Expected `divergence_alpha` to lie in [0, 1], but got 1.5."
 
 
 def test_two_processes_train_evaluate_and_finish(tmp_path):
