@@ -69,7 +69,7 @@ class Head:
 class Source:
     """Where logits come from: ``weight * head(hidden)``.
 
-    Several sources add up, which is how the trust-region teacher mixes two models (sdpo.md section 4).
+    Several sources add up, which is how the trust-region teacher mixes two models (SDPO's trust region).
     """
 
     hidden: Tensor

@@ -43,7 +43,7 @@ def generalised_jsd(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
     entropies cancels, and the result is accurate to second order when student and teacher nearly agree.
 
     As ``alpha`` goes to 0 or 1 this goes to ``alpha KL(T||S)`` or ``(1-alpha) KL(S||T)``, not to the KL itself: the end
-    points of SDPO's `alpha` are separate losses (sdpo.md 3.3), about 4 times as steep as alpha = 0.5 near agreement.
+    points of SDPO's `alpha` are separate losses (as in SDPO's code), about 4 times as steep as alpha = 0.5 near agreement.
 
     Args:
         log_s: Student log-probabilities, shape ``(..., V)``.
@@ -68,7 +68,7 @@ def divergence(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
 
 
 def student_top_k(log_s: Tensor, log_t: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
-    """Reduce both distributions to the student's `k` likeliest tokens (sdpo.md 3.1 and 3.2).
+    """Reduce both distributions to the student's `k` likeliest tokens (SDPO's top-k distillation).
 
     The choice of tokens carries no gradient; their values do.
 
@@ -98,7 +98,7 @@ def _reduce(log_p: Tensor, kept: Tensor, add_tail: bool) -> Tensor:
 
 
 def sampled_token(log_s: Tensor, log_t: Tensor, targets: Tensor) -> Tensor:
-    """Return SDPO's sampled-token form, ``stopgrad(log S(y) - log T(y)) * log S(y)`` (sdpo.md 3.3).
+    """Return SDPO's sampled-token form, ``stopgrad(log S(y) - log T(y)) * log S(y)`` of SDPO's code.
 
     A policy gradient with the per-token advantage ``log T - log S``; its expected gradient is that of KL(S||T).
 

@@ -1,4 +1,4 @@
-"""Verdicts to teacher contexts: who sees which demonstration, and what the self-teacher's prompt says (sdpo.md section 2)."""
+"""Verdicts to teacher contexts: who sees which demonstration, and what the self-teacher's prompt says."""
 
 import random
 import re
@@ -67,7 +67,7 @@ class RepromptBuilder:
         """Give every row its reprompt, or none if there is neither a demonstration nor feedback.
 
         The demonstration is a uniform choice among the successful responses to the same question. (The reference takes the
-        first of a list sorted by length, which favours short ones: sdpo.md 8.1.)
+        first of a list sorted by length, which favours short ones.)
 
         Args:
             rows: All rows of the step, whole groups; changed in place.

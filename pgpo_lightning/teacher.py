@@ -1,4 +1,4 @@
-"""Whose weights the self-teacher has, and how they move (SDPO, sdpo.md section 4)."""
+"""Whose weights the self-teacher has, and how they move (SDPO, arXiv 2601.20802)."""
 
 import copy
 from abc import abstractmethod

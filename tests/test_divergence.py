@@ -1,4 +1,4 @@
-"""Divergences against the reference's test vectors (sdpo.md 3.3) and against autograd in float64."""
+"""Divergences against values that SDPO's code gives and against autograd in float64."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ def detached(rows_seed=0, **settings):
 
 
 def plain_loss(module, rows, denominator, cap=2.0):
-    """The formula of sdpo.md 3.5, one row at a time, from the models' own logits."""
+    """SDPO's formula, one row at a time, from the models' own logits."""
     total = 0.0
     for row in rows:
         if row.reprompt_ids is None:

@@ -14,7 +14,7 @@ def ask(answer, **kwargs):
     return Question("What is it?", answer, index=3, source="train.json:4", **kwargs)
 
 
-# The examples that sdpo.md 1.2 ran against the reference grader, gold "A".
+# Examples that were run against the reference grader, gold "A".
 REFERENCE = [
     ("A", 1, "A"),
     ("<answer>A", 1, "A"),

@@ -37,7 +37,7 @@ def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
 def clipped_policy_loss(
     log_p: Tensor, old_log_p: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> Tensor:
-    """Return PPO's clipped surrogate loss per token (sdpo.md 5.2).
+    """Return PPO's clipped surrogate loss per token, with the dual clip of verl.
 
     Args:
         log_p: Log-probabilities of the sampled tokens with gradient, shape ``(N,)``.

@@ -64,7 +64,7 @@ class OnPolicyModule(Lifecycle):
             optimizer steps; curves, checkpoints and schedule count batches.
         micro_batch_tokens: Most padded tokens of one forward pass.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the step, those
-            without a loss counting as zero, as the SDPO reference effectively does (sdpo.md 3.5); ``token-mean``: mean over
+            without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over
             all tokens in the loss.
         is_clip: Upper bound of the importance weight between trainer and sampler; null for no weight.
         success_reward_threshold: Rewards from here on count as success.
@@ -296,7 +296,7 @@ class OnPolicyModule(Lifecycle):
         return loss, statistics
 
     def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
-        """Return the weight of every token, ``(n,)``, that corrects the difference between trainer and sampler (sdpo.md 3.4).
+        """Return the weight of every token, ``(n,)``, that corrects the difference between trainer and sampler.
 
         Capped from above only; carries no gradient.
         """

@@ -29,7 +29,7 @@ from pgpo_lightning.teacher import Teacher, TeacherRegularization, make_teacher
 class SDPO(OnPolicyModule):
     """Distils the feedback-conditioned self-teacher into the student.
 
-    The loss of a step with B rollouts (sdpo.md 3.5) is ``1/B sum_i 1/L_i sum_t w_it D(S_it, T_it)``, over the rollouts that
+    The loss of a step with B rollouts is ``1/B sum_i 1/L_i sum_t w_it D(S_it, T_it)``, over the rollouts that
     have a teacher: a successful sibling's answer, feedback of their own, or both.
 
     Args:
@@ -153,7 +153,7 @@ class SDPO(OnPolicyModule):
         )
 
     def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
-        """Return the divergence of every token, shape ``(n,)``, or the policy-gradient form of it (sdpo.md 3.3).
+        """Return the divergence of every token, shape ``(n,)``, or the policy-gradient form of it.
 
         The latter has the per-token advantage log T - log S; its expected gradient is that of KL(S||T).
         """
