@@ -14,8 +14,8 @@ test: .venv/ready lint
 	$(BIN)/python -m pytest
 
 lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks
+	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks
 
 # Rebuilds the shipped base model of the toy task.
 toy: .venv/ready

@@ -63,7 +63,7 @@ class ResumeCheckpoint(Checkpoint):
         self._due = False
         folder = self.folder(trainer)
         path = folder / f"step={pl_module.steps:06d}.ckpt"
-        if self._saved == pl_module.steps:
+        if trainer.fast_dev_run or self._saved == pl_module.steps:
             return
         self._saved = pl_module.steps
         partial = path.with_suffix(".partial")

@@ -18,7 +18,7 @@ import pgpo_lightning.callbacks
 import pgpo_lightning.data
 import pgpo_lightning.modules  # noqa: F401  (short class names in configs need their classes imported)
 from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
-from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
+from pgpo_lightning.callbacks.checkpoint import PATTERN, newest_checkpoint
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.export import export
 from pgpo_lightning.modules import OnPolicyModule
@@ -32,9 +32,11 @@ class _SaveConfig(SaveConfigCallback):
         if stage == "fit" and trainer.log_dir and not trainer.fast_dev_run:
             taken = trainer.strategy.broadcast((Path(trainer.log_dir) / self.config_filename).exists())
             if taken and not self.config.get("ckpt_path"):
+                resumable = any((Path(trainer.log_dir) / "checkpoints").glob(PATTERN))
+                way = "Continue it with `--ckpt_path last`" if resumable else "It has no checkpoint: delete the folder"
                 raise FileExistsError(
-                    f"Expected a folder without a run, but {trainer.log_dir} holds one. Continue it with `--ckpt_path last`, or "
-                    "choose another `--trainer.default_root_dir`."
+                    f"Expected a folder without a run, but {trainer.log_dir} holds one. {way}, or choose another "
+                    "`--trainer.default_root_dir`."
                 )
             self.overwrite = True
             super().setup(trainer, pl_module, stage)
