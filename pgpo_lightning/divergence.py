@@ -98,7 +98,7 @@ def _reduce(log_p: Tensor, kept: Tensor, add_tail: bool) -> Tensor:
 
 
 def sampled_token(log_s: Tensor, log_t: Tensor, targets: Tensor) -> Tensor:
-    """Return SDPO's sampled-token form, ``stopgrad(log S(y) - log T(y)) * log S(y)`` of SDPO's code.
+    """Return SDPO's sampled-token form, ``stopgrad(log S(y) - log T(y)) * log S(y)``.
 
     A policy gradient with the per-token advantage ``log T - log S``; its expected gradient is that of KL(S||T).
 
