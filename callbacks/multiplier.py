@@ -34,6 +34,7 @@ class StepSizeMultiplier(L.Callback):
     rho_max: float | None = None
 
     def __init__(self) -> None:
+        self.history: list[float] = []  # rho of every optimizer step so far
         self._saved: list[float | torch.Tensor] = []
         self._handles: list[Any] = []
 
@@ -67,6 +68,14 @@ class StepSizeMultiplier(L.Callback):
                 "`trainer.callbacks`."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return rho of every step so far; a subclass with a state adds its own."""
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was there before the interruption."""
+        self.history = list(state_dict["history"])
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Arrange for the rate to be put back after every step."""
         self._handles = [optimizer.register_step_post_hook(self._restore) for optimizer in trainer.optimizers]
@@ -74,6 +83,7 @@ class StepSizeMultiplier(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Scale the learning rate."""
         rho = self.bounded(self.multiplier(pl_module.step_statistics, trainer.global_step))
+        self.history.append(rho)
         # The very objects are kept and put back: dividing by rho again would round, and a tensor would lose its identity.
         self._saved = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:

@@ -9,12 +9,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from pgpo_lightning.callbacks.multiplier import StepSizeMultiplier
 from pgpo_lightning.curves import LAYOUT, draw_stability, read_scalars, series
+from pgpo_lightning.lab.runs import FILE, collect
 from pgpo_lightning.records import Row
 
 
 class Watch(L.Callback):
-    """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture and a summary.
+    """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture, a summary and a record.
 
     Needs a TensorBoard logger; without one it does nothing.
 
@@ -33,20 +35,21 @@ class Watch(L.Callback):
             )
         self.texts_every_n_steps = texts_every_n_steps
         self.texts = texts
-        self.seconds = 0.0
-        self._start = time.perf_counter()
+        self.seconds = self.cpu_seconds = 0.0
+        self._start_clocks()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds of training so far, over all resumes."""
-        return {"seconds": self._elapsed()}
+        seconds, cpu_seconds = self._elapsed()
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the seconds of training before the interruption."""
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the layout of the curves."""
-        self._start = time.perf_counter()
+        self._start_clocks()
         if (writer := _writer(trainer)) is not None:
             writer.add_custom_scalars(LAYOUT)
 
@@ -75,12 +78,30 @@ class Watch(L.Callback):
         draw_stability(
             scalars, folder / "stability.png", f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps"
         )
-        summary = summarise(scalars, pl_module.steps, self._elapsed(), pl_module.eval_samples)
+        seconds, cpu_seconds = self._elapsed()
+        summary = summarise(scalars, pl_module.steps, seconds, pl_module.eval_samples)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
+        collect(
+            folder,
+            scalars,
+            seed=pl_module.seed,
+            steps=pl_module.steps,
+            samples=pl_module.eval_samples,
+            seconds=round(seconds, 2),
+            cpu_seconds=round(cpu_seconds, 2),
+            rho=multipliers[0].history if multipliers else [],
+        ).save(folder / FILE)
         print(f"\n{before_after(summary)}\n\ncurves:  {folder / 'stability.png'}\nsummary: {folder / 'summary.json'}")
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self._start
+    def _start_clocks(self) -> None:
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
+
+    def _elapsed(self) -> tuple[float, float]:
+        return (
+            self.seconds + time.perf_counter() - self._start,
+            self.cpu_seconds + time.process_time() - self._cpu_start,
+        )
 
 
 def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, k: int) -> dict[str, Any]:

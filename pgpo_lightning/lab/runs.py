@@ -1,0 +1,182 @@
+"""What a finished run leaves for a study: one small file, ``run.json``, that needs neither its log nor its answers again."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pgpo_lightning.curves import Scalars, series
+
+FILE = "run.json"
+
+CURVES = (
+    "actor/entropy",
+    "actor/grad_norm",
+    "critic/score/mean",
+    "information/mean",
+    "information/standard_error",
+    "lr/effective",
+    "lr/multiplier",
+    "response_length/clip_ratio",
+    "response_length/max",
+    "response_length/mean",
+    "rollout/neg_log_prob",
+    "self_distillation/divergence",
+    "self_distillation/reprompt_sample_fraction",
+    "self_distillation/teacher_entropy",
+)
+"""The curves that are kept, beside all of ``val/``. Names as in TensorBoard."""
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        study: Name of the condition (base setting) that the run belongs to: runs are compared within it.
+        arm: Name of what was varied.
+        seed: The run's ``seed_everything``.
+        steps: Batches trained on.
+        samples: k of avg@k.
+        seconds: Wall-clock seconds of training and validation.
+        cpu_seconds: Of the process, over the same time.
+        curves: Tag to ``[steps, values]``; finite values only, five significant digits.
+        questions: For each evaluation, its step (as text) to the mean reward of every held-out question, in order of the
+            questions' index.
+        rho: The multiplier of every optimizer step; empty without a multiplier.
+    """
+
+    study: str
+    arm: str
+    seed: int
+    steps: int
+    samples: int
+    seconds: float
+    cpu_seconds: float
+    curves: dict[str, list[list[float]]]
+    questions: dict[str, list[float]]
+    rho: list[float] = field(default_factory=list)
+
+    @property
+    def scores(self) -> tuple[list[int], list[float]]:
+        """Steps and values of the held-out avg@k, that of the base model first."""
+        steps, values = self.curves.get(f"val/avg@{self.samples}", [[], []])
+        return [int(step) for step in steps], list(values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the run as JSON, all at once: a reader never meets half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Run":
+        """Read a run.
+
+        Args:
+            path: The JSON file, or the folder of a run that has one.
+
+        Raises:
+            ValueError: If it is not the record of a finished run; names the file and what is wrong.
+        """
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"Expected the record of a finished run, but there is no {path}.")
+        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Run":
+        """Read a run from its JSON.
+
+        Args:
+            text: The JSON.
+            where: Its file (and line), for the message.
+
+        Raises:
+            ValueError: As :meth:`load`.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Expected {where} to be JSON, but {error}.") from None
+        names = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or set(content) != names:
+            got = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"Expected {where} to hold the record of a run with {sorted(names)}, but got {got}.")
+        return cls(**content)
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Read many runs.
+
+    Args:
+        paths: Each a folder with finished runs anywhere below it, a ``run.json``, or a ``.jsonl`` file with a run per line.
+
+    Returns:
+        The runs, ordered by study, arm and seed.
+
+    Raises:
+        ValueError: If a path has no run, or a run is there twice; names them.
+    """
+    runs: dict[tuple[str, str, int], Run] = {}
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl" and path.is_file():
+            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            found = [Run.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
+        elif path.is_dir():
+            found = [Run.load(file) for file in sorted(path.rglob(FILE))]
+        else:
+            found = [Run.load(path)]
+        if not found:
+            raise ValueError(f"Expected finished runs in {path}, but there is none: no {FILE} anywhere below.")
+        for run in found:
+            key = (run.study, run.arm, run.seed)
+            if key in runs:
+                raise ValueError(f"Expected each run once, but {path} holds {'/'.join(map(str, key))} again.")
+            runs[key] = run
+    return [runs[key] for key in sorted(runs)]
+
+
+def write_runs(runs: list[Run], path: str | Path) -> None:
+    """Write runs to one file, a line each."""
+    lines = [json.dumps(asdict(run), separators=(",", ":"), sort_keys=True) for run in runs]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def collect(folder: Path, scalars: Scalars, **known: Any) -> Run:
+    """Make the record of the run in `folder` from its curves and its held-out answers.
+
+    Study and arm are the names of the two folders above; a folder that is not inside a study is an arm of its own.
+
+    Args:
+        folder: With ``validation/step=*.jsonl``.
+        scalars: Its curves.
+        known: The other fields of :class:`Run`.
+    """
+    kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
+    questions = {}
+    for file in sorted((folder / "validation").glob("step=*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            results = [json.loads(line) for line in lines]
+        questions[str(int(file.stem.removeprefix("step=")))] = [_short(r["avg"]) for r in results]
+    place = folder.resolve()
+    return Run(
+        study=place.parent.parent.name,
+        arm=place.parent.name,
+        curves={tag: _points(scalars, tag) for tag in kept},
+        questions=questions,
+        **known,
+    )
+
+
+def _points(scalars: Scalars, tag: str) -> list[list[float]]:
+    steps, values = series(scalars, tag)
+    return [list(steps), [_short(value) for value in values]]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}") if math.isfinite(value) else value
