@@ -1,11 +1,12 @@
 """The chunked loss with closed-form gradients against plain autograd on whole distributions, in float64."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
 
-from pgpo_lightning.distillation import Head, Source, linear_distillation
+from pgpo_lightning.distillation import Head, Source, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence, divergence, entropy, forward_kl, student_top_k
 
 N, D, V = 23, 6, 17
@@ -95,6 +96,83 @@ def test_heads_with_scale_and_soft_cap(head):
     theirs = torch.autograd.grad(expected["divergence"].sum(), (hidden, weight))
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", KINDS, ids=str)
+def test_statistics_that_can_be_differentiated(which):
+    """A loss that is not pointwise: every sequence is weighted by a function, with gradient, of all of its tokens."""
+    hidden, weight, teacher_hidden, teacher_weight, targets = inputs()
+
+    def loss(get):
+        total = 0.0
+        for sequence in (slice(0, 9), slice(9, N)):
+            divergence, log_p, entropy = (
+                get(name)[sequence] for name in ("divergence", "log_p_student", "entropy_student")
+            )
+            total = total + (log_p.mean() + 2 * entropy.sum()).tanh() * divergence.mean() + (divergence * entropy).sum()
+        return total
+
+    expected = plain(hidden, Head(weight), teacher_hidden, Head(teacher_weight), targets, which, 0.7)
+    gradients = torch.autograd.grad(loss(expected.__getitem__), (hidden, weight))
+    for chunk in CHUNKS:
+        ours = linear_statistics(
+            Source(hidden, Head(weight)), [Source(teacher_hidden, Head(teacher_weight))], targets, which, 0.7, chunk
+        )
+        assert not any(x.requires_grad for x in (ours.log_p_teacher, ours.entropy_teacher, ours.kl))
+        value = loss(lambda name: getattr(ours, name))  # noqa: B023
+        torch.testing.assert_close(value, loss(expected.__getitem__), rtol=1e-11, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(value, (hidden, weight)), gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "which", [Divergence(0.0), Divergence(0.5), Divergence(1.0), Divergence(0.3, 5, False)], ids=str
+)
+def test_gradcheck(which):
+    hidden, weight, teacher_hidden, teacher_weight, targets = inputs()
+
+    def statistics(h, w):
+        made = linear_statistics(
+            Source(h, Head(w, softcap=9.0)), [Source(teacher_hidden, Head(teacher_weight))], targets, which, 0.7, 7
+        )
+        return made.divergence, made.log_p_student, made.entropy_student
+
+    assert torch.autograd.gradcheck(statistics, (hidden, weight))
+
+
+def test_statistics_keep_the_precision_of_their_forward_pass():
+    """A backward pass runs outside of autocast, and makes its logits again."""
+    hidden, weight, teacher_hidden, teacher_weight, targets = inputs(torch.float32)
+    student, teacher = Source(hidden, Head(weight)), [Source(teacher_hidden, Head(teacher_weight))]
+    with torch.autocast("cpu", torch.bfloat16):
+        once, _ = linear_distillation(student, teacher, targets, lambda t, _: t.divergence, Divergence(0.5))
+        again = linear_statistics(student, teacher, targets, Divergence(0.5)).divergence.sum()
+    assert torch.equal(again, once)
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (again, once)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fused_elementwise_work_gives_the_same():
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    hidden, weight, teacher_hidden, teacher_weight, targets = inputs()
+    made = {}
+    for compiled in (False, True):
+        loss, statistics = linear_distillation(
+            Source(hidden, Head(weight, scale=0.8)),
+            [Source(teacher_hidden, Head(teacher_weight, scale=0.8))],
+            targets,
+            lambda t, _: (
+                t.divergence * (1 + t.log_p_student.detach().exp()) + 0.2 * t.log_p_student - 0.3 * t.entropy_student
+            ),
+            Divergence(0.5),
+            0.7,
+            chunk_rows=9,  # 9, 9 and 5 rows
+            compiled=compiled,
+        )
+        made[compiled] = [loss, *statistics, *torch.autograd.grad(loss, (hidden, weight))]
+    for a, b in zip(made[True], made[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_finite_differences():
