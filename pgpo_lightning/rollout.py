@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
+    TopPLogitsWarper,
 )
 
 from pgpo_lightning.records import Question, Rollout
+
+_LOOK_EVERY = 16  # steps between two looks at which responses have ended, on a GPU
+_WORTH_LEAVING = 0.75  # share of responses still going from which on copying their keys and values pays
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Engine(ABC):
 
 
 class TransformersEngine(Engine):
-    """Samples with the model's own ``generate``; the prompt is run once for all of its responses.
+    """Samples with the model's own forward pass; the prompt is run once for all of its responses.
 
     Args:
         max_sequences: Most responses decoded at the same time. The whole step at once is fastest; less saves memory for
@@ -93,7 +92,7 @@ class TransformersEngine(Engine):
         limit = self.max_sequences or max(1, len(questions)) * n
         at_once, each = max(1, limit // n), min(n, limit)
         rollouts: list[Rollout] = []
-        with _generating(model, tokenizer):
+        with _evaluating(model):
             for start in range(0, len(questions), at_once):
                 part = slice(start, start + at_once)
                 for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
@@ -110,29 +109,10 @@ def _decode(
     n: int,
     sampling: Sampling,
 ) -> list[Rollout]:
-    width = max(len(prompt) for prompt in prompts)
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    recorder = _LogProbRecorder(sampling.temperature)
-    output = model.generate(
-        input_ids=ids.repeat_interleave(n, dim=0),
-        attention_mask=mask.repeat_interleave(n, dim=0),
-        past_key_values=_prefill(model, ids, mask, n),
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=0,
-        max_new_tokens=sampling.max_tokens,
-        logits_processor=LogitsProcessorList([recorder.processor]),
-        stopping_criteria=StoppingCriteriaList([recorder]),
-    )
-    sampled = output[:, width:].tolist()
-    log_probs = torch.stack(recorder.log_probs, dim=1).cpu()
     ends = _end_tokens(model, tokenizer)
+    tokens, log_probs = _sample(model, prompts, n, sampling, ends)
     rollouts = []
-    for i, row in enumerate(sampled):
+    for i, row in enumerate(tokens.tolist()):
         length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
         response = row[:length]
         rollouts.append(
@@ -149,49 +129,95 @@ def _decode(
     return rollouts
 
 
-class _LogProbRecorder(StoppingCriteria):
-    """Keeps the log-probability of each sampled token.
+@torch.no_grad()
+def _sample(
+    model: PreTrainedModel, prompts: list[list[int]], n: int, sampling: Sampling, ends: set[int]
+) -> tuple[Tensor, Tensor]:
+    """Return sampled tokens and their log-probabilities, ``(prompts * n, T)`` each, on the CPU.
 
-    ``generate`` can return the logits of all steps, which for a real vocabulary is hundreds of gigabytes. It does show them
-    to a processor before each draw, and the drawn token to a stopping criterion right after: this is both.
+    A loop of its own instead of ``generate``, for three reasons: the prompt is run once for all of its responses; responses
+    that have ended leave the batch, where ``generate`` decodes them on until the longest has ended; and the log-probability of a
+    token is taken where it is drawn, without keeping logits of all steps. What follows the end of a response is undefined.
     """
+    device = next(model.parameters()).device
+    end_ids = torch.tensor(sorted(ends), device=device)
+    cache, mask, position = _prefill(model, prompts, n, sampling.max_tokens, device)
+    token = torch.tensor([prompt[-1] for prompt in prompts], device=device).repeat_interleave(n)
+    width, total = max(map(len, prompts)), len(token)
+    tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
+    log_probs = torch.zeros(sampling.max_tokens, total, device=device)
+    nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+    active = torch.arange(total, device=device)  # the responses that are still in the batch
+    ended = torch.zeros(total, dtype=torch.bool, device=device)
+    for step in range(sampling.max_tokens):
+        output = model(
+            input_ids=token.unsqueeze(1),
+            attention_mask=None if mask is None else mask[:, : width + step],
+            position_ids=position.unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        log_p = (output.logits[:, -1].float() / sampling.temperature).log_softmax(-1)
+        # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
+        uniform = torch.rand(total, 1, device=device)[active]
+        token = _draw(log_p if nucleus is None else nucleus(None, log_p).log_softmax(-1), uniform)
+        tokens[step, active] = token
+        log_probs[step, active] = log_p.gather(1, token.unsqueeze(1)).squeeze(1)
+        ended |= torch.isin(token, end_ids)
+        position = position + 1
+        if device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1:  # looking makes the host wait for the device
+            going = (~ended).nonzero().squeeze(1)
+            if not len(going):
+                return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()
+            if len(going) <= _WORTH_LEAVING * len(active):
+                cache.batch_select_indices(going)
+                token, position, active, ended = token[going], position[going], active[going], ended[going]
+                mask = mask if mask is None else mask[going]
+    return tokens.T.cpu(), log_probs.T.cpu()
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.log_probs: list[Tensor] = []
-        self.processor = _Processor(self)
-        self.current = torch.empty(0)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        self.log_probs.append(self.current.gather(1, input_ids[:, -1:]).squeeze(1))
-        return torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
+def _draw(log_p: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token per row by inverting the distribution function; several times as fast as ``torch.multinomial`` on a CPU.
 
-
-class _Processor(LogitsProcessor):
-    def __init__(self, recorder: _LogProbRecorder) -> None:
-        self.recorder = recorder
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.recorder.current = (scores.float() / self.recorder.temperature).log_softmax(-1)
-        return scores
+    Args:
+        log_p: Log-probabilities, shape ``(n, V)``.
+        uniform: Random numbers in [0, 1), shape ``(n, 1)``.
+    """
+    cumulative = log_p.exp().cumsum(-1)
+    # 1 - u lies in (0, 1]: no token of probability zero can be the first to reach it.
+    return torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
 
 
-def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor, n: int) -> DynamicCache:
-    """Run each prompt once, all but its last token, and repeat its keys and values for `n` responses."""
+def _prefill(
+    model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int, device: torch.device
+) -> tuple[DynamicCache, Tensor | None, Tensor]:
+    """Run each prompt once, all but its last token, and repeat its keys and values for `n` responses.
+
+    Returns:
+        The cache; a mask ``(prompts * n, longest + max_tokens)``, or ``None`` if there is no padding; and the position of the
+        last token of every prompt, ``(prompts * n,)``.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
-    if ids.size(1) > 1:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.no_grad():
-            model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+    mask = None
+    if int(min(map(len, prompts))) < width:  # on the left, so that all responses begin at the same place
+        mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
+    if width > 1:
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
+        model(
+            input_ids=ids[:, :-1],
+            attention_mask=None if mask is None else mask[:, : width - 1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache.batch_repeat_interleave(n)
-    return cache
+    mask = mask if mask is None else mask.repeat_interleave(n, dim=0)
+    return cache, mask, (lengths - 1).repeat_interleave(n)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -201,18 +227,14 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 @contextmanager
-def _generating(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Put the model into the state in which `generate` is right, and back.
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode, and back.
 
-    In training mode gradient checkpointing silently drops the cache, and from the second token on the samples are wrong. And
-    the model's own generation settings (a top-k of 20, say) would make the sampler another policy than the student.
+    In training mode gradient checkpointing silently drops the cache, and from the second token on the samples are wrong.
     """
-    was_training, settings = model.training, model.generation_config
-    ends = sorted(_end_tokens(model, tokenizer))
+    was_training = model.training
     model.eval()
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     try:
         yield
     finally:
-        model.generation_config = settings
         model.train(was_training)

@@ -242,6 +242,19 @@ def test_a_padding_token_that_is_the_end_token_is_not_counted():
     assert [r.finished for r in rollouts] == [r.finished for r in plain]
 
 
+def test_what_a_response_draws_does_not_depend_on_when_others_end(monkeypatch):
+    model, prompts = ending_model(), prompts_of(5, 9, 2)
+    sizes = watched(model)
+    leaving = generate(model, prompts, n=20, max_tokens=30)
+    assert min(sizes[1:]) < 30 < max(sizes[1:])  # most have ended and left
+    monkeypatch.setattr("pgpo_lightning.rollout._WORTH_LEAVING", -1.0)
+    sizes.clear()
+    staying = generate(model, prompts, n=20, max_tokens=30)
+    assert set(sizes[1:]) == {60}
+    assert responses(leaving) == responses(staying)
+    assert_log_probs(model, leaving)
+
+
 @pytest.mark.parametrize("with_tokenizers_own", [False, True])
 def test_several_end_tokens(with_tokenizers_own):
     model = ending_model()
