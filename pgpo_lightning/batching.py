@@ -1,35 +1,98 @@
 """Rows to micro-batches: the one place where padding is decided."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
 
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.records import Row
 
 
-def micro_batches(rows: list[Row], token_budget: int, length: Callable[[Row], int]) -> list[list[Row]]:
-    """Group rows of similar length so that no group costs more than `token_budget` padded tokens.
+@dataclass
+class _Load:
+    """What one forward pass over some rows costs."""
+
+    share: bool
+    rows: int = 0
+    longest: int = 0
+    longest_prompt: int = 0
+    longest_response: int = 0
+    prompts: set[tuple[int, ...]] = field(default_factory=set)
+
+    def plus(self, prompt: tuple[int, ...], response: int) -> "_Load":
+        """Return the load with one more row. The set of prompts is shared until :meth:`keep`."""
+        return _Load(
+            self.share,
+            self.rows + 1,
+            max(self.longest, len(prompt) + response),
+            max(self.longest_prompt, len(prompt)),
+            max(self.longest_response, response),
+            self.prompts,
+        )
+
+    def keep(self, prompt: tuple[int, ...]) -> "_Load":
+        self.prompts.add(prompt)
+        return self
+
+    def tokens(self, new_prompt: tuple[int, ...] | None = None) -> int:
+        """Return the padded tokens of the cheaper layout."""
+        whole = self.rows * self.longest
+        if not self.share:
+            return whole
+        prompts = len(self.prompts) + (new_prompt is not None and new_prompt not in self.prompts)
+        return min(whole, prompts * self.longest_prompt + self.rows * (self.longest_response - 1))
+
+
+def micro_batches(
+    rows: list[Row], token_budget: int, contexts: Callable[[Row], list[list[int]]], share: bool
+) -> list[list[Row]]:
+    """Group rows so that no forward pass costs more than `token_budget` padded tokens.
+
+    Rows of similar length together waste little on padding; rows with the same prompt together need to run it only once.
+    Which of the two is cheaper depends on the data, so both are worked out.
 
     Args:
         rows: The rows of one optimizer step, in any order.
         token_budget: Most padded tokens of one forward pass. A single row that is longer makes a group of its own.
-        length: The tokens that one row puts through its longest forward pass.
+        contexts: The prompts that a row's forward passes put before its response: the student's, and the teacher's if any.
+        share: Whether equal prompts are run once.
 
     Returns:
         Groups of rows, longest first, so that a run that is going to be out of memory is so at once.
     """
-    groups: list[list[Row]] = []
-    widest = 0
-    for row in sorted(rows, key=length, reverse=True):
-        if groups and (len(groups[-1]) + 1) * widest <= token_budget:
+    prompts = {id(row): [tuple(prompt) for prompt in contexts(row)] for row in rows}
+
+    def length(row: Row) -> int:
+        return max(map(len, prompts[id(row)])) + row.length
+
+    def fill(ordered: list[Row]) -> tuple[int, list[list[Row]]]:
+        groups: list[list[Row]] = []
+        total, loads = 0, []
+        for row in ordered:
+            mine = prompts[id(row)]
+            more = [load.plus(prompt, row.length) for load, prompt in zip(loads, mine, strict=False)]
+            if not groups or max(load.tokens(prompt) for load, prompt in zip(more, mine, strict=True)) > token_budget:
+                total += sum(load.tokens() for load in loads)
+                groups.append([])
+                more = [_Load(share).plus(prompt, row.length) for prompt in mine]
             groups[-1].append(row)
-        else:
-            groups.append([row])
-            widest = length(row)
-    return groups
+            loads = [load.keep(prompt) for load, prompt in zip(more, mine, strict=True)]
+        return total + sum(load.tokens() for load in loads), groups
+
+    cost, groups = fill(sorted(rows, key=length, reverse=True))
+    if not share:
+        return groups
+    longest: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        key = prompts[id(row)][0]
+        longest[key] = max(longest.get(key, 0), row.length)
+    together = sorted(rows, key=lambda row: (longest[key := prompts[id(row)][0]], key, row.length), reverse=True)
+    cost_together, groups_together = fill(together)
+    return groups_together if cost_together < cost else groups
 
 
 @dataclass
@@ -53,25 +116,110 @@ class Sequences:
     lengths: Tensor
 
     @classmethod
-    def pack(cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> "Sequences":
+    def pack(
+        cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device, share: bool = False
+    ) -> "Sequences | SharedSequences":
         """Lay out (prompt, response) pairs of token ids.
 
         Args:
             pairs: At least one pair; prompts and responses are not empty.
             pad_id: Any valid token id.
             device: Where the tensors are to live.
+            share: Run equal prompts once, if that makes fewer tokens.
         """
-        longest = max(len(prompt) + len(response) for prompt, response in pairs)
-        ids = torch.full((len(pairs), longest), pad_id)
-        row, position, targets = [], [], []
-        for i, (prompt, response) in enumerate(pairs):
-            ids[i, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-            row.append(torch.full((len(response),), i))
-            position.append(torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1))
-            targets.append(torch.tensor(response))
+        if share:
+            load = _Load(share=True)
+            for prompt, response in pairs:
+                load = load.plus(tuple(prompt), len(response)).keep(tuple(prompt))
+            if load.tokens() < load.rows * load.longest:
+                return SharedSequences.pack_shared(pairs, pad_id, device)
+        ids = _padded([[*prompt, *response] for prompt, response in pairs], pad_id)
+        row, position = _places(pairs, [len(prompt) - 1 for prompt, _ in pairs])
+        targets = torch.tensor([token for _, response in pairs for token in response])
         lengths = torch.tensor([len(response) for _, response in pairs])
-        parts = (ids, torch.cat(row), torch.cat(position), torch.cat(targets), lengths)
-        return cls(*(part.to(device) for part in parts))
+        return cls(*(part.to(device) for part in (ids, row, position, targets, lengths)))
+
+    def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
+        """Return what predicts the response tokens, ``(N, D)``."""
+        return decoder(input_ids=self.input_ids, use_cache=False).last_hidden_state[self.row, self.position]
+
+
+@dataclass
+class SharedSequences:
+    """Each prompt once, and the responses apart; responses see the keys and values of their prompt.
+
+    The gradient flows through those keys and values, so this is the same function as :class:`Sequences`, up to rounding.
+
+    Attributes:
+        prompts: Different prompts, padded on the right, shape ``(prompts, longest prompt)``, int64.
+        prompt_lengths: Shape ``(prompts,)``.
+        owner: Prompt of each row, shape ``(rows,)``.
+        responses: Responses without their last token, padded on the right, shape ``(rows, longest response - 1)``.
+        mask: Which keys a response may see, ``(rows, longest prompt + longest response - 1)``; ``None`` for all before it.
+        row, position, targets, lengths: As in :class:`Sequences`; position 0 is the end of the prompt.
+    """
+
+    prompts: Tensor
+    prompt_lengths: Tensor
+    owner: Tensor
+    responses: Tensor
+    mask: Tensor | None
+    row: Tensor
+    position: Tensor
+    targets: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def pack_shared(
+        cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device
+    ) -> "SharedSequences":
+        """Lay out (prompt, response) pairs; see :meth:`Sequences.pack`."""
+        index: dict[tuple[int, ...], int] = {}
+        owner = [index.setdefault(tuple(prompt), len(index)) for prompt, _ in pairs]
+        prompts = _padded([list(prompt) for prompt in index], pad_id)
+        lengths = torch.tensor([len(prompt) for prompt in index])
+        responses = _padded([response[:-1] for _, response in pairs], pad_id)
+        mask = None
+        if lengths.min() < prompts.size(1):
+            seen = torch.arange(prompts.size(1)) < lengths[owner].unsqueeze(1)
+            mask = torch.cat([seen, torch.ones_like(responses, dtype=torch.bool)], dim=1).long()
+        row, position = _places(pairs, [0] * len(pairs))
+        targets = torch.tensor([token for _, response in pairs for token in response])
+        counts = torch.tensor([len(response) for _, response in pairs])
+        parts = (prompts, lengths, torch.tensor(owner), responses, mask, row, position, targets, counts)
+        return cls(*(part if part is None else part.to(device) for part in parts))
+
+    def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
+        """Return what predicts the response tokens, ``(N, D)``."""
+        cache = DynamicCache(config=config)
+        hidden = decoder(input_ids=self.prompts, past_key_values=cache, use_cache=True).last_hidden_state
+        ends = hidden[torch.arange(len(hidden), device=hidden.device), self.prompt_lengths - 1]
+        states = ends.index_select(0, self.owner).unsqueeze(1)
+        if self.responses.size(1):
+            for layer in cache.layers:
+                layer.keys = layer.keys.index_select(0, self.owner)
+                layer.values = layer.values.index_select(0, self.owner)
+            start = self.prompt_lengths[self.owner].unsqueeze(1)
+            after = decoder(
+                input_ids=self.responses,
+                attention_mask=self.mask,
+                position_ids=start + torch.arange(self.responses.size(1), device=start.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            states = torch.cat([states, after], dim=1)
+        return states[self.row, self.position]
+
+
+def _padded(rows: list[list[int]], pad_id: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+
+def _places(pairs: list[tuple[list[int], list[int]]], starts: list[int]) -> tuple[Tensor, Tensor]:
+    row = [i for i, (_, response) in enumerate(pairs) for _ in response]
+    position = [start + t for start, (_, response) in zip(starts, pairs, strict=True) for t in range(len(response))]
+    return torch.tensor(row), torch.tensor(position)
 
 
 @dataclass

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
-from pgpo_lightning.batching import Sequences
+from pgpo_lightning.batching import Sequences, SharedSequences
 from pgpo_lightning.distillation import Head, Source
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -107,7 +108,31 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
-def source(model: PreTrainedModel, sequences: Sequences, weight: float = 1.0) -> Source:
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Tell whether responses may be run apart from their prompt, on its keys and values, by trying it.
+
+    Not with a cache that forgets (sliding windows), not with a state that is no cache (Mamba), and not with gradient
+    checkpointing, under which transformers drops the cache.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        return False
+    ids = list(range(min(8, model.config.get_text_config().vocab_size)))
+    pairs = [(ids[:5], ids[2:6]), (ids[:5], ids[1:3]), (ids[4:], ids[:2])]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        whole, apart = (
+            packed.hidden_states(decoder(model), model.config).float()
+            for packed in (Sequences.pack(pairs, 0, device), SharedSequences.pack_shared(pairs, 0, device))
+        )
+    model.train(was_training)
+    return torch.allclose(whole, apart, atol=1e-2 * whole.abs().max().item() + 1e-6)
+
+
+def source(model: PreTrainedModel, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
     """Run the model over whole sequences and keep what predicts the response tokens.
 
     Args:
@@ -118,8 +143,7 @@ def source(model: PreTrainedModel, sequences: Sequences, weight: float = 1.0) ->
     Returns:
         Hidden states ``(N, D)`` of the response positions with the head that belongs to them.
     """
-    hidden = decoder(model)(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-    return Source(hidden[sequences.row, sequences.position], head(model), weight)
+    return Source(sequences.hidden_states(decoder(model), model.config), head(model), weight)
 
 
 def architecture(model: PreTrainedModel) -> str:

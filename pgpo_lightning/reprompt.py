@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pgpo_lightning.records import Message, Row
 
@@ -39,6 +40,9 @@ def remove_thinking(text: str) -> str:
     return _CLOSED_THINKING.sub("", text)
 
 
+DemonstrationChoice = Literal["shared", "independent"]
+
+
 @dataclass
 class RepromptBuilder:
     """Builds the self-teacher's prompt of every row that has something to tell it.
@@ -47,6 +51,7 @@ class RepromptBuilder:
     """
 
     success_reward_threshold: float
+    demonstration_choice: DemonstrationChoice
     dont_reprompt_on_self_success: bool
     remove_thinking_from_demonstration: bool
     include_environment_feedback: bool
@@ -66,8 +71,9 @@ class RepromptBuilder:
     ) -> dict[str, float]:
         """Give every row its reprompt, or none if there is neither a demonstration nor feedback.
 
-        The demonstration is a uniform choice among the successful responses to the same question. (The reference takes the
-        first of a list sorted by length, which favours short ones.)
+        The demonstration is a uniform choice among the successful responses to the same question: one for all of them, and a
+        second for the first itself; or one for every row. (The reference takes the first of a list sorted by length, which
+        favours short ones.)
 
         Args:
             rows: All rows of the step, whole groups; changed in place.
@@ -83,13 +89,17 @@ class RepromptBuilder:
         for row in rows:
             if row.verdict.reward >= self.success_reward_threshold:
                 groups.setdefault(row.rollout.question.index, []).append(row)
+        for successes in groups.values():
+            rng.shuffle(successes)
         count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
         for row in rows:
             candidates = groups.get(row.rollout.question.index, [])
             if self.dont_reprompt_on_self_success:
                 candidates = [other for other in candidates if other is not row]
             shown = [answer for other in candidates if (answer := self._demonstration(other))]
-            demonstration = rng.choice(shown) if shown else None
+            demonstration = None
+            if shown:
+                demonstration = shown[0] if self.demonstration_choice == "shared" else rng.choice(shown)
             feedback = self._feedback(row)
             count["demonstration"] += demonstration is not None
             count["feedback_available"] += feedback is not None

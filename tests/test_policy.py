@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pgpo_lightning.batching import Sequences, micro_batches, shares
+from pgpo_lightning.batching import Sequences, SharedSequences, micro_batches, shares
 from pgpo_lightning.policy import (
     architecture,
     check_architecture,
@@ -32,6 +32,7 @@ from pgpo_lightning.policy import (
     load_model,
     load_tokenizer,
     resolve_model,
+    shares_prompts,
     source,
 )
 from pgpo_lightning.prompts import PromptEncoder
@@ -298,33 +299,114 @@ def size(row: Row) -> int:
     return len(row.rollout.prompt_ids)
 
 
+def alone(row: Row) -> list[list[int]]:
+    return [row.rollout.prompt_ids]
+
+
 @pytest.mark.parametrize(
     ("budget", "groups"),
     [
         (1, [[5], [3], [3], [2], [1]]),
-        (4, [[5], [3], [3], [2, 1]]),  # the longest is over the budget and alone
-        (6, [[5], [3, 3], [2, 1]]),
-        (9, [[5], [3, 3, 2], [1]]),
-        (10, [[5, 3], [3, 2, 1]]),
+        (6, [[5], [3], [3], [2, 1]]),  # the longest is over the budget and alone
+        (8, [[5], [3, 3], [2, 1]]),
+        (12, [[5, 3], [3, 2, 1]]),
         (24, [[5, 3, 3, 2], [1]]),
-        (25, [[5, 3, 3, 2, 1]]),
+        (30, [[5, 3, 3, 2, 1]]),
     ],
 )
 def test_micro_batches_by_hand(budget, groups):
-    assert [
-        [size(row) for row in group] for group in micro_batches(with_lengths(2, 3, 5, 1, 3), budget, size)
-    ] == groups
+    """Every row has one more token, of its response."""
+    rows = with_lengths(2, 3, 5, 1, 3)
+    for row in rows:
+        row.rollout.response_ids = [7]
+    assert [[size(row) for row in group] for group in micro_batches(rows, budget, alone, share=False)] == groups
 
 
+def both(row: Row) -> list[list[int]]:
+    return [row.rollout.prompt_ids, row.reprompt_ids or [3]]
+
+
+def padded(group, contexts, share):
+    """Tokens of the largest forward pass, counted from what is packed."""
+    sizes = []
+    for prompts in zip(*map(contexts, group), strict=True):
+        pairs = [(prompt, row.rollout.response_ids) for prompt, row in zip(prompts, group, strict=True)]
+        packed = Sequences.pack(pairs, 0, CPU, share)
+        apart = isinstance(packed, SharedSequences)
+        sizes.append(packed.prompts.numel() + packed.responses.numel() if apart else packed.input_ids.numel())
+    return sizes
+
+
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("budget", [5, 60, 100, 333, 10_000])
-def test_micro_batches_hold_every_row_once_within_the_budget(budget):
+def test_micro_batches_hold_every_row_once_within_the_budget(budget, share):
     rows = random_rows(40)
-    length = lambda row: size(row) + row.length  # noqa: E731
-    groups = micro_batches(rows, budget, length)
+    groups = micro_batches(rows, budget, both, share)
     assert Counter(id(row) for group in groups for row in group) == Counter(map(id, rows))
-    for group in groups:
-        assert len(group) == 1 or len(group) * max(map(length, group)) <= budget
-    assert micro_batches([], budget, length) == []
+    assert all(len(group) == 1 or max(padded(group, both, share)) <= budget for group in groups)
+    assert micro_batches([], budget, both, share) == []
+
+
+def test_rows_with_the_same_prompt_stay_together_where_that_is_cheaper():
+    def tokens(rows, share):
+        return sum(sum(padded(group, alone, share)) for group in micro_batches(rows, 200, alone, share))
+
+    def rows_of(prompt, responses):
+        rows = with_lengths(*[prompt] * 24)
+        for i, row in enumerate(rows):
+            row.rollout.prompt_ids = [5 + i % 3] * prompt
+            row.rollout.response_ids = [7] * responses(i)
+        return rows
+
+    long_prompts = rows_of(30, lambda _: 4)
+    assert tokens(long_prompts, share=True) == 3 * 30 + 24 * 3
+    assert tokens(long_prompts, share=False) == 24 * 34
+    # Responses of very different lengths: then rows of one length belong together.
+    short_prompts = rows_of(1, lambda i: 1 + i)
+    assert tokens(short_prompts, share=True) <= tokens(short_prompts, share=False)
+
+
+@pytest.mark.parametrize("name", ["qwen3 tied", "gpt2", "cohere", "granite"])
+def test_a_prompt_that_is_run_once_gives_the_same_states_and_gradients(name):
+    model = MODELS[name]().eval()
+    assert shares_prompts(model)
+    prompts = [[11, 12, 13, 14], [21], [31, 32, 33, 34, 35, 36]]
+    responses = [[41, 42, 43], [51], [61, 62], [71, 72, 73, 74], [81]]
+    owner = [0, 1, 0, 2, 0]
+    pairs = [(prompts[i], response) for i, response in zip(owner, responses, strict=True)]
+    made = {}
+    for kind, packed in {
+        "whole": Sequences.pack(pairs, 7, CPU),
+        "apart": SharedSequences.pack_shared(pairs, 9, CPU),
+    }.items():
+        model.zero_grad()
+        states = source(model, packed).hidden
+        # A different weight for every number, so that no two can be confused.
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        made[kind] = [
+            states,
+            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+            packed.targets,
+            packed.lengths,
+        ]
+    for a, b in zip(made["whole"], made["apart"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.detach().abs().max())))
+
+
+def test_prompts_of_one_length_need_no_mask_and_one_token_no_second_pass():
+    packed = SharedSequences.pack_shared([([1, 2], [3]), ([4, 5], [6]), ([1, 2], [7])], 0, CPU)
+    assert packed.mask is None
+    assert packed.responses.shape == (3, 0)
+    model = MODELS["qwen3 tied"]().eval()
+    whole = Sequences.pack([([1, 2], [3]), ([4, 5], [6]), ([1, 2], [7])], 0, CPU)
+    torch.testing.assert_close(source(model, packed).hidden, source(model, whole).hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_that_forgets_and_gradient_checkpoints_share_nothing():
+    assert not shares_prompts(MODELS["gemma2"]())
+    model = MODELS["qwen3 tied"]()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert not shares_prompts(model)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

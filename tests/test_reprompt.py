@@ -23,6 +23,7 @@ from pgpo_lightning.reprompt import (
 
 DEFAULTS = {
     "success_reward_threshold": 0.5,
+    "demonstration_choice": "shared",
     "dont_reprompt_on_self_success": True,
     "remove_thinking_from_demonstration": True,
     "include_environment_feedback": True,
@@ -133,10 +134,11 @@ def test_threshold_is_inclusive():
     assert [r.reprompt for r in rows] == ["Place?" + SOLUTION + "2" + END, None, "Place?" + SOLUTION + "2" + END]
 
 
+@pytest.mark.parametrize("choice", ["shared", "independent"])
 @pytest.mark.parametrize("asking", [0, 3])  # a failure, which may see all five successes; a success, which may see four
-def test_every_demonstration_is_equally_likely(asking):
+def test_every_demonstration_is_equally_likely(asking, choice):
     counts, draws = Counter(), 2000
-    builder = RepromptBuilder(**DEFAULTS)
+    builder = RepromptBuilder(**DEFAULTS | {"demonstration_choice": choice})
     for seed in range(draws):
         # Of different lengths: the reference's choice depends on them.
         rows = [row("0"), *(row("1" * i, reward=1.0) for i in range(1, 6))]
@@ -148,11 +150,28 @@ def test_every_demonstration_is_equally_likely(asking):
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 20  # p < 0.001
 
 
+def test_a_group_shares_its_demonstration_or_draws_for_every_row():
+    contexts = {"shared": set(), "independent": set()}
+    for choice, seen in contexts.items():
+        for seed in range(20):
+            rows = [row(f"{i}", reward=float(i < 4), index=q) for q in range(2) for i in range(8)]
+            attach(rows, seed, demonstration_choice=choice)
+            for group in (rows[:8], rows[8:]):
+                shown = Counter(r.reprompt for r in group)
+                seen.add(len(shown))
+                if choice == "shared":
+                    (most, count), (_, other) = shown.most_common()
+                    assert (count, other) == (7, 1)
+                    assert [r.rollout.text in most for r in group].count(True) == 1  # its own row sees the second
+    assert contexts["shared"] == {2}
+    assert max(contexts["independent"]) == 4
+
+
 def test_demonstrations_are_a_function_of_the_generator():
     def texts(seed):
         rows = [row(f"{i}", reward=float(i % 2)) for i in range(8)]
         random.seed(len(set(seen)))  # the global generator plays no part
-        attach(rows, seed)
+        attach(rows, seed, demonstration_choice="independent")
         return tuple(r.reprompt for r in rows)
 
     seen = []

@@ -233,12 +233,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain, _ = fit(tmp_path, model=tiny_model())
     checkpointed, _ = fit(tmp_path, model=tiny_model(), gradient_checkpointing=True)
     for a, b in zip(state(plain), state(checkpointed), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        # Without checkpoints prompts are run once for several responses, which rounds otherwise; Adam magnifies it.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        assert (a - b).abs().mean() < 1e-6
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"demonstration_choice": "best"}, "`demonstration_choice` to be one of"),
         ({"divergence_alpha": 1.2}, r"`divergence_alpha` to lie in \[0, 1\], but got 1.2"),
         ({"divergence_alpha": 0.2, "alpha": 0.3}, "only one of `divergence_alpha` and `alpha`"),
         ({"full_logit_distillation": False}, "`divergence_alpha` 1 with `full_logit_distillation` false"),

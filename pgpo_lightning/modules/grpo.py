@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgpo_lightning.batching import TokenInputs, micro_batches
+from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics, linear_distillation
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.settings import at_least
@@ -105,7 +105,7 @@ class GRPO(OnPolicyModule):
 
     @torch.no_grad()
     def _remember_old_log_probs(self, rows: list[Row]) -> None:
-        for group in micro_batches(rows, self.micro_batch_tokens, self.forward_length):
+        for group in self.micro_batches(rows):
             sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in group])
             _, tokens = linear_distillation(
                 source(self.model, sequences),

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
 from pgpo_lightning.modules.evaluation import Evaluation
-from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model
+from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model, shares_prompts
 from pgpo_lightning.records import Question
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
@@ -66,6 +66,7 @@ class Lifecycle(Evaluation):
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
+        self.shares_prompts = shares_prompts(self.model)
 
     @property
     def longest_prompt(self) -> int:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.batching import Sequences, TokenInputs, micro_batches, shares
+from pgpo_lightning.batching import Sequences, SharedSequences, TokenInputs, micro_batches, shares
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.lifecycle import Lifecycle
@@ -62,7 +62,7 @@ class OnPolicyModule(Lifecycle):
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         updates_per_batch: Optimizer steps per batch, each on its share of the questions. Lightning's `max_steps` counts
             optimizer steps; curves, checkpoints and schedule count batches.
-        micro_batch_tokens: Most padded tokens of one forward pass.
+        micro_batch_tokens: Most padded tokens of one forward pass. A prompt that several rows share counts, and is run, once.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the step, those
             without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over
             all tokens in the loss.
@@ -220,9 +220,9 @@ class OnPolicyModule(Lifecycle):
     def loss_tokens(self, rows: list[Row]) -> int:
         """Return the number of tokens that ``token-mean`` divides by."""
 
-    def forward_length(self, row: Row) -> int:
-        """Return the tokens of the longest forward pass that a row needs."""
-        return len(row.rollout.prompt_ids) + row.length
+    def contexts(self, row: Row) -> list[list[int]]:
+        """Return the prompts that the row's forward passes put before its response, the student's first."""
+        return [row.rollout.prompt_ids]
 
     def teacher_sources(self, rows: list[Row]) -> list[Source]:
         """Run the teacher over the rows, if the objective has one."""
@@ -259,7 +259,7 @@ class OnPolicyModule(Lifecycle):
             scale = 1 / len(rows)
         active = [row for row in rows if self.in_loss(row)]
         # A rank without any row still takes part in the exchange of gradients, with zeros.
-        groups = micro_batches(active, self.micro_batch_tokens, self.forward_length) or [[]]
+        groups = self.micro_batches(active) or [[]]
         total, statistics = 0.0, []
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
@@ -305,9 +305,13 @@ class OnPolicyModule(Lifecycle):
         ratio = (given.old_log_probs(tokens) - given.sampler).clamp(-20, 20).exp()
         return ratio.clamp(max=self.is_clip)
 
-    def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences:
+    def micro_batches(self, rows: list[Row]) -> list[list[Row]]:
+        """Group rows by what one forward pass may hold."""
+        return micro_batches(rows, self.micro_batch_tokens, self.contexts, self.shares_prompts)
+
+    def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
         """Lay out (prompt, response) pairs on this module's device."""
-        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device)
+        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device, self.shares_prompts)
 
     def update(self, loss: float) -> bool:
         """Clip and take one optimizer step, unless loss or gradient are not finite.

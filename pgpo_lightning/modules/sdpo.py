@@ -20,6 +20,7 @@ from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
     REPROMPT_TEMPLATE,
     SOLUTION_TEMPLATE,
+    DemonstrationChoice,
     RepromptBuilder,
     check_template,
 )
@@ -44,6 +45,9 @@ class SDPO(OnPolicyModule):
         teacher_regularization: Whose weights the teacher has: ``ema`` (moving average), ``frozen`` (the start), ``live``
             (the student), ``trust-region`` (a mixture of the start's and the student's logits).
         teacher_update_rate: Of the average, or weight of the student in the mixture. Default 0.05.
+        demonstration_choice: ``shared``: one success, drawn at random, is shown to all rows of a group but itself, which is shown
+            a second one (the reference's rule; the teacher reads it once for all of them). ``independent``: a draw for every row;
+            less correlated, and the teacher's forward pass costs up to twice as much.
         dont_reprompt_on_self_success: Never show a response its own text as demonstration.
         remove_thinking_from_demonstration: Drop closed think blocks from demonstrations.
         include_environment_feedback: Show feedback, the verifier's or else the question's `privileged_context`.
@@ -68,6 +72,7 @@ class SDPO(OnPolicyModule):
         distillation_add_tail: bool | None = None,
         teacher_regularization: TeacherRegularization = "ema",
         teacher_update_rate: float | None = None,
+        demonstration_choice: DemonstrationChoice = "shared",
         dont_reprompt_on_self_success: bool = True,
         remove_thinking_from_demonstration: bool = True,
         include_environment_feedback: bool = True,
@@ -94,6 +99,7 @@ class SDPO(OnPolicyModule):
         if distillation_add_tail is not None and distillation_topk is None:
             raise ValueError("Expected `distillation_topk` with `distillation_add_tail`: without it there is no tail.")
         at_least(1, distillation_topk=distillation_topk)
+        one_of(("shared", "independent"), demonstration_choice=demonstration_choice)
         one_of(("ema", "frozen", "live", "trust-region"), teacher_regularization=teacher_regularization)
         if teacher_update_rate is not None and teacher_regularization in ("frozen", "live"):
             raise ValueError(
@@ -116,6 +122,7 @@ class SDPO(OnPolicyModule):
         self.teacher_regularization = teacher_regularization
         self.reprompt = RepromptBuilder(
             success_reward_threshold=self.success_reward_threshold,
+            demonstration_choice=demonstration_choice,
             dont_reprompt_on_self_success=dont_reprompt_on_self_success,
             remove_thinking_from_demonstration=remove_thinking_from_demonstration,
             include_environment_feedback=include_environment_feedback,
@@ -142,9 +149,9 @@ class SDPO(OnPolicyModule):
         """Tokens of the rows that have a teacher."""
         return sum(row.length for row in rows if self.in_loss(row))
 
-    def forward_length(self, row: Row) -> int:
-        """The teacher's context is the longer one."""
-        return max(len(row.reprompt_ids), len(row.rollout.prompt_ids)) + row.length
+    def contexts(self, row: Row) -> list[list[int]]:
+        """The student's prompt and the teacher's."""
+        return [row.rollout.prompt_ids, row.reprompt_ids]
 
     def teacher_sources(self, rows: list[Row]) -> list[Source]:
         """Run the self-teacher on (reprompt, response)."""
