@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.records import Question, Rollout
 
@@ -201,6 +203,7 @@ def _prefill(
     width = max(len(prompt) for prompt in prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     mask = None
     if int(min(map(len, prompts))) < width:  # on the left, so that all responses begin at the same place
         mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
@@ -218,6 +221,32 @@ def _prefill(
         cache.batch_repeat_interleave(n)
     mask = mask if mask is None else mask.repeat_interleave(n, dim=0)
     return cache, mask, (lengths - 1).repeat_interleave(n)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room to grow. The layer it replaces copies all of them for every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of the newest tokens and return all."""
+        if self.get_seq_length() == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        before, after = old.size(-2), old.size(-2) + new.size(-2)
+        room = self.room.get(name)
+        # Repeating or selecting responses makes tensors that are not in the room any more.
+        if room is None or room.data_ptr() != old.data_ptr() or room.size(-2) < after:
+            room = self.room[name] = old.new_empty(*old.shape[:-2], after + max(32, after // 4), old.size(-1))
+            room[..., :before, :] = old
+        room[..., before:after, :] = new
+        return room[..., :after, :]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
