@@ -88,6 +88,7 @@ class Row:
         advantage: Group-relative advantage (GRPO).
         old_log_probs: Log-probabilities of the response under the policy before the first of several updates on one
             batch, shape ``(len(response_ids),)``; ``None`` means that the current policy is the sampling policy.
+        teacher_hidden: The teacher's hidden states of the response, ``(len(response_ids), D)``, while they are to be used again.
     """
 
     rollout: Rollout
@@ -96,6 +97,7 @@ class Row:
     reprompt: str | None = None
     advantage: float = 0.0
     old_log_probs: Tensor | None = None
+    teacher_hidden: Tensor | None = None
 
     @property
     def length(self) -> int:

@@ -18,7 +18,14 @@ TeacherRegularization = Literal["ema", "frozen", "live", "trust-region"]
 
 
 class Teacher(nn.Module):
-    """A self-teacher: gives hidden states for the reprompted sequences and follows the student after each step."""
+    """A self-teacher: gives hidden states for the reprompted sequences and follows the student after each step.
+
+    Attributes:
+        moves_with_student: Whether every optimizer step of the student changes what the teacher says. If not, it has a
+            `model` of its own, which moves in :meth:`update` alone.
+    """
+
+    moves_with_student = False
 
     @abstractmethod
     def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
@@ -35,6 +42,8 @@ class Teacher(nn.Module):
 
 class LiveTeacher(Teacher):
     """The student itself, seeing the feedback. Holds no copy of the weights."""
+
+    moves_with_student = True
 
     @torch.no_grad()
     def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
@@ -136,6 +145,8 @@ class TrustRegionTeacher(FrozenTeacher):
         student: The model whose weights, as they are now, are the fixed end of the mixture.
         rate: Weight of the live student's logits.
     """
+
+    moves_with_student = True
 
     def __init__(self, student: PreTrainedModel, rate: float) -> None:
         super().__init__(student)

@@ -295,3 +295,32 @@ def test_the_information_that_rho_was_made_from_is_reported(tmp_path):
     assert t.callback_metrics["I"].item() == pytest.approx(used.value, rel=1e-5)
     assert t.callback_metrics["lr/multiplier"].item() == pytest.approx(math.exp(0.01 * used.value), rel=1e-6)
     assert abs(used.value - information(module.step_statistics).value) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "rereads"), [("ema", False), ("frozen", False), ("live", True), ("trust-region", True)]
+)
+def test_a_teacher_that_stands_still_is_run_in_the_first_pass_over_a_batch_only(tmp_path, monkeypatch, kind, rereads):
+    def run(again):
+        sizes = []
+        sources = type(module := tiny_sdpo(teacher_regularization=kind)).teacher_sources
+        teacher = type(module.teacher)
+        counted = teacher.sources
+        monkeypatch.setattr(teacher, "sources", lambda *a: sizes.append(1) or counted(*a))
+        if again:  # as if every pass were the first
+            monkeypatch.setattr(SDPO, "teacher_sources", lambda self, rows: [forget(rows), sources(self, rows)][1])
+        fitted, t = fit(tmp_path, model=tiny_model(), teacher_regularization=kind, num_iterations=3, steps=3)
+        monkeypatch.undo()
+        assert (t.global_step, fitted.steps) == (3, 1)
+        assert all(row.teacher_hidden is None for row in fitted.last_rows)
+        return len(sizes), state(fitted)
+
+    def forget(rows):
+        for row in rows:
+            row.teacher_hidden = None
+
+    (once, weights), (always, expected) = run(again=False), run(again=True)
+    assert always == 3 * once if not rereads else always == once
+    for a, b in zip(weights, expected, strict=True):
+        assert torch.equal(a, b)
+    assert not all(torch.equal(a, b) for a, b in zip(weights, tiny_model().parameters(), strict=False))

@@ -97,7 +97,7 @@ class GRPO(OnPolicyModule):
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32).view(-1, self.num_generations)
         for row, advantage in zip(rows, group_advantages(rewards, self.norm_adv_by_std_in_grpo).view(-1), strict=True):
             row.advantage = advantage.item()
-        if self.updates_per_batch > 1:
+        if self.updates_per_batch * self.num_iterations > 1:
             self._remember_old_log_probs([row for row in rows if self.in_loss(row)])
         advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
         groups = (rewards.amax(1) > rewards.amin(1)).float().mean().item()

@@ -62,6 +62,8 @@ class OnPolicyModule(Lifecycle):
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         updates_per_batch: Optimizer steps per batch, each on its share of the questions. Lightning's `max_steps` counts
             optimizer steps; curves, checkpoints and schedule count batches.
+        num_iterations: Passes over each batch, each with `updates_per_batch` optimizer steps. A teacher that stands still
+            within a batch is run in the first one only.
         micro_batch_tokens: Most padded tokens of one forward pass. A prompt that several rows share counts, and is run, once.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the step, those
             without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over
@@ -109,6 +111,7 @@ class OnPolicyModule(Lifecycle):
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         updates_per_batch: int = 1,
+        num_iterations: int = 1,
         micro_batch_tokens: int = 16384,
         loss_agg_mode: LossAggregation = "seq-mean-token-mean",
         is_clip: float | None = 2.0,
@@ -125,7 +128,8 @@ class OnPolicyModule(Lifecycle):
         super().__init__()
         at_least(1, num_generations=num_generations, max_prompt_length=max_prompt_length)
         at_least(1, max_response_length=max_response_length, eval_samples=eval_samples)
-        at_least(1, updates_per_batch=updates_per_batch, micro_batch_tokens=micro_batch_tokens)
+        at_least(1, updates_per_batch=updates_per_batch, num_iterations=num_iterations)
+        at_least(1, micro_batch_tokens=micro_batch_tokens)
         at_least(0, max_skipped_steps=max_skipped_steps)
         positive(temperature=temperature, eval_temperature=eval_temperature, eval_top_p=eval_top_p)
         positive(max_grad_norm=max_grad_norm, is_clip=is_clip)
@@ -146,6 +150,7 @@ class OnPolicyModule(Lifecycle):
         self.make_scheduler = scheduler
         self.max_grad_norm = max_grad_norm
         self.updates_per_batch = updates_per_batch
+        self.num_iterations = num_iterations
         self.micro_batch_tokens = micro_batch_tokens
         self.loss_agg_mode = loss_agg_mode
         self.is_clip = is_clip
@@ -193,12 +198,14 @@ class OnPolicyModule(Lifecycle):
                 self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("update_actor"):
                 updated, seen = False, []
-                for share in shares(rows, self.updates_per_batch):
+                for share in [*shares(rows, self.updates_per_batch)] * self.num_iterations:
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
                     updated |= self.update(loss)  # a callback reads I, scales the step by ρ
                     seen.append(self.step_statistics)
                 if updated:
                     self.after_update()  # the teacher follows
+                for row in rows:
+                    row.teacher_hidden = None
                 self._advance_schedule()
         self.steps += 1
         self.report(rows, StepStatistics.concatenate(seen))

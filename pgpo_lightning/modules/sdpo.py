@@ -7,6 +7,7 @@ self-teacher; token by token the student is pulled towards it, on the very respo
 import random
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from pgpo_lightning.distillation import Source, TokenStatistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.settings import at_least, either, one_of
+from pgpo_lightning.policy import head
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -154,10 +156,17 @@ class SDPO(OnPolicyModule):
         return [row.rollout.prompt_ids, row.reprompt_ids]
 
     def teacher_sources(self, rows: list[Row]) -> list[Source]:
-        """Run the self-teacher on (reprompt, response)."""
-        return self.teacher.sources(
+        """Run the self-teacher on (reprompt, response), or take what it said in an earlier pass over the batch."""
+        keeps = self.num_iterations > 1 and not self.teacher.moves_with_student
+        if keeps and all(row.teacher_hidden is not None for row in rows):
+            return [Source(torch.cat([row.teacher_hidden for row in rows]), head(self.teacher.model))]
+        sources = self.teacher.sources(
             self.model, self.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
         )
+        if keeps:
+            for row, hidden in zip(rows, sources[0].hidden.split([row.length for row in rows]), strict=True):
+                row.teacher_hidden = hidden
+        return sources
 
     def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return the divergence of every token, shape ``(n,)``, or the policy-gradient form of it.
