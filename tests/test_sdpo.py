@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, tiny_sdpo, trainer
 
+from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
 from pgpo_lightning.divergence import divergence, entropy, sampled_token, student_top_k
 from pgpo_lightning.modules import SDPO
@@ -324,3 +325,66 @@ def test_a_teacher_that_stands_still_is_run_in_the_first_pass_over_a_batch_only(
     for a, b in zip(weights, expected, strict=True):
         assert torch.equal(a, b)
     assert not all(torch.equal(a, b) for a, b in zip(weights, tiny_model().parameters(), strict=False))
+
+
+@pytest.mark.parametrize("budget", [150, 10_000])
+@pytest.mark.parametrize("loss_agg_mode", ["seq-mean-token-mean", "token-mean"])
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_information_weights_share_out_the_step(unit, loss_agg_mode, budget):
+    allocation = Allocation(unit, sensitivity=0.5, maximum=2.0)
+    module = detached(allocation=allocation, loss_agg_mode=loss_agg_mode, micro_batch_tokens=budget)
+    module.scalars = {}
+    rows = random_rows(6)
+    rows[1].reprompt_ids = None
+    loss = module.accumulate_gradients(rows)
+    ours = gradients(module.model)
+    module.model.zero_grad()
+    losses, weights, coefficients = [], [], []
+    active = [row for row in rows if row.reprompt_ids is not None]
+    for row in active:
+        y = torch.tensor(row.rollout.response_ids)
+
+        def log_p(model, prompt, y=y):
+            logits = model(torch.tensor([[*prompt, *y.tolist()]])).logits[0, len(prompt) - 1 : -1]
+            return logits.log_softmax(-1)
+
+        log_s, log_t = (
+            log_p(module.model, row.rollout.prompt_ids),
+            log_p(module.teacher.model, row.reprompt_ids).detach(),
+        )
+        gain = (entropy(log_s) - entropy(log_t)).detach()
+        gain = gain.mean().expand(len(y)) if unit == "sequence" else gain
+        weights.append((0.5 * gain).exp().clamp(0.5, 2.0))
+        ratio = (log_s[torch.arange(len(y)), y].detach() - row.rollout.log_probs).exp().clamp(max=2.0)
+        losses.append(divergence(log_s, log_t, 0.5) * ratio)
+        by_token = loss_agg_mode == "token-mean"
+        scale = 1 / sum(r.length for r in active) if by_token else 1 / len(y) / len(rows)
+        coefficients.append(torch.full((len(y),), scale))
+    losses, weights, coefficients = (torch.cat(parts) for parts in (losses, weights, coefficients))
+    assert weights.std() > 0.005
+    mean = (weights * coefficients).sum() / coefficients.sum()
+    expected = (losses * weights / mean * coefficients).sum()
+    expected.backward()
+    assert module.scalars["information/allocation_mean"] == pytest.approx(mean.item(), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(ours, gradients(module.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_information_weights_of_no_sensitivity_change_nothing():
+    results = []
+    for allocation in (None, Allocation("token", 0.0), Allocation("sequence", 0.0)):
+        module = detached(allocation=allocation)
+        module.scalars = {}
+        results.append([module.accumulate_gradients(random_rows(6)), *gradients(module.model)])
+    for other in results[1:]:
+        assert other[0] == pytest.approx(results[0][0], rel=1e-6)
+        for a, b in zip(other[1:], results[0][1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_settings_of_the_allocation_are_checked():
+    with pytest.raises(ValueError, match="`unit` of the allocation to be token or sequence, but got 'row'"):
+        Allocation("row")
+    with pytest.raises(ValueError, match="`maximum` of the allocation to be at least 1"):
+        Allocation(maximum=0.5)

@@ -17,8 +17,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.batching import Sequences, SharedSequences, TokenInputs, micro_batches, shares
-from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation
+from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.lifecycle import Lifecycle
 from pgpo_lightning.modules.settings import at_least, one_of, positive
@@ -235,6 +236,9 @@ class OnPolicyModule(Lifecycle):
         """Run the teacher over the rows, if the objective has one."""
         return []
 
+    allocation: Allocation | None = None
+    """Whether the parts of a step share it by their information."""
+
     divergence: Divergence | None = None
     """Which divergence between student and teacher the objective asks for, if any."""
 
@@ -267,40 +271,58 @@ class OnPolicyModule(Lifecycle):
         active = [row for row in rows if self.in_loss(row)]
         # A rank without any row still takes part in the exchange of gradients, with zeros.
         groups = self.micro_batches(active) or [[]]
-        total, statistics = 0.0, []
+        total, statistics, shared_out = 0.0, [], torch.zeros(2, device=self.device)
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
                 if group:
-                    loss, part = self._micro_batch(group, scale)
+                    loss, part, weights = self._micro_batch(group, scale)
                     statistics.append(part)
+                    shared_out += weights
                 else:
                     loss = sum(0.0 * p.sum() for p in self.model.parameters() if p.requires_grad)
                 self.manual_backward(loss)
             total += loss.detach()
-        everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total)))
-        self.step_statistics = StepStatistics.from_table(torch.cat([table for table, _ in everyone]))
-        return sum(loss for _, loss in everyone) / len(everyone)
+        everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total), shared_out.cpu()))
+        self.step_statistics = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
+        loss = sum(loss for _, loss, _ in everyone) / len(everyone)
+        return loss if self.allocation is None else loss / self._share_out(sum(weights for *_, weights in everyone))
 
-    def _micro_batch(self, rows: list[Row], scale: float) -> tuple[Tensor, StepStatistics]:
+    def _share_out(self, weights: Tensor) -> float:
+        """Divide the gradient by the mean weight of all tokens of the step, which is known only now, and return it."""
+        mean = float(weights[0] / weights[1]) if weights[1] > 0 else 1.0
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(mean)
+        self.scalars["information/allocation_mean"] = mean
+        return mean
+
+    def _micro_batch(self, rows: list[Row], scale: float) -> tuple[Tensor, StepStatistics, Tensor]:
+        """Return the loss of some rows, their statistics, and their coefficients with and without information weights."""
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
         given = TokenInputs.of(rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean")
 
         def weighted(tokens: TokenStatistics, part: slice) -> Tensor:
             here = given[part]
-            return self.objective(tokens, here) * self.importance_weight(tokens, here) * here.coefficient
+            loss = self.objective(tokens, here) * self.importance_weight(tokens, here) * here.coefficient
+            by_token = self.allocation is not None and self.allocation.unit == "token"
+            return loss * self.allocation.weights(tokens) if by_token else loss
 
-        loss, tokens = linear_distillation(
-            source(self.model, sequences),
-            self.teacher_sources(rows),
-            sequences.targets,
-            weighted,
-            self.divergence,
-            self.temperature,
-        )
+        student, teacher = source(self.model, sequences), self.teacher_sources(rows)
+        if self.allocation is not None and self.allocation.unit == "sequence":
+            tokens = linear_statistics(student, teacher, sequences.targets, self.divergence, self.temperature)
+            loss = weighted(tokens, slice(None)) @ self.allocation.weights(tokens, sequences.lengths)
+            tokens = TokenStatistics(*(values.detach() for values in tokens))
+        else:
+            loss, tokens = linear_distillation(
+                student, teacher, sequences.targets, weighted, self.divergence, self.temperature
+            )
         values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
         statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
-        return loss, statistics
+        shared_out = given.coefficient
+        if self.allocation is not None:
+            shared_out = shared_out * self.allocation.weights(tokens, sequences.lengths)
+        return loss, statistics, torch.stack([shared_out.sum(), given.coefficient.sum()])
 
     def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return the weight of every token, ``(n,)``, that corrects the difference between trainer and sampler.

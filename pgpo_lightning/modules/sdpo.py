@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import Source, TokenStatistics
 from pgpo_lightning.divergence import Divergence
@@ -47,6 +48,7 @@ class SDPO(OnPolicyModule):
         teacher_regularization: Whose weights the teacher has: ``ema`` (moving average), ``frozen`` (the start), ``live``
             (the student), ``trust-region`` (a mixture of the start's and the student's logits).
         teacher_update_rate: Of the average, or weight of the student in the mixture. Default 0.05.
+        allocation: Information weights of tokens or responses, of mean 1; null for equal weights.
         demonstration_choice: ``shared``: one success, drawn at random, is shown to all rows of a group but itself, which is shown
             a second one (the reference's rule; the teacher reads it once for all of them). ``independent``: a draw for every row;
             less correlated, and the teacher's forward pass costs up to twice as much.
@@ -74,6 +76,7 @@ class SDPO(OnPolicyModule):
         distillation_add_tail: bool | None = None,
         teacher_regularization: TeacherRegularization = "ema",
         teacher_update_rate: float | None = None,
+        allocation: Allocation | None = None,
         demonstration_choice: DemonstrationChoice = "shared",
         dont_reprompt_on_self_success: bool = True,
         remove_thinking_from_demonstration: bool = True,
@@ -118,6 +121,7 @@ class SDPO(OnPolicyModule):
         check_template("reprompt_template", reprompt_template, ("prompt", "solution", "feedback"))
         check_template("solution_template", solution_template, ("successful_previous_attempt",))
         check_template("feedback_template", feedback_template, ("feedback_raw",))
+        self.allocation = allocation
         self.full_logit_distillation = full_logit_distillation
         if full_logit_distillation:
             self.divergence = Divergence(self.divergence_alpha, distillation_topk, distillation_add_tail is not False)

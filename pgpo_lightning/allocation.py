@@ -1,0 +1,57 @@
+"""How much of a step each token or response gets, by its information: what PGPO (arXiv 2606.03620) leaves to future work.
+
+PGPO scales the whole step. Here the size of the step stays what it is, and its parts share it: weights
+``exp(sensitivity * I)`` of tokens or responses, divided by their mean. So allocation and dose can be told apart.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pgpo_lightning.distillation import TokenStatistics
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Information weights within a step.
+
+    Args:
+        unit: ``token``: I is H(student) - H(teacher) of the token; ``sequence``: its mean over the response, which costs two
+            more products with each head.
+        sensitivity: Of the weight to I; 0 gives every token the same.
+        maximum: Bound of a weight before the division by the mean, at least 1; its reciprocal bounds it from below.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    unit: Literal["token", "sequence"] = "token"
+    sensitivity: float = 1.0
+    maximum: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("token", "sequence"):
+            raise ValueError(f"Expected `unit` of the allocation to be token or sequence, but got {self.unit!r}.")
+        if not self.maximum >= 1:
+            raise ValueError(f"Expected `maximum` of the allocation to be at least 1, but got {self.maximum}.")
+
+    def weights(self, tokens: TokenStatistics, lengths: Tensor | None = None) -> Tensor:
+        """Return weights, shape ``(n,)``, without gradient, not yet divided by their mean.
+
+        Args:
+            tokens: Of some tokens; for the unit ``sequence`` of whole responses, one after the other.
+            lengths: Tokens of each response, for that unit.
+        """
+        information = (tokens.entropy_student - tokens.entropy_teacher).detach()
+        if self.unit == "sequence":
+            of = torch.arange(len(lengths), device=lengths.device)
+            of = of.repeat_interleave(lengths, output_size=information.numel())
+            sums = torch.zeros(len(lengths), dtype=information.dtype, device=lengths.device).index_add(
+                0, of, information
+            )
+            information = (sums / lengths)[of]
+        # exp() of more than 80 overflows; the bound holds anyway.
+        weights = (self.sensitivity * information).clamp(-80, 80).exp()
+        return weights.clamp(1 / self.maximum, self.maximum)
