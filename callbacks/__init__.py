@@ -6,7 +6,22 @@ Import from ``pgpo_lightning.callbacks``; this folder stands at the top of the r
 if __name__ != "pgpo_lightning.callbacks":
     raise ImportError(f"Import `pgpo_lightning.callbacks`, not `{__name__}`: two copies of every class would exist.")
 
+from pgpo_lightning.callbacks.adaptive import (
+    AdaptiveInformationMultiplier,
+    EffectiveSampleSizeMultiplier,
+    KLAdaptiveMultiplier,
+    PolyakMultiplier,
+)
 from pgpo_lightning.callbacks.checkpoint import ResumeCheckpoint
+from pgpo_lightning.callbacks.controls import (
+    CentredMultiplier,
+    InverseMultiplier,
+    LossScaledMultiplier,
+    MatchedConstantMultiplier,
+    MatchedRandomMultiplier,
+    ReplayedMultiplier,
+    ShuffledMultiplier,
+)
 from pgpo_lightning.callbacks.multiplier import (
     ConstantMultiplier,
     InformationMultiplier,
@@ -16,10 +31,21 @@ from pgpo_lightning.callbacks.multiplier import (
 from pgpo_lightning.callbacks.watch import Watch
 
 __all__ = [
+    "AdaptiveInformationMultiplier",
+    "CentredMultiplier",
     "ConstantMultiplier",
+    "EffectiveSampleSizeMultiplier",
     "InformationMultiplier",
+    "InverseMultiplier",
+    "KLAdaptiveMultiplier",
+    "LossScaledMultiplier",
+    "MatchedConstantMultiplier",
+    "MatchedRandomMultiplier",
+    "PolyakMultiplier",
     "RandomMultiplier",
+    "ReplayedMultiplier",
     "ResumeCheckpoint",
+    "ShuffledMultiplier",
     "StepSizeMultiplier",
     "Watch",
 ]

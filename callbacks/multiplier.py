@@ -160,7 +160,7 @@ class InformationMultiplier(StepSizeMultiplier):
         super().setup(trainer, pl_module, stage)
         if not getattr(pl_module, "has_teacher", False):
             raise MisconfigurationException(
-                f"Expected a module with a teacher for InformationMultiplier, but {type(pl_module).__name__} has none. Use "
+                f"Expected a module with a teacher for {type(self).__name__}, but {type(pl_module).__name__} has none. Use "
                 "`--multiplier null`, or SDPO."
             )
 

@@ -1,0 +1,372 @@
+"""Multipliers by rules of others than PGPO (arXiv 2606.03620), and PGPO with an alpha that finds itself.
+
+The first three know nothing of the feedback: they are the rivals that an informed step size has to beat, or to join.
+"""
+
+import math
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import SGD, Adam, Optimizer
+
+from pgpo_lightning.batching import micro_batches
+from pgpo_lightning.callbacks.controls import clip_coefficient, exp
+from pgpo_lightning.callbacks.multiplier import InformationMultiplier, StepSizeMultiplier
+from pgpo_lightning.distillation import linear_distillation
+from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.policy import source
+from pgpo_lightning.ranks import gather
+from pgpo_lightning.records import Row
+from pgpo_lightning.statistics import StepStatistics
+
+
+class KLAdaptiveMultiplier(StepSizeMultiplier):
+    """Divides rho by 1.5 when a step moved the policy by more than twice the target, multiplies it when by less than half.
+
+    The rule of rsl_rl and rl_games (adaptive schedule). The first step has rho 1; what a step did decides over the next.
+    With several updates per batch, what all of them did together decides over the next batch. A batch whose updates were
+    all skipped decides nothing.
+
+    Costs one more forward pass of the student over the batch per step, with the new weights on the old rollouts: the
+    rollouts of the next step are the new policy's own, and say nothing of the old one. Beside the update (student forward
+    and backward, teacher forward) that is about a quarter, beside generation little.
+
+    Logs `lr/kl`, by which this step's rho was decided.
+
+    Args:
+        target: KL per token (nats), above 0; see :func:`policy_change`.
+        factor: By how much rho changes at a time, above 1.
+        rho_min: Lower bound, above 0 and at most 1. rsl_rl keeps the rate between 1/100 and 10 times its start.
+        rho_max: Upper bound, at least 1.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(self, target: float = 1e-3, factor: float = 1.5, rho_min: float = 0.01, rho_max: float = 10.0) -> None:
+        super().__init__()
+        if not 0 < target < math.inf:
+            raise ValueError(f"Expected `target` to be above 0 and finite, but got {target}.")
+        if not 1 < factor < math.inf:
+            raise ValueError(f"Expected `factor` to be above 1 and finite, but got {factor}.")
+        if not 0 < rho_min <= 1 <= rho_max < math.inf:
+            raise ValueError(f"Expected 0 < `rho_min` <= 1 <= `rho_max`, but got {rho_min} and {rho_max}.")
+        self.target, self.factor = target, factor
+        self.rho_min, self.rho_max = rho_min, rho_max
+        self.rho = 1.0
+        self.kl: float | None = None
+        self._before = 0  # steps before this batch
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return what the step before decided."""
+        return self.rho
+
+    def decide(self, kl: float) -> None:
+        """Set rho of the next step by what the last one did."""
+        self.kl = kl
+        if kl > 2 * self.target:
+            self.rho = self.bounded(self.rho / self.factor)
+        elif 0 < kl < self.target / 2:  # as in rsl_rl: none at all is no sign of a small step
+            self.rho = self.bounded(self.rho * self.factor)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Scale the learning rate, and log what decided it."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.kl is not None:
+            pl_module.scalars["lr/kl"] = self.kl
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note how many steps there were before this batch."""
+        self._before = len(self.history)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure how far the policy moved."""
+        if len(self.history) > self._before:
+            with trainer.precision_plugin.forward_context():
+                self.decide(policy_change(pl_module, pl_module.last_rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add what was decided, and by what."""
+        return super().state_dict() | {"rho": self.rho, "kl": self.kl}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was decided."""
+        super().load_state_dict(state_dict)
+        self.rho, self.kl = state_dict["rho"], state_dict["kl"]
+
+
+@torch.no_grad()
+def policy_change(module: OnPolicyModule, rows: list[Row]) -> float:
+    r"""Estimate KL(sampler||policy) per token (nats), from the sampler's own tokens.
+
+    The direction of rsl_rl, and the one that rollouts of the old policy can estimate: mean of (r - 1 - log r) over all
+    their tokens, with r the ratio of the token's probability now to that when it was sampled. Every term is at least 0 and
+    the mean is unbiased (log ratios beyond 20 are cut). An engine that computes other probabilities than the trainer adds
+    its disagreement, about half its mean square: keep the target well above (`rollout_corr/log_ratio` shows it).
+
+    Args:
+        module: With the policy's weights as they are now.
+        rows: This rank's rollouts.
+
+    Returns:
+        The estimate over the rollouts of all ranks.
+    """
+    total, count = 0.0, 0
+    contexts = lambda row: [row.rollout.prompt_ids]  # noqa: E731  (not the module's: the teacher is not asked)
+    for group in micro_batches(rows, module.micro_batch_tokens, contexts, module.shares_prompts):
+        sequences = module.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in group])
+        _, tokens = linear_distillation(
+            source(module.model, sequences),
+            [],
+            sequences.targets,
+            lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
+            temperature=module.temperature,
+        )
+        sampled = torch.cat([row.rollout.log_probs for row in group]).to(tokens.log_p_student.device)
+        change = (tokens.log_p_student.double() - sampled).clamp(-20, 20)
+        total += (change.expm1() - change).sum().item()
+        count += change.numel()
+    everyone = gather((total, count))
+    return sum(total for total, _ in everyone) / sum(count for _, count in everyone)
+
+
+class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
+    """rho = sqrt(min(1, (ESS / B) / base_ratio)): smaller steps where few sequences carry the batch, never larger ones.
+
+    The rule of VCPO (github.com/mit-han-lab/vcpo). B is the number of sequences in the loss, and ESS = (sum w)^2 / sum w^2
+    with w the probability of the whole response under the trainer over that under the sampler. It needs a disagreement
+    between the two: an engine with other kernels or old weights, or several updates per batch. Where they agree, rho is 1.
+
+    Args:
+        scaling_rule: ``sqrt`` as VCPO has it for AdamW, or ``linear``.
+        base_ratio: ESS / B from which on rho is 1; in (0, 1].
+        clip: Upper bound of w; null for none.
+        rho_min: Lower bound; from 0 to 1.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    rho_max = 1.0
+
+    def __init__(
+        self,
+        scaling_rule: Literal["sqrt", "linear"] = "sqrt",
+        base_ratio: float = 1.0,
+        clip: float | None = None,
+        rho_min: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if scaling_rule not in ("sqrt", "linear"):
+            raise ValueError(f"Expected `scaling_rule` to be sqrt or linear, but got {scaling_rule!r}.")
+        if not 0 < base_ratio <= 1:
+            raise ValueError(f"Expected `base_ratio` to lie in (0, 1], but got {base_ratio}.")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Expected `clip` to be above 0, but got {clip}.")
+        if not 0 <= rho_min <= 1:
+            raise ValueError(f"Expected `rho_min` to lie in [0, 1], but got {rho_min}.")
+        self.scaling_rule, self.base_ratio, self.clip, self.rho_min = scaling_rule, base_ratio, clip, rho_min
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return the root (or the ratio itself)."""
+        if not len(statistics):
+            return 1.0
+        log_weight = (statistics.sampler_log_ratio * statistics.length).double()
+        log_weight = log_weight if self.clip is None else log_weight.clamp(max=math.log(self.clip))
+        # As logarithms: the weight of a long response overflows.
+        log_size = 2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)
+        ratio = min(1.0, log_size.exp().item() / len(statistics) / self.base_ratio)
+        return math.sqrt(ratio) if self.scaling_rule == "sqrt" else ratio
+
+
+class PolyakMultiplier(StepSizeMultiplier):
+    r"""The step after which the loss, were it linear, would be at its optimum, capped.
+
+    rho = min(rho_max, (L - optimum) / (c * sum_i lr_i <g_i, h_i>)), with g the gradient before clipping and h the direction
+    of the step at rate 1: the stochastic Polyak step (SPS_max, arXiv 2002.10542), whose denominator is c lr ||g||^2 for
+    plain SGD. Under Adam h = g / (sqrt(v) + eps) with this step's corrected v, the metric of MoMo-Adam (arXiv 2305.07583):
+    ||g||^2 has another scale than Adam's steps and would leave rho at a bound. Momentum and weight decay are left out.
+
+    A divergence is at least 0, which makes it known enough; but the teacher sees feedback that the student does not, so the
+    least loss that a student can reach is above 0, the step too long, and the cap what keeps it in check: look how often
+    rho is at it.
+
+    Args:
+        c: Larger is shorter; above 0. 1 is Polyak's own.
+        optimum: Least loss, at least 0.
+        rho_min: Lower bound, at least 0.
+        rho_max: The cap.
+
+    Raises:
+        ValueError: If a setting is out of range.
+        MisconfigurationException: At start-up, if the loss is no divergence, or the optimizer none of SGD, Adam and AdamW.
+    """
+
+    def __init__(self, c: float = 1.0, optimum: float = 0.0, rho_min: float = 0.0, rho_max: float = 2.0) -> None:
+        super().__init__()
+        if not 0 < c < math.inf:
+            raise ValueError(f"Expected `c` to be above 0 and finite, but got {c}.")
+        if not 0 <= optimum < math.inf:
+            raise ValueError(f"Expected `optimum` to be at least 0 and finite, but got {optimum}.")
+        if not 0 <= rho_min <= rho_max < math.inf or rho_max == 0:
+            raise ValueError(
+                f"Expected 0 <= `rho_min` <= `rho_max` and `rho_max` > 0, but got {rho_min} and {rho_max}."
+            )
+        self.c, self.optimum, self.rho_min, self.rho_max = c, optimum, rho_min, rho_max
+        self.loss = self.slope = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the loss has a known least value."""
+        super().setup(trainer, pl_module, stage)
+        if getattr(pl_module, "divergence", None) is None:
+            raise MisconfigurationException(
+                "Expected a loss that is a divergence for PolyakMultiplier, because its least value must be known, but "
+                f"{type(pl_module).__name__} has none here. Use SDPO with `full_logit_distillation`, or another multiplier."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the direction of a step is known."""
+        for optimizer in trainer.optimizers:
+            if not isinstance(optimizer, (SGD, Adam)) or optimizer.defaults.get("amsgrad"):
+                raise MisconfigurationException(
+                    "Expected SGD, Adam or AdamW of torch.optim without amsgrad for PolyakMultiplier, but got "
+                    f"{type(optimizer).__module__}.{type(optimizer).__name__}: its steps' direction is not known."
+                )
+        super().on_train_start(trainer, pl_module)
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return the ratio; 1 where there is no gradient."""
+        if self.slope <= 0:
+            return 1.0
+        return max(0.0, self.loss - self.optimum) / (self.c * self.slope)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Look at loss and gradients, and scale the learning rate."""
+        clipped = clip_coefficient(pl_module.scalars["actor/grad_norm"], pl_module.max_grad_norm)
+        self.loss = pl_module.scalars["actor/pg_loss"]
+        self.slope = slope(optimizer) / clipped
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
+@torch.no_grad()
+def slope(optimizer: Optimizer) -> float:
+    """Return how fast the loss falls along the step that is about to be taken: sum of rate * <gradient, direction>."""
+    total = torch.zeros(())  # a tensor: one wait for the device, not one per parameter
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            product = parameter.grad.float().square()
+            if isinstance(optimizer, Adam):
+                state, beta = optimizer.state.get(parameter, {}), group["betas"][1]
+                step = float(state.get("step", 0)) + 1
+                second = beta * state.get("exp_avg_sq", 0.0) + (1 - beta) * product
+                product = product / ((second / (1 - beta**step)).sqrt() + group["eps"])
+            total = total + group["lr"] * product.sum(dtype=torch.float64)
+    return float(total)
+
+
+class AdaptiveInformationMultiplier(InformationMultiplier):
+    """PGPO with an alpha that adapts to a wanted dose or a wanted spread of rho.
+
+    The paper tunes alpha per task, and rho depends on alpha times I, whose size depends on task, model and estimator. Here
+    alpha is, at every step, the smallest with which the rule would have had the target over the last `window` steps that
+    had a teacher. It uses the past only. For the first `warmup` such steps it is `sensitivity`; where no alpha up to
+    `sensitivity_max` would have met the target it stays what it was. The target is met about, not exactly: a spread comes
+    out a seventh too large over 100 steps of independent I, because alpha varies too, and more where I drifts. Where doses
+    must be equal use :class:`MatchedConstantMultiplier` and its kin.
+
+    Logs `information/sensitivity`, the alpha of the step.
+
+    Args:
+        target_mean: Wanted mean of rho; at least 1 and below `rho_max`. Give either this or the next.
+        target_spread: Wanted standard deviation of rho over steps; above 0.
+        window: Most steps that count.
+        warmup: Steps before the first adaptation; from 2 to `window`.
+        sensitivity: alpha of these; default 1.0.
+        sensitivity_max: Largest alpha.
+        kwargs: See :class:`InformationMultiplier`.
+
+    Raises:
+        ValueError: If a setting is out of range, or both targets or none are given.
+    """
+
+    def __init__(
+        self,
+        target_mean: float | None = None,
+        target_spread: float | None = None,
+        window: int = 50,
+        warmup: int = 10,
+        sensitivity: float | None = None,
+        sensitivity_max: float = 100.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(sensitivity=sensitivity, **kwargs)
+        if (target_mean is None) == (target_spread is None):
+            raise ValueError(
+                f"Expected one of `target_mean` and `target_spread`, but got {target_mean} and {target_spread}."
+            )
+        if target_mean is not None and not 1 <= target_mean < self.rho_max:
+            raise ValueError(
+                f"Expected `target_mean` to be at least 1 and below `rho_max` ({self.rho_max}), but got {target_mean}."
+            )
+        if target_spread is not None and not 0 < target_spread < self.rho_max:
+            raise ValueError(
+                f"Expected `target_spread` to be above 0 and below `rho_max` ({self.rho_max}), but got {target_spread}."
+            )
+        if not 2 <= warmup <= window:
+            raise ValueError(f"Expected 2 <= `warmup` <= `window`, but got {warmup} and {window}.")
+        if not self.sensitivity <= sensitivity_max < math.inf:
+            raise ValueError(
+                f"Expected `sensitivity_max` to be finite and at least `sensitivity` ({self.sensitivity}), but got "
+                f"{sensitivity_max}."
+            )
+        self.target_mean, self.target_spread = target_mean, target_spread
+        self.window, self.warmup, self.sensitivity_max = window, warmup, sensitivity_max
+        self.recent: list[float] = []  # I of the last steps
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return exp(alpha * I), with an alpha from the steps before."""
+        if len(self.recent) >= self.warmup:
+            self.sensitivity = self._solved()
+        rho = super().multiplier(statistics, step)
+        if statistics.has_teacher.any():
+            self.recent = [*self.recent, self.signal.value][-self.window :]
+        return rho
+
+    def _reaches(self, alpha: float) -> bool:
+        rhos = [self.bounded(exp(alpha * value)) for value in self.recent]
+        return fmean(rhos) >= self.target_mean if self.target_spread is None else stdev(rhos) >= self.target_spread
+
+    def _solved(self) -> float:
+        # Doubling first: behind the alpha at which rho meets its bounds the spread falls again.
+        low, high = 0.0, min(2.0**-10, self.sensitivity_max)
+        while not self._reaches(high):
+            if high >= self.sensitivity_max:
+                return self.sensitivity
+            low, high = high, min(2 * high, self.sensitivity_max)
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._reaches(middle) else (middle, high)
+        return high
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Scale the learning rate, and log the alpha."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        pl_module.scalars["information/sensitivity"] = self.sensitivity
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add alpha, and what it is made from."""
+        return super().state_dict() | {"recent": list(self.recent), "sensitivity": self.sensitivity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over alpha, and what it is made from."""
+        super().load_state_dict(state_dict)
+        self.recent, self.sensitivity = list(state_dict["recent"]), state_dict["sensitivity"]
