@@ -134,8 +134,7 @@ def main(args: list[str] | None = None) -> None:
     if words[:1] == ["export"]:
         jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
     elif words[:1] in (["ablate"], ["report"]):
-        command = importlib.import_module(f"pgpo_lightning.lab.{words[0]}")  # only then: fit needs none of it
-        jsonargparse.auto_cli(getattr(command, words[0]), args=words[1:], prog=f"pgpo {words[0]}", as_positional=True)
+        importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])  # only then: fit needs none of it
     else:
         if words[:1] in (["-h"], ["--help"]):
             print("pgpo {fit,validate,test} runs a configuration; pgpo export writes a checkpoint for transformers.\n")
