@@ -1,0 +1,99 @@
+"""The command ``pgpo report``: what finished runs say, as Markdown, JSON and pictures.
+
+It reads the records that runs leave and nothing else; the same records give the same report.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from pgpo_lightning.lab.analysis import analyse
+from pgpo_lightning.lab.markdown import conclude, markdown
+from pgpo_lightning.lab.measures import Measure
+from pgpo_lightning.lab.pictures import draw_curves, draw_forest, draw_multipliers
+from pgpo_lightning.lab.runs import load_runs
+from pgpo_lightning.lab.studies import CONTROLS, Design, studies
+
+
+def report(
+    runs: list[str],
+    output: str = "report",
+    baseline: str = "sdpo",
+    information: list[str] | str = "pgpo*",
+    controls: list[str] | str = list(CONTROLS),  # noqa: B006  (shown by --help, never changed)
+    decisive: list[str] | str = "constant",
+    measure: Measure = "final",
+    margin: float = 0.02,
+    collapse: float = 0.5,
+) -> dict[str, Any]:
+    """Compare the arms of one or more studies: does information help beyond its dose?
+
+    Args:
+        runs: Folders with finished runs anywhere below them, single records, or ``.jsonl`` files with a record per line.
+        output: The folder to write ``report.md``, ``report.json`` and pictures into; what is there is written over.
+        baseline: The arm that every other arm is compared with.
+        information: Names of the arms that use information; ``*`` at the end stands for any suffix. Several in brackets:
+            ``[pgpo*,centred*]``.
+        controls: Names of the arms with the dose of an information arm, without its suffix: that of ``pgpo-1.0`` is
+            ``constant-1.0``.
+        decisive: The controls that an information arm has to beat for a "yes". PGPO's referee would ask for
+            ``[constant,random,shuffled,replayed]``.
+        measure: The held-out score that decides: at the last evaluation, at the best one, or the mean over the steps.
+        margin: The smallest difference of interest: a "no" excludes a gain of this size.
+        collapse: A run has collapsed when its held-out score falls below this share of the base model's.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        ValueError: If there are no runs, if those of a study cannot be compared, or if a setting is out of range.
+    """
+    design = Design(
+        baseline, _names(information), _names(controls), _names(decisive), measure, margin=margin, collapse=collapse
+    )
+    records = load_runs([Path(path) for path in runs])
+    content = analyse(records, design)
+    content["conclusion"] = conclude(content)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = studies(records, design)
+    draw_curves(groups, design, folder / "curves.png")
+    draw_forest(content, folder / "forest.png")
+    draw_multipliers(groups, design, folder / "multipliers.png")
+    pictures = {"curves": "curves.png", "differences": "forest.png", "multipliers and information": "multipliers.png"}
+    (folder / "report.md").write_text(markdown(content, pictures), encoding="utf-8")
+    plain = _plain(content)
+    (folder / "report.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"{content['conclusion']}\n\nreport: {folder / 'report.md'}")
+    return plain
+
+
+def main(args: list[str]) -> None:
+    """Run the command: ``pgpo report RUNS... [--output report]``.
+
+    Args:
+        args: Without the program's name.
+    """
+    parser = jsonargparse.ArgumentParser(prog="pgpo report", description=(report.__doc__ or "").splitlines()[0])
+    # jsonargparse makes no list of positional words by itself.
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders, records or .jsonl files of finished runs")
+    parser.add_function_arguments(report, skip={"runs"})
+    report(**vars(parser.parse_args(args)))
+
+
+def _names(given: list[str] | str) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers with six significant digits, and None where there is none."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

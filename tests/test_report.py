@@ -1,0 +1,320 @@
+"""`pgpo report`: from the records of runs to tables, pictures and one sentence."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pgpo_lightning.cli import main
+from pgpo_lightning.lab import measures
+from pgpo_lightning.lab.analysis import analyse, decide
+from pgpo_lightning.lab.inference import two_way
+from pgpo_lightning.lab.markdown import QUESTION, conclude, phrase
+from pgpo_lightning.lab.report import report
+from pgpo_lightning.lab.runs import Run, write_runs
+from pgpo_lightning.lab.simulation import World, simulate
+from pgpo_lightning.lab.studies import Design, studies
+
+SMALL = World(seeds=4, questions=20, samples=4)
+ARMS = {"sdpo": 0.0, "pgpo-1.0": 0.1, "constant-1.0": 0.0, "random-1.0": 0.0, "pgpo-2": 0.0, "grpo": -0.1}
+DOSES = {"pgpo-1.0": 1.5, "constant-1.0": 1.5, "random-1.0": 1.5, "pgpo-2": 1.2}
+FAST = Design(draws=0)
+
+
+def runs(seed=0, study="lr=1", arms=ARMS, world=SMALL, doses=DOSES):
+    return simulate(arms, world, seed, study, doses)
+
+
+def tiny(seed=0, arm="sdpo", scores=((0.5, 0.5), (0.5, 1.0), (0.0, 0.5)), **fields):
+    """A run evaluated at steps 0, 10 and 30, with two questions."""
+    questions = dict(zip(("0", "10", "30"), map(list, scores), strict=True))
+    return Run(**{"study": "s", "arm": arm, "seed": seed, "steps": 30, "samples": 2, "seconds": 1.0, "cpu_seconds": 1.0,
+                  "curves": {}, "questions": questions} | fields)  # fmt: skip
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    for name in ("draw_curves", "draw_forest", "draw_multipliers"):
+        monkeypatch.setattr(f"pgpo_lightning.lab.report.{name}", lambda *args: None)
+
+
+def study_of(content, number=0):
+    return content["studies"][number]
+
+
+def test_measures_of_a_run_are_those_one_would_write_down():
+    run = tiny(curves={"response_length/mean": [[26, 27, 28, 30], [9.0, 9.0, 1.0, 3.0]]}, rho=[1.0, 2.0])
+    steps, table = measures.evaluations(run), measures.answers(run)
+    assert steps == [0, 10, 30]
+    each = {name: values.mean() for name, values in measures.per_question(steps, table).items()}
+    area = (10 * (0.5 + 0.75) / 2 + 20 * (0.75 + 0.25) / 2) / 30
+    assert each == pytest.approx({"final": 0.25, "best": 0.75, "area": area})
+    assert measures.at_the_end(run, measures.LENGTH) == 2.0
+    assert math.isnan(measures.at_the_end(run, measures.ENTROPY))
+    assert measures.dose(run) == 1.5
+    assert measures.dose(tiny()) == 1.0
+
+
+def test_one_evaluation_is_all_measures_at_once():
+    each = measures.per_question([30], np.array([[0.0, 1.0]]))
+    assert [values.tolist() for values in each.values()] == [[0.0, 1.0]] * 3
+
+
+def test_collapse_is_the_first_score_below_half_of_the_base():
+    steps = [0, 10, 20]
+    assert measures.collapse_step(steps, np.array([0.5, 0.2, 0.6])) == 10
+    assert measures.collapse_step(steps, np.array([0.5, 0.25, 0.3])) is None
+    assert measures.collapse_step(steps, np.array([0.5, 0.25, 0.3]), below=0.55) == 10
+    content = analyse([tiny(0), tiny(1, scores=((0.5, 0.5), (0.0, 0.0), (0.0, 0.0)))], FAST)
+    gone = study_of(content)["arms"][0]["collapsed"]
+    assert (gone["count"], gone["share"], gone["step"], gone["steps"]) == (1, 0.5, 10, {"0": None, "1": 10})
+
+
+def test_differences_are_paired_by_seed_and_question():
+    pgpo = [tiny(seed, "pgpo", ((0.5, 0.5), (0.5, 0.5), final)) for seed, final in ((0, (0.5, 1.0)), (1, (1.0, 1.0)))]
+    sdpo = [
+        tiny(seed, "sdpo", ((0.5, 0.5), (0.5, 0.5), final))
+        for seed, final in ((1, (0.5, 0.5)), (0, (0.0, 1.0)), (2, (1, 1)))
+    ]
+    content = study_of(analyse(pgpo + sdpo, FAST))
+    (row,) = content["comparisons"]
+    mean = two_way([np.array([[0.5, 0.0], [0.5, 0.5]])])
+    assert (row["arm"], row["against"], row["seeds"]) == ("pgpo", "sdpo", 2)
+    assert row["final"]["value"] == mean.value == 0.375
+    assert (row["final"]["low"], row["final"]["high"]) == mean.interval()
+    assert row["final"]["p"] == row["final"]["p_holm"] == mean.p()
+    assert any("pgpo has no seed 2" in note for note in content["notes"])
+
+
+def test_information_arms_meet_the_controls_of_their_own_dose():
+    rows = study_of(analyse(runs(), FAST))["comparisons"]
+    assert [(r["arm"], r["against"]) for r in rows if r["kind"] != "baseline"] == [
+        ("pgpo-1.0", "constant-1.0"),
+        ("pgpo-1.0", "random-1.0"),
+    ]
+    assert [r["arm"] for r in rows if r["kind"] == "baseline"] == [
+        "pgpo-1.0",
+        "pgpo-2",
+        "constant-1.0",
+        "random-1.0",
+        "grpo",
+    ]
+    assert any(note.endswith("without an answer: pgpo-2.") for note in study_of(analyse(runs(), FAST))["notes"])
+    for name in ("final", "best", "area"):  # corrected for all of them
+        assert all(r[name]["p_holm"] >= r[name]["p"] for r in rows)
+        assert min(r[name]["p_holm"] for r in rows) == pytest.approx(
+            min(1, len(rows) * min(r[name]["p"] for r in rows))
+        )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "arm", "control"),
+    [
+        (("pgpo*",), "pgpo-1.0", "constant-1.0"),
+        (("pgpo*",), "pgpo", "constant"),
+        (("pgpo-8",), "pgpo-8", "constant-8"),
+        (("token-pgpo*",), "token-pgpo-8", "constant-8"),
+        (("sdpo2", "x*"), "x-y-1", "constant-y-1"),
+    ],
+)
+def test_names_of_controls(patterns, arm, control):
+    design = Design(information=patterns)
+    assert design.control("constant", arm) == control
+    assert design.suffix("other") is None
+
+
+def test_doses_are_compared_and_a_control_that_misses_is_flagged():
+    doses = DOSES | {"constant-1.0": 1.6}
+    content = analyse(runs(doses=doses), FAST)
+    constant, random = study_of(content)["doses"]
+    assert constant["ratio"] == pytest.approx(1.6 / 1.5, abs=0.01)
+    assert (constant["matched"], random["matched"]) == (False, True)
+    assert "the doses do not match: constant-1.0 has 1.0" in conclude(content)
+    assert "doses" not in conclude(analyse(runs(), FAST))
+
+
+def test_an_arm_answers_no_if_it_fails_one_control_and_yes_if_it_beats_all():
+    def mean(value, spread=0.001):
+        return two_way([value + spread * np.array([[-1.0], [0.0], [1.0]])])
+
+    design = Design(decisive=("constant", "random"))
+
+    def told(*values):
+        return decide([("a", f"c{i}", value) for i, value in enumerate(values)], design)
+
+    assert told(mean(0.1), mean(0.1))["answer"] == "yes"
+    assert told(mean(0.1), mean(0.0))["answer"] == "no"
+    assert told(mean(0.1), mean(0.1, 0.5))["answer"] == "not resolved"
+    assert told(mean(0.1), mean(0.1))["level"] == 0.975
+    several = decide([("a", "c", mean(0.0)), ("b", "c", mean(0.0, 0.5)), ("d", "c", mean(0.1))], design)
+    assert (several["answer"], several["arms"]) == ("yes", {"a": "no", "b": "not resolved", "d": "yes"})
+    assert several["seeds_needed"] is None
+    assert several["comparisons"][1]["seeds_needed"] > 3
+    assert decide([("a", "c", mean(0.0)), ("b", "c", mean(0.0, 0.5))], design)["answer"] == "not resolved"
+    assert decide([], design)["answer"] is None
+
+
+def test_there_are_never_fewer_seeds_needed_than_there_are():
+    # Much is known and the difference lies in between: neither 0 nor the margin is excluded.
+    table = 0.01 + 0.02 * np.tile([[-1.0], [1.0]], (8, 1))
+    decided = decide([("a", "c", two_way([table]))], Design())
+    assert decided["answer"] == "not resolved"
+    assert decided["seeds_needed"] > 16
+
+
+def test_the_sentence_follows_from_the_numbers():
+    def told(answer, low=0.01, high=0.09, seeds=10, **needed):
+        needs = {"seeds_needed": None, "seeds_if_seen": None, "questions_needed": None} | needed
+        row = {"arm": "a", "control": "c", "seeds": seeds, "value": 0.05, "low": low, "high": high, "answer": answer}
+        return phrase({"answer": answer, "arms": {"a": answer}, "comparisons": [row]} | needs, 0.02, 100)
+
+    assert told("yes") == "yes (a over c +0.050 [+0.010, +0.090])"
+    assert told("yes", high=0.015).startswith("yes, but less than 0.02 (")
+    assert told("no", low=-0.01, high=0.01).startswith("no, a gain of 0.02 or more is excluded (")
+    assert "at this sample size (10 seeds), which would need 40 seeds (" in told(
+        "not resolved", seeds_needed=40, seeds_if_seen=40
+    )
+    assert "40 seeds, or 20 if the difference seen" in told("not resolved", seeds_needed=40, seeds_if_seen=20)
+    assert "which no number of seeds would mend: it would need 400 questions or more, not 100" in told(
+        "not resolved", questions_needed=400
+    )
+    assert told("not resolved", seeds=1, low=math.nan, high=math.nan) == (
+        "not resolved, for a single seed has no interval (a over c +0.050)"
+    )
+
+
+def test_a_large_planted_difference_is_found_and_pooled():
+    world = World(seeds=8, questions=60)
+    arms = {"pgpo-1": 0.15, "constant-1": 0.0, "sdpo": 0.0}
+    both = runs(1, "one", arms, world) + runs(2, "two", arms, World(seeds=8, questions=40))
+    content = analyse(both, FAST)
+    assert [study_of(content, i)["answers"]["final"]["answer"] for i in (0, 1)] == ["yes", "yes"]
+    (pooled,) = content["pooled"]["final"]["comparisons"]
+    assert pooled["studies"] == 2
+    values = [study_of(content, i)["answers"]["final"]["comparisons"][0]["value"] for i in (0, 1)]
+    assert pooled["value"] == pytest.approx(sum(values) / 2)
+    assert re.fullmatch(
+        r"Information helps beyond its dose, 2 studies together: yes \(pgpo-1 over constant-1 .*\); one: yes; two: yes\.",
+        conclude(content),
+    )
+
+
+def test_studies_without_common_seeds_are_not_pooled():
+    other = [replace(run, seed=run.seed + 100) for run in runs(2, "two")]
+    content = analyse(runs(1, "one") + other, FAST)
+    assert content["pooled"]["final"]["answer"] == "not resolved"
+    assert "without common seeds" in conclude(content)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_single_seed_is_reported_without_intervals(tmp_path):
+    write_runs(runs(world=World(seeds=1, questions=20)), tmp_path / "runs.jsonl")
+    content = report([tmp_path / "runs.jsonl"], str(tmp_path / "out"))
+    assert content["conclusion"].startswith(
+        "Information helps beyond its dose: not resolved, for a single seed has no interval"
+    )
+    row = study_of(content)["comparisons"][0]["final"]
+    assert isinstance(row["value"], float)
+    assert (row["low"], row["high"], row["p"], row["bootstrap"]) == (None, None, None, [None, None])
+    assert "A single seed" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 29}, r"the same number of steps, but got 29 in lr=1/pgpo-1.0/2; 30 in lr=1/.* and 11 more"),
+        ({"samples": 8}, r"the same number of samples per question, but got 8 in lr=1/pgpo-1.0/2; 4 in"),
+        ({"questions": {"0": [0.5], "30": [0.5]}}, r"with an evaluation, but got \[0, 30\] in lr=1/pgpo-1.0/2; \[0, 15"),
+        ({"questions": {str(s): [0.5] * 19 for s in (0, 15, 30)}}, r"questions, but got \[19\] in lr=1/pgpo-1.0/2; \[20\]"),
+        ({"questions": {}}, r"evaluation, but got none in lr=1/pgpo-1.0/2"),
+        ({"questions": {str(s): [math.nan] * 20 for s in (0, 15, 30)}}, r"a finite score .* none in lr=1/pgpo-1.0/2\."),
+    ],
+)  # fmt: skip
+def test_runs_that_cannot_be_compared_are_named(change, message):
+    mixed = [replace(run, **change) if (run.arm, run.seed) == ("pgpo-1.0", 2) else run for run in runs()[:18]]
+    with pytest.raises(ValueError, match=message):
+        studies(mixed, FAST)
+
+
+def test_what_a_reader_has_to_know_is_noted():
+    changed = runs()
+    changed[0] = replace(changed[0], questions=changed[0].questions | {"0": [0.25] * 20})
+    notes = study_of(analyse(changed, FAST))["notes"]
+    assert any("answer differently with the same seed (0)" in note for note in notes)
+    late = [
+        replace(r, questions={k: v for k, v in r.questions.items() if k != "0"})
+        for r in runs(arms={"x": 0.0, "y": 0.0})
+    ]
+    notes = " ".join(study_of(analyse(late, FAST))["notes"])
+    assert "no evaluation at step 0" in notes
+    assert "no arm sdpo" in notes
+    assert "no information arm (pgpo*)" in notes
+
+
+def test_runs_that_agree_to_the_letter_are_noted():
+    same = [tiny(seed, arm) for seed in (0, 1) for arm in ("sdpo", "pgpo", "constant")]
+    content = analyse(same, FAST)
+    notes = study_of(content)["notes"]
+    assert (
+        conclude(content)
+        == f"{QUESTION}: not resolved, for runs with the same answers have no interval (pgpo over constant +0.000)."
+    )
+    assert any(note.startswith("pgpo and constant gave the same answers in every run") for note in notes)
+    assert any(note.startswith("Fewer than 5 seeds") for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"margin": 0.0}, "`margin` to be greater than 0"),
+        ({"margin": math.nan}, "`margin` to be greater than 0"),
+        ({"collapse": 1.0}, "`collapse` to lie between 0 and 1"),
+        ({"decisive": ("constnat",)}, r"`decisive` to be among `controls` \(constant, random"),
+        ({"decisive": ()}, "`decisive` to be among"),
+        ({"measure": "last"}, "`measure` to be one of final, best, area"),
+    ],
+)
+def test_wrong_settings_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Design(**setting)
+
+
+def test_the_command_writes_tables_pictures_and_the_sentence(tmp_path, capsys):
+    write_runs(runs(1, "one"), tmp_path / "one.jsonl")
+    for run in runs(2, "two"):
+        run.save(tmp_path / run.study / run.arm / f"seed={run.seed}" / "run.json")
+    out = tmp_path / "out"
+    words = ["report", str(tmp_path / "one.jsonl"), str(tmp_path / "two"), "--output", str(out)]
+    main([*words, "--information", "[pgpo*,centred*]", "--decisive", "[constant,random]", "--margin", "0.03"])
+    text, content = (out / "report.md").read_text(), json.loads((out / "report.json").read_text())
+    assert text.rstrip().endswith(f"**{content['conclusion']}**")
+    assert capsys.readouterr().out.startswith(content["conclusion"])
+    assert content["design"]["information"] == ["pgpo*", "centred*"]
+    assert content["design"]["margin"] == 0.03
+    assert (content["cost"]["runs"], content["cost"]["seconds"]) == (48, 48 * 60)
+    for picture in ("curves.png", "forest.png", "multipliers.png"):
+        assert f"({picture})" in text
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert "biased upwards" in text
+    assert "| pgpo-1.0 − constant-1.0 | 4 | " in text
+    main([*words[:3], "--output", str(tmp_path / "again"), *words[5:], "--information", "[pgpo*,centred*]",
+          "--decisive=[constant,random]", "--margin=0.03"])  # fmt: skip
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_command_takes_options_before_the_runs(tmp_path):
+    write_runs(runs(), tmp_path / "runs.jsonl")
+    main(["report", "--output", str(tmp_path / "out"), "--information", "pgpo*", str(tmp_path / "runs.jsonl")])
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_the_same_runs_in_other_hours_give_the_same_numbers():
+    slow = [replace(run, seconds=run.seconds * 3, cpu_seconds=1.0) for run in reversed(runs())]
+    once, again = analyse(runs(), Design()), analyse(slow, Design())
+    assert once.pop("cost") != again.pop("cost")
+    assert repr(once) == repr(again)  # NaN is not equal to itself
