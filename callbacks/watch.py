@@ -23,18 +23,20 @@ class Watch(L.Callback):
     Args:
         texts_every_n_steps: Batches between two logs of rollouts; 0 for none.
         texts: Rollouts per log.
+        picture: Draw ``stability.png`` at the end.
 
     Raises:
         ValueError: If a setting is negative.
     """
 
-    def __init__(self, texts_every_n_steps: int = 10, texts: int = 3) -> None:
+    def __init__(self, texts_every_n_steps: int = 10, texts: int = 3, picture: bool = True) -> None:
         if texts_every_n_steps < 0 or texts < 0:
             raise ValueError(
                 f"Expected `texts_every_n_steps` and `texts` to be at least 0, but got {texts_every_n_steps} and {texts}."
             )
         self.texts_every_n_steps = texts_every_n_steps
         self.texts = texts
+        self.picture = picture
         self.seconds = self.cpu_seconds = 0.0
         self._start_clocks()
 
@@ -75,9 +77,9 @@ class Watch(L.Callback):
         writer.flush()
         folder = Path(log_dir)
         scalars = read_scalars(folder)
-        draw_stability(
-            scalars, folder / "stability.png", f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps"
-        )
+        picture = folder / "stability.png"
+        if self.picture:
+            draw_stability(scalars, picture, f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps")
         seconds, cpu_seconds = self._elapsed()
         summary = summarise(scalars, pl_module.steps, seconds, pl_module.eval_samples)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -92,7 +94,8 @@ class Watch(L.Callback):
             cpu_seconds=round(cpu_seconds, 2),
             rho=multipliers[0].history if multipliers else [],
         ).save(folder / FILE)
-        print(f"\n{before_after(summary)}\n\ncurves:  {folder / 'stability.png'}\nsummary: {folder / 'summary.json'}")
+        curves = f"curves:  {picture}\n" if self.picture else ""
+        print(f"\n{before_after(summary)}\n\n{curves}summary: {folder / 'summary.json'}")
 
     def _start_clocks(self) -> None:
         self._start, self._cpu_start = time.perf_counter(), time.process_time()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pgpo_lightning.data.questions import SPLITS, QuestionData
@@ -89,6 +88,8 @@ class FileQuestions(QuestionData):
         if file := self.files[split]:
             return read_rows(file)
         if hub_split := self.hub_splits.get(split):
+            import datasets  # here, because it takes a second
+
             table = datasets.load_dataset(self.dataset, self.dataset_config, split=hub_split)
             if len(table) == 0:
                 raise ValueError(f"Expected at least one row in {self.dataset} [{hub_split}], but it is empty.")

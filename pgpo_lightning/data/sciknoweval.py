@@ -8,7 +8,6 @@ its files or from the Hub.
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.data.questions import QuestionData
@@ -117,6 +116,8 @@ class SciKnowEval(QuestionData):
         return folder
 
     def _from_hub(self) -> dict[str, list[Question]]:
+        import datasets  # here, because it takes a second
+
         table = datasets.load_dataset(HUB_ID, split="test")
         rows = [(number, row) for number, row in enumerate(table, start=1) if is_used(row, self.domain)]
         if len(rows) < 2:
@@ -127,6 +128,8 @@ class SciKnowEval(QuestionData):
                 "changed, and the split into train and test is not that of the published results."
             )
         # The same draw as the SDPO repository's, so the same rows in the same order; it depends on the number only.
+        import datasets
+
         draw = datasets.Dataset.from_dict({"row": range(len(rows))}).train_test_split(test_size=0.1, seed=42)
         questions = [to_question(row, f"{HUB_ID}:{number}") for number, row in rows]
         return {name: [questions[row] for row in draw[name]["row"]] for name in ("train", "test")}
