@@ -181,6 +181,7 @@ def run_ours(
         num_generations=SAMPLES,
         max_prompt_length=512,
         max_reprompt_len=1024,
+        is_clip=None,  # TRL weighs nothing in the first pass over a batch
         micro_batch_tokens=TRL_MICRO_BATCH * (PROMPT_TOKENS + RESPONSE_TOKENS),
         max_response_length=RESPONSE_TOKENS,
         divergence_alpha=1.0,

@@ -33,7 +33,7 @@ __all__ = ["Head", "Objective", "Source", "TokenStatistics", "linear_distillatio
 _CPU_CHUNK_ROWS = 256
 _CHUNK_ROWS = 1024  # keeps the accumulation of the head's gradient compute-bound on current GPUs
 _BLOCK_BYTES = {
-    "cpu": 2**19,
+    "cpu": 2**20,
     "cuda": 2**26,
 }  # of one fp32 block of rows in elementwise work; on a CPU it stays in the cache
 

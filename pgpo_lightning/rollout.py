@@ -160,12 +160,13 @@ def _sample(
             use_cache=True,
             logits_to_keep=1,
         )
-        log_p = (output.logits[:, -1].float() / sampling.temperature).log_softmax(-1)
+        logits = output.logits[:, -1].float()
+        p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
         uniform = torch.rand(total, 1, device=device)[active]
-        token = _draw(log_p if nucleus is None else nucleus(None, log_p).log_softmax(-1), uniform)
+        token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), uniform)
         tokens[step, active] = token
-        log_probs[step, active] = log_p.gather(1, token.unsqueeze(1)).squeeze(1)
+        log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log()
         ended |= torch.isin(token, end_ids)
         position = position + 1
         if device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1:  # looking makes the host wait for the device
@@ -179,14 +180,14 @@ def _sample(
     return tokens.T.cpu(), log_probs.T.cpu()
 
 
-def _draw(log_p: Tensor, uniform: Tensor) -> Tensor:
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token per row by inverting the distribution function; several times as fast as ``torch.multinomial`` on a CPU.
 
     Args:
-        log_p: Log-probabilities, shape ``(n, V)``.
+        weights: Probabilities up to a factor, shape ``(n, V)``.
         uniform: Random numbers in [0, 1), shape ``(n, 1)``.
     """
-    cumulative = log_p.exp().cumsum(-1)
+    cumulative = weights.cumsum(-1)
     # 1 - u lies in (0, 1]: no token of probability zero can be the first to reach it.
     return torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
 
