@@ -92,6 +92,7 @@ class RepromptBuilder:
         for successes in groups.values():
             rng.shuffle(successes)
         count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
+        fitted: dict[tuple[int, str | None, str | None], tuple[list[int] | None, str | None, bool]] = {}
         for row in rows:
             candidates = groups.get(row.rollout.question.index, [])
             if self.dont_reprompt_on_self_success:
@@ -108,7 +109,10 @@ class RepromptBuilder:
             count["feedback_used"] += feedback is not None
             if demonstration is None and feedback is None:
                 continue
-            trimmed = self._fit(row, demonstration, feedback, encode, tokens, text)
+            key = (row.rollout.question.index, demonstration, feedback)
+            if key not in fitted:  # rows that are shown the same have the same prompt
+                fitted[key] = self._fit(row, demonstration, feedback, encode, tokens, text)
+            row.reprompt_ids, row.reprompt, trimmed = fitted[key]
             count["trimmed"] += trimmed
             count["dropped"] += row.reprompt_ids is None
         total = max(1, len(rows))
@@ -150,19 +154,22 @@ class RepromptBuilder:
         encode: Callable[[list[Message]], list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
-    ) -> bool:
-        """Encode the reprompt, shortening the demonstration, then the feedback, from their ends until it fits."""
+    ) -> tuple[list[int] | None, str | None, bool]:
+        """Encode the reprompt, shortening the demonstration, then the feedback, from their ends until it fits.
+
+        Returns:
+            Token ids and text of the reprompt, ``None`` if nothing fits, and whether it was shortened.
+        """
         parts = {"demonstration": demonstration, "feedback": feedback}
         left: dict[str, list[int]] = {}
         while any(parts.values()):
             messages = self.messages(row, parts["demonstration"], parts["feedback"])
             ids = encode(messages)
             if (excess := len(ids) - self.max_reprompt_len) <= 0:
-                row.reprompt_ids, row.reprompt = ids, messages[-1]["content"]
-                break
+                return ids, messages[-1]["content"], bool(left)
             # One token more than the excess, because text that is cut and encoded again can come out a token longer. What is
             # left is cut again, not its text: half a character decodes to one of more tokens, and that would never end.
             part = "demonstration" if parts["demonstration"] else "feedback"
             left[part] = (left[part] if part in left else tokens(parts[part]))[: -(excess + 1)]
             parts[part] = text(left[part]).rstrip("\ufffd") or None
-        return bool(left)
+        return None, None, bool(left)
