@@ -13,6 +13,7 @@ from pgpo_lightning.callbacks.adaptive import (
     PolyakMultiplier,
 )
 from pgpo_lightning.callbacks.checkpoint import ResumeCheckpoint
+from pgpo_lightning.callbacks.collapse import CollapseGuard
 from pgpo_lightning.callbacks.controls import (
     CentredMultiplier,
     InverseMultiplier,
@@ -28,11 +29,13 @@ from pgpo_lightning.callbacks.multiplier import (
     RandomMultiplier,
     StepSizeMultiplier,
 )
+from pgpo_lightning.callbacks.stability import StabilityMonitor
 from pgpo_lightning.callbacks.watch import Watch
 
 __all__ = [
     "AdaptiveInformationMultiplier",
     "CentredMultiplier",
+    "CollapseGuard",
     "ConstantMultiplier",
     "EffectiveSampleSizeMultiplier",
     "InformationMultiplier",
@@ -46,6 +49,7 @@ __all__ = [
     "ReplayedMultiplier",
     "ResumeCheckpoint",
     "ShuffledMultiplier",
+    "StabilityMonitor",
     "StepSizeMultiplier",
     "Watch",
 ]

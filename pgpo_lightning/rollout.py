@@ -143,24 +143,15 @@ def _sample(
     """
     device = next(model.parameters()).device
     end_ids = torch.tensor(sorted(ends), device=device)
-    cache, mask, position = _prefill(model, prompts, n, sampling.max_tokens, device)
-    token = torch.tensor([prompt[-1] for prompt in prompts], device=device).repeat_interleave(n)
-    width, total = max(map(len, prompts)), len(token)
+    nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+    cache, mask, position, logits = _prefill(model, prompts, n, sampling.max_tokens, device)
+    width, total = max(map(len, prompts)), len(prompts) * n
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
     log_probs = torch.zeros(sampling.max_tokens, total, device=device)
-    nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
     active = torch.arange(total, device=device)  # the responses that are still in the batch
     ended = torch.zeros(total, dtype=torch.bool, device=device)
     for step in range(sampling.max_tokens):
-        output = model(
-            input_ids=token.unsqueeze(1),
-            attention_mask=None if mask is None else mask[:, : width + step],
-            position_ids=position.unsqueeze(1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float()
+        logits = logits.float()
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
         uniform = torch.rand(total, 1, device=device)[active]
@@ -177,6 +168,15 @@ def _sample(
                 cache.batch_select_indices(going)
                 token, position, active, ended = token[going], position[going], active[going], ended[going]
                 mask = mask if mask is None else mask[going]
+        if step + 1 < sampling.max_tokens:
+            logits = model(
+                input_ids=token.unsqueeze(1),
+                attention_mask=None if mask is None else mask[:, : width + step + 1],
+                position_ids=position.unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
     return tokens.T.cpu(), log_probs.T.cpu()
 
 
@@ -194,34 +194,32 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 def _prefill(
     model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int, device: torch.device
-) -> tuple[DynamicCache, Tensor | None, Tensor]:
-    """Run each prompt once, all but its last token, and repeat its keys and values for `n` responses.
+) -> tuple[DynamicCache, Tensor | None, Tensor, Tensor]:
+    """Run each prompt once, and repeat what it leaves for `n` responses.
 
     Returns:
-        The cache; a mask ``(prompts * n, longest + max_tokens)``, or ``None`` if there is no padding; and the position of the
-        last token of every prompt, ``(prompts * n,)``.
+        The cache; a mask ``(prompts * n, longest + max_tokens)``, or ``None`` if there is no padding; the position of the last
+        token of every prompt, ``(prompts * n,)``; and the logits behind it, ``(prompts * n, V)``.
     """
     width = max(len(prompt) for prompt in prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
     cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     mask = None
-    if int(min(map(len, prompts))) < width:  # on the left, so that all responses begin at the same place
+    if min(map(len, prompts)) < width:  # on the left, so that all responses begin at the same place
         mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
-    if width > 1:
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
-        model(
-            input_ids=ids[:, :-1],
-            attention_mask=None if mask is None else mask[:, : width - 1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(n)
+    positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
+    logits = model(
+        input_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device),
+        attention_mask=None if mask is None else mask[:, :width],
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(n)
     mask = mask if mask is None else mask.repeat_interleave(n, dim=0)
-    return cache, mask, (lengths - 1).repeat_interleave(n)
+    return cache, mask, (lengths - 1).repeat_interleave(n), logits.repeat_interleave(n, dim=0)
 
 
 class _RoomyLayer(DynamicLayer):
