@@ -153,7 +153,7 @@ def score(ids: list[int]) -> float:
 
 
 def run_ours(
-    folder: Path, prompts: list[list[dict[str, str]]], steps: int, clock: Clock
+    folder: Path, prompts: list[list[dict[str, str]]], steps: int, clock: Clock, micro_batch_tokens: int
 ) -> Callable[[], dict[str, float]]:
     """Prepare this package's run."""
     import lightning as L
@@ -182,7 +182,7 @@ def run_ours(
         max_prompt_length=512,
         max_reprompt_len=1024,
         is_clip=None,  # TRL weighs nothing in the first pass over a batch
-        micro_batch_tokens=TRL_MICRO_BATCH * (PROMPT_TOKENS + RESPONSE_TOKENS),
+        micro_batch_tokens=micro_batch_tokens,
         max_response_length=RESPONSE_TOKENS,
         divergence_alpha=1.0,
         teacher_update_rate=TEACHER_RATE,
@@ -280,7 +280,7 @@ def run_trl(
     return run
 
 
-def measure(side: str, steps: int, vocabulary: int) -> dict[str, Any]:
+def measure(side: str, steps: int, vocabulary: int, micro_batch_tokens: int) -> dict[str, Any]:
     """Run one side in this process; medians over steps, the first left out."""
     import torch
 
@@ -288,7 +288,10 @@ def measure(side: str, steps: int, vocabulary: int) -> dict[str, Any]:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         prompts = make_model(Path(folder), vocabulary)
-        run = {"ours": run_ours, "trl": run_trl}[side](Path(folder), prompts, steps, clock)
+        if side == "ours":
+            run = run_ours(Path(folder), prompts, steps, clock, micro_batch_tokens)
+        else:
+            run = run_trl(Path(folder), prompts, steps, clock)
         built, _ = memory()
         extra = run()
     _, peak = memory()
@@ -307,10 +310,11 @@ def main() -> None:
         "--steps", type=int, default=4, help="optimizer steps of a run, the first of which is not counted"
     )
     parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4608, help="of this package; 4608 = TRL's 64 rows")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.steps, args.vocabulary)))
+        print(json.dumps(measure(args.side, args.steps, args.vocabulary, args.micro_batch_tokens)))
         return
     pythons = {"ours": sys.executable} | ({"trl": args.peer} if args.peer else {})
     results = []
@@ -325,18 +329,16 @@ def main() -> None:
                 str(args.steps),
                 "--vocabulary",
                 str(args.vocabulary),
+                "--micro-batch-tokens",
+                str(args.micro_batch_tokens),
             ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(results[-1]), flush=True)
     columns = ("step", *PHASES, "peak_mib", "over_built_mib", "rows_with_teacher")
-    print(
-        "\nmedians over rounds, CPU seconds and MiB\n\n| | "
-        + " | ".join(columns)
-        + " |\n|---" * (1 + len(columns))
-        + "|"
-    )
+    print("\nmedians over rounds, CPU seconds and MiB\n\n| | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
     table = {
         side: {name: statistics.median(run[name] for run in results if run["side"] == side) for name in columns}
         for side in pythons
