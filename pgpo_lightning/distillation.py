@@ -279,6 +279,7 @@ class _Chunks:
                     d_hidden[chunk] = product(d_logits, weight)
                 if d_head is not None:
                     product.add(d_head, d_logits.t(), h)
+                logits = teacher_logits = theirs = d_logits = None  # or the next chunk's would stand beside them
         return statistics, (d_hidden, d_head)
 
     def _block(

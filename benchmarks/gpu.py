@@ -1,0 +1,439 @@
+"""The loss, a whole SDPO update and sampling at Qwen3-8B's shapes, random weights in bf16, on one accelerator.
+
+From the root of the repository, in at most ten minutes; nothing has to be installed but torch, transformers and lightning::
+
+    python benchmarks/gpu.py --json gpu.jsonl
+    python benchmarks/gpu.py --tiny                # every part on a CPU, in less than a minute
+
+bitsandbytes (8-bit AdamW) and Liger-Kernel (``requirements-liger.txt``) are used where they are there. A part that fails is
+reported, and the next one runs; one for which less than its share of the budget is left is skipped. JSON lines are written as
+they are measured, tables at the end.
+
+Parts: `environment` (versions, rates of a large matrix product and of a copy), `check` (errors against autograd in float64 of
+the same operands), `loss` (time and memory beside the four matrix products and plain autograd), `update` (seconds of every part
+of SDPO's update, tokens per second, memory), `generation` (tokens per second), `sweep` (rows of logits at a time), `peers`
+(Liger-Kernel's losses).
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import random
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import loss as losses
+import measure
+import torch
+from loss import Case
+from measure import Row
+
+GIB = 2**30
+QWEN3_8B = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+QWEN3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512}
+KINDS = ("jsd", "rkl", "fkl", "rkl-top100")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and at which sizes everything is measured.
+
+    Args:
+        device: cuda or cpu.
+        compiled: Whether to measure the compiled loss too.
+        shape: Of the model.
+        tokens: Of the loss.
+        check_tokens: Of the comparison with float64.
+        chunks: Rows of logits at a time, in the sweep; the floor is measured at `chunk` and without chunks.
+        chunk: What the package takes by itself.
+        repeats: Rounds of timing.
+        side: Of the square matrices whose product gives the rate of matrix products.
+        rows: Rollouts of an update.
+        prompt: Tokens of the student's prompt.
+        reprompt: Tokens of the teacher's.
+        response: Tokens of a response, on average.
+        micro_batch_tokens: Most padded tokens of one forward pass.
+        student: Type of the student's weights.
+        questions: In generation.
+        samples: Responses to each of them.
+        new_tokens: Of each response in generation.
+    """
+
+    device: str
+    compiled: bool
+    shape: dict[str, int]
+    tokens: int = 8192
+    check_tokens: int = 256
+    chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    chunk: int = 1024
+    repeats: int = 10
+    side: int = 8192
+    rows: int = 32
+    prompt: int = 256
+    reprompt: int = 1280
+    response: int = 1024
+    micro_batch_tokens: int = 16384
+    student: torch.dtype = torch.bfloat16
+    questions: int = 8
+    samples: int = 8
+    new_tokens: int = 256
+
+    def case(self, kind: str = "jsd", tokens: int | None = None) -> Case:
+        """The loss at the model's shape."""
+        return Case(kind, tokens or self.tokens, self.shape["hidden_size"], self.shape["vocab_size"])
+
+    def inputs(self, case: Case, dtype: torch.dtype = torch.bfloat16) -> losses.Inputs:
+        """Inputs of the loss on the device."""
+        return losses.draw(case, dtype, self.device)
+
+    @property
+    def ways(self) -> dict[str, Callable[..., losses.Result]]:
+        """How the package may compute the loss, the usual way first."""
+        eager = {"ours, eager": partial(losses.ours, compiled=False)}
+        return {"ours, compiled": partial(losses.ours, compiled=True), **eager} if self.compiled else eager
+
+
+TINY = {"tokens": 96, "check_tokens": 48, "chunks": (16, 64), "chunk": 32, "repeats": 2, "side": 128, "rows": 6}
+TINY |= {
+    "prompt": 8,
+    "reprompt": 16,
+    "response": 12,
+    "micro_batch_tokens": 96,
+    "questions": 2,
+    "samples": 2,
+    "new_tokens": 4,
+}
+
+
+def environment(setup: Setup) -> Iterator[Row]:
+    """Versions, and the two rates that bound everything else."""
+    row = {"python": platform.python_version(), "torch": torch.__version__, "device": platform.machine()}
+    if setup.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        row |= {"device": properties.name, "device_gib": properties.total_memory / GIB, "cuda": torch.version.cuda}
+    for name in ("transformers", "lightning", "bitsandbytes", "liger-kernel", "triton"):
+        row[name] = version(name)
+    matrix = torch.randn(setup.side, setup.side, device=setup.device).to(torch.bfloat16)
+    other = torch.empty_like(matrix)
+    large = torch.empty(16 * setup.side**2, dtype=torch.bfloat16, device=setup.device)
+    target = torch.empty_like(large)
+    work = {"product": partial(torch.mm, matrix, matrix, out=other), "copy": partial(target.copy_, large)}
+    seconds = measure.alternate(work, setup.repeats, setup.device)
+    row["product_tflops"] = 2 * setup.side**3 / statistics.median(seconds["product"]) / 1e12
+    row["copy_tb_per_s"] = 2 * large.nbytes / statistics.median(seconds["copy"]) / 1e12
+    yield row
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def check(setup: Setup) -> Iterator[Row]:
+    """Relative errors against autograd in float64 from the same operands."""
+    if setup.device == "cuda":
+        x = setup.inputs(setup.case(tokens=setup.check_tokens))
+        with torch.no_grad():
+            exact = x.hidden.double() @ x.head.double().t()
+            wide = torch.mm(x.hidden, x.head.t(), out_dtype=torch.float32)
+            narrow = x.hidden @ x.head.t()
+        for name, logits in {"logits left in fp32": wide, "logits rounded to bf16": narrow}.items():
+            error = float((logits.double() - exact).norm() / exact.norm())
+            yield {"method": name, "dtype": "bfloat16", "error_logits": error}
+        del x, exact, wide, narrow, logits
+    for dtype, kinds in {torch.bfloat16: KINDS, torch.float32: KINDS[:1]}.items():
+        for kind in kinds:
+            case = setup.case(kind, setup.check_tokens)
+            x = setup.inputs(case, dtype)
+            exact = losses.reference(x, case.which)
+            for name, way in setup.ways.items():
+                if dtype == torch.bfloat16 or "eager" in name:
+                    row = {"method": name, "kind": kind, "dtype": str(dtype).removeprefix("torch.")}
+                    result, failure = attempt(partial(way, x, case.which))
+                    yield row | (failure or losses.errors(result, exact))
+
+
+def attempt(method: Callable[[], Any]) -> tuple[Any, Row]:
+    """Return a method's result, and how it failed: out of memory, say, or without a compiler."""
+    try:
+        return method(), {}
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return None, {"error": summary(error)}
+
+
+def loss(setup: Setup) -> Iterator[Row]:
+    """Time and memory of ours on all divergences, and of plain autograd on one."""
+    for kind in KINDS:
+        case = setup.case(kind)
+        x = setup.inputs(case)
+        methods = {name: partial(way, x, case.which) for name, way in setup.ways.items()}
+        if kind == "jsd":
+            methods["plain"] = partial(losses.plain, x, case.which)
+        yield from compare({"kind": kind}, floors(x, (setup.chunk, setup.tokens)), methods, setup)
+
+
+def sweep(setup: Setup) -> Iterator[Row]:
+    """Ours by the rows of logits held at a time."""
+    case = setup.case()
+    x = setup.inputs(case)
+    name, way = next(iter(setup.ways.items()))
+    methods = {f"{name}, {n} rows": partial(way, x, case.which, rows=n) for n in setup.chunks}
+    yield from compare({"kind": case.kind}, floors(x, setup.chunks), methods, setup)
+
+
+def peers(setup: Setup) -> Iterator[Row]:
+    """Liger-Kernel's losses, as far as they run here; compiling the first takes a while."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        yield {"skipped": "liger-kernel is missing"}
+        return
+    case = setup.case()
+    x = setup.inputs(case)
+    methods = {"Liger, chunked": partial(losses.liger, x, case.which, compiled=setup.compiled)}
+    if setup.device == "cuda":
+        methods = {"Liger, Triton": partial(losses.liger_triton, x, case.which)} | methods
+    for name, method in methods.items():
+        yield from compare({"kind": case.kind}, floors(x, (setup.chunk, setup.tokens)), {name: method}, setup)
+
+
+def floors(x: losses.Inputs, chunks: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """Return the four products, so many rows at a time."""
+    by_logits = torch.randn(max(chunks), len(x.head), dtype=x.head.dtype, device=x.head.device)
+    return {f"four products, {n} rows": partial(losses.products, x, n, by_logits) for n in chunks}
+
+
+def compare(about: Row, floors: dict[str, Any], methods: dict[str, Any], setup: Setup) -> Iterator[Row]:
+    """Measure methods side by side, and against the fastest floor; those that fail are reported and left out."""
+    rows: dict[str, Row] = {}
+    for name, method in (floors | methods).items():
+        start = time.perf_counter()
+        _, failure = attempt(method)  # compiles
+        if failure:
+            free(setup.device)
+            yield about | {"method": name} | failure
+            continue
+        rows[name] = {"first_call_s": time.perf_counter() - start}
+        rows[name]["peak_gb"] = measure.device_peak(method, setup.device)[0] * measure.MIB / 1e9
+    seconds = measure.alternate({name: (floors | methods)[name] for name in rows}, setup.repeats, setup.device)
+    floor = min((seconds[name] for name in floors if name in rows), key=statistics.median)
+    for name, row in rows.items():
+        ratios = measure.ratios(seconds[name], floor)
+        yield about | {"method": name, "ms": 1e3 * statistics.median(seconds[name]), **ratios} | row
+
+
+def update(setup: Setup) -> Iterator[Row]:
+    """SDPO's update on given rollouts: the module's own gradients, optimizer step and moving teacher."""
+    from standalone import Standalone, random_qwen3, synthetic_rows
+
+    name, optimizer = eight_bit_adamw(setup.device)
+    model = random_qwen3(setup.device, setup.student, **setup.shape)
+    body = sum(p.numel() for p in model.parameters()) - 2 * setup.shape["vocab_size"] * setup.shape["hidden_size"]
+    limits = {
+        "max_prompt_length": setup.prompt,
+        "max_reprompt_len": setup.reprompt,
+        "max_response_length": 2 * setup.response,
+    }
+    budget = {"micro_batch_tokens": setup.micro_batch_tokens, "gradient_checkpointing": True}
+    policy = Standalone(model, optimizer, **limits, **budget)
+    rows = synthetic_rows(setup.rows, setup.prompt, setup.reprompt, setup.response, setup.shape["vocab_size"])
+    new = sum(row.length for row in rows)
+    student, teacher = new + setup.rows * setup.prompt, new + setup.rows * setup.reprompt
+    operations = body * (6 * student + 2 * teacher) + 8 * new * setup.shape["vocab_size"] * setup.shape["hidden_size"]
+    about = {"optimizer": name, "student": str(setup.student).removeprefix("torch."), "rows": setup.rows}
+    about |= {"response_tokens": new, "student_tokens": student, "teacher_tokens": teacher}
+    for i in range(3):  # the first one compiles, and makes the optimizer's state
+        peak, value = measure.device_peak(partial(policy.step, rows), setup.device)
+        whole = sum(policy.seconds.values())
+        row = {"step": i, "loss": value, "seconds": whole, **{f"{part}_s": s for part, s in policy.seconds.items()}}
+        row |= {"response_tokens_per_s": new / whole, "tflops": operations / whole / 1e12}
+        row["peak_above_rest_gib"] = peak / 1024
+        if setup.device == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            row["between_steps_gib"] = torch.cuda.memory_allocated() / GIB
+        yield about | row
+
+
+def eight_bit_adamw(device: str) -> tuple[str, Callable[[Any], torch.optim.Optimizer]]:
+    """Return bitsandbytes' optimizer, or torch's with a name that says why."""
+    torchs = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.01, fused=device == "cuda")
+    if device != "cuda":
+        return "torch AdamW", torchs
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:
+        return f"torch AdamW, as bitsandbytes cannot be imported ({summary(error)})", torchs
+    return "bitsandbytes AdamW8bit", partial(AdamW8bit, lr=1e-5, weight_decay=0.01)
+
+
+def generation(setup: Setup) -> Iterator[Row]:
+    """Sampling with the package's engine."""
+    from standalone import random_qwen3, token_ids
+
+    from pgpo_lightning.policy import load_tokenizer
+    from pgpo_lightning.records import Question
+    from pgpo_lightning.rollout import Sampling, TransformersEngine
+
+    model = random_qwen3(setup.device, torch.bfloat16, **setup.shape)
+    questions = [Question("?", "1", index=i) for i in range(setup.questions)]
+    rng = random.Random(0)
+    prompts = [token_ids(rng, setup.prompt, setup.shape["vocab_size"]) for _ in questions]
+    engine, tokenizer = TransformersEngine(), load_tokenizer("toy")
+
+    def sample(new_tokens: int) -> int:
+        sampling = Sampling(new_tokens)
+        rollouts = engine.generate(model, tokenizer, questions, prompts, setup.samples, sampling)
+        return sum(len(rollout.response_ids) for rollout in rollouts)
+
+    sample(2)
+    start = time.perf_counter()  # the rollouts are on the host, so nothing is left to wait for
+    peak, tokens = measure.device_peak(partial(sample, setup.new_tokens), setup.device)
+    seconds = time.perf_counter() - start
+    row = {"sequences": setup.questions * setup.samples, "prompt": setup.prompt, "tokens": tokens, "seconds": seconds}
+    row |= {"tokens_per_s": tokens / seconds, "ms_per_step": 1e3 * seconds / setup.new_tokens}
+    yield row | {"peak_above_weights_gib": peak / 1024}
+
+
+PARTS: dict[str, tuple[Callable[[Setup], Iterator[Row]], float]] = {  # with seconds below which it is not begun
+    "environment": (environment, 5),
+    "check": (check, 40),
+    "loss": (loss, 40),
+    "update": (update, 60),
+    "generation": (generation, 30),
+    "sweep": (sweep, 20),
+    "peers": (peers, 60),
+}
+
+
+def summary(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def free(device: str) -> None:
+    """Give memory back."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block when its time is over, unless somebody else uses the alarm."""
+    if signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("the budget is spent")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 10)  # again, should a library take the first for an error of its own
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def run(setup: Setup, parts: list[str], budget: float, tiny: bool, record: Callable[[Row], None]) -> None:
+    """Run the parts; whatever happens goes to `record`."""
+    end = time.monotonic() + budget
+    for name in parts:
+        function, needed = PARTS[name]
+        left = end - time.monotonic()
+        if left <= (0 if tiny else needed):
+            record({"part": name, "skipped": f"{max(0, left):.0f} s left"})
+            continue
+        start = time.monotonic()
+        try:
+            with stopped_after(left):
+                for row in function(setup):
+                    record({"part": name} | row)
+        except Exception as error:
+            traceback.print_exc()
+            record({"part": name, "error": summary(error)})
+        free(setup.device)
+        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def print_tables(rows: list[Row]) -> None:
+    """Print a table for every part, with the columns that its rows have."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        here = [row for row in rows if row["part"] == part]
+        names = dict.fromkeys(name for row in here for name in row if name not in ("part", "program", "to_floor_range"))
+        if len(here) == 1:  # long and thin
+            here = [{"what": name, "value": value} for name, value in here[0].items() if name in names]
+            names = dict.fromkeys(("what", "value"))
+        measure.print_table(part, here, dict.fromkeys(names, ".4g"))
+
+
+def size(text: str) -> tuple[str, int]:
+    """Read ``num_hidden_layers=4``."""
+    name, _, value = text.partition("=")
+    if name not in QWEN3_8B:
+        raise argparse.ArgumentTypeError(f"Expected one of {', '.join(QWEN3_8B)}, but got {name}.")
+    return name, int(value)
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU unless `--device` says otherwise")
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument(
+        "--budget", type=float, default=540, help="seconds after which nothing more is begun or goes on"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="the loss compiled too; default: on cuda"
+    )
+    parser.add_argument(
+        "--student", choices=("bfloat16", "float32"), help="type of the student's weights in the update"
+    )
+    for name in ("tokens", "repeats", "rows", "prompt", "reprompt", "response", "micro_batch_tokens", "questions",
+                 "samples", "new_tokens"):  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"by default {getattr(Setup, name)}")
+    parser.add_argument(
+        "--shape", type=size, nargs="+", default=[], metavar="NAME=SIZE", help="changes of the model's shape"
+    )
+    parser.add_argument("--json", type=Path, help="where the JSON lines go; by default before the tables")
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
+    compiled = device == "cuda" if options.compile is None else options.compile
+    setup = Setup(device, compiled, (SMALL if options.tiny else QWEN3_8B) | dict(options.shape))
+    changes = {name: value for name, value in vars(options).items() if value is not None and name in asdict(setup)}
+    changes.pop("shape")
+    changes |= {"device": device} | ({"student": getattr(torch, options.student)} if options.student else {})
+    # Every divergence and number of rows may be compiled anew; from the limit on (8) torch.compile would silently give up.
+    torch._dynamo.config.recompile_limit = 64
+    setup = replace(setup, **((TINY if options.tiny else {}) | changes))
+    rows: list[Row] = []
+    with options.json.open("w", encoding="utf-8") if options.json else nullcontext(sys.stdout) as file:
+
+        def record(row: Row) -> None:
+            rows.append({"program": "gpu"} | row)
+            print(json.dumps(rows[-1]), file=file, flush=True)
+
+        run(setup, options.parts, options.budget, options.tiny, record)
+    print_tables(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

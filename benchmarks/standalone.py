@@ -1,0 +1,123 @@
+"""SDPO's update without data, trainer and logging: random Qwen3 models, synthetic rollouts, seconds of every part."""
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import measure  # noqa: F401  (makes the package importable)
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.policy import decoder, load_tokenizer
+from pgpo_lightning.records import Question, Rollout, Row, Verdict
+
+FIRST_ID = 16  # of synthetic tokens: above the special ones
+
+
+def random_qwen3(device: str, dtype: torch.dtype, **shape: int) -> Qwen3ForCausalLM:
+    """Build a Qwen3 with random weights, untied, where it is going to live."""
+    default = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def token_ids(rng: random.Random, count: int, vocabulary: int) -> list[int]:
+    """Draw token ids."""
+    return [rng.randrange(FIRST_ID, vocabulary) for _ in range(count)]
+
+
+def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabulary: int) -> list[Row]:
+    """Make rows of a step, all with a teacher; responses are a quarter shorter to a quarter longer than `response`."""
+    rng = random.Random(0)
+    made = []
+    for i in range(rows):
+        ids = token_ids(rng, round(response * rng.uniform(0.75, 1.25)), vocabulary)
+        log_probs = torch.full((len(ids),), -math.log(vocabulary))
+        question = Question("?", "1", index=i // 8)
+        rollout = Rollout(question, token_ids(rng, prompt, vocabulary), ids, log_probs, "", True)
+        made.append(Row(rollout, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
+    return made
+
+
+class Standalone(SDPO):
+    """SDPO with an optimizer of its own in place of a trainer, under bf16 autocast where its device is a GPU.
+
+    Attributes:
+        seconds: Of every part of the last step; CPU seconds on a CPU.
+    """
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, optimizer: Callable[[Any], torch.optim.Optimizer], **settings: Any
+    ) -> None:
+        tokenizer = load_tokenizer("toy")  # for its padding and end-of-sequence ids only
+        super().__init__(model, _no_verdict, tokenizer=tokenizer, optimizer=optimizer, **settings)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.to(model.device)
+        self.configure_model()
+        self.own_optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self._watch(self.model, "student_forward")
+        self._watch(self.teacher.model, "teacher_forward")
+
+    def step(self, rows: list[Row]) -> float:
+        """One update on rows that are ready for it; return its loss."""
+        self.seconds.clear()
+        mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        with mixed, self.timed("gradients"):
+            loss = self.accumulate_gradients(rows)
+        with self.timed("optimizer"):
+            updated = self.update(loss)
+        with self.timed("teacher_update"):
+            if updated:
+                self.after_update()
+        parts = ("teacher_forward", "student_forward", "backward")
+        self.seconds["loss"] = self.seconds.pop("gradients") - sum(self.seconds[part] for part in parts)
+        return loss
+
+    def optimizers(self) -> torch.optim.Optimizer:
+        """The one there is."""
+        return self.own_optimizer
+
+    def manual_backward(self, loss: Tensor) -> None:
+        """Lightning's without a trainer."""
+        with self.timed("backward"):
+            loss.backward()
+
+    def _synchronised(self, last: bool) -> Any:
+        return nullcontext()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add what the block takes to the seconds of a part."""
+        start = self._now()
+        yield
+        self.seconds[part] += self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _watch(self, model: Qwen3ForCausalLM, part: str) -> None:
+        started: list[float] = []
+        decoder(model).register_forward_pre_hook(lambda *_: started.append(self._now()))
+
+        def stop(*_: Any) -> None:
+            self.seconds[part] += self._now() - started.pop()
+
+        decoder(model).register_forward_hook(stop)
+
+
+def _no_verdict(_: Question, __: str) -> float:
+    return 0.0
