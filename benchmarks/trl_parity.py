@@ -180,7 +180,7 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
     recorder = Recorder(out / f"{arm}-{seed}")
     theirs = lines(out / f"trl-{seed}" / "rollouts.jsonl") if arm == "replay" else []
     same = {"rollouts": 0, "same_reward": 0, "same_reprompt": 0}
-    first: Any = SimpleNamespace(choice=lambda candidates: candidates[0])
+    first: Any = SimpleNamespace(shuffle=lambda successes: None)  # the first success in order is shown
 
     class Replayed(SDPO):
         """Demonstrates the first other success, as TRL does, and compares what the loss is about to see."""
