@@ -153,7 +153,7 @@ def score(ids: list[int]) -> float:
 
 
 def run_ours(
-    folder: Path, prompts: list[list[dict[str, str]]], steps: int, clock: Clock, micro_batch_tokens: int
+    folder: Path, prompts: list[list[dict[str, str]]], steps: int, clock: Clock, budgets: tuple[int, int | None]
 ) -> Callable[[], dict[str, float]]:
     """Prepare this package's run."""
     import lightning as L
@@ -162,6 +162,7 @@ def run_ours(
 
     from pgpo_lightning.modules import SDPO, on_policy
     from pgpo_lightning.records import Question, Verdict
+    from pgpo_lightning.rollout import TransformersEngine
 
     class Step(SDPO):
         def judge(self, rollouts: list[Any]) -> list[Verdict]:
@@ -182,7 +183,8 @@ def run_ours(
         max_prompt_length=512,
         max_reprompt_len=1024,
         is_clip=None,  # TRL weighs nothing in the first pass over a batch
-        micro_batch_tokens=micro_batch_tokens,
+        micro_batch_tokens=budgets[0],
+        engine=TransformersEngine(budgets[1]),
         max_response_length=RESPONSE_TOKENS,
         divergence_alpha=1.0,
         teacher_update_rate=TEACHER_RATE,
@@ -280,7 +282,7 @@ def run_trl(
     return run
 
 
-def measure(side: str, steps: int, vocabulary: int, micro_batch_tokens: int) -> dict[str, Any]:
+def measure(side: str, steps: int, vocabulary: int, budgets: tuple[int, int | None]) -> dict[str, Any]:
     """Run one side in this process; medians over steps, the first left out."""
     import torch
 
@@ -289,7 +291,7 @@ def measure(side: str, steps: int, vocabulary: int, micro_batch_tokens: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         prompts = make_model(Path(folder), vocabulary)
         if side == "ours":
-            run = run_ours(Path(folder), prompts, steps, clock, micro_batch_tokens)
+            run = run_ours(Path(folder), prompts, steps, clock, budgets)
         else:
             run = run_trl(Path(folder), prompts, steps, clock)
         built, _ = memory()
@@ -311,10 +313,15 @@ def main() -> None:
     )
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--micro-batch-tokens", type=int, default=4608, help="of this package; 4608 = TRL's 64 rows")
+    parser.add_argument(
+        "--max-sequences", type=int, help="of this package: responses decoded at a time; all by default"
+    )
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.steps, args.vocabulary, args.micro_batch_tokens)))
+        print(
+            json.dumps(measure(args.side, args.steps, args.vocabulary, (args.micro_batch_tokens, args.max_sequences)))
+        )
         return
     pythons = {"ours": sys.executable} | ({"trl": args.peer} if args.peer else {})
     results = []
@@ -331,6 +338,7 @@ def main() -> None:
                 str(args.vocabulary),
                 "--micro-batch-tokens",
                 str(args.micro_batch_tokens),
+                *(["--max-sequences", str(args.max_sequences)] if args.max_sequences else []),
             ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)

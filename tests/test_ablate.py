@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,10 @@ def test_a_run_that_another_process_still_writes_is_waited_for(study, tmp_path, 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_ends_the_runs_and_leaves_what_goes_on(study, tmp_path, number, code):
+def test_an_interruption_ends_the_runs_and_leaves_what_goes_on(study, tmp_path, request, number, code):
+    # A shell starts what it puts into the background with SIGINT ignored, and so the tests with it.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     path = study({"a": {"checkpoint": True, "sleep": 60}})
 
     def interrupt():  # as soon as there is something to go on from
