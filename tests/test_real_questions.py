@@ -127,7 +127,7 @@ def test_training_evaluation_and_resume(tmp_path):
     assert sorted(scalars["critic/score/mean"]) == [1, 2, 3, 4]
     assert sorted(scalars["val/avg@4"]) == [0, 2, 4]
     assert 0.05 < scalars["critic/score/mean"][1] < 0.6  # answers in the right format, letters by chance
-    assert scalars["self_distillation/reprompt_sample_fraction"][1] > 0.5
+    assert scalars["self_distillation/reprompt_sample_fraction"][1] > 0.2  # eight groups, each with a success or not
     assert scalars["rollout_corr/log_ratio_max"][4] < 1e-3
     answers = [
         json.loads(line) for line in (tmp_path / "run" / "validation" / "step=000004.jsonl").read_text().splitlines()
