@@ -12,14 +12,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Adam, Optimizer
 
-from pgpo_lightning.batching import micro_batches
 from pgpo_lightning.callbacks.controls import clip_coefficient, exp
 from pgpo_lightning.callbacks.multiplier import InformationMultiplier, StepSizeMultiplier
-from pgpo_lightning.distillation import linear_distillation
 from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.policy import source
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
+from pgpo_lightning.sharding import whole
 from pgpo_lightning.statistics import StepStatistics
 
 
@@ -119,18 +117,8 @@ def policy_change(module: OnPolicyModule, rows: list[Row]) -> float:
         The estimate over the rollouts of all ranks.
     """
     total, count = 0.0, 0
-    contexts = lambda row: [row.rollout.prompt_ids]  # noqa: E731  (not the module's: the teacher is not asked)
-    for group in micro_batches(rows, module.micro_batch_tokens, contexts, module.shares_prompts):
-        sequences = module.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in group])
-        _, tokens = linear_distillation(
-            source(module.model, sequences),
-            [],
-            sequences.targets,
-            lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
-            temperature=module.temperature,
-        )
-        sampled = torch.cat([row.rollout.log_probs for row in group]).to(tokens.log_p_student.device)
-        change = (tokens.log_p_student.double() - sampled).clamp(-20, 20)
+    for row, log_probs in module.policy_log_probs(rows, rows):
+        change = (log_probs.double() - row.rollout.log_probs.to(log_probs.device)).clamp(-20, 20)
         total += (change.expm1() - change).sum().item()
         count += change.numel()
     everyone = gather((total, count))
@@ -270,7 +258,7 @@ def slope(optimizer: Optimizer) -> float:
                 second = beta * state.get("exp_avg_sq", 0.0) + (1 - beta) * product
                 product = product / ((second / (1 - beta**step)).sqrt() + group["eps"])
             total = total + group["lr"] * product.sum(dtype=torch.float64)
-    return float(total)
+    return float(whole(total))
 
 
 class AdaptiveInformationMultiplier(InformationMultiplier):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +11,23 @@ from transformers import DynamicCache, PretrainedConfig
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.records import Row
 
+Share = Literal["never", "if-cheaper", "always"]
+"""Whether equal prompts are run once."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The rows of one forward pass, and whether they count or are there for the sake of other ranks."""
+
+    rows: list[Row]
+    counts: bool
+
 
 @dataclass
 class _Load:
     """What one forward pass over some rows costs."""
 
-    share: bool
+    share: Share
     rows: int = 0
     longest: int = 0
     longest_prompt: int = 0
@@ -41,14 +52,15 @@ class _Load:
     def tokens(self, new_prompt: tuple[int, ...] | None = None) -> int:
         """Return the padded tokens of the cheaper layout."""
         whole = self.rows * self.longest
-        if not self.share:
+        if self.share == "never":
             return whole
         prompts = len(self.prompts) + (new_prompt is not None and new_prompt not in self.prompts)
-        return min(whole, prompts * self.longest_prompt + self.rows * (self.longest_response - 1))
+        apart = prompts * self.longest_prompt + self.rows * max(1, self.longest_response - 1)
+        return apart if self.share == "always" else min(whole, apart)
 
 
 def micro_batches(
-    rows: list[Row], token_budget: int, contexts: Callable[[Row], list[list[int]]], share: bool
+    rows: list[Row], token_budget: int, contexts: Callable[[Row], list[list[int]]], share: Share
 ) -> list[list[Row]]:
     """Group rows so that no forward pass costs more than `token_budget` padded tokens.
 
@@ -84,7 +96,7 @@ def micro_batches(
         return total + sum(load.tokens() for load in loads), groups
 
     cost, groups = fill(sorted(rows, key=length, reverse=True))
-    if not share:
+    if share == "never":
         return groups
     longest: dict[tuple[int, ...], int] = {}
     for row in rows:
@@ -117,7 +129,7 @@ class Sequences:
 
     @classmethod
     def pack(
-        cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device, share: bool = False
+        cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device, share: Share = "never"
     ) -> "Sequences | SharedSequences":
         """Lay out (prompt, response) pairs of token ids.
 
@@ -125,10 +137,12 @@ class Sequences:
             pairs: At least one pair; prompts and responses are not empty.
             pad_id: Any valid token id.
             device: Where the tensors are to live.
-            share: Run equal prompts once, if that makes fewer tokens.
+            share: Whether equal prompts are run once; if so, the model is run twice, on prompts and on responses.
         """
-        if share:
-            load = _Load(share=True)
+        if share == "always":
+            return SharedSequences.pack_shared(pairs, pad_id, device)
+        if share == "if-cheaper":
+            load = _Load(share)
             for prompt, response in pairs:
                 load = load.plus(tuple(prompt), len(response)).keep(tuple(prompt))
             if load.tokens() < load.rows * load.longest:
@@ -178,7 +192,8 @@ class SharedSequences:
         owner = [index.setdefault(tuple(prompt), len(index)) for prompt, _ in pairs]
         prompts = _padded([list(prompt) for prompt in index], pad_id)
         lengths = torch.tensor([len(prompt) for prompt in index])
-        responses = _padded([response[:-1] for _, response in pairs], pad_id)
+        # At least one wide, so that it depends on nothing how often the model is run.
+        responses = _padded([response[:-1] or [pad_id] for _, response in pairs], pad_id)
         mask = None
         if lengths.min() < prompts.size(1):
             seen = torch.arange(prompts.size(1)) < lengths[owner].unsqueeze(1)
@@ -195,20 +210,18 @@ class SharedSequences:
         hidden = decoder(input_ids=self.prompts, past_key_values=cache, use_cache=True).last_hidden_state
         ends = hidden[torch.arange(len(hidden), device=hidden.device), self.prompt_lengths - 1]
         states = ends.index_select(0, self.owner).unsqueeze(1)
-        if self.responses.size(1):
-            for layer in cache.layers:
-                layer.keys = layer.keys.index_select(0, self.owner)
-                layer.values = layer.values.index_select(0, self.owner)
-            start = self.prompt_lengths[self.owner].unsqueeze(1)
-            after = decoder(
-                input_ids=self.responses,
-                attention_mask=self.mask,
-                position_ids=start + torch.arange(self.responses.size(1), device=start.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            states = torch.cat([states, after], dim=1)
-        return states[self.row, self.position]
+        for layer in cache.layers:
+            layer.keys = layer.keys.index_select(0, self.owner)
+            layer.values = layer.values.index_select(0, self.owner)
+        start = self.prompt_lengths[self.owner].unsqueeze(1)
+        after = decoder(
+            input_ids=self.responses,
+            attention_mask=self.mask,
+            position_ids=start + torch.arange(self.responses.size(1), device=start.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return torch.cat([states, after], dim=1)[self.row, self.position]
 
 
 def _padded(rows: list[list[int]], pad_id: int) -> Tensor:

@@ -274,7 +274,7 @@ class _Chunks:
                         inside = slice(first - start, part.stop - start)
                         theirs = None if teacher_logits is None else teacher_logits[inside]
                         self._block(logits[inside], theirs, part, statistics, coefficients, buffers)
-                    d_logits = product.operand(logits) if any(wanted) else None
+                    d_logits = product.gradient(logits) if any(wanted) else None
                 if d_hidden is not None:
                     d_hidden[chunk] = product(d_logits, weight)
                 if d_head is not None:
@@ -347,13 +347,17 @@ class _Product:
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        # Only CUDA multiplies narrow matrices into wide ones. Elsewhere the operands are rounded, then widened.
-        self.native = device == "cuda" and self.narrow in (torch.bfloat16, torch.float16)
+        # Only CUDA multiplies narrow matrices into wide ones. Elsewhere the operands are rounded, then widened; so they are
+        # where that is fp16, in which the gradient of a logit, unscaled as it is here, would mostly be zero.
+        self.native = device == "cuda" and self.narrow == torch.bfloat16
         self.operand_type = self.narrow if self.native else self.wide
 
     def operand(self, matrix: Tensor) -> Tensor:
         rounded = matrix.to(self.narrow)
         return rounded if self.native else rounded.to(self.wide)
+
+    def gradient(self, matrix: Tensor) -> Tensor:
+        return matrix if self.narrow == torch.float16 else self.operand(matrix)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left, right, out_dtype=self.wide) if self.native else left @ right

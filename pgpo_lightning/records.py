@@ -1,6 +1,6 @@
 """The records that travel through one optimizer step: question -> rollout -> verdict -> row of the loss."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -103,3 +103,8 @@ class Row:
     def length(self) -> int:
         """Response tokens, end-of-sequence included."""
         return len(self.rollout.response_ids)
+
+    def stand_in(self) -> "Row":
+        """Return a row of one token for a forward pass that has to be made and counts for nothing."""
+        one = replace(self.rollout, response_ids=self.rollout.response_ids[:1], log_probs=self.rollout.log_probs[:1])
+        return Row(one, self.verdict, reprompt_ids=one.prompt_ids)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 import bitsandbytes  # noqa: E402
-import ddp_worker  # noqa: E402
+import ranks_worker  # noqa: E402
 from helpers import (  # noqa: E402
     LIMITS,
     TOKENIZER,
@@ -408,7 +408,7 @@ def test_two_processes_equal_one(tmp_path, name):
     assert (two["weights"] - one["weights"]).abs().mean() < 1e-6
 
 
-class FixedRows(ddp_worker.FixedRows):
+class FixedRows(ranks_worker.FixedRows):
     """Uneven shares, kept for whoever looks at the batch afterwards."""
 
     split = "uneven"
@@ -416,8 +416,8 @@ class FixedRows(ddp_worker.FixedRows):
     def training_step(self, batch, batch_idx):
         self.seen = []
         super().training_step(batch, batch_idx)
-        share = ddp_worker.ROWS // self.trainer.world_size
-        rows = ddp_worker.rows_of(self.steps - 1, self.split)
+        share = ranks_worker.ROWS // self.trainer.world_size
+        rows = ranks_worker.rows_of(self.steps - 1, self.split)
         self.last_rows = rows[self.global_rank * share : (self.global_rank + 1) * share]
 
 

@@ -319,7 +319,7 @@ def test_micro_batches_by_hand(budget, groups):
     rows = with_lengths(2, 3, 5, 1, 3)
     for row in rows:
         row.rollout.response_ids = [7]
-    assert [[size(row) for row in group] for group in micro_batches(rows, budget, alone, share=False)] == groups
+    assert [[size(row) for row in group] for group in micro_batches(rows, budget, alone, "never")] == groups
 
 
 def both(row: Row) -> list[list[int]]:
@@ -337,7 +337,7 @@ def padded(group, contexts, share):
     return sizes
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share", ["never", "if-cheaper", "always"])
 @pytest.mark.parametrize("budget", [5, 60, 100, 333, 10_000])
 def test_micro_batches_hold_every_row_once_within_the_budget(budget, share):
     rows = random_rows(40)
@@ -359,11 +359,11 @@ def test_rows_with_the_same_prompt_stay_together_where_that_is_cheaper():
         return rows
 
     long_prompts = rows_of(30, lambda _: 4)
-    assert tokens(long_prompts, share=True) == 3 * 30 + 24 * 3
-    assert tokens(long_prompts, share=False) == 24 * 34
+    assert tokens(long_prompts, "if-cheaper") == tokens(long_prompts, "always") == 3 * 30 + 24 * 3
+    assert tokens(long_prompts, "never") == 24 * 34
     # Responses of very different lengths: then rows of one length belong together.
     short_prompts = rows_of(1, lambda i: 1 + i)
-    assert tokens(short_prompts, share=True) <= tokens(short_prompts, share=False)
+    assert tokens(short_prompts, "if-cheaper") <= tokens(short_prompts, "never")
 
 
 @pytest.mark.parametrize("name", ["qwen3 tied", "gpt2", "cohere", "granite"])
@@ -393,10 +393,10 @@ def test_a_prompt_that_is_run_once_gives_the_same_states_and_gradients(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.detach().abs().max())))
 
 
-def test_prompts_of_one_length_need_no_mask_and_one_token_no_second_pass():
+def test_prompts_of_one_length_need_no_mask_and_responses_of_one_token_are_padded():
     packed = SharedSequences.pack_shared([([1, 2], [3]), ([4, 5], [6]), ([1, 2], [7])], 0, CPU)
     assert packed.mask is None
-    assert packed.responses.shape == (3, 0)
+    assert packed.responses.shape == (3, 1)  # the model is run as often as for longer ones
     model = MODELS["qwen3 tied"]().eval()
     whole = Sequences.pack([([1, 2], [3]), ([4, 5], [6]), ([1, 2], [7])], 0, CPU)
     torch.testing.assert_close(source(model, packed).hidden, source(model, whole).hidden, rtol=1e-5, atol=1e-6)

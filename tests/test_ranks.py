@@ -10,15 +10,15 @@ import pytest
 import torch
 from helpers import tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-WORKER = Path(__file__).parent / "ddp_worker.py"
+WORKER = Path(__file__).parent / "ranks_worker.py"
 
 
-def run(folder, ranks, split):
+def run(folder, ranks, split, strategy="one", teacher="ema"):
     output = folder / f"out{ranks}"
     subprocess.run(
-        [sys.executable, str(WORKER), str(output), str(ranks), split],
+        [sys.executable, str(WORKER), str(output), str(ranks), split, strategy, teacher],
         check=True,
         timeout=200,
         capture_output=True,
@@ -27,9 +27,17 @@ def run(folder, ranks, split):
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("split", ["uneven", "one-sided"])
-def test_two_processes_equal_one(tmp_path, split):
-    (one,), two = run(tmp_path, 1, split), run(tmp_path, 2, split)
+@pytest.mark.parametrize(
+    ("split", "strategy", "teacher"),
+    [
+        ("uneven", "ddp", "ema"),
+        ("one-sided", "ddp", "ema"),
+        ("uneven", "fsdp2", "trust-region"),
+        ("one-sided", "fsdp2", "ema"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
+    (one,), two = run(tmp_path, 1, split, teacher=teacher), run(tmp_path, 2, split, strategy, teacher)
     assert torch.equal(two[0]["weights"], two[1]["weights"])
     assert torch.equal(two[0]["teacher"], two[1]["teacher"])
     assert two[0]["seen"] == two[1]["seen"]
@@ -42,8 +50,17 @@ def test_two_processes_equal_one(tmp_path, split):
 
 def test_a_strategy_that_would_not_exchange_gradients_is_refused():
     module = tiny_sdpo()
-    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy(), precision_plugin=None, datamodule=None)
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy(), precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=r"ModelParallelStrategy \(FSDP2\), but got FSDPStrategy"):
+        module.setup("fit")
+
+
+def test_tensor_parallelism_is_refused():
+    module = tiny_sdpo()
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, datamodule=None)
     with pytest.raises(
-        MisconfigurationException, match=r"`trainer.strategy` auto or ddp, but got ModelParallelStrategy"
+        MisconfigurationException, match=r"`tensor_parallel_size` of 1.*but got 2.*`data_parallel_size`"
     ):
         module.setup("fit")

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Engine, Sampling
+from pgpo_lightning.sharding import Whole
 from pgpo_lightning.verifiers import Verifier, VerifierError, grade
 
 
@@ -22,6 +23,7 @@ class Acting(L.LightningModule):
     max_prompt_length: int
     on_verifier_error: Literal["raise", "zero"]
     verifier_errors: int
+    placement: Whole
 
     def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
         """Sample `n` responses to every question from the student as it is now."""
@@ -32,7 +34,8 @@ class Acting(L.LightningModule):
                     f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
                     f"{question.source or f'question {question.index}'} has {len(prompt)}."
                 )
-        return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
+        with self.placement.generation():
+            return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
 
     def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
         """Return the verifier's verdict on every rollout.

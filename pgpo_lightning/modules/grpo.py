@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.distillation import TokenStatistics, linear_distillation
+from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.settings import at_least
-from pgpo_lightning.policy import source
 from pgpo_lightning.records import Row
 
 
@@ -98,25 +97,11 @@ class GRPO(OnPolicyModule):
         for row, advantage in zip(rows, group_advantages(rewards, self.norm_adv_by_std_in_grpo).view(-1), strict=True):
             row.advantage = advantage.item()
         if self.updates_per_batch * self.num_iterations > 1:
-            self._remember_old_log_probs([row for row in rows if self.in_loss(row)])
+            for row, log_probs in self.policy_log_probs([row for row in rows if self.in_loss(row)], rows):
+                row.old_log_probs = log_probs.cpu()
         advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
         groups = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
         return {"critic/advantages/std": advantages.std().item(), "critic/informative_groups": groups}
-
-    @torch.no_grad()
-    def _remember_old_log_probs(self, rows: list[Row]) -> None:
-        for group in self.micro_batches(rows):
-            sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in group])
-            _, tokens = linear_distillation(
-                source(self.model, sequences),
-                [],
-                sequences.targets,
-                lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
-                temperature=self.temperature,
-            )
-            parts = tokens.log_p_student.split(sequences.lengths.tolist())
-            for row, log_probs in zip(group, parts, strict=True):
-                row.old_log_probs = log_probs.cpu()
 
     def in_loss(self, row: Row) -> bool:
         """Whether the row has an advantage: without one it has no gradient either."""

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from transformers import PreTrainedModel
 
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model, shares_prompts
 from pgpo_lightning.records import Question
+from pgpo_lightning.sharding import Sharded, Whole
+from pgpo_lightning.teacher import Teacher
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
 
@@ -28,24 +29,14 @@ class Lifecycle(Evaluation):
     updates_per_batch: int
     training_run: bool
     """False if the module only evaluates, which needs no teacher."""
+    teacher: Teacher | None
+    placement: Whole
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is computed, and drop prompts that are too long."""
         self.training_run = stage == "fit"
-        if (
-            stage == "fit"
-            and isinstance(self.trainer.precision_plugin, MixedPrecision)
-            and self.trainer.precision_plugin.scaler
-        ):
-            raise MisconfigurationException(
-                "Expected a precision without gradient scaling, but got 16-mixed, whose skipped steps would leave the rescaled "
-                "learning rate in place. Set `trainer.precision` to bf16-mixed or 32-true."
-            )
-        if stage == "fit" and not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                f"Expected `trainer.strategy` auto or ddp, but got {type(self.trainer.strategy).__name__}: under it gradients "
-                "would not be exchanged between ranks."
-            )
+        if stage == "fit":
+            _check_strategy(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
@@ -56,9 +47,18 @@ class Lifecycle(Evaluation):
         return f"{length} tokens, `max_prompt_length` is {limit}" if length > limit else None
 
     def configure_model(self) -> None:
-        """Load the model, once."""
-        if self.model is not None:
-            return
+        """Load the model, make the teacher, and shard both if the strategy says so; each once."""
+        if self.model is None:
+            self._load()
+        if self.teacher is None and self.training_run:
+            self.teacher = self.make_teacher()
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, ModelParallelStrategy) and not self.placement.sharded:
+            theirs = getattr(self.teacher, "model", None)
+            mesh = strategy.device_mesh["data_parallel"]
+            self.placement = Sharded(self.model, theirs, mesh, self.trainer.precision_plugin)
+
+    def _load(self) -> None:
         given = self.given_model
         self.model = load_model(given, **self.loading) if isinstance(given, str) else given
         check_head(self.model)
@@ -67,6 +67,10 @@ class Lifecycle(Evaluation):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
         self.shares_prompts = shares_prompts(self.model)
+
+    def make_teacher(self) -> Teacher | None:
+        """Return what the student is compared with, made from its weights as they are now."""
+        return None
 
     @property
     def longest_prompt(self) -> int:
@@ -86,6 +90,11 @@ class Lifecycle(Evaluation):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule; the module itself steps the schedule, once per batch."""
         optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if self.placement.sharded and type(optimizer).__module__.startswith("bitsandbytes"):
+            raise MisconfigurationException(
+                f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
+                "does not. torchao.optim.AdamW8bit is an 8-bit optimizer that does."
+            )
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -126,3 +135,19 @@ class Lifecycle(Evaluation):
         check_architecture(mine["architecture"], self.model)
         for name in COUNTERS:
             setattr(self, name, mine[name])
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    """Raise unless the steps of this project are right under the strategy."""
+    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return
+    if not isinstance(strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"Expected `trainer.strategy` auto, ddp or {ModelParallelStrategy.__module__}.ModelParallelStrategy (FSDP2), but "
+            f"got {type(strategy).__name__}, under which gradients would not be exchanged between ranks."
+        )
+    if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise MisconfigurationException(
+            f"Expected `tensor_parallel_size` of 1, because no layer is split within itself, but got {size}. Set it, and "
+            "`data_parallel_size` to the number of all devices."
+        )

@@ -5,10 +5,12 @@ rescale the learning rate of this one step, from :attr:`OnPolicyModule.step_stat
 """
 
 import time
+import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.allocation import Allocation
-from pgpo_lightning.batching import Sequences, SharedSequences, TokenInputs, micro_batches, shares
+from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.lifecycle import Lifecycle
@@ -35,7 +37,9 @@ from pgpo_lightning.records import Question, Row
 from pgpo_lightning.reporting import loss_scalars, rollout_scalars
 from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
 from pgpo_lightning.seeding import seeded
+from pgpo_lightning.sharding import Sharded, Whole, whole
 from pgpo_lightning.statistics import StepStatistics, information
+from pgpo_lightning.teacher import Teacher
 from pgpo_lightning.verifiers import Verifier
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
@@ -162,6 +166,8 @@ class OnPolicyModule(Lifecycle):
         self.seed = seed
 
         self.model: PreTrainedModel | None = None
+        self.teacher: Teacher | None = None
+        self.placement = Whole()
         self.given_model = model
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading = {**hub, "dtype": dtype, "attn_implementation": attn_implementation}
@@ -269,18 +275,16 @@ class OnPolicyModule(Lifecycle):
         else:
             scale = 1 / len(rows)
         active = [row for row in rows if self.in_loss(row)]
-        # A rank without any row still takes part in the exchange of gradients, with zeros.
-        groups = self.micro_batches(active) or [[]]
+        groups = self.passes(active, rows)
         total, statistics, shared_out = 0.0, [], torch.zeros(2, device=self.device)
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
-                if group:
-                    loss, part, weights = self._micro_batch(group, scale)
-                    statistics.append(part)
-                    shared_out += weights
-                else:
-                    loss = sum(0.0 * p.sum() for p in self.model.parameters() if p.requires_grad)
+                weight = scale if group.counts else 0.0
+                loss, part, weights = self.placement.inside(partial(self._micro_batch, group.rows, weight))
                 self.manual_backward(loss)
+            if group.counts:
+                statistics.append(part)
+                shared_out += weights
             total += loss.detach()
         everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total), shared_out.cpu()))
         self.step_statistics = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
@@ -334,13 +338,57 @@ class OnPolicyModule(Lifecycle):
         ratio = (given.old_log_probs(tokens) - given.sampler).clamp(-20, 20).exp()
         return ratio.clamp(max=self.is_clip)
 
-    def micro_batches(self, rows: list[Row]) -> list[list[Row]]:
-        """Group rows by what one forward pass may hold."""
-        return micro_batches(rows, self.micro_batch_tokens, self.contexts, self.shares_prompts)
+    @torch.no_grad()
+    def policy_log_probs(self, rows: list[Row], batch: list[Row]) -> list[tuple[Row, Tensor]]:
+        """Return rows with the log-probabilities of their response tokens under the student as it is now.
+
+        Args:
+            rows: Whose responses; there may be none.
+            batch: All rows of this rank.
+
+        Returns:
+            Every row with a tensor of shape ``(len(response_ids),)``, in nats.
+        """
+        found: list[tuple[Row, Tensor]] = []
+        for group in self.passes(rows, batch, lambda row: [row.rollout.prompt_ids]):
+            parts = self.placement.inside(partial(self._log_probs, group.rows))
+            found += zip(group.rows, parts, strict=True) if group.counts else ()
+        return found
+
+    def _log_probs(self, rows: list[Row]) -> tuple[Tensor, ...]:
+        sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
+        _, tokens = linear_distillation(
+            source(self.model, sequences),
+            [],
+            sequences.targets,
+            lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
+            temperature=self.temperature,
+        )
+        return tokens.log_p_student.split(sequences.lengths.tolist())
+
+    def passes(
+        self, rows: list[Row], batch: list[Row], contexts: Callable[[Row], list[list[int]]] | None = None
+    ) -> list[Pass]:
+        """Return the forward passes over some rows; at least one, and under sharded weights as many on every rank.
+
+        Args:
+            rows: In the loss; there may be none.
+            batch: All rows of this rank. The first stands in where a rank has fewer passes to make than it has to take part in.
+            contexts: The prompts that a pass puts before a row's response; by default those of the loss.
+        """
+        groups = micro_batches(rows, self.micro_batch_tokens, contexts or self.contexts, self.share)
+        passes = [Pass(group, counts=True) for group in groups]
+        wanted = max(gather(len(passes))) if self.placement.sharded else 1
+        return passes + [Pass([batch[0].stand_in()], counts=False)] * (max(1, wanted) - len(passes))
 
     def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
         """Lay out (prompt, response) pairs on this module's device."""
-        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device, self.shares_prompts)
+        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device, self.share)
+
+    @property
+    def share(self) -> Share:
+        """Whether equal prompts are run once. Under sharded weights no rank may decide that for itself."""
+        return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
 
     def update(self, loss: float) -> bool:
         """Clip and take one optimizer step, unless loss or gradient are not finite.
@@ -356,7 +404,9 @@ class OnPolicyModule(Lifecycle):
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
         rate = float(self.optimizers().param_groups[0]["lr"])
         self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
         if torch.isfinite(torch.tensor([loss, norm])).all():
@@ -364,6 +414,10 @@ class OnPolicyModule(Lifecycle):
             self.optimizers().zero_grad()  # not before the next backward: generation needs the memory
             self.skipped_in_a_row = 0
             return True
+        if scaler is not None and scale > 1:  # half precision looks for its scale: that is no failure of the run
+            scaler.unscale_(self.optimizers().optimizer)  # takes notice of what is not finite
+            scaler.update()
+            self.skipped_in_a_row -= 1
         self.optimizers().zero_grad()
         self.skipped += 1
         self.skipped_in_a_row += 1
@@ -377,7 +431,10 @@ class OnPolicyModule(Lifecycle):
 
     def _advance_schedule(self) -> None:
         if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()
+            with warnings.catch_warnings():
+                # It goes by batches, and the first may have been skipped.
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
+                scheduler.step()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -386,8 +443,12 @@ class OnPolicyModule(Lifecycle):
         self._timing[f"timing_s/{phase}"] = time.perf_counter() - start
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        if last:
+            return nullcontext()
+        if isinstance(self.placement, Sharded):
+            return self.placement.accumulating()
         strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not last else nullcontext()
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     @property
     def _training_sampling(self) -> Sampling:

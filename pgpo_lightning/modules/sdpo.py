@@ -138,7 +138,6 @@ class SDPO(OnPolicyModule):
             solution_template=solution_template,
             feedback_template=feedback_template,
         )
-        self.teacher: Teacher | None = None
 
     def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
         """Give every row that has a demonstration or feedback its teacher's prompt."""
@@ -161,7 +160,8 @@ class SDPO(OnPolicyModule):
 
     def teacher_sources(self, rows: list[Row]) -> list[Source]:
         """Run the self-teacher on (reprompt, response), or take what it said in an earlier pass over the batch."""
-        keeps = self.num_iterations > 1 and not self.teacher.moves_with_student
+        # Under sharded weights all ranks run the teacher equally often, whatever rows they have.
+        keeps = self.num_iterations > 1 and not self.teacher.moves_with_student and not self.placement.sharded
         if keeps and all(row.teacher_hidden is not None for row in rows):
             return [Source(torch.cat([row.teacher_hidden for row in rows]), head(self.teacher.model))]
         sources = self.teacher.sources(
@@ -190,11 +190,9 @@ class SDPO(OnPolicyModule):
         """The teacher's prompt is the longest."""
         return self.reprompt.max_reprompt_len
 
-    def configure_model(self) -> None:
-        """Load the student, and make the teacher from its weights as they are now."""
-        super().configure_model()
-        if self.teacher is None and self.training_run:
-            self.teacher = make_teacher(self.teacher_regularization, self.model, self.teacher_update_rate)
+    def make_teacher(self) -> Teacher:
+        """Return the self-teacher."""
+        return make_teacher(self.teacher_regularization, self.model, self.teacher_update_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the kind of teacher."""

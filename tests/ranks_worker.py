@@ -1,7 +1,7 @@
-"""Trains on fixed rows under DDP, each rank with its own share; run by test_ranks.py.
+"""Trains on fixed rows under DDP or FSDP2, each rank with its own share; run by test_ranks.py.
 
-Usage: ddp_worker.py OUTPUT RANKS SPLIT, where SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of
-micro-batches) or `one-sided` (rank 1 has no row with a teacher at all).
+Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER, where SPLIT is `uneven` (ranks with unequal numbers of rows in the
+loss and of micro-batches) or `one-sided` (rank 1 has no row with a teacher at all).
 """
 
 import sys
@@ -12,12 +12,19 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model  # noqa: E402
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from pgpo_lightning.callbacks import InformationMultiplier  # noqa: E402
 from pgpo_lightning.modules import SDPO  # noqa: E402
+from pgpo_lightning.sharding import whole  # noqa: E402
 from pgpo_lightning.statistics import information  # noqa: E402
 
 ROWS, STEPS = 8, 3
+STRATEGIES = {
+    "one": lambda ranks: "auto",
+    "ddp": lambda ranks: "ddp",
+    "fsdp2": lambda ranks: ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1),
+}
 
 
 def rows_of(step, split):
@@ -44,22 +51,23 @@ class FixedRows(SDPO):
 
 
 def main():
-    output, ranks, split = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    output, ranks, split, strategy, teacher = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     module = FixedRows(
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split == "uneven" else "seq-mean-token-mean",
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **LIMITS,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher, **LIMITS,
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=STEPS, logger=False,
+        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=STEPS, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
     )  # fmt: skip
     trainer.fit(module, loader(range(STEPS * ranks), 1))
-    weights = torch.cat([p.detach().flatten() for p in module.model.parameters()])
-    teacher = torch.cat([p.detach().flatten() for p in module.teacher.model.parameters()])
+    weights = torch.cat([whole(p.detach()).flatten() for p in module.model.parameters()])
+    theirs = getattr(module.teacher, "model", module.model)
+    teacher = torch.cat([whole(p.detach()).flatten() for p in theirs.parameters()])
     torch.save({"seen": module.seen, "weights": weights, "teacher": teacher}, f"{output}.{trainer.global_rank}")
 
 

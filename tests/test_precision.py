@@ -1,0 +1,83 @@
+"""Half precision with a gradient scaler: steps that overflow are skipped, the rest are those of full precision."""
+
+import pytest
+import torch
+from helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from pgpo_lightning.callbacks import ConstantMultiplier
+from pgpo_lightning.modules import SDPO
+
+
+class Watched(SDPO):
+    """Remembers what every optimizer step left behind."""
+
+    def update(self, loss):
+        updated = super().update(loss)
+        rate = self.optimizers().param_groups[0]["lr"]
+        self.seen.append((updated, self.scalars["actor/grad_norm"], rate, self.skipped_in_a_row))
+        return updated
+
+
+def fit(folder, scaler=None, batches=3, max_skipped_steps=0, **settings):
+    module = Watched(
+        tiny_model(),
+        half_right,
+        tokenizer=TOKENIZER,
+        num_generations=4,
+        max_skipped_steps=max_skipped_steps,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        **LIMITS | settings,
+    )
+    module.seen = []
+    plugins = [] if scaler is None else [MixedPrecision("16-mixed", "cpu", scaler)]
+    t = trainer(folder, max_epochs=1, callbacks=[ConstantMultiplier(1.5)], plugins=plugins)
+    start = [p.detach().clone() for p in module.given_model.parameters()]
+    t.fit(module, loader(questions(2 * batches), 2))
+    moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(module.model.parameters(), start, strict=True)])
+    return module, moved, t
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_one_step_with_a_scaler_is_the_step_of_full_precision(tmp_path, max_grad_norm):
+    """Whatever the scale, so that it is divided out again and clipping looks at the true norm."""
+    full, expected, _ = fit(tmp_path, batches=1, max_grad_norm=max_grad_norm)
+    for scale in (2.0**4, 2.0**14):
+        half, moved, _ = fit(
+            tmp_path, torch.amp.GradScaler("cpu", init_scale=scale), batches=1, max_grad_norm=max_grad_norm
+        )
+        (_, norm, rate, _), (_, exact, expected_rate, _) = half.seen[0], full.seen[0]
+        assert norm == pytest.approx(exact, rel=0.02)
+        assert exact > 0.05, "clipping must have something to do"
+        assert rate == expected_rate == 0.1
+        assert (moved - expected).norm() < 0.02 * expected.norm()
+
+
+def test_steps_that_overflow_are_skipped_and_the_rate_stays_exact(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-13, growth_interval=1000)
+    module, moved, t = fit(tmp_path, scaler, batches=4)
+    updated = [seen[0] for seen in module.seen]
+    assert updated[0] is False
+    assert updated[-1] is True
+    skips = updated.count(False)
+    assert scaler.get_scale() == 2.0 ** (40 - 13 * skips)
+    assert (module.skipped, t.global_step) == (skips, 4 - skips)
+    assert all(in_a_row == 0 for *_, in_a_row in module.seen), "looking for the scale is no failure of the run"
+    assert [rate for _, _, rate, _ in module.seen] == [0.1 * 0.5**k for k in range(4)]
+    assert moved.isfinite().all()
+    assert moved.abs().max() > 0
+
+
+def test_a_scale_that_cannot_fall_any_further_counts_as_failure(tmp_path):
+    class Poisoned(Watched):
+        def objective(self, tokens, given):
+            return super().objective(tokens, given) * torch.nan
+
+    module = Poisoned(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, max_skipped_steps=1, **LIMITS)
+    module.seen = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, backoff_factor=0.5)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+    with pytest.raises(RuntimeError, match="2 optimizer steps in a row had none"):
+        trainer(tmp_path, max_epochs=1, plugins=plugins).fit(module, loader(questions(12), 2))
+    assert module.skipped == 3

@@ -1,0 +1,101 @@
+"""A run with sharded weights is the run with whole ones, also when one of its processes is killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import config, tiny_model
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+
+from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.sharding import Sharded
+
+ROOT = Path(__file__).parent.parent
+STEPS = 4
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
+}
+
+
+def command(folder, strategy, *args):
+    path = config(folder, STEPS, model={"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}})
+    settings = yaml.safe_load(Path(path).read_text())
+    settings["trainer"] |= {"devices": 2, "strategy": strategy}
+    settings["data"]["init_args"]["batch_size"] = 2
+    Path(path).write_text(yaml.safe_dump(settings))
+    return [sys.executable, "-m", "pgpo_lightning.cli", "fit", "--config", path, *args]
+
+
+def start(*args):
+    return subprocess.Popen(
+        command(*args), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    error = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, error
+
+
+def second_rank(process):
+    """Return the process id of rank 1, which Lightning starts as a child of rank 0."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and f"PPid:\t{process.pid}\n" in (folder / "status").read_text():
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if b"LOCAL_RANK=1" in variables and b"pgpo_lightning.cli" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    raise AssertionError("rank 1 is not there")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the second process in /proc")
+def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(whole, "ddp"))
+    process = start(broken, FSDP2)
+    while not (broken / "checkpoints" / "step=000002.ckpt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    os.kill(second_rank(process), signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - killed < 60
+    assert not (broken / "checkpoints" / f"step={STEPS:06d}.ckpt").exists(), "the run ended before it was killed"
+    finish(start(broken, FSDP2, "--ckpt_path", "last"))
+
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / f"step={STEPS:06d}.ckpt", weights_only=True) for folder in (broken, whole)
+    )
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, weights in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], weights, rtol=0, atol=1e-5)
+    a, b = read_scalars(broken), read_scalars(whole)
+    assert all(b["actor/grad_norm"][step] > 0 for step in range(1, STEPS + 1)), "nothing was learnt"
+    for tag in ("critic/score/mean", "val/avg@2", "information/mean", "lr/multiplier", "actor/grad_norm"):
+        assert a[tag] == pytest.approx(b[tag], rel=1e-3, abs=1e-5), tag
+
+
+def test_a_precision_that_scales_gradients_is_refused():
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(
+        MisconfigurationException, match=r"bf16-mixed or bf16-true with sharded weights, but got 16-mixed"
+    ):
+        Sharded(tiny_model(), None, None, precision)
+
+
+def test_a_model_without_named_layers_is_refused():
+    model = tiny_model()
+    model._no_split_modules = None
+    with pytest.raises(
+        MisconfigurationException, match=r"Qwen3ForCausalLM to name its layers .* `trainer.strategy` to ddp"
+    ):
+        Sharded(model, None, None, Precision())
