@@ -300,7 +300,8 @@ def test_the_command_writes_tables_pictures_and_the_sentence(tmp_path, capsys):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert "biased upwards" in text
     assert "| pgpo-1.0 − constant-1.0 | 4 | " in text
-    main([*words[:3], "--output", str(tmp_path / "again"), *words[5:], "--information", "[pgpo*,centred*]",
+    # From the records that it wrote beside the report, everything can be made again.
+    main(["report", str(out / "runs.jsonl"), "--output", str(tmp_path / "again"), "--information", "[pgpo*,centred*]",
           "--decisive=[constant,random]", "--margin=0.03"])  # fmt: skip
     for file in out.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()

@@ -14,7 +14,7 @@ from pgpo_lightning.lab.analysis import analyse
 from pgpo_lightning.lab.markdown import conclude, markdown
 from pgpo_lightning.lab.measures import Measure
 from pgpo_lightning.lab.pictures import draw_curves, draw_forest, draw_multipliers
-from pgpo_lightning.lab.runs import load_runs
+from pgpo_lightning.lab.runs import load_runs, write_runs
 from pgpo_lightning.lab.studies import CONTROLS, Design, studies
 
 
@@ -33,7 +33,9 @@ def report(
 
     Args:
         runs: Folders with finished runs anywhere below them, single records, or ``.jsonl`` files with a record per line.
-        output: The folder to write ``report.md``, ``report.json`` and pictures into; what is there is written over.
+        output: The folder to write ``report.md``, ``report.json``, pictures and ``runs.jsonl``, the records themselves, into;
+            what is there is written over. The last is small enough to be kept: with it the report can be made again, with new
+            runs beside the old ones.
         baseline: The arm that every other arm is compared with.
         information: Names of the arms that use information; ``*`` at the end stands for any suffix. Several in brackets:
             ``[pgpo*,centred*]``.
@@ -65,6 +67,7 @@ def report(
     draw_multipliers(groups, design, folder / "multipliers.png")
     pictures = {"curves": "curves.png", "differences": "forest.png", "multipliers and information": "multipliers.png"}
     (folder / "report.md").write_text(markdown(content, pictures), encoding="utf-8")
+    write_runs(records, folder / "runs.jsonl")
     plain = _plain(content)
     (folder / "report.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"{content['conclusion']}\n\nreport: {folder / 'report.md'}")
