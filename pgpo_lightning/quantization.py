@@ -1,5 +1,6 @@
 """The base model under an adapter in 4 or 8 bits (QLoRA, arXiv 2305.14314), through bitsandbytes."""
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -48,6 +49,8 @@ class Quantization:
             dtype: Of the products with 4-bit weights.
         """
         if self.bits == 8:
+            # It says in every layer of every forward pass that it rounds activations from other types than float16.
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_the_cast)
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -55,3 +58,7 @@ class Quantization:
             bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
+
+
+def _not_the_cast(record: logging.LogRecord) -> bool:
+    return "inputs will be cast from" not in record.getMessage()
