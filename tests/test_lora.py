@@ -75,7 +75,8 @@ def base_weights(model):
 
 def run(folder, steps=3, **model):
     small = {"lora": {"r": 4, "lora_alpha": 8}, "max_response_length": 12, "eval_samples": 1}
-    small["verifier"] = "helpers.half_right"  # so short a response is never correct, and without success there is no teacher
+    # So short a response is never correct, and without success there is no teacher.
+    small["verifier"] = "helpers.half_right"
     settings = config(folder, steps=steps, model=small | model)
     return ["--config", settings, "--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
 
