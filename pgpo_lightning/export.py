@@ -2,16 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
+from pgpo_lightning.lora import merged, write_adapter
 
 
 def export(
-    checkpoint: str, output: str, weights: Literal["student", "teacher"] = "student", tokenizer: str | None = None
+    checkpoint: str,
+    output: str,
+    weights: Literal["student", "teacher"] = "student",
+    tokenizer: str | None = None,
+    lora: Literal["merged", "adapter"] | None = None,
+    base: str | None = None,
 ) -> None:
     """Write the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``.
 
@@ -20,10 +28,14 @@ def export(
         output: The folder to write.
         weights: Whose weights: the student's, or those of a moving teacher.
         tokenizer: Folder or Hub id; by default where the run had it from.
+        lora: Of a run with `lora`: ``merged`` (default) adds the adapter to the base model's weights; ``adapter`` writes the
+            adapter alone, for ``peft.PeftModel.from_pretrained``.
+        base: Folder or Hub id of the base model that the adapter is merged into; by default where the run had it from.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If it holds no such weights.
+        MisconfigurationException: If the base model is not the one that the adapter was trained on.
+        ValueError: If it holds no such weights, or if `lora` or `base` would have no effect.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -39,14 +51,33 @@ def export(
         raise ValueError(
             f"Expected the weights of a {weights} in {path}, but it has none: only a moving teacher is saved."
         )
-    settings = json.loads(saved["pgpo_lightning"]["architecture"])
-    config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
-    model.load_state_dict(state)
-    model.generation_config = GenerationConfig.from_dict(json.loads(saved["pgpo_lightning"]["generation"]))
-    origin = tokenizer or saved["pgpo_lightning"]["tokenizer"]
+    about = saved["pgpo_lightning"]
+    if about.get("lora") is None and (lora or base):
+        name, value = ("lora", lora) if lora else ("base", base)
+        raise ValueError(f"Expected no `{name}` with a checkpoint of whole weights, but got {value}.")
+    if lora == "adapter" and base:
+        raise ValueError(f"Expected no `base` with `lora` adapter, where it has no effect, but got {base}.")
+    origin = tokenizer or about["tokenizer"]
     if not origin:
         raise ValueError("Expected `tokenizer`, because the run was given a tokenizer object that came from no folder.")
     AutoTokenizer.from_pretrained(origin).save_pretrained(output)
-    model.save_pretrained(output)
+    if lora == "adapter":
+        write_adapter(output, state, about["lora"])
+    else:
+        model = _whole(state, about) if about.get("lora") is None else _merged(state, about["lora"], base)
+        model.generation_config = GenerationConfig.from_dict(json.loads(about["generation"]))
+        model.save_pretrained(output)
     print(f"{weights} of {path} -> {output}")
+
+
+def _whole(state: dict[str, Tensor], about: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.for_model(**json.loads(about["architecture"]))
+    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+    model.load_state_dict(state)
+    return model
+
+
+def _merged(state: dict[str, Tensor], identity: dict[str, Any], base: str | None) -> PreTrainedModel:
+    with TemporaryDirectory() as folder:
+        write_adapter(folder, state, identity)
+        return merged(folder, identity, base)

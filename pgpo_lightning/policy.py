@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.batching import Sequences, SharedSequences
 from pgpo_lightning.distillation import Head, Source
+from pgpo_lightning.quantization import Quantization
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -28,6 +29,7 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model through transformers, safetensors only.
 
@@ -38,6 +40,7 @@ def load_model(
         attn_implementation: As in ``from_pretrained``.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run Python code that comes with the model.
+        quantization: Store the weights of linear layers in 4 or 8 bits, for training an adapter on them.
     """
     return AutoModelForCausalLM.from_pretrained(
         resolve_model(name),
@@ -46,6 +49,7 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
+        quantization_config=None if quantization is None else quantization.config(getattr(torch, dtype)),
     )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgpo_lightning.batching import Sequences
-from pgpo_lightning.distillation import Source
-from pgpo_lightning.policy import fingerprint, source
+from pgpo_lightning.distillation import Head, Source
+from pgpo_lightning.lora import adapter, copy_adapter, decoder_with
+from pgpo_lightning.policy import fingerprint, head, source
 
 TeacherRegularization = Literal["ema", "frozen", "live", "trust-region"]
 
@@ -35,6 +36,10 @@ class Teacher(nn.Module):
             student: The model being trained.
             sequences: Reprompts with the student's responses.
         """
+
+    def head(self, student: PreTrainedModel) -> Head:
+        """Return the head that belongs to the hidden states of a teacher that stands still within a batch."""
+        return head(self.model)
 
     def update(self, student: PreTrainedModel) -> None:
         """Move after an optimizer step. Called once per training step, and only if a step was taken."""
@@ -158,10 +163,91 @@ class TrustRegionTeacher(FrozenTeacher):
         return [source(self.model, sequences, 1 - self.rate), source(student, sequences, self.rate)]
 
 
+class FrozenAdapterTeacher(Teacher):
+    """The student's model with the adapter that it started from; if that was a fresh one, exactly the base model.
+
+    Holds the matrices of an adapter, in fp32, and no other weights: they stand in for the student's during a forward pass.
+
+    Args:
+        student: The model with an adapter whose matrices, as they are now, stay the teacher's.
+    """
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = copy_adapter(student)
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [Source(self._hidden_states(student, sequences), head(student))]
+
+    def head(self, student: PreTrainedModel) -> Head:
+        """See :meth:`Teacher.head`. The head has no adapter."""
+        return head(student)
+
+    def _hidden_states(self, student: PreTrainedModel, sequences: Sequences) -> Tensor:
+        was_training = student.training
+        student.eval()  # dropout would be another teacher for every token
+        try:
+            mine = dict(self.model.named_parameters())
+            return sequences.hidden_states(decoder_with(student, mine), student.config)
+        finally:
+            student.train(was_training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenAdapterTeacher":
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # as EMATeacher: keep fp32
+
+
+class EMAAdapterTeacher(FrozenAdapterTeacher):
+    """An exponential moving average of the student's adapter, matrix by matrix, from the student's own start.
+
+    The average of ``B A`` is not the product of the averages; how far they are apart is in ``docs/lora.md``.
+
+    Args:
+        student: The model with an adapter whose matrices, as they are now, are the starting point.
+        rate: How far the teacher moves towards the student per step.
+    """
+
+    def __init__(self, student: PreTrainedModel, rate: float) -> None:
+        super().__init__(student)
+        self.rate = rate
+
+    @torch.no_grad()
+    def update(self, student: PreTrainedModel) -> None:
+        """See :meth:`Teacher.update`."""
+        theirs = adapter(student)
+        for name, mine in self.model.named_parameters():
+            mine.lerp_(theirs[name].to(mine.dtype), self.rate)
+
+
+class TrustRegionAdapterTeacher(FrozenAdapterTeacher):
+    """A geometric mixture of the student at its start and the live student, as :class:`TrustRegionTeacher`.
+
+    Args:
+        student: The model with an adapter whose matrices, as they are now, are the fixed end of the mixture.
+        rate: Weight of the live student's logits.
+    """
+
+    moves_with_student = True
+
+    def __init__(self, student: PreTrainedModel, rate: float) -> None:
+        super().__init__(student)
+        self.rate = rate
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        start = Source(self._hidden_states(student, sequences), head(student), 1 - self.rate)
+        return [start, source(student, sequences, self.rate)]
+
+
 def make_teacher(kind: TeacherRegularization, student: PreTrainedModel, rate: float) -> Teacher:
-    """Build the teacher that a configuration names, from the student's weights as they are now."""
+    """Build the teacher that a configuration names, from the student's weights, or its adapter, as they are now."""
     if kind == "live":
         return LiveTeacher()
+    has_adapter = bool(adapter(student))
     if kind == "frozen":
-        return FrozenTeacher(student)
-    return EMATeacher(student, rate) if kind == "ema" else TrustRegionTeacher(student, rate)
+        return FrozenAdapterTeacher(student) if has_adapter else FrozenTeacher(student)
+    if kind == "ema":
+        return EMAAdapterTeacher(student, rate) if has_adapter else EMATeacher(student, rate)
+    return TrustRegionAdapterTeacher(student, rate) if has_adapter else TrustRegionTeacher(student, rate)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -101,6 +102,23 @@ def test_accelerator(program, tmp_path, capsys):
     assert parts["generation"][0]["tokens"] == 2 * 2 * 4
     table = capsys.readouterr().out
     assert all(f"\n{part}\n" in table for part in gpu.PARTS)
+
+
+def test_lora_ema(program, tmp_path):
+    model = {"lora": {"r": 4, "lora_alpha": 8}, "verifier": "helpers.half_right", "max_response_length": 12}
+    model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.0}}
+    quick = ["--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
+    settings = config(tmp_path / "run", steps=2, model=model, multiplier=None)
+    first, second = program("lora_ema").main(["fit", "--config", settings, *quick])
+    # B starts at zero, so A has no gradient yet: the average of the factors is exact, and 20 times what it is from zero.
+    assert first["factors"] < 1e-6
+    assert first["from_zero"] == pytest.approx(0.95, abs=1e-4)
+    assert first["log_p_max"] < 1e-3
+    assert 1e-4 < second["factors"] < 0.1
+    assert second["rank_2r"] < 1e-10  # the average of two products
+    assert second["rank_1r"] > 1e-6
+    assert 0 < second["kl"] < second["kl_to_student"]
+    assert lines(tmp_path / "run" / "lora_ema.jsonl") == [first, second]
 
 
 def test_a_part_that_fails_does_not_stop_the_others(program, monkeypatch, capsys):

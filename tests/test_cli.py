@@ -16,9 +16,10 @@ from pgpo_lightning.cli import PGPOCommand, main
 from pgpo_lightning.curves import read_scalars
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FULL = sorted(CONFIGS.glob("*.yaml"))
+LORA = CONFIGS / "lora.yaml"
+FULL = sorted(set(CONFIGS.glob("*.yaml")) - {LORA})
 OVERLAYS = [(path, CONFIGS / "sciknoweval.yaml") for path in sorted((CONFIGS / "domains").glob("*.yaml"))] + [
-    (path, CONFIGS / "quickstart.yaml") for path in sorted((CONFIGS / "ablations").glob("*.yaml"))
+    (path, CONFIGS / "quickstart.yaml") for path in [*sorted((CONFIGS / "ablations").glob("*.yaml")), LORA]
 ]
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from transformers import PreTrainedModel
 
+from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model, shares_prompts
 from pgpo_lightning.records import Question
@@ -24,6 +25,8 @@ class Lifecycle(Evaluation):
     loading: dict[str, Any]
     make_optimizer: OptimizerCallable
     make_scheduler: LRSchedulerCallable | None
+    lora: LoRA | None
+    base_identity: dict[str, Any] | None
     gradient_checkpointing: bool
     max_response_length: int
     updates_per_batch: int
@@ -37,6 +40,10 @@ class Lifecycle(Evaluation):
         self.training_run = stage == "fit"
         if stage == "fit":
             _check_strategy(self.trainer.strategy)
+            if self.lora is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise MisconfigurationException(
+                    "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."
+                )
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
@@ -63,6 +70,8 @@ class Lifecycle(Evaluation):
         self.model = load_model(given, **self.loading) if isinstance(given, str) else given
         check_head(self.model)
         self._check_positions()
+        if self.lora is not None:
+            self._add_adapter(self.lora)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
@@ -71,6 +80,12 @@ class Lifecycle(Evaluation):
     def make_teacher(self) -> Teacher | None:
         """Return what the student is compared with, made from its weights as they are now."""
         return None
+
+    def _add_adapter(self, lora: LoRA) -> None:
+        name = self.given_model if isinstance(self.given_model, str) else self.model.config._name_or_path
+        self.base_identity = identity(self.model, name, self.loading, lora)
+        add_adapter(self.model, lora, self.seed)
+        keep_adapter_only(self)
 
     @property
     def longest_prompt(self) -> int:
@@ -117,6 +132,7 @@ class Lifecycle(Evaluation):
         checkpoint["pgpo_lightning"] = {
             "module": type(self).__name__,
             "architecture": architecture(self.model),
+            "lora": self.base_identity,
             "generation": self.model.generation_config.to_json_string(use_diff=True),
             "tokenizer": self.tokenizer.name_or_path,
             **{name: getattr(self, name) for name in COUNTERS},
@@ -133,6 +149,7 @@ class Lifecycle(Evaluation):
             theirs = f"{mine['module']}'s" if mine else "another program's"
             raise MisconfigurationException(f"Expected a checkpoint of {type(self).__name__}, but it is {theirs}.")
         check_architecture(mine["architecture"], self.model)
+        check_identity(mine.get("lora"), self.base_identity)
         for name in COUNTERS:
             setattr(self, name, mine[name])
 

@@ -23,6 +23,7 @@ from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
+from pgpo_lightning.lora import LoRA, check_settings
 from pgpo_lightning.modules.lifecycle import Lifecycle
 from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import (
@@ -32,6 +33,7 @@ from pgpo_lightning.policy import (
     source,
 )
 from pgpo_lightning.prompts import PromptEncoder
+from pgpo_lightning.quantization import Quantization
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Row
 from pgpo_lightning.reporting import loss_scalars, rollout_scalars
@@ -83,6 +85,8 @@ class OnPolicyModule(Lifecycle):
         attn_implementation: As in transformers.
         revision: Branch, tag or commit of model and tokenizer on the Hub.
         trust_remote_code: Run Python code that comes with model or tokenizer.
+        lora: Train an adapter and leave the model's weights as they are; null for training all weights. Needs peft.
+        quantization: Store the weights under the adapter in 4 or 8 bits; null for `dtype`.
         seed: Of every random choice of the run. The command line sets it from ``seed_everything``.
 
     Raises:
@@ -128,6 +132,8 @@ class OnPolicyModule(Lifecycle):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -142,6 +148,7 @@ class OnPolicyModule(Lifecycle):
         one_of(("raise", "zero"), on_verifier_error=on_verifier_error)
         if eval_top_p > 1:
             raise ValueError(f"Expected `eval_top_p` to be at most 1, but got {eval_top_p}.")
+        check_settings(model, lora, quantization)
         self.automatic_optimization = False
         self.verifier = verifier
         self.engine = engine or TransformersEngine()
@@ -169,8 +176,10 @@ class OnPolicyModule(Lifecycle):
         self.teacher: Teacher | None = None
         self.placement = Whole()
         self.given_model = model
+        self.lora = lora
+        self.base_identity = None
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.loading = {**hub, "dtype": dtype, "attn_implementation": attn_implementation}
+        self.loading = {**hub, "dtype": dtype, "attn_implementation": attn_implementation, "quantization": quantization}
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             self.tokenizer = checked_tokenizer(tokenizer)
         else:

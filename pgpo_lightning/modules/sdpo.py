@@ -17,7 +17,6 @@ from pgpo_lightning.distillation import Source, TokenStatistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.settings import at_least, either, one_of
-from pgpo_lightning.policy import head
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -163,7 +162,7 @@ class SDPO(OnPolicyModule):
         # Under sharded weights all ranks run the teacher equally often, whatever rows they have.
         keeps = self.num_iterations > 1 and not self.teacher.moves_with_student and not self.placement.sharded
         if keeps and all(row.teacher_hidden is not None for row in rows):
-            return [Source(torch.cat([row.teacher_hidden for row in rows]), head(self.teacher.model))]
+            return [Source(torch.cat([row.teacher_hidden for row in rows]), self.teacher.head(self.model))]
         sources = self.teacher.sources(
             self.model, self.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
         )
