@@ -70,7 +70,7 @@ def test_rounding_does_not_stop_the_run_and_is_reported(tmp_path):
 
 def test_the_limit_can_be_moved_or_left_out(tmp_path):
     _, run = fit(tmp_path, Off(0.05), max_sampler_gap=0.02)
-    with pytest.raises(RuntimeError, match="`max_sampler_gap`=0.02 nats per token, but got 0.05 at step 0"):
+    with pytest.raises(RuntimeError, match=r"`max_sampler_gap`=0\.02 nats per token, but got 0\.05 at step 0"):
         run()
     module, run = fit(tmp_path, Off(0.3), max_sampler_gap=None)
     run()
