@@ -72,7 +72,9 @@ def test_handover(engine):
     "optimizer",
     [
         lambda p: torch.optim.SGD(p, lr=0.1),
-        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),  # these two leave the version counters of the weights alone
+        lambda p: torch.optim.AdamW(
+            p, lr=1e-2, fused=True
+        ),  # these two leave the version counters of the weights alone
         lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-2),
     ],
     ids=["sgd", "fused", "8-bit"],
@@ -163,7 +165,9 @@ def test_a_run_without_hand_overs_is_stopped_at_the_second_step(tmp_path, engine
     once = Once(max_model_len=256, enforce_eager=True)
     once.sampler = engine.sampler  # the second engine of a process would take half a minute
     engine.sampler.holds = None  # so that the first hand-over takes place
-    with pytest.raises(RuntimeError, match=r"`max_sampler_gap`=0\.1 nats per token, but got .* at step 1: the rollouts"):
+    with pytest.raises(
+        RuntimeError, match=r"`max_sampler_gap`=0\.1 nats per token, but got .* at step 1: the rollouts"
+    ):
         fit(tmp_path, once)
     assert once.handovers == 1
 
