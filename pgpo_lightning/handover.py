@@ -1,5 +1,6 @@
 """The student's weights on their way to a sampler that has weights of its own: have they changed, and as what do they travel?"""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ def checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
     """Write configuration and :func:`checkpoint_weights` into a folder, over what was there."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # a model that was made from a configuration does not say what it is
+    config.save_pretrained(folder)
     tensors, seen = {}, set()
     for name, tensor in checkpoint_weights(model).items():
         again = tensor.data_ptr() in seen  # tied: the format refuses two names for one memory

@@ -22,6 +22,7 @@ from pgpo_lightning.records import Question, Rollout
 from pgpo_lightning.rollout import Engine, Sampling, end_tokens
 from pgpo_lightning.seeding import seeded
 
+FIXED = ("model", "runner", "skip_tokenizer_init", "logprobs_mode", "generation_config")  # arguments of `vllm.LLM`
 LOWEST_TEMPERATURE = 0.01  # below it vLLM samples at another temperature than it is told
 
 
@@ -197,13 +198,7 @@ def _check(server: str | None, server_timeout: float, local: dict[str, Any]) -> 
             raise ValueError(f"Expected `{name}` to be at least 1, but got {local[name]}.")
     if server_timeout <= 0:
         raise ValueError(f"Expected `server_timeout` to be above 0, but got {server_timeout}.")
-    ours = {
-        *inspect.signature(VLLMEngine).parameters,
-        "model",
-        "logprobs_mode",
-        "generation_config",
-        "skip_tokenizer_init",
-    }
+    ours = {*inspect.signature(VLLMEngine).parameters, *FIXED}
     if taken := sorted(ours & {*(local["options"] or {})}):
         raise ValueError(f"Expected `options` to hold nothing that is set elsewhere, but got {', '.join(taken)}.")
     if server is None:

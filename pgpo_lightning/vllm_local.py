@@ -49,10 +49,10 @@ class LocalSampler(Sampler):
             # For a request with a seed whose prompt is run in parts, vLLM turns its generator back, which those of a CPU cannot.
             options.setdefault("enable_chunked_prefill", False)
         arguments = {name: value for name, value in settings.items() if name != "options"}
-        # It tells at length that without a tokenizer there is no chat template to try. A filter outlives vLLM's own set-up.
-        logging.getLogger("vllm.renderers.base").addFilter(lambda record: "warmup failed" not in record.getMessage())
+        _quiet()
         self.llm = vllm.LLM(
             str(self.folder),
+            runner="generate",
             skip_tokenizer_init=True,  # token ids go in and come out
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: behind the temperature
             generation_config="vllm",  # no sampling settings of the model's own
@@ -109,6 +109,17 @@ class LocalSampler(Sampler):
         if self.dozes:
             self.llm.sleep(level=1)  # keeps the weights, in the host's memory: level 2 would wake up without any
             self.asleep = True
+
+
+def _quiet() -> None:
+    """Leave out what vLLM says at every start or hand-over and means nothing here. Filters outlive its own set-up of logging."""
+    chatter = {
+        "vllm.renderers.base": "Chat template warmup failed",  # there is no tokenizer
+        # Its table of angles is no weight. The same message about another layer is a hand-over that went wrong.
+        "vllm.model_executor.model_loader.reload.layerwise": "RotaryEmbedding: Failed to load weights",
+    }
+    for name, message in chatter.items():
+        logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
 
 
 def _completion(output: Any) -> Completion:

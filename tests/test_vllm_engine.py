@@ -87,6 +87,8 @@ def test_written_weights_are_a_checkpoint_with_a_head(tmp_path, tied):
     write_weights(tiny_model(3, tie_word_embeddings=tied), tmp_path)
     write_weights(model, tmp_path)  # over it
     assert torch.equal(load_file(tmp_path / "model.safetensors")["lm_head.weight"], model.lm_head.weight)
+    assert model.config.architectures is None  # and stays so; vLLM could not tell what to do with the folder
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
 
@@ -231,6 +233,28 @@ def test_a_server_that_fails(server):
         RuntimeError, match=r"end with an end token or after 8 tokens, .* but got 2 tokens \[60, 61\] and 2 log"
     ):
         ask(engine, model)
+
+
+def test_the_order_of_things():
+    calls = []
+
+    class Told(vllm_engine.Sampler):
+        max_model_len = 64
+        wake = lambda self: calls.append("wake")  # noqa: E731
+        sleep = lambda self: calls.append("sleep")  # noqa: E731
+
+        def load(self, model):
+            calls.append("load")
+
+        def complete(self, prompts, seeds, n, sampling, ends):
+            calls.append("complete")
+            return [[vllm_engine.Completion([EOS], [-1.0])] * n for _ in prompts]
+
+    engine, model = VLLMEngine(server="http://localhost:1"), tiny_model()
+    engine.sampler = Told()
+    ask(engine, model)
+    ask(engine, model)
+    assert calls == ["wake", "load", "complete", "sleep", "wake", "complete", "sleep"]
 
 
 def test_what_vllm_cannot_do(server):

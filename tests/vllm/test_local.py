@@ -139,14 +139,14 @@ class Recording(SDPO):
         super().report(rows, statistics)
 
 
-def fit(folder, engine, steps=3, ckpt_path=None, callbacks=(), **settings):
+def fit(folder, engine, steps=3, ckpt_path=None, callbacks=(), asked=8, **settings):
     L.seed_everything(0, verbose=False)
     module = Recording(
         student(), half_right, tokenizer=TOKENIZER, num_generations=4, engine=engine,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **(LIMITS | settings),
     )  # fmt: skip
     keep = {"callbacks": [*callbacks], "enable_checkpointing": bool(callbacks)}
-    trainer(folder, max_steps=steps, **keep).fit(module, loader(questions(8), 2), ckpt_path=ckpt_path)
+    trainer(folder, max_steps=steps, **keep).fit(module, loader(questions(asked), 2), ckpt_path=ckpt_path)
     return module
 
 
@@ -173,13 +173,15 @@ def test_a_run_without_hand_overs_is_stopped_at_the_second_step(tmp_path, engine
 
 
 def test_a_resumed_run_and_a_repeated_one_sample_the_same(engine, tmp_path):
-    whole = fit(tmp_path / "whole", engine, steps=4)
+    whole = fit(
+        tmp_path / "whole", engine, steps=4, asked=2
+    )  # the same questions at every step: this loader cannot resume
     save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    fit(tmp_path / "first", engine, steps=2, callbacks=[save])
-    resumed = fit(tmp_path / "second", engine, steps=4, ckpt_path=tmp_path / "saved" / "step=2.ckpt")
+    fit(tmp_path / "first", engine, steps=2, callbacks=[save], asked=2)
+    resumed = fit(tmp_path / "second", engine, steps=4, ckpt_path=tmp_path / "saved" / "step=2.ckpt", asked=2)
     assert len(resumed.gaps) == 2
     assert max(resumed.gaps) < 1e-5
-    again = fit(tmp_path / "again", engine, steps=4)
+    again = fit(tmp_path / "again", engine, steps=4, asked=2)
     for module in (resumed, again):
         assert [r.rollout.response_ids for r in module.last_rows] == [r.rollout.response_ids for r in whole.last_rows]
 
