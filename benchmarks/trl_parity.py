@@ -210,7 +210,9 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
             numbers["length"] = statistics.mean(row.length for row in rows)
             recorder.write(**numbers, in_loss=scalars["self_distillation/reprompt_sample_fraction"])
 
-    policy = module(Replayed if theirs else SDPO, TOY, seed, engine=Recorded() if theirs else None)
+    # What TRL sampled comes without log-probabilities, so that there is nothing to compare with the trainer's.
+    replay = {"engine": Recorded(), "max_sampler_gap": None} if theirs else {}
+    policy = module(Replayed if theirs else SDPO, TOY, seed, **replay)
     trainer(recorder.folder, callbacks=[Record()], limit_val_batches=0).fit(policy, datamodule=toy_data())
     if theirs:
         append(recorder.folder / "replay.jsonl", same | distance(recorder.folder, out / f"trl-{seed}"))

@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import pgpo_lightning.callbacks
 import pgpo_lightning.data
-import pgpo_lightning.modules  # noqa: F401  (short class names in configs need their classes imported)
+import pgpo_lightning.modules
+import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
 from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
 from pgpo_lightning.callbacks.checkpoint import PATTERN, newest_checkpoint
 from pgpo_lightning.data import QuestionData

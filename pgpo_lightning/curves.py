@@ -28,7 +28,7 @@ LAYOUT = {
         "divergence": ["Multiline", ["self_distillation/divergence_(success|failure)"]],
         "gradient norm": ["Multiline", ["actor/grad_norm"]],
         "rows with a teacher": ["Multiline", ["self_distillation/(reprompt_sample|success_group)_fraction"]],
-        "sampler against trainer": ["Multiline", ["rollout_corr/log_ratio.*"]],
+        "sampler against trainer": ["Multiline", ["rollout_corr/(gap|log_ratio.*)"]],
     },
     "information": {
         "I": ["Multiline", ["information/(mean|kl|log_ratio)"]],

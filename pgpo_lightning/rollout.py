@@ -39,7 +39,13 @@ class Sampling:
 
 
 class Engine(ABC):
-    """Samples responses from the current student."""
+    """Samples responses from the current student.
+
+    Attributes:
+        has_weights: Whether it has weights of its own, to which the student's are copied: whole ones, without adapter.
+    """
+
+    has_weights = False
 
     @abstractmethod
     def generate(
@@ -111,7 +117,7 @@ def _decode(
     n: int,
     sampling: Sampling,
 ) -> list[Rollout]:
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     tokens, log_probs = _sample(model, prompts, n, sampling, ends)
     rollouts = []
     for i, row in enumerate(tokens.tolist()):
@@ -248,7 +254,7 @@ class _RoomyLayer(DynamicLayer):
         return room[..., :after, :]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return every token that ends a response: the model's own, which may be several, and the tokenizer's."""
     own = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}

@@ -30,6 +30,7 @@ class StepStatistics:
         kl: KL(teacher||student) (nats).
         log_ratio: log T(y) - log S(y) of the sampled tokens (nats).
         sampler_log_ratio: log S(y) - log sampler(y) of the sampled tokens (nats): 0 if trainer and sampler agree.
+        sampler_gap: |log S(y) - log sampler(y)| of the sampled tokens (nats), which does not cancel within a sequence.
         loss: The objective's loss before importance weights.
         weight: The importance weight.
         length: Response tokens.
@@ -42,6 +43,7 @@ class StepStatistics:
     kl: Tensor
     log_ratio: Tensor
     sampler_log_ratio: Tensor
+    sampler_gap: Tensor
     loss: Tensor
     weight: Tensor
     length: Tensor
@@ -85,6 +87,7 @@ class StepStatistics:
             kl=mean(tokens.kl),
             log_ratio=mean(tokens.log_p_teacher - tokens.log_p_student),
             sampler_log_ratio=mean(tokens.log_p_student - sampler_log_p),
+            sampler_gap=mean((tokens.log_p_student - sampler_log_p).abs()),
             loss=mean(loss),
             weight=mean(weight),
             length=lengths.float(),

@@ -8,9 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_sdpo
+from helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from pgpo_lightning.lora import LoRA
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.rollout import TransformersEngine
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
 
@@ -63,4 +67,27 @@ def test_tensor_parallelism_is_refused():
     with pytest.raises(
         MisconfigurationException, match=r"`tensor_parallel_size` of 1.*but got 2.*`data_parallel_size`"
     ):
+        module.setup("fit")
+
+
+class OwnWeights(TransformersEngine):
+    has_weights = True
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharded", "message"),
+    [
+        ({"lora": LoRA()}, True, "no `lora` with sharded weights, but got ModelParallelStrategy"),
+        ({"engine": OwnWeights()}, True, "no sharded weights with OwnWeights"),
+        ({"engine": OwnWeights(), "lora": LoRA()}, False, "no `lora` with OwnWeights"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, sharded, message):
+    pytest.importorskip("peft")
+    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | settings)
+    strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy("cpu")
+    if sharded:
+        strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=message):
         module.setup("fit")

@@ -18,6 +18,7 @@ def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None):
         kl=zeros if kl is None else torch.tensor(kl),
         log_ratio=zeros if log_ratio is None else torch.tensor(log_ratio),
         sampler_log_ratio=zeros,
+        sampler_gap=zeros,
         loss=zeros,
         weight=zeros + 1,
         length=torch.tensor(length),
@@ -94,5 +95,6 @@ def test_from_tokens_averages_each_sequence():
     assert r.entropy_student.tolist() == [0.5, 3.0]
     assert r.log_ratio.tolist() == [1.0, 1.0]
     assert r.sampler_log_ratio.tolist() == [0.5, 0.5]
+    assert r.sampler_gap.tolist() == [0.5, 0.5]
     assert r.length.tolist() == [2.0, 3.0]
     assert r.has_teacher.tolist() == [1.0, 1.0]

@@ -40,13 +40,22 @@ class Lifecycle(Evaluation):
         self.training_run = stage == "fit"
         if stage == "fit":
             _check_strategy(self.trainer.strategy)
-            if self.lora is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise MisconfigurationException(
-                    "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."
-                )
+        self._check_combination(isinstance(self.trainer.strategy, ModelParallelStrategy))
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
+
+    def _check_combination(self, sharded: bool) -> None:
+        name = type(self.engine).__name__
+        if self.lora is not None and sharded:
+            raise MisconfigurationException(
+                "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."
+            )
+        if self.engine.has_weights and (self.lora is not None or sharded):
+            what = "`lora`" if self.lora is not None else "sharded weights"
+            raise MisconfigurationException(
+                f"Expected no {what} with {name}, which takes over whole weights. Set `engine` to TransformersEngine."
+            )
 
     def _too_long(self, question: Question) -> str | None:
         length = len(self.encoder.question(question))

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pgpo_lightning.agreement import check_sampler
 from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
@@ -76,6 +77,8 @@ class OnPolicyModule(Lifecycle):
             without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over
             all tokens in the loss.
         is_clip: Upper bound of the importance weight between trainer and sampler; null for no weight.
+        max_sampler_gap: Stop the run when trainer and sampler differ by more than this in the log-probability of a sampled token
+            (mean size, nats per token, first update of a batch); null never stops.
         success_reward_threshold: Rewards from here on count as success.
         on_verifier_error: What happens when the verifier raises or returns no finite number: ``raise`` stops the run,
             ``zero`` gives that response a reward of 0 and counts it.
@@ -124,6 +127,7 @@ class OnPolicyModule(Lifecycle):
         micro_batch_tokens: int = 16384,
         loss_agg_mode: LossAggregation = "seq-mean-token-mean",
         is_clip: float | None = 2.0,
+        max_sampler_gap: float | None = 0.1,
         success_reward_threshold: float = 0.5,
         on_verifier_error: Literal["raise", "zero"] = "raise",
         max_skipped_steps: int = 5,
@@ -143,7 +147,7 @@ class OnPolicyModule(Lifecycle):
         at_least(1, micro_batch_tokens=micro_batch_tokens)
         at_least(0, max_skipped_steps=max_skipped_steps)
         positive(temperature=temperature, eval_temperature=eval_temperature, eval_top_p=eval_top_p)
-        positive(max_grad_norm=max_grad_norm, is_clip=is_clip)
+        positive(max_grad_norm=max_grad_norm, is_clip=is_clip, max_sampler_gap=max_sampler_gap)
         one_of(("seq-mean-token-mean", "token-mean"), loss_agg_mode=loss_agg_mode)
         one_of(("raise", "zero"), on_verifier_error=on_verifier_error)
         if eval_top_p > 1:
@@ -166,6 +170,7 @@ class OnPolicyModule(Lifecycle):
         self.micro_batch_tokens = micro_batch_tokens
         self.loss_agg_mode = loss_agg_mode
         self.is_clip = is_clip
+        self.max_sampler_gap = max_sampler_gap
         self.success_reward_threshold = success_reward_threshold
         self.on_verifier_error = on_verifier_error
         self.max_skipped_steps = max_skipped_steps
@@ -216,6 +221,8 @@ class OnPolicyModule(Lifecycle):
                 updated, seen = False, []
                 for share in [*shares(rows, self.updates_per_batch)] * self.num_iterations:
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
+                    if not seen:  # later updates find a policy that has moved
+                        self.scalars |= check_sampler(self.step_statistics, self.max_sampler_gap, self.steps)
                     updated |= self.update(loss)  # a callback reads I, scales the step by ρ
                     seen.append(self.step_statistics)
                 if updated:
