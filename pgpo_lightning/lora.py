@@ -194,8 +194,7 @@ def _do_not_miss_base(module: nn.Module, keys: Any) -> None:
 
 
 def _is_base(name: str) -> bool:
-    # A model that came as an object is in the module under two names.
-    return name.startswith("given_model.") or (name.startswith("model.") and not _is_adapter(name))
+    return name.startswith("model.") and not _is_adapter(name)
 
 
 def _is_adapter(name: str) -> bool:

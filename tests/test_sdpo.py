@@ -388,3 +388,8 @@ def test_settings_of_the_allocation_are_checked():
         Allocation("row")
     with pytest.raises(ValueError, match="`maximum` of the allocation to be at least 1"):
         Allocation(maximum=0.5)
+
+
+def test_a_model_that_came_as_an_object_is_saved_once():
+    module = tiny_sdpo(teacher_regularization="live")
+    assert {name.split(".")[0] for name in module.state_dict()} == {"model"}

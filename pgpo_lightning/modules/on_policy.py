@@ -180,7 +180,7 @@ class OnPolicyModule(Lifecycle):
         self.model: PreTrainedModel | None = None
         self.teacher: Teacher | None = None
         self.placement = Whole()
-        self.given_model = model
+        object.__setattr__(self, "given_model", model)  # or a checkpoint would hold a model object twice
         self.lora = lora
         self.base_identity = None
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
