@@ -20,14 +20,14 @@ from pgpo_lightning.records import Question, Rollout, Row, Verdict
 FIRST_ID = 16  # of synthetic tokens: above the special ones
 
 
-def random_qwen3(device: str, dtype: torch.dtype, **shape: int) -> Qwen3ForCausalLM:
-    """Build a Qwen3 with random weights, untied, where it is going to live."""
+def random_qwen3(device: str, dtype: torch.dtype, tied: bool = False, **shape: int) -> Qwen3ForCausalLM:
+    """Build a Qwen3 with random weights where it is going to live."""
     default = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False))
+            return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=tied))
     finally:
         torch.set_default_dtype(default)
 
