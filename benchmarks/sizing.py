@@ -151,7 +151,7 @@ def rows_of(case: Case) -> list[Any]:
 
 def observe(case: Case) -> tuple[Row, Row]:
     """Take a step with the optimizer's state in place and return bytes; and another for the operations."""
-    from standalone import Standalone, random_qwen3
+    from standalone import Standalone, fixed_lengths, random_qwen3
     from torch.utils.flop_counter import FlopCounterMode
 
     from pgpo_lightning.modules import on_policy
@@ -267,32 +267,6 @@ def counted(function: Callable[..., Any], into: Row, name: str) -> Callable[...,
         return result
 
     return wrapped
-
-
-@contextmanager
-def fixed_lengths(lengths: list[int]) -> Iterator[None]:
-    """Let responses end where they are to end: the sampler's tokens are replaced, everything else is as it is."""
-    from pgpo_lightning import rollout
-
-    draw, ends, drawn = rollout._draw, rollout._end_tokens, 0
-    active = list(range(len(lengths)))
-
-    def drawing(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        nonlocal drawn, active
-        token = draw(weights, uniform).clamp(min=2)
-        if len(token) < len(active):  # those that had ended have left
-            active = [i for i in active if lengths[i] > drawn]
-        drawn += 1
-        for place, i in enumerate(active):
-            if lengths[i] <= drawn:
-                token[place] = 1
-        return token
-
-    rollout._draw, rollout._end_tokens = drawing, lambda *_: {1}
-    try:
-        yield
-    finally:
-        rollout._draw, rollout._end_tokens = draw, ends
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

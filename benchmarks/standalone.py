@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from pgpo_lightning import rollout
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.policy import decoder, load_tokenizer
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
@@ -45,8 +46,8 @@ def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabul
         ids = token_ids(rng, round(response * rng.uniform(0.75, 1.25)), vocabulary)
         log_probs = torch.full((len(ids),), -math.log(vocabulary))
         question = Question("?", "1", index=i // 8)
-        rollout = Rollout(question, token_ids(rng, prompt, vocabulary), ids, log_probs, "", True)
-        made.append(Row(rollout, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
+        one = Rollout(question, token_ids(rng, prompt, vocabulary), ids, log_probs, "", True)
+        made.append(Row(one, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
     return made
 
 
@@ -117,6 +118,28 @@ class Standalone(SDPO):
             self.seconds[part] += self._now() - started.pop()
 
         decoder(model).register_forward_hook(stop)
+
+
+@contextmanager
+def fixed_lengths(lengths: list[int]) -> Iterator[None]:
+    """Let sampled responses end after so many tokens each: ends are put in and taken out, everything else is as it is."""
+    draw, ends = rollout._draw, rollout._end_tokens
+    drawn, active, wanted = 0, list(lengths), None
+
+    def drawing(weights: Tensor, uniform: Tensor) -> Tensor:
+        nonlocal drawn, active, wanted
+        token = draw(weights, uniform).clamp(min=FIRST_ID)
+        if len(token) < len(active):  # those that had ended have left
+            active, wanted = [length for length in active if length > drawn], None
+        drawn += 1
+        wanted = torch.tensor(active, device=token.device) if wanted is None else wanted
+        return torch.where(wanted <= drawn, 1, token)
+
+    rollout._draw, rollout._end_tokens = drawing, lambda *_: {1}
+    try:
+        yield
+    finally:
+        rollout._draw, rollout._end_tokens = draw, ends
 
 
 def _no_verdict(_: Question, __: str) -> float:

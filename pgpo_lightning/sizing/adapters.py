@@ -1,6 +1,5 @@
 """Low-rank adapters by their numbers: how many parameters they are, and a stand-in for the dry run."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,5 +72,3 @@ class _Adapted(nn.Module):
         result = self.base(x)
         return (result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0).to(result.dtype)
 
-
-Wrap = Callable[[PreTrainedModel], PreTrainedModel]

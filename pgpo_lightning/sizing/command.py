@@ -80,10 +80,8 @@ class PlanCommand(PGPOCommand):
         for name, length, limit in zip(("prompt", "reprompt", "response"), lengths, limits, strict=True):
             if length > limit:
                 raise ValueError(f"Expected `{name}_tokens` to be at most the configured limit {limit}, but got {length}.")
-        rank = self._get(self.config, "lora_rank")
-        own_type = compute.student if str(trainer.precision).endswith("-true") and "32" not in str(trainer.precision) else None
-        targets = tuple(self._get(self.config, "lora_targets"))
-        adapters = None if rank is None else Adapters(rank, targets, own_type or torch.float32)
+        rank, targets = (self._get(self.config, f"lora_{name}") for name in ("rank", "targets"))
+        adapters = _adapters(module, rank, targets, str(trainer.precision))
         engine = module.engine
         data = self.datamodule
         return Run(
@@ -108,6 +106,19 @@ class PlanCommand(PGPOCommand):
             device=device,
             adapters=adapters,
         )
+
+
+def _adapters(module: OnPolicyModule, rank: int | None, targets: list[str], precision: str) -> Adapters | None:
+    """Return the module's adapters, where it has a setting for them, or those that the command line assumes."""
+    if getattr(module, "quantization", None) is not None:
+        raise ValueError(f"Expected no `quantization`, whose bytes are not known here, but got {module.quantization}.")
+    own = getattr(module, "lora", None)
+    if own is not None:
+        rank, targets = own.r, [own.target_modules] if isinstance(own.target_modules, str) else own.target_modules
+    if rank is None:
+        return None
+    half = PRECISIONS[_OLD.get(precision, precision)][0]  # Lightning converts adapters as well
+    return Adapters(rank, tuple(targets), half or torch.float32)
 
 
 def _config(module: OnPolicyModule, shapes: str | None) -> Any:

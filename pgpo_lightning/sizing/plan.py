@@ -156,7 +156,12 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
         each = min(run.eval_samples, n)
         prompts = [run.lengths.prompt] * (n // each)
         tested = Sampled(prompts, each, [run.longest_response] * (len(prompts) * each), run.longest_response, run.nucleus)
-        need.phases["evaluation"] = sampling_bytes(run.config, compute, tested, run.device)[0]
+        like = replace(sampled, nucleus=run.nucleus)
+        need.phases["evaluation"] = (
+            sampling_bytes(run.config, compute, tested, run.device)[0]
+            if tested != like or run.nucleus
+            else dict(sampling)
+        )
         need.phases["evaluation"] |= {"gathered weights": gathered["rollouts"]}
         need.absent["evaluation"] = ("gradients",)
 

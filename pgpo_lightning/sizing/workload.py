@@ -1,6 +1,7 @@
 """What one device works on in a step: rows of assumed lengths, grouped and laid out by the code that will do it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,5 +131,15 @@ def group(rows: list[Row], budget: int, share: bool, with_teacher: bool) -> list
         pairs = [(contexts(row)[which], row.rollout.response_ids) for row in part]
         return Sequences.pack(pairs, 0, torch.device("cpu"), share)
 
-    groups = micro_batches(rows, budget, contexts, share)
-    return [MicroBatch(pack(part, 0), pack(part, 1) if with_teacher else None) for part in groups]
+    alike: dict[Any, MicroBatch] = {}  # groups of equal lengths have equal layouts
+    made = []
+    for part in micro_batches(rows, budget, contexts, share):
+        prompts: dict[tuple[int, ...], int] = {}
+        key = tuple(
+            (row.length, *((prompts.setdefault(tuple(ids), len(prompts)), len(ids)) for ids in contexts(row)))
+            for row in part
+        )
+        if key not in alike:
+            alike[key] = MicroBatch(pack(part, 0), pack(part, 1) if with_teacher else None)
+        made.append(alike[key])
+    return made
