@@ -1,8 +1,8 @@
 """A whole step at the size of the paper's run on one accelerator, with what `pgpo plan` foretold beside it.
 
 Qwen3-8B's shapes with random weights in bf16, 8-bit AdamW, an EMA teacher in fp32; 32 questions with 8 responses each, which end
-after different numbers of tokens. One call takes at most nine minutes; nothing has to be installed but torch, transformers, lightning
-and bitsandbytes (without it AdamW of torch, which the table says). From the root of the repository::
+after different numbers of tokens. One call takes at most nine minutes; nothing has to be installed but torch, transformers,
+lightning and bitsandbytes (without it AdamW of torch, which the table says). From the root of the repository::
 
     python benchmarks/large.py --json large.jsonl
     python benchmarks/large.py --tiny              # the same code on a CPU, in seconds
@@ -10,8 +10,8 @@ and bitsandbytes (without it AdamW of torch, which the table says). From the roo
 A line is written as soon as something is known: the plan, every step's rollouts, every step's update. What is not reached in time
 is missing, and the last line says so. The first step compiles and makes the optimizer's state, and is not to be counted.
 
-Settings are tried one after the other: prompts run once for all of their responses (`shared`), and recomputed activations (`checkpointing`),
-which excludes that.
+Settings are tried one after the other: prompts run once for all of their responses (`shared`), and recomputed activations
+(`checkpointing`), which excludes that.
 """
 
 import argparse
@@ -102,7 +102,11 @@ def foretell(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch
             device=setup.device,
         )
     )
-    row = {"parameters": made.count.total, "micro_batches": made.micro_batches, "tflop": sum(made.flops.values()) / 1e12}
+    row = {
+        "parameters": made.count.total,
+        "micro_batches": made.micro_batches,
+        "tflop": sum(made.flops.values()) / 1e12,
+    }
     row |= {f"{phase}_gib": peak / GIB for phase, peak in made.need.peaks.items()}
     return row | {f"{name}_gib": bytes_ / GIB for name, bytes_ in made.need.standing.items()}, made
 
@@ -183,7 +187,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU unless `--device` says otherwise")
     parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--settings", choices=("shared", "checkpointing"), nargs="+", default=["shared", "checkpointing"])
+    parser.add_argument(
+        "--settings", choices=("shared", "checkpointing"), nargs="+", default=["shared", "checkpointing"]
+    )
     parser.add_argument("--budget", type=float, default=530, help="seconds after which nothing goes on")
     for name, kind in (("questions", int), ("samples", int), ("prompt", int), ("reprompt", int), ("response", int),
                        ("spread", float), ("longest", int), ("at_once", int), ("shared_tokens", int),

@@ -163,7 +163,10 @@ def observe(case: Case) -> tuple[Row, Row]:
     before = measure._status("VmRSS")
     rows = rows_of(case)
     model = random_qwen3("cpu", getattr(torch, case.dtype), tied=case.tied, **case.shape)
-    longest = [max(map(len, ids)) for ids in zip(*((r.rollout.prompt_ids, r.reprompt_ids, r.rollout.response_ids) for r in rows), strict=True)]
+    longest = [
+        max(map(len, ids))
+        for ids in zip(*((r.rollout.prompt_ids, r.reprompt_ids, r.rollout.response_ids) for r in rows), strict=True)
+    ]
     policy = Standalone(
         model,
         make_optimizer(case.optimizer),
@@ -230,11 +233,15 @@ def observe(case: Case) -> tuple[Row, Row]:
     policy.own_optimizer.zero_grad()
     gc.collect()
     mixed = torch.autocast("cpu", torch.bfloat16, case.mixed, cache_enabled=False)
-    with mixed, piece(on_policy.source, "activations", True), piece(on_policy.linear_distillation, "loss buffers", False):
-        with counter:
-            sample()
-            seen["peak, rollouts"] = counter.restart()
-            passes()
+    with (
+        mixed,
+        piece(on_policy.source, "activations", True),
+        piece(on_policy.linear_distillation, "loss buffers", False),
+        counter,
+    ):
+        sample()
+        seen["peak, rollouts"] = counter.restart()
+        passes()
     high = measure._status("VmHWM") - before
     weights = sum(p.nbytes for p in policy.model.parameters())
     teacher = sum(p.nbytes for p in policy.teacher.parameters())

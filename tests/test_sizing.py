@@ -87,7 +87,9 @@ def test_adapters(targets):
     trained = [tuple(p.shape) for p in wrapped.parameters() if p.requires_grad]
     assert sorted(trained) == sorted(shapes)
     assert len(shapes) == 2 * 2 * (7 if targets == ("all-linear",) else 2)
-    with pytest.raises(ValueError, match="Expected `lora_targets` to be all-linear or some of .*q_proj.*, but got nothing"):
+    with pytest.raises(
+        ValueError, match=r"Expected `lora_targets` to be all-linear or some of .*q_proj.*, but got nothing"
+    ):
         Adapters(4, ("nothing",)).shapes(model.config)
 
 

@@ -71,4 +71,3 @@ class _Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
         return (result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0).to(result.dtype)
-

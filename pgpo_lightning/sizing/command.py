@@ -36,12 +36,18 @@ class PlanCommand(PGPOCommand):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is assumed, and where the answer goes."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--memory", type=float | None, help="GiB of a device; by default of the one at hand, if any.")
+        parser.add_argument(
+            "--memory", type=float | None, help="GiB of a device; by default of the one at hand, if any."
+        )
         parser.add_argument("--json", type=str | None, help="A file for the answer as JSON.")
         parser.add_argument("--shapes", type=str | None, help="A folder with the model's config.json, if not `model`.")
-        parser.add_argument("--device", type=str | None, help="cuda or cpu; by default what `trainer.accelerator` asks for.")
+        parser.add_argument(
+            "--device", type=str | None, help="cuda or cpu; by default what `trainer.accelerator` asks for."
+        )
         for name, what in (("prompt", "student's prompt"), ("reprompt", "teacher's prompt"), ("response", "response")):
-            parser.add_argument(f"--{name}_tokens", type=int | None, help=f"Mean length of a {what}; by default its limit.")
+            parser.add_argument(
+                f"--{name}_tokens", type=int | None, help=f"Mean length of a {what}; by default its limit."
+            )
         parser.add_argument("--spread", type=float, default=0.0, help="Lengths of responses: mean * (1 ± spread).")
         parser.add_argument("--lora_rank", type=int | None, help="Plan for adapters of this rank.")
         parser.add_argument("--lora_targets", type=list[str], default=["all-linear"], help="Linear maps that have one.")
@@ -79,7 +85,9 @@ class PlanCommand(PGPOCommand):
         lengths = [limit if mean is None else mean for mean, limit in zip(means, limits, strict=True)]
         for name, length, limit in zip(("prompt", "reprompt", "response"), lengths, limits, strict=True):
             if length > limit:
-                raise ValueError(f"Expected `{name}_tokens` to be at most the configured limit {limit}, but got {length}.")
+                raise ValueError(
+                    f"Expected `{name}_tokens` to be at most the configured limit {limit}, but got {length}."
+                )
         rank, targets = (self._get(self.config, f"lora_{name}") for name in ("rank", "targets"))
         adapters = _adapters(module, rank, targets, str(trainer.precision))
         engine = module.engine
@@ -154,7 +162,13 @@ def _sharding(trainer: Any, device: str) -> Sharding:
     devices = _devices(trainer.devices, device) * trainer.num_nodes
     if name in ("auto", "SingleDeviceStrategy"):
         return Sharding(devices, "ddp" if devices > 1 else "single")
-    if name in ("DDPStrategy", "ddp", "ddp_spawn", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
+    if name in (
+        "DDPStrategy",
+        "ddp",
+        "ddp_spawn",
+        "ddp_find_unused_parameters_true",
+        "ddp_find_unused_parameters_false",
+    ):
         return Sharding(devices, "ddp")
     if name == "ModelParallelStrategy":
         tensor = arguments.get("tensor_parallel_size", "auto")

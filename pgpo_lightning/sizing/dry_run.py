@@ -1,10 +1,10 @@
 """The package's own forward and backward passes on tensors without data: what they hold at their highest, layer by layer.
 
 Nothing of a transformer's activations is written down here as a formula: models, precisions, checkpointing and layouts differ
-too much for that. The decoder runs with two and with three layers at the real widths and lengths, as fake tensors that have shapes
-and types but no data, and :class:`~pgpo_lightning.sizing.counter.LiveBytes` counts what is alive between named points. All layers
-are equal, so each of these peaks is a straight line in the number of layers (the peaks inside of the stack, which are not, lie
-between those at its two ends), and two points give the line.
+too much for that. The decoder runs with two and with three layers at the real widths and lengths, as fake tensors that have
+shapes and types but no data, and :class:`~pgpo_lightning.sizing.counter.LiveBytes` counts what is alive between named points.
+All layers are equal, so each of these peaks is a straight line in the number of layers (the peaks inside of the stack, which are
+not, lie between those at its two ends), and two points give the line.
 """
 
 import dataclasses
@@ -79,7 +79,8 @@ def update_peaks(
         config: Of the model, with few layers; see :func:`along_layers`.
         compute: How.
         student: The rows as the student sees them.
-        teachers: The models that make up the teacher, ``own`` (weights of its own) or ``student``, with the rows as they see them.
+        teachers: The models that make up the teacher, ``own`` (weights of its own) or ``student``, with the rows as they see
+            them.
         loss: Bytes that the loss takes beside the hidden states it is given, until it has its gradients.
         accumulating: Whether gradients of an earlier micro-batch exist. They are not counted then; otherwise those that the
             backward pass makes are.
@@ -261,6 +262,6 @@ def _fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Pack
 
     with warnings.catch_warnings(), ExitStack() as stack:
         # Several sequences in one row, told by their positions: never here, but without data transformers cannot know that.
-        stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
+        stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         stack.enter_context(mode)
         yield LiveBytes(), fake

@@ -1,4 +1,4 @@
-"""Bytes of the loss: a formula for :mod:`pgpo_lightning.distillation`, whose passes over rows a dry run would take minutes for."""
+"""Bytes of the loss: a formula for :mod:`pgpo_lightning.distillation`, for whose many blocks a dry run would take minutes."""
 
 import torch
 
@@ -10,9 +10,16 @@ WIDE = 4  # bytes: results of products, statistics and gradients are fp32
 
 
 def loss_bytes(
-    tokens: int, hidden: int, vocabulary: int, compute: Compute, device: str, teachers: int, trains_head: bool, top_k: bool
+    tokens: int,
+    hidden: int,
+    vocabulary: int,
+    compute: Compute,
+    device: str,
+    teachers: int,
+    trains_head: bool,
+    top_k: bool,
 ) -> int:
-    """Return the bytes that :func:`~pgpo_lightning.distillation.linear_distillation` holds at its highest beside what it is given.
+    """Return what :func:`~pgpo_lightning.distillation.linear_distillation` holds at its highest beside what it is given.
 
     With N tokens, D, V, and chunks of c = min(N, 1024) tokens (256 on a CPU):
 
@@ -20,8 +27,8 @@ def loss_bytes(
     - a chunk's logits: 4 c V for the student and 4 c V for all teachers together (one more while a second one is added);
     - the gradient in the logits: on a GPU 2 c V in bf16 beside them (4 c V in fp32); on a CPU it takes the student's place in
       fp32 and is rounded through 2 c V into 4 c V more in 16 bits;
-    - operands: a GPU multiplies 16-bit matrices as they are, so only heads of another type are copied, 2 V D each. A CPU takes them
-      widened, 4 V D each, with 2 V D on the way for those of another type;
+    - operands: a GPU multiplies 16-bit matrices as they are, so only heads of another type are copied, 2 V D each. A CPU takes
+      them widened, 4 V D each, if anything is in 16 bits;
     - a CPU works through six buffers of one block of rows; on a GPU torch.compile fuses the elementwise work. Top-k is not
       fused: four more tensors of c V there (an estimate, not yet seen on a GPU).
 
@@ -41,7 +48,6 @@ def loss_bytes(
     native = device == "cuda" and narrow == 2
     kept = WIDE * (tokens * hidden + trains_head * vocabulary * hidden + 6 * tokens)
     heads = [compute.student] + [compute.teacher] * min(teachers, 1) + [compute.student] * (teachers - 1)
-    # The heads stay; the last one's rounded copy is there while it is widened, before there is any chunk.
     operands = sum(_operand(dtype, compute.narrow, native) for dtype in heads) * vocabulary * hidden
     logits = WIDE * chunk * vocabulary * (1 + min(teachers, 2))
     if native:

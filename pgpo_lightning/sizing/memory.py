@@ -41,8 +41,8 @@ class Sharding:
 
     Args:
         devices: That take part in a step.
-        kind: ``single``; ``ddp``: everybody holds everything, and the buckets in which gradients are exchanged; ``fsdp``: everybody
-            holds an equal share of weights, gradients, optimizer state and teacher, and what it computes with is gathered.
+        kind: ``single``; ``ddp``: everybody holds everything, and the buckets in which gradients are exchanged; ``fsdp``:
+            everybody holds an equal share of weights, gradients, optimizer state and teacher, and gathers what it computes with.
     """
 
     devices: int = 1
@@ -80,7 +80,13 @@ class Need:
 
 
 def standing_bytes(
-    weights: int, trainable: int, teacher: int, state: int, compute: Compute, sharding: Sharding, gradient: int | None = None
+    weights: int,
+    trainable: int,
+    teacher: int,
+    state: int,
+    compute: Compute,
+    sharding: Sharding,
+    gradient: int | None = None,
 ) -> dict[str, int]:
     """Return what is there all the time.
 
@@ -114,9 +120,9 @@ def standing_bytes(
 def gathered_bytes(count: Count, own_teacher: bool, compute: Compute, sharding: Sharding) -> dict[str, int]:
     """Return what FSDP2 holds whole: in the update, and in rollouts.
 
-    In the update: embedding and head, which stay whole between forward and backward, and the layer at work with the next one, with
-    its gradient before it is cut up; of the teacher the same without gradients, not at the same time. In rollouts: the whole student, so that
-    no token waits for a transfer. Gradients are cut up after every micro-batch. Calculated from FSDP2's documentation.
+    In the update: embedding and head, which stay whole between forward and backward, and the layer at work with the next one,
+    with its gradient before it is cut up; of the teacher the same without gradients. In rollouts: the whole student, so that no
+    token waits for a transfer. Gradients are cut up after every micro-batch. Taken from FSDP2's documentation, not measured.
 
     Args:
         count: Of the model.
@@ -208,13 +214,19 @@ def sampling_bytes(
     going, length = max(((i + 1, longest + n) for i, n in enumerate(ordered)), key=lambda pair: pair[0] * pair[1])
     decode = along_layers(lambda few: decode_peaks(few, compute, going, length, padded), config)["decode"]
     sampler = sampler_bytes(rows, text.vocab_size, prefill["logits"] // (rows * text.vocab_size), sampled.nucleus)
-    kept = 2 * torch.float32.itemsize * rows * text.vocab_size  # logits and probabilities of the step before stay in the way
+    kept = (
+        2 * torch.float32.itemsize * rows * text.vocab_size
+    )  # logits and probabilities of the step before stay in the way
     record = 12 * rows * sampled.limit  # tokens and their log-probabilities
     decoding = {"keys and values": cache, "sampler": max(sampler, kept) + record, "temporary": 0}
     decoding["temporary"] = max(0, kept + decode - decoding["sampler"])
     total = sum(decoding.values())
     if prefill["prefill"] > total:
-        decoding = {"keys and values": prefill["cache"], "sampler": 0, "temporary": prefill["prefill"] - prefill["cache"]}
+        decoding = {
+            "keys and values": prefill["cache"],
+            "sampler": 0,
+            "temporary": prefill["prefill"] - prefill["cache"],
+        }
     return decoding, {"prefill": prefill["prefill"], "decoding": total}
 
 

@@ -65,7 +65,9 @@ def optimizer_need(
             for real, times in counted.items()
             if stand_ins[real] == shape
         )
-    needs = [passing[stand_ins[s]] * torch.Size(s).numel() / torch.Size(stand_ins[s]).numel() for s in counted.elements()]
+    needs = [
+        passing[stand_ins[s]] * torch.Size(s).numel() / torch.Size(stand_ins[s]).numel() for s in counted.elements()
+    ]
     total = sum(torch.Size(shape).numel() for shape in counted.elements())
     temporary = (sum if at_once else max)(needs)
     return OptimizerNeed(name, round(state), state / total, round(temporary), paged)
@@ -74,7 +76,9 @@ def optimizer_need(
 def _stand_in(shape: tuple[int, ...]) -> tuple[int, ...]:
     if torch.Size(shape).numel() <= _SMALL:
         return shape
-    return (1024, 1024) if len(shape) == 2 else (1024**2,) + (1,) * (len(shape) - 1)  # tables that all share vanish in it
+    return (
+        (1024, 1024) if len(shape) == 2 else (1024**2,) + (1,) * (len(shape) - 1)
+    )  # tables that all share vanish in it
 
 
 def _measure(

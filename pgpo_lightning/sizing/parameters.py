@@ -39,7 +39,9 @@ def with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
     return config
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
+def skeleton(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> PreTrainedModel:
     """Return the model without data, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -78,7 +80,11 @@ def count(config: PretrainedConfig) -> Count:
     """
     model = skeleton(config)
     layers = getattr(decoder(model), "layers", None)
-    kinds = {tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers} if isinstance(layers, nn.ModuleList) else set()
+    kinds = (
+        {tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers}
+        if isinstance(layers, nn.ModuleList)
+        else set()
+    )
     if len(kinds) != 1:
         raise ValueError(
             f"Expected `model` to be a decoder whose layers have equal shapes, but {config.model_type} has "

@@ -155,7 +155,9 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
         # Up to the limit, because a held-out question may make any response go that far.
         each = min(run.eval_samples, n)
         prompts = [run.lengths.prompt] * (n // each)
-        tested = Sampled(prompts, each, [run.longest_response] * (len(prompts) * each), run.longest_response, run.nucleus)
+        tested = Sampled(
+            prompts, each, [run.longest_response] * (len(prompts) * each), run.longest_response, run.nucleus
+        )
         like = replace(sampled, nucleus=run.nucleus)
         need.phases["evaluation"] = (
             sampling_bytes(run.config, compute, tested, run.device)[0]

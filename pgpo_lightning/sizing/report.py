@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from pgpo_lightning.sizing.memory import GIB
 from pgpo_lightning.sizing.plan import Plan
 
@@ -25,6 +27,19 @@ def verdict(made: Plan, memory: float) -> str:
     return f"does not fit {memory:.4g} GiB: {need:.1f} GiB in {phase}"
 
 
+def remarks(made: Plan) -> list[str]:
+    """Return what stands in the way of such a run, beside its size."""
+    run = made.run
+    found = []
+    if run.sharding.kind == "fsdp":
+        found.append("`pgpo fit` refuses sharded strategies until they are supported.")
+        if made.optimizer.name.startswith("bitsandbytes"):
+            found.append("bitsandbytes' optimizers do not work on shards; torchao's do.")
+    if run.compute.autocast == torch.float16:
+        found.append("`pgpo fit` refuses 16-mixed: its skipped steps would leave a rescaled learning rate in place.")
+    return found
+
+
 def table(made: Plan, memory: float | None) -> str:
     """Return the plan as Markdown.
 
@@ -36,17 +51,22 @@ def table(made: Plan, memory: float | None) -> str:
     sharding, compute = run.sharding, run.compute
     types = f"weights {_type(compute.student)}"
     types += "" if compute.autocast is None else f", products {_type(compute.autocast)}"
-    teacher = run.teacher if run.teacher == "none" or run.adapters is not None else f"{run.teacher} {_type(compute.teacher)}"
+    teacher = (
+        run.teacher if run.teacher == "none" or run.adapters is not None else f"{run.teacher} {_type(compute.teacher)}"
+    )
     lines = [
         f"{made.count.total / 1e9:.3f} B parameters, {_short(made.trainable)} trained; {types}; teacher {teacher}; "
         f"{made.optimizer.name}, {made.optimizer.per_parameter:.2f} bytes per trained parameter"
-        + (f" ({made.optimizer.state / GIB:.1f} GiB in pages that leave the device when it is full)" if made.optimizer.paged else ""),
-        f"{sharding.devices} x {run.device}, {sharding.kind}; per device and step {run.questions} questions x {run.samples}; tokens: "
-        f"prompt {run.lengths.prompt}, teacher's {run.lengths.reprompt}, response {run.lengths.response} ± {run.lengths.spread:.0%}",
-        f"{made.micro_batches} micro-batches; the largest: "
-        + "; ".join(
-            f"{name} {_rows(layout)}, {layout.padded} padded tokens" for name, layout in made.largest.items()
+        + (
+            f" ({made.optimizer.state / GIB:.1f} GiB in pages that leave the device when it is full)"
+            if made.optimizer.paged
+            else ""
         ),
+        f"{sharding.devices} x {run.device}, {sharding.kind}; per device and step {run.questions} questions x {run.samples}; "
+        f"tokens: prompt {run.lengths.prompt}, teacher's {run.lengths.reprompt}, "
+        f"response {run.lengths.response} ± {run.lengths.spread:.0%}",
+        f"{made.micro_batches} micro-batches; the largest: "
+        + "; ".join(f"{name} {_rows(layout)}, {layout.padded} padded tokens" for name, layout in made.largest.items()),
         "",
         "GiB per device, calculated:",
         "",
@@ -69,6 +89,8 @@ def table(made: Plan, memory: float | None) -> str:
     lines.append(f"| **all, TFLOP** | **{sum(made.flops.values()) / 1e12:,.4g}** |")
     if memory is not None:
         lines += ["", verdict(made, memory)]
+    if notes := remarks(made):
+        lines += ["", *notes]
     return "\n".join(lines)
 
 
@@ -96,6 +118,7 @@ def content(made: Plan, memory: float | None) -> dict[str, Any]:
         "dry_run_bytes": made.dry_run,
         "memory_gib": memory,
         "verdict": memory and verdict(made, memory),
+        "remarks": remarks(made),
     }
 
 

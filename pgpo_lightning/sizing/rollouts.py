@@ -6,9 +6,9 @@ _LOOK_EVERY = {"cpu": 1, "cuda": 16}
 def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> int:
     """Return the tokens that keys and values have room for at their highest, times `tensors`.
 
-    It goes through the steps of :func:`pgpo_lightning.rollout._sample` with counts in place of tensors: room grows by a quarter when
-    it is full, one tensor after the other, so that one tensor's old room stands beside all of the new; when a quarter of the responses has
-    ended, the others are copied while the old room is still there.
+    It goes through the steps of :func:`pgpo_lightning.rollout._sample` with counts in place of tensors: room grows by a quarter
+    when it is full, one tensor after the other, so that one tensor's old room stands beside all of the new; when a quarter of the
+    responses has ended, the others are copied while the old room is still there.
 
     Args:
         prompt: Tokens of the longest prompt.
@@ -39,7 +39,7 @@ def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> 
 def sampler_bytes(rows: int, vocabulary: int, given: int, nucleus: bool) -> int:
     """Return the bytes of a step of the sampler: logits, their fp32 copy, probabilities and their sums, ``(rows, V)`` each.
 
-    A nucleus sorts: sorted values with int64 places, their sums, masks, and the result; eight numbers more for each (an upper bound).
+    A nucleus sorts: sorted values with int64 places, their sums, masks, the result: eight numbers more for each (an upper bound).
 
     Args:
         rows: Responses.

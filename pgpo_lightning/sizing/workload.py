@@ -19,8 +19,8 @@ class Lengths:
         prompt: Of the student's prompt.
         reprompt: Of the teacher's.
         response: Of a response.
-        spread: The lengths of responses are spread evenly from ``1 - spread`` to ``1 + spread`` of `response`, those of prompts by a
-            quarter of that; 0 for all the same.
+        spread: The lengths of responses are spread evenly from ``1 - spread`` to ``1 + spread`` of `response`, those of prompts
+            by a quarter of that; 0 for all the same.
         longest: No response is longer.
     """
 
