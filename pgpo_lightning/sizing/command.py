@@ -33,6 +33,11 @@ _OLD = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-tru
 class PlanCommand(PGPOCommand):
     """Parses what `pgpo fit` parses, and builds the module and the data alone: neither opens weights or files."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit` is planned."""
+        return {"fit": PGPOCommand.subcommands()["fit"]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is assumed, and where the answer goes."""
         super().add_arguments_to_parser(parser)

@@ -30,11 +30,6 @@ class LiveBytes(TorchDispatchMode):
         peak, self.peak = self.peak, self.live
         return peak
 
-    def ignore(self, *tensors: torch.Tensor) -> None:
-        """Never count these, which were there before."""
-        for tensor in tensors:
-            self._alive[id(tensor.untyped_storage())] = (weakref.ref(tensor.untyped_storage()), 0)
-
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
