@@ -75,7 +75,18 @@ class Case:
 
 _TOY = Case(TOY, questions=16, samples=8, lengths=(48, 120, 28), budget=4096, operations=True)
 _MID = Case()
-_BIG = Case(QWEN3_8B, "bfloat16", teacher="live", optimizer="SGD", budget=4096, questions=1, samples=3, tied=False)
+_BIG = Case(QWEN3_8B, "bfloat16", teacher="live", optimizer="SGD", budget=4096, tied=False)
+_BIG = replace(_BIG, questions=1, samples=2, lengths=(12, 24, 6))
+    QWEN3_8B,
+    "bfloat16",
+    teacher="live",
+    optimizer="SGD",
+    budget=4096,
+    questions=1,
+    samples=2,
+    lengths=(12, 24, 6),
+    tied=False,
+)
 CASES = {
     "toy": _TOY,
     "toy, top-100": replace(_TOY, top_k=100, operations=False),
@@ -162,7 +173,7 @@ def observe(case: Case) -> tuple[Row, Row]:
     measure.trim()
     before = measure._status("VmRSS")
     rows = rows_of(case)
-    model = random_qwen3("cpu", getattr(torch, case.dtype), tied=case.tied, **case.shape)
+    model = random_qwen3("cpu", getattr(torch, case.dtype), case.tied, case.shape["hidden_size"] > 1024, **case.shape)
     longest = [
         max(map(len, ids))
         for ids in zip(*((r.rollout.prompt_ids, r.reprompt_ids, r.rollout.response_ids) for r in rows), strict=True)

@@ -240,7 +240,7 @@ def test_a_plan_is_what_a_step_takes(sizing, changes):
 
 
 def command(*args):
-    return PlanCommand(["fit", *args])
+    return PlanCommand(list(args))
 
 
 def arguments(path):

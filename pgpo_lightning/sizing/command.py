@@ -33,6 +33,11 @@ _OLD = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-tru
 class PlanCommand(PGPOCommand):
     """Parses what `pgpo fit` parses, and builds the module and the data alone: neither opens weights or files."""
 
+    def __init__(self, args: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+            super().__init__(["fit", *args])
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Only `fit` is planned."""
@@ -201,9 +206,7 @@ def main(args: list[str]) -> Plan:
         args: As for ``pgpo fit``, with ``--memory``, ``--json`` and assumed lengths.
     """
     transformers_logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-        command = PlanCommand(["fit", *args])
+    command = PlanCommand(args)
     memory, path = (command._get(command.config, name) for name in ("memory", "json"))
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
