@@ -77,16 +77,6 @@ _TOY = Case(TOY, questions=16, samples=8, lengths=(48, 120, 28), budget=4096, op
 _MID = Case()
 _BIG = Case(QWEN3_8B, "bfloat16", teacher="live", optimizer="SGD", budget=4096, tied=False)
 _BIG = replace(_BIG, questions=1, samples=2, lengths=(12, 24, 6))
-    QWEN3_8B,
-    "bfloat16",
-    teacher="live",
-    optimizer="SGD",
-    budget=4096,
-    questions=1,
-    samples=2,
-    lengths=(12, 24, 6),
-    tied=False,
-)
 CASES = {
     "toy": _TOY,
     "toy, top-100": replace(_TOY, top_k=100, operations=False),
