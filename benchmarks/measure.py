@@ -77,12 +77,16 @@ def peak(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
 
 def _peak(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
     torch.set_num_threads(1)
-    with suppress(OSError, AttributeError):  # no glibc
-        # Blocks from 1 MiB on go back to the system when freed. Otherwise what is kept for later use is counted as well.
-        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, MIB)
+    trim()
     run = prepare(*arguments)
     run()
     return host_peak(run)[0]
+
+
+def trim() -> None:
+    """Let freed blocks from 1 MiB on go back to the system. Otherwise what is kept for later use is counted as well."""
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, MIB)
 
 
 def host_peak(run: Callable[[], Any]) -> tuple[float, Any]:

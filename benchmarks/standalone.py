@@ -12,7 +12,9 @@ import measure  # noqa: F401  (makes the package importable)
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.initialization import no_init_weights
 
+from pgpo_lightning import rollout
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.policy import decoder, load_tokenizer
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
@@ -20,16 +22,32 @@ from pgpo_lightning.records import Question, Rollout, Row, Verdict
 FIRST_ID = 16  # of synthetic tokens: above the special ones
 
 
-def random_qwen3(device: str, dtype: torch.dtype, **shape: int) -> Qwen3ForCausalLM:
-    """Build a Qwen3 with random weights, untied, where it is going to live."""
+def random_qwen3(
+    device: str, dtype: torch.dtype, tied: bool = False, tiled: bool = False, **shape: int
+) -> Qwen3ForCausalLM:
+    """Build a Qwen3 with random weights where it is going to live.
+
+    Args:
+        device: Where.
+        dtype: Of the weights.
+        tied: Whether the head is the embedding.
+        tiled: Repeat a million random numbers in place of new ones, which would take a minute for a billion weights.
+        shape: Of the model.
+    """
     default = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
-            return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False))
+        with torch.device(device), no_init_weights() if tiled else nullcontext():
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=tied))
     finally:
         torch.set_default_dtype(default)
+    if tiled:
+        numbers = torch.randn(2**20, dtype=torch.float32).mul_(0.02).to(dtype)
+        for parameter in model.parameters():
+            for part in parameter.data.view(-1).split(len(numbers)):
+                part.copy_(numbers[: len(part)]) if parameter.ndim > 1 else part.fill_(1)
+    return model
 
 
 def token_ids(rng: random.Random, count: int, vocabulary: int) -> list[int]:
@@ -45,8 +63,8 @@ def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabul
         ids = token_ids(rng, round(response * rng.uniform(0.75, 1.25)), vocabulary)
         log_probs = torch.full((len(ids),), -math.log(vocabulary))
         question = Question("?", "1", index=i // 8)
-        rollout = Rollout(question, token_ids(rng, prompt, vocabulary), ids, log_probs, "", True)
-        made.append(Row(rollout, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
+        one = Rollout(question, token_ids(rng, prompt, vocabulary), ids, log_probs, "", True)
+        made.append(Row(one, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
     return made
 
 
@@ -67,7 +85,8 @@ class Standalone(SDPO):
         self.configure_model()
         self.own_optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
         self._watch(self.model, "student_forward")
-        self._watch(self.teacher.model, "teacher_forward")
+        if hasattr(self.teacher, "model"):  # a live one has none of its own
+            self._watch(self.teacher.model, "teacher_forward")
 
     def step(self, rows: list[Row]) -> float:
         """One update on rows that are ready for it; return its loss."""
@@ -117,6 +136,28 @@ class Standalone(SDPO):
             self.seconds[part] += self._now() - started.pop()
 
         decoder(model).register_forward_hook(stop)
+
+
+@contextmanager
+def fixed_lengths(lengths: list[int]) -> Iterator[None]:
+    """Let sampled responses end after so many tokens each: ends are put in and taken out, everything else is as it is."""
+    draw, ends = rollout._draw, rollout._end_tokens
+    drawn, active, wanted = 0, list(lengths), None
+
+    def drawing(weights: Tensor, uniform: Tensor) -> Tensor:
+        nonlocal drawn, active, wanted
+        token = draw(weights, uniform).clamp(min=FIRST_ID)
+        if len(token) < len(active):  # those that had ended have left
+            active, wanted = [length for length in active if length > drawn], None
+        drawn += 1
+        wanted = torch.tensor(active, device=token.device) if wanted is None else wanted
+        return torch.where(wanted <= drawn, 1, token)
+
+    rollout._draw, rollout._end_tokens = drawing, lambda *_: {1}
+    try:
+        yield
+    finally:
+        rollout._draw, rollout._end_tokens = draw, ends
 
 
 def _no_verdict(_: Question, __: str) -> float:

@@ -149,3 +149,19 @@ def test_a_method_that_fails_is_left_out_of_the_comparison(program):
     rows = list(gpu.compare({"kind": "jsd"}, {"floor": lambda: sum(range(9999))}, {"a": fails, "b": list}, setup))
     assert rows[0] == {"kind": "jsd", "method": "a", "error": "RuntimeError: CUDA out of memory"}
     assert [row["method"] for row in rows[1:]] == ["floor", "b"]
+
+
+def test_a_whole_large_step(program, tmp_path, capsys):
+    path = tmp_path / "large.jsonl"
+    rows = program("large").main(["--tiny", "--steps", "1", "--json", str(path)])
+    assert lines(path) == rows
+    assert [(row["setting"], row["what"]) for row in rows] == [
+        (setting, what) for setting in ("shared", "checkpointing") for what in ("plan", "rollouts", "update")
+    ]
+    for plan, rollouts, update in (rows[:3], rows[3:]):
+        assert rollouts["response_tokens"] == update["response_tokens"]
+        assert rollouts["plan_gib"] == plan["rollouts_gib"]
+        assert update["tokens_per_s"] == pytest.approx(update["response_tokens"] / update["seconds"])
+        assert plan["parameters"] > 0
+    table = capsys.readouterr().out
+    assert all(f"\n{part}\n" in table for part in ("plan", "rollouts", "update"))
