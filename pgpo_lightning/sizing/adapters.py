@@ -16,7 +16,7 @@ class Adapters:
 
     Args:
         rank: Of every adapter.
-        targets: Last parts of the names of the linear maps; ``all-linear`` for all of them. Regular expressions are not understood.
+        targets: Last parts of the names of the linear maps, or ``all-linear``. Regular expressions are not understood.
         dtype: Type of their weights; peft makes them fp32 whatever the type of the model.
     """
 
