@@ -81,3 +81,22 @@ def test_a_scale_that_cannot_fall_any_further_counts_as_failure(tmp_path):
     with pytest.raises(RuntimeError, match="2 optimizer steps in a row had none"):
         trainer(tmp_path, max_epochs=1, plugins=plugins).fit(module, loader(questions(12), 2))
     assert module.skipped == 3
+
+
+class Rounding(torch.optim.SGD):
+    bf16_stochastic_round = True
+
+
+def test_narrow_weights_under_an_optimizer_that_rounds_to_nearest_are_warned_of(recwarn):
+    def module(model, optimizer):
+        made = SDPO(model, half_right, tokenizer=TOKENIZER, optimizer=lambda p: optimizer(p, lr=1e-6), **LIMITS)
+        made.configure_model()
+        return made
+
+    module(tiny_model(), torch.optim.AdamW).configure_optimizers()
+    module(tiny_model().bfloat16(), Rounding).configure_optimizers()
+    assert not [warning for warning in recwarn if "rounds to nearest" in str(warning.message)]
+    with pytest.warns(
+        UserWarning, match=r"Weights in bfloat16 .* are lost .* `dtype` float32 .* `bf16_stochastic_round`"
+    ):
+        module(tiny_model().bfloat16(), torch.optim.AdamW).configure_optimizers()

@@ -1,11 +1,13 @@
 """What surrounds the steps of every module: loading, checks at start-up, optimizers, checkpoints."""
 
+import warnings
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
@@ -119,6 +121,7 @@ class Lifecycle(Evaluation):
                 f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
                 "does not. torchao.optim.AdamW8bit is an 8-bit optimizer that does."
             )
+        self._check_rounding(optimizer)
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -127,6 +130,17 @@ class Lifecycle(Evaluation):
                 "Expected a `scheduler` that depends on the step alone, but got ReduceLROnPlateau: it needs a metric."
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_rounding(self, optimizer: Optimizer) -> None:
+        narrow = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+        if narrow and not getattr(optimizer, "bf16_stochastic_round", False):
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in narrow)
+            warnings.warn(
+                f"Weights in {names} and an optimizer that rounds to nearest: most updates of a small learning rate are lost "
+                "(docs/performance.md, bf16 weights). Keep `dtype` float32 with `trainer.precision` bf16-mixed, or take "
+                "torchao.optim.AdamW8bit with `bf16_stochastic_round` true.",
+                stacklevel=2,
+            )
 
     def on_fit_start(self) -> None:
         """Check the batch against the number of updates."""
