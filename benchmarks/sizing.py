@@ -197,8 +197,10 @@ def observe(case: Case) -> tuple[Row, Row]:
 
         original = getattr(on_policy, function.__name__)
         setattr(on_policy, function.__name__, watched)
-        yield watched
-        setattr(on_policy, function.__name__, original)
+        try:
+            yield watched
+        finally:
+            setattr(on_policy, function.__name__, original)
 
     def passes() -> float:
         for _ in range(case.passes):

@@ -141,7 +141,7 @@ class Standalone(SDPO):
 @contextmanager
 def fixed_lengths(lengths: list[int]) -> Iterator[None]:
     """Let sampled responses end after so many tokens each: ends are put in and taken out, everything else is as it is."""
-    draw, ends = rollout._draw, rollout._end_tokens
+    draw, ends = rollout._draw, rollout.end_tokens
     drawn, active, wanted = 0, list(lengths), None
 
     def drawing(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -153,11 +153,11 @@ def fixed_lengths(lengths: list[int]) -> Iterator[None]:
         wanted = torch.tensor(active, device=token.device) if wanted is None else wanted
         return torch.where(wanted <= drawn, 1, token)
 
-    rollout._draw, rollout._end_tokens = drawing, lambda *_: {1}
+    rollout._draw, rollout.end_tokens = drawing, lambda *_: {1}
     try:
         yield
     finally:
-        rollout._draw, rollout._end_tokens = draw, ends
+        rollout._draw, rollout.end_tokens = draw, ends
 
 
 def _no_verdict(_: Question, __: str) -> float:

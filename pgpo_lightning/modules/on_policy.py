@@ -420,7 +420,7 @@ class OnPolicyModule(Lifecycle):
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = None if self._trainer is None else getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
         rate = float(self.optimizers().param_groups[0]["lr"])

@@ -67,6 +67,7 @@ class PlanCommand(PGPOCommand):
         """Build the module, whose constructor checks the settings, with a tokenizer that is always there."""
         settings = self._get(self.config, "model")
         settings.init_args.tokenizer = "toy"
+        self.config[self.subcommand].multiplier = None  # it may want to read a run that is not there yet
         with warnings.catch_warnings():
             # Its new name is not in all versions that are allowed.
             warnings.filterwarnings("ignore", "(?s).*instantiate_classes.*deprecated")
@@ -165,7 +166,7 @@ def _compute(module: OnPolicyModule, precision: str) -> Compute:
 
 def _sharding(trainer: Any, device: str) -> Sharding:
     strategy = trainer.strategy
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    name = (strategy if isinstance(strategy, str) else strategy.class_path).rpartition(".")[2]
     arguments = {} if isinstance(strategy, str) else strategy.get("init_args", {})
     devices = _devices(trainer.devices, device) * trainer.num_nodes
     if name in ("auto", "SingleDeviceStrategy"):

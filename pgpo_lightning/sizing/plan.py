@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from pgpo_lightning.batching import Share
 from pgpo_lightning.modules.settings import at_least, one_of
 from pgpo_lightning.records import Row
 from pgpo_lightning.sizing import flops
@@ -84,10 +85,12 @@ class Run:
         at_least(1, questions=self.questions, samples=self.samples)
 
     @property
-    def shares_prompts(self) -> bool:
-        """As :func:`pgpo_lightning.policy.shares_prompts`, without the trial."""
+    def share(self) -> Share:
+        """As the module's, without trying it out."""
         layers = DynamicCache(config=self.config).layers
-        return not self.compute.checkpointing and all(type(layer) is DynamicLayer for layer in layers)
+        if self.compute.checkpointing or not all(type(layer) is DynamicLayer for layer in layers):
+            return "never"
+        return "always" if self.sharding.kind == "fsdp" else "if-cheaper"
 
 
 @dataclass
@@ -141,7 +144,7 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
 
     rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
     share = rows[: -(-len(rows) // run.updates)]
-    batches = group(share, run.micro_batch_tokens, run.shares_prompts, with_teacher=bool(teachers))
+    batches = group(share, run.micro_batch_tokens, run.share, with_teacher=bool(teachers))
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
     gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)

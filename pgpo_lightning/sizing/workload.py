@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pgpo_lightning.batching import Sequences, SharedSequences, micro_batches
+from pgpo_lightning.batching import Sequences, Share, SharedSequences, micro_batches
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
 
 Packed = Sequences | SharedSequences
@@ -114,7 +114,7 @@ class MicroBatch:
         return max(layout.padded + layout.rows * (layout.prompt + layout.width) for layout in layouts)
 
 
-def group(rows: list[Row], budget: int, share: bool, with_teacher: bool) -> list[MicroBatch]:
+def group(rows: list[Row], budget: int, share: Share, with_teacher: bool) -> list[MicroBatch]:
     """Group rows as the module does, and lay them out.
 
     Args:
