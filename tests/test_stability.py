@@ -34,7 +34,8 @@ OFF = dict.fromkeys(
     ("teacher_fall", "score_fall", "entropy_rise", "entropy_vanish", "length_tail", "cut_off_rise", "gradient_vanish",
      "gap_growth", "broken_teacher")
 )  # fmt: skip
-REWARD_ONLY = CollapseRules(**OFF)
+# Two bad steps of three: a run of a few steps can show what follows from an alarm.
+REWARD_ONLY = CollapseRules(window=3, reward_fall=0.6, **OFF)
 
 
 class Script:
@@ -173,13 +174,22 @@ def test_a_guard_warns_and_goes_on(tmp_path):
     assert module.steps == 8
 
 
-def test_a_guard_stops_the_run_with_a_last_evaluation(tmp_path):
-    guard = CollapseGuard("stop", REWARD_ONLY)
-    with pytest.warns(UserWarning, match="Stopped after step 5, because of reward"):
+@pytest.mark.parametrize(
+    ("rules", "last", "share"),
+    # Steps without a reward: two of three, of which one would not do; by default four of seven.
+    [(REWARD_ONLY, 5, 0.6), (CollapseRules(**OFF), 7, 0.3)],
+)
+def test_a_guard_stops_the_run_with_a_last_evaluation(tmp_path, rules, last, share):
+    guard = CollapseGuard("stop", rules)
+    with pytest.warns(UserWarning, match=f"Stopped after step {last}, because of reward"):
         _, module, recorder = run(tmp_path, guard, Script(until=3))
-    assert module.steps == 5  # two steps without a reward, of which one would not do
-    assert guard.warned["reward"].endswith("below 0.6 of its best 0.5")
-    assert list(recorder.evaluated) == [0, 2, 4, 5]
+    assert module.steps == last
+    assert guard.warned["reward"].endswith(f"below {share} of its best 0.5")
+    assert list(recorder.evaluated) == [*range(0, last, 2), last]
+
+
+def test_the_default_thresholds():
+    assert StabilityMonitor().rules == CollapseGuard().rules == CollapseRules()
 
 
 # ------------------------------------------------------------------------------------------------------- roll back
