@@ -6,8 +6,6 @@ Usage: test_stability.py OUTPUT RANKS trains with a guard that goes back once.
 import copy
 import itertools
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from helpers import LIMITS, TOKENIZER, config, loader, questions, tiny_model, trainer  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
+from processes import finish, start_ranks  # noqa: E402
 from test_resume import assert_same, assert_same_run, final  # noqa: E402
 
 from pgpo_lightning.callbacks import CollapseGuard, ResumeCheckpoint, StabilityMonitor  # noqa: E402
@@ -436,12 +435,7 @@ def worker():
 
 def test_ranks_decide_alike(tmp_path):
     output = tmp_path / "state"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(output), "2"], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(*start_ranks([__file__, output, 2], tmp_path / "log", 2), log=tmp_path / "log")
     a, b = (torch.load(f"{output}.{rank}") for rank in (0, 1))
     assert a["rollbacks"] == b["rollbacks"] == [[6, 2], [8, 2]]
     assert a["steps"] == b["steps"] == 8
