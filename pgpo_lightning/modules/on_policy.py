@@ -4,18 +4,14 @@ A subclass says what a row of the loss is and what its loss is. The size of the 
 rescale the learning rate of this one step, from :attr:`OnPolicyModule.step_statistics`.
 """
 
-import time
-import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +21,7 @@ from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, Tok
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, check_settings
-from pgpo_lightning.modules.lifecycle import Lifecycle
+from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import (
     Dtype,
@@ -37,18 +33,17 @@ from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.quantization import Quantization
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Row
-from pgpo_lightning.reporting import loss_scalars, rollout_scalars
 from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
 from pgpo_lightning.seeding import seeded
-from pgpo_lightning.sharding import Sharded, Whole, whole
-from pgpo_lightning.statistics import StepStatistics, information
+from pgpo_lightning.sharding import Whole
+from pgpo_lightning.statistics import StepStatistics
 from pgpo_lightning.teacher import Teacher
 from pgpo_lightning.verifiers import Verifier
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
 
-class OnPolicyModule(Lifecycle):
+class OnPolicyModule(Reporting):
     """Trains a language model on its own samples, one optimizer step (or a few) per batch of questions.
 
     Args:
@@ -98,12 +93,6 @@ class OnPolicyModule(Lifecycle):
 
     step_statistics: StepStatistics
     """One row per sequence in the loss of the current optimizer step, of all ranks. Set before ``optimizer.step()``."""
-
-    scalars: dict[str, float]
-    """What the current step reports. Callbacks may add to it."""
-
-    has_teacher = False
-    """Whether the objective compares the student with a teacher, so that there is information to measure."""
 
     def __init__(
         self,
@@ -406,102 +395,6 @@ class OnPolicyModule(Lifecycle):
         """Whether equal prompts are run once. Under sharded weights no rank may decide that for itself."""
         return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
 
-    def update(self, loss: float) -> bool:
-        """Clip and take one optimizer step, unless loss or gradient are not finite.
-
-        Args:
-            loss: Of this step.
-
-        Returns:
-            Whether the step was taken.
-
-        Raises:
-            RuntimeError: After `max_skipped_steps` steps in a row that were not.
-        """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        scaler = None if self._trainer is None else getattr(self._trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
-        rate = float(self.optimizers().param_groups[0]["lr"])
-        self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
-        if torch.isfinite(torch.tensor([loss, norm])).all():
-            self.optimizers().step()
-            self.optimizers().zero_grad()  # not before the next backward: generation needs the memory
-            self.skipped_in_a_row = 0
-            return True
-        if scaler is not None and scale > 1:  # half precision looks for its scale: that is no failure of the run
-            scaler.unscale_(self.optimizers().optimizer)  # takes notice of what is not finite
-            scaler.update()
-            self.skipped_in_a_row -= 1
-        self.optimizers().zero_grad()
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > self.max_skipped_steps:
-            raise RuntimeError(
-                f"Expected finite losses and gradients, but {self.skipped_in_a_row} optimizer steps in a row had none "
-                f"(loss {loss}, gradient norm {norm} at step {self.steps}); the weights were left as they were before them. "
-                "Lower the learning rate, or raise `max_skipped_steps`. The last checkpoint is good."
-            )
-        return False
-
-    def _advance_schedule(self) -> None:
-        if (scheduler := self.lr_schedulers()) is not None:
-            with warnings.catch_warnings():
-                # It goes by batches, and the first may have been skipped.
-                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
-                scheduler.step()
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._timing[f"timing_s/{phase}"] = time.perf_counter() - start
-
-    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        if last:
-            return nullcontext()
-        if isinstance(self.placement, Sharded):
-            return self.placement.accumulating()
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
-
     @property
     def _training_sampling(self) -> Sampling:
         return Sampling(self.max_response_length, self.temperature)
-
-    # ------------------------------------------------------------------------------------------------ reporting
-
-    def report(self, rows: list[Row], statistics: StepStatistics) -> None:
-        """Log the step; every value is that of all ranks together.
-
-        With several updates per batch the statistics are those of all of them, loss, gradient norm and rates of the last.
-
-        Args:
-            rows: This rank's rollouts.
-            statistics: Of the sequences in the loss, of all updates and ranks.
-        """
-        shared = gather(self.scalars)
-        scalars = {name: sum(each[name] for each in shared) / len(shared) for name in self.scalars}
-        scalars |= rollout_scalars(rows, self.success_reward_threshold)
-        scalars |= loss_scalars(statistics, self.success_reward_threshold)
-        scalars |= self._timing
-        scalars["perf/tokens_per_s"] = scalars["response_length/total"] / self._timing["timing_s/step"]
-        scalars["actor/skipped_steps"] = float(self.skipped)
-        scalars["rollout/verifier_errors"] = float(sum(gather(self.verifier_errors)))
-        if self.device.type == "cuda":
-            scalars["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        # Not through self.log: within an epoch it goes on reporting the last value of a curve that has no value now, such as
-        # the divergence of failed responses in a step without any.
-        every = self.trainer.log_every_n_steps  # 0 means never
-        if every and self.steps % every == 0:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(scalars, step=self.steps)
-        self.log_dict(scalars, logger=False, batch_size=len(rows))  # for callbacks that monitor a metric
-        bar = {"reward": scalars["critic/score/mean"]}
-        if self.has_teacher:
-            bar["I"] = scalars.get("information/used", information(statistics).value)
-        if "lr/multiplier" in scalars:
-            bar["rho"] = scalars["lr/multiplier"]
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(rows))
-        self.last_rows = rows
