@@ -141,7 +141,8 @@ def main(args: list[str] | None = None) -> None:
     else:
         if words[:1] in (["-h"], ["--help"]):
             print("pgpo {fit,validate,test} runs a configuration; pgpo export writes a checkpoint for transformers.")
-            print("pgpo plan says what fit will need of a machine, before anything is loaded.\n")
+            print("pgpo plan says what fit will need of a machine, before anything is loaded.")
+            print("pgpo ablate and report make and read a study; pgpo sde and estimator measure PGPO's theory.\n")
         PGPOCommand(args)
 
 

@@ -41,7 +41,7 @@ def _students(axis: Axes, content: dict[str, Any]) -> None:
     ):
         axis.bar(at + 0.27 * (place - 1), [row[key] for row in rows], 0.25, color=colour, label=key.replace("_", "-"))
     axis.axhline(rows[0]["truth"], color="black", linewidth=1, linestyle="--", label="I(Y;F) / tokens")
-    axis.set_xticks(at, [f"{row['student']}\n{row['pairing']}" for row in rows], fontsize=6)
+    axis.set_xticks(at, [f"{row['student']}, {row['pairing']}" for row in rows], rotation=30, ha="right")
     axis.set_title(f"known source, {content['length']} tokens: expectations (exact)", fontsize=9)
     axis.set_ylabel("nats per token", fontsize=8)
 
@@ -78,7 +78,9 @@ def _honesty(axis: Axes, content: dict[str, Any]) -> None:
         rows = [row for row in content["toy_batches"] if row["estimator"] == name]
         size = [row["questions"] for row in rows]
         axis.plot(size, [row["honesty"] for row in rows], "o-", markersize=3, color=colour, label=f"{name}, logged")
-        axis.plot(size, [row["clustered"] for row in rows], "^:", markersize=3, color=colour, label="over questions")
+        axis.plot(
+            size, [row["clustered"] for row in rows], "^:", markersize=3, color=colour, label=f"{name}, over questions"
+        )
     axis.axhline(1, color="black", linewidth=1)
     axis.set_xscale("log")
     _ticks(axis, size)
@@ -91,6 +93,8 @@ def _multiplier(axis: Axes, content: dict[str, Any]) -> None:
         rows = [row for row in content["multiplier"] if row["estimator"] == name]
         alpha = [row["sensitivity"] for row in rows]
         needed = [np.nan if row["needed"] is None else row["needed"] for row in rows]
+        if np.isnan(needed).all():  # rho stays at a bound
+            continue
         axis.loglog(alpha, needed, "o-", markersize=4, color=colour, label=name)
     axis.axhline(256, color="black", linewidth=1, linestyle="--", label="256, the paper's batch")
     _ticks(axis, alpha)
