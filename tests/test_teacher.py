@@ -198,13 +198,17 @@ def test_restart_and_freeze_follows_its_formula():
 
 
 def outcome(module, reward, lengths=(10, 10)):
-    """Show the teacher a step of two responses, the second a success with `reward`, and take the step."""
+    """Show the teacher a step of some responses with that reward, and take the step."""
     rows = random_rows(len(lengths))
     for row, length in zip(rows, lengths, strict=True):
         row.rollout.response_ids = [7] * length
         row.verdict.reward = reward
     module.teacher.observe(rows)
-    disturb(module.model, 0.01)
+    generator = torch.Generator().manual_seed(round(100 * reward))
+    with torch.no_grad():
+        for p in module.model.parameters():
+            if p.requires_grad:
+                p.add_(0.01 * torch.randn(p.shape, generator=generator))
     module.after_update()
 
 
@@ -224,8 +228,8 @@ GATE = {"min_steps": 3, "window": 2, "reward_gain": 0.1, "max_length_ratio": 2.0
         (
             {},
             [0.0, 0.0, 0.4, 0.4, 0.4, 0.4, 0.6, 0.6, 0.6],
-            [3, 6],
-        ),  # the reference is what the last copy was taken at: 0.2, 0.4
+            [3, 6, 9],
+        ),  # the reference is what the last copy was taken at
         ({"check_every": 2}, [0.0, 0.0, 0.4, 0.4, 0.4, 0.4], [4]),
         ({"min_steps": 5}, [0.0, 0.0, 0.4, 0.4, 0.4], [5]),
         ({"window": 3, "min_steps": 1}, [0.0, 0.9, 0.9, 0.9, 0.9], [4]),  # not before the window is full: 0.6, then 0.9
