@@ -134,7 +134,7 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     if words[:1] == ["export"]:
         jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
-    elif words[:1] in (["ablate"], ["report"]):
+    elif words[:1] in (["ablate"], ["report"], ["sde"]):
         importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])  # only then: fit needs none of it
     elif words[:1] == ["plan"]:
         importlib.import_module("pgpo_lightning.sizing.command").main(words[1:])
