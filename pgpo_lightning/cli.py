@@ -16,6 +16,8 @@ plan       says what fit will need of a machine, before anything is loaded
 export     writes a checkpoint for transformers
 ablate     runs a study: arms, seeds, conditions
 report     compares the arms of a study
+sde        measures PGPO against its stochastic differential equations
+estimator  measures what estimates of the information are worth
 """
 
 
@@ -50,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
         print(HELP, end="")
     elif words[:1] == ["export"]:
         importlib.import_module("pgpo_lightning.export").main(words[1:])
-    elif words[:1] in (["ablate"], ["report"]):
+    elif words[:1] in (["ablate"], ["report"], ["sde"], ["estimator"]):
         importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])
     elif words[:1] == ["plan"]:
         importlib.import_module("pgpo_lightning.sizing.command").main(words[1:])

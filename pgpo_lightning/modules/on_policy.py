@@ -4,18 +4,14 @@ A subclass says what a row of the loss is and what its loss is. The size of the 
 rescale the learning rate of this one step, from :attr:`OnPolicyModule.step_statistics`.
 """
 
-import time
-import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +21,7 @@ from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, Tok
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, check_settings
-from pgpo_lightning.modules.lifecycle import Lifecycle
+from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import (
     Dtype,
@@ -37,18 +33,17 @@ from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.quantization import Quantization
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Row
-from pgpo_lightning.reporting import loss_scalars, rollout_scalars
 from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
 from pgpo_lightning.seeding import seeded
-from pgpo_lightning.sharding import Sharded, Whole, whole
-from pgpo_lightning.statistics import StepStatistics, information
+from pgpo_lightning.sharding import Whole
+from pgpo_lightning.statistics import StepStatistics
 from pgpo_lightning.teacher import Teacher
 from pgpo_lightning.verifiers import Verifier
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
 
-class OnPolicyModule(Lifecycle):
+class OnPolicyModule(Reporting):
     """Trains a language model on its own samples, one optimizer step (or a few) per batch of questions.
 
     Args:
@@ -98,12 +93,6 @@ class OnPolicyModule(Lifecycle):
 
     step_statistics: StepStatistics
     """One row per sequence in the loss of the current optimizer step, of all ranks. Set before ``optimizer.step()``."""
-
-    scalars: dict[str, float]
-    """What the current step reports. Callbacks may add to it."""
-
-    has_teacher = False
-    """Whether the objective compares the student with a teacher, so that there is information to measure."""
 
     def __init__(
         self,
@@ -258,8 +247,12 @@ class OnPolicyModule(Lifecycle):
         """Run the teacher over the rows, if the objective has one."""
         return []
 
+    def parts(self, rows: list[Row]) -> list[list[Row]]:
+        """Return the rows in the loss in parts that never share a pass; those with a teacher come first."""
+        return [rows]
+
     allocation: Allocation | None = None
-    """Whether the parts of a step share it by their information."""
+    """Whether the tokens or responses with a teacher share the step by their information."""
 
     divergence: Divergence | None = None
     """Which divergence between student and teacher the objective asks for, if any."""
@@ -290,8 +283,19 @@ class OnPolicyModule(Lifecycle):
             scale = len(tokens) / max(1, sum(tokens))  # ranks' gradients are averaged, not summed
         else:
             scale = 1 / len(rows)
-        active = [row for row in rows if self.in_loss(row)]
-        groups = self.passes(active, rows)
+        parts = self.parts([row for row in rows if self.in_loss(row)])
+        losses, seen = 0.0, []
+        for number, part in enumerate(parts):
+            loss, statistics, shared_out = self._accumulate(self.passes(part, rows, taught=number == 0), scale)
+            if self.allocation is not None and number == 0:  # before the others add to the gradient
+                loss = loss / self._share_out(shared_out)
+            losses = losses + loss
+            seen.append(statistics)
+        self.step_statistics = StepStatistics.concatenate(seen)
+        return losses
+
+    def _accumulate(self, groups: list[Pass], scale: float) -> tuple[float, StepStatistics, Tensor]:
+        """Return loss, statistics and coefficients, with and without weights, of some passes of all ranks."""
         total, statistics, shared_out = 0.0, [], torch.zeros(2, device=self.device)
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
@@ -303,12 +307,12 @@ class OnPolicyModule(Lifecycle):
                 shared_out += weights
             total += loss.detach()
         everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total), shared_out.cpu()))
-        self.step_statistics = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
+        seen = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
         loss = sum(loss for _, loss, _ in everyone) / len(everyone)
-        return loss if self.allocation is None else loss / self._share_out(sum(weights for *_, weights in everyone))
+        return loss, seen, sum(weights for *_, weights in everyone)
 
     def _share_out(self, weights: Tensor) -> float:
-        """Divide the gradient by the mean weight of all tokens of the step, which is known only now, and return it."""
+        """Divide the gradient by the mean weight of all weighted tokens of the step, known only now, and return it."""
         mean = float(weights[0] / weights[1]) if weights[1] > 0 else 1.0
         for parameter in self.model.parameters():
             if parameter.grad is not None:
@@ -321,16 +325,18 @@ class OnPolicyModule(Lifecycle):
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
         given = TokenInputs.of(rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean")
 
+        allocation = self.allocation if given.taught else None
+
         def weighted(tokens: TokenStatistics, part: slice) -> Tensor:
             here = given[part]
             loss = self.objective(tokens, here) * self.importance_weight(tokens, here) * here.coefficient
-            by_token = self.allocation is not None and self.allocation.unit == "token"
-            return loss * self.allocation.weights(tokens) if by_token else loss
+            by_token = allocation is not None and allocation.unit == "token"
+            return loss * allocation.weights(tokens) if by_token else loss
 
-        student, teacher = source(self.model, sequences), self.teacher_sources(rows)
-        if self.allocation is not None and self.allocation.unit == "sequence":
+        student, teacher = source(self.model, sequences), self.teacher_sources(rows) if given.taught else []
+        if allocation is not None and allocation.unit == "sequence":
             tokens = linear_statistics(student, teacher, sequences.targets, self.divergence, self.temperature)
-            loss = weighted(tokens, slice(None)) @ self.allocation.weights(tokens, sequences.lengths)
+            loss = weighted(tokens, slice(None)) @ allocation.weights(tokens, sequences.lengths)
             tokens = TokenStatistics(*(values.detach() for values in tokens))
         else:
             loss, tokens = linear_distillation(
@@ -340,8 +346,8 @@ class OnPolicyModule(Lifecycle):
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
         statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
         shared_out = given.coefficient
-        if self.allocation is not None:
-            shared_out = shared_out * self.allocation.weights(tokens, sequences.lengths)
+        if allocation is not None:
+            shared_out = shared_out * allocation.weights(tokens, sequences.lengths)
         return loss, statistics, torch.stack([shared_out.sum(), given.coefficient.sum()])
 
     def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
@@ -383,7 +389,11 @@ class OnPolicyModule(Lifecycle):
         return tokens.log_p_student.split(sequences.lengths.tolist())
 
     def passes(
-        self, rows: list[Row], batch: list[Row], contexts: Callable[[Row], list[list[int]]] | None = None
+        self,
+        rows: list[Row],
+        batch: list[Row],
+        contexts: Callable[[Row], list[list[int]]] | None = None,
+        taught: bool = True,
     ) -> list[Pass]:
         """Return the forward passes over some rows; at least one, and under sharded weights as many on every rank.
 
@@ -391,11 +401,12 @@ class OnPolicyModule(Lifecycle):
             rows: In the loss; there may be none.
             batch: All rows of this rank. The first stands in where a rank has fewer passes to make than it has to take part in.
             contexts: The prompts that a pass puts before a row's response; by default those of the loss.
+            taught: Whether a pass that is made up has a teacher.
         """
         groups = micro_batches(rows, self.micro_batch_tokens, contexts or self.contexts, self.share)
         passes = [Pass(group, counts=True) for group in groups]
         wanted = max(gather(len(passes))) if self.placement.sharded else 1
-        return passes + [Pass([batch[0].stand_in()], counts=False)] * (max(1, wanted) - len(passes))
+        return passes + [Pass([batch[0].stand_in(taught)], counts=False)] * (max(1, wanted) - len(passes))
 
     def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
         """Lay out (prompt, response) pairs on this module's device."""
@@ -406,102 +417,6 @@ class OnPolicyModule(Lifecycle):
         """Whether equal prompts are run once. Under sharded weights no rank may decide that for itself."""
         return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
 
-    def update(self, loss: float) -> bool:
-        """Clip and take one optimizer step, unless loss or gradient are not finite.
-
-        Args:
-            loss: Of this step.
-
-        Returns:
-            Whether the step was taken.
-
-        Raises:
-            RuntimeError: After `max_skipped_steps` steps in a row that were not.
-        """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        scaler = None if self._trainer is None else getattr(self._trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
-        rate = float(self.optimizers().param_groups[0]["lr"])
-        self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
-        if torch.isfinite(torch.tensor([loss, norm])).all():
-            self.optimizers().step()
-            self.optimizers().zero_grad()  # not before the next backward: generation needs the memory
-            self.skipped_in_a_row = 0
-            return True
-        if scaler is not None and scale > 1:  # half precision looks for its scale: that is no failure of the run
-            scaler.unscale_(self.optimizers().optimizer)  # takes notice of what is not finite
-            scaler.update()
-            self.skipped_in_a_row -= 1
-        self.optimizers().zero_grad()
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > self.max_skipped_steps:
-            raise RuntimeError(
-                f"Expected finite losses and gradients, but {self.skipped_in_a_row} optimizer steps in a row had none "
-                f"(loss {loss}, gradient norm {norm} at step {self.steps}); the weights were left as they were before them. "
-                "Lower the learning rate, or raise `max_skipped_steps`. The last checkpoint is good."
-            )
-        return False
-
-    def _advance_schedule(self) -> None:
-        if (scheduler := self.lr_schedulers()) is not None:
-            with warnings.catch_warnings():
-                # It goes by batches, and the first may have been skipped.
-                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
-                scheduler.step()
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._timing[f"timing_s/{phase}"] = time.perf_counter() - start
-
-    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        if last:
-            return nullcontext()
-        if isinstance(self.placement, Sharded):
-            return self.placement.accumulating()
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
-
     @property
     def _training_sampling(self) -> Sampling:
         return Sampling(self.max_response_length, self.temperature)
-
-    # ------------------------------------------------------------------------------------------------ reporting
-
-    def report(self, rows: list[Row], statistics: StepStatistics) -> None:
-        """Log the step; every value is that of all ranks together.
-
-        With several updates per batch the statistics are those of all of them, loss, gradient norm and rates of the last.
-
-        Args:
-            rows: This rank's rollouts.
-            statistics: Of the sequences in the loss, of all updates and ranks.
-        """
-        shared = gather(self.scalars)
-        scalars = {name: sum(each[name] for each in shared) / len(shared) for name in self.scalars}
-        scalars |= rollout_scalars(rows, self.success_reward_threshold)
-        scalars |= loss_scalars(statistics, self.success_reward_threshold)
-        scalars |= self._timing
-        scalars["perf/tokens_per_s"] = scalars["response_length/total"] / self._timing["timing_s/step"]
-        scalars["actor/skipped_steps"] = float(self.skipped)
-        scalars["rollout/verifier_errors"] = float(sum(gather(self.verifier_errors)))
-        if self.device.type == "cuda":
-            scalars["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        # Not through self.log: within an epoch it goes on reporting the last value of a curve that has no value now, such as
-        # the divergence of failed responses in a step without any.
-        every = self.trainer.log_every_n_steps  # 0 means never
-        if every and self.steps % every == 0:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(scalars, step=self.steps)
-        self.log_dict(scalars, logger=False, batch_size=len(rows))  # for callbacks that monitor a metric
-        bar = {"reward": scalars["critic/score/mean"]}
-        if self.has_teacher:
-            bar["I"] = scalars.get("information/used", information(statistics).value)
-        if "lr/multiplier" in scalars:
-            bar["rho"] = scalars["lr/multiplier"]
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(rows))
-        self.last_rows = rows

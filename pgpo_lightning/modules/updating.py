@@ -1,0 +1,77 @@
+"""From gradients to weights: clipping, the optimizer step or its refusal, the schedule."""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+
+from pgpo_lightning.modules.lifecycle import Lifecycle
+from pgpo_lightning.sharding import Sharded, whole
+
+
+class Updating(Lifecycle):
+    """Takes optimizer steps, none of which knows where the gradients came from."""
+
+    max_grad_norm: float | None
+    max_skipped_steps: int
+    steps: int
+    skipped: int
+    skipped_in_a_row: int
+    scalars: dict[str, float]
+    """What the current step reports. Callbacks may add to it."""
+
+    def update(self, loss: float) -> bool:
+        """Clip and take one optimizer step, unless loss or gradient are not finite.
+
+        Args:
+            loss: Of this step.
+
+        Returns:
+            Whether the step was taken.
+
+        Raises:
+            RuntimeError: After `max_skipped_steps` steps in a row that were not.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        scaler = None if self._trainer is None else getattr(self._trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
+        rate = float(self.optimizers().param_groups[0]["lr"])
+        self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
+        if torch.isfinite(torch.tensor([loss, norm])).all():
+            self.optimizers().step()
+            self.optimizers().zero_grad()  # not before the next backward: generation needs the memory
+            self.skipped_in_a_row = 0
+            return True
+        if scaler is not None and scale > 1:  # half precision looks for its scale: that is no failure of the run
+            scaler.unscale_(self.optimizers().optimizer)  # takes notice of what is not finite
+            scaler.update()
+            self.skipped_in_a_row -= 1
+        self.optimizers().zero_grad()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.max_skipped_steps:
+            raise RuntimeError(
+                f"Expected finite losses and gradients, but {self.skipped_in_a_row} optimizer steps in a row had none "
+                f"(loss {loss}, gradient norm {norm} at step {self.steps}); the weights were left as they were before them. "
+                "Lower the learning rate, or raise `max_skipped_steps`. The last checkpoint is good."
+            )
+        return False
+
+    def _advance_schedule(self) -> None:
+        if (scheduler := self.lr_schedulers()) is not None:
+            with warnings.catch_warnings():
+                # It goes by batches, and the first may have been skipped.
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
+                scheduler.step()
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        if last:
+            return nullcontext()
+        if isinstance(self.placement, Sharded):
+            return self.placement.accumulating()
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
