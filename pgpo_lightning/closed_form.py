@@ -5,9 +5,10 @@ Notation: q student, p teacher, a = log q, b = log p, z the student's logits ove
 
     c_D q (x - <q, x>) + c_y (1[y] - q) - c_H q (a + H)
 
-where x is log m/q times -(1-alpha) for the Jensen-Shannon divergence, a - b for the reverse KL (times 1 - share of each row
-where the target is softened), and where the first term is c_D (q - p) for the forward KL. Everything is a few passes over rows; on a CPU they go through buffers that are used again for
-every block of rows, because fresh memory costs as much as the arithmetic.
+where x is log m/q times -(1-alpha) for the Jensen-Shannon divergence, a - b for the reverse KL (times the teacher's share of the
+target, row by row, where that is softened), and where the first term is c_D (q - p) for the forward KL. Everything is a few
+passes over rows; on a CPU they go through buffers that are used again for every block of rows, because fresh memory costs as
+much as the arithmetic.
 """
 
 from typing import NamedTuple

@@ -172,7 +172,7 @@ def test_a_batch_is_estimated_as_a_training_step_does():
     table = arranged(values, question, 4)
     assert np.isnan(table[2]).all()
     zeros = torch.zeros(6)
-    fields = [torch.from_numpy(values), zeros, *[zeros] * 6, zeros + 1, zeros, zeros + 1]
+    fields = [torch.from_numpy(values), zeros, *[zeros] * 6, zeros + 1, zeros, zeros + 1, torch.from_numpy(question)]
     told = information(StepStatistics(*fields))
 
     class Everything:
@@ -184,7 +184,7 @@ def test_a_batch_is_estimated_as_a_training_step_does():
         patch.setattr(np.random, "default_rng", lambda seed: Everything())
         drawn = draw_batches(table, 4, 1, seed=0)
     assert drawn.values.item() == pytest.approx(told.value)
-    assert drawn.naive.item() == pytest.approx(told.standard_error)
+    assert drawn.clustered.item() == pytest.approx(told.standard_error)
     assert drawn.sequences == 6
 
 

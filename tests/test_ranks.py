@@ -30,6 +30,8 @@ def run(folder, ranks, split, strategy="one", teacher="ema"):
         ("one-sided", "ddp", "ema"),
         ("uneven", "fsdp2", "trust-region"),
         ("one-sided", "fsdp2", "ema"),
+        ("routed", "ddp", "restart"),
+        ("routed", "fsdp2", "gated"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
