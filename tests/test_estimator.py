@@ -144,8 +144,8 @@ def crossed(questions_, siblings, between, within, seed=0):
     return between * rng.normal(size=(questions_, 1)) + within * rng.normal(size=(questions_, siblings))
 
 
-def test_the_logged_error_is_too_small_by_the_design_effect():
-    """Between 0.2, within 0.1, 4 siblings: the variance is 0.0425 / Q, and the logged one 0.05 / 4 Q."""
+def test_an_error_over_sequences_is_too_small_by_the_design_effect():
+    """Between 0.2, within 0.1, 4 siblings: the variance is 0.0425 / Q, and that of independent sequences 0.05 / 4 Q."""
     table = crossed(4000, 4, 0.2, 0.1)
     drawn = draw_batches(table, 20, 3000, seed=0)
     assert drawn.spread == pytest.approx(math.sqrt(0.0425 / 20), rel=0.06)
