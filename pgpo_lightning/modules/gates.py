@@ -113,7 +113,7 @@ class StepThreshold(Threshold):
 class SigmoidThreshold(Threshold):
     """From one level to another: end + (start - end) / (1 + exp((step - at) / width)).
 
-    It never reaches `end`. To shut the gate for good, let `end` lie below 1 / (n + 2).
+    It comes to `end` only in the limit: to shut the gate in time, let `end` lie well below 1 / (n + 2).
 
     Args:
         start: The level that it comes from.
