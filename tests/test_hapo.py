@@ -364,7 +364,7 @@ def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage
     tokens = TokenStatistics(zero, log_p, zero, zero, zero, zero)
     assert tokens.log_p_student is log_p
     given = TokenInputs(
-        torch.tensor([0.0, -9.0]), zero + 1, torch.tensor([2.646, 2.646]), None, torch.tensor([True, False])
+        torch.tensor([0.0, -9.0]), zero + 1, torch.tensor([2.646, 2.646]), None, False, torch.tensor([True, False])
     )
     loss = module.objective(tokens, given)
     (slope,) = torch.autograd.grad(loss.sum(), log_p)
