@@ -138,11 +138,11 @@ def test_export_opens_with_transformers_alone(whole, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     main(["export", str(whole), str(tmp_path / "student")])
-    main(["export", str(whole), str(tmp_path / "teacher"), "--weights", "teacher"])
+    main(["export", str(whole), str(tmp_path / "teacher"), "--weights", "teacher", "--tokenizer", "toy"])
     saved = final(whole)["state_dict"]
     for kind, prefix in (("student", "model."), ("teacher", "teacher.model.")):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
         for name, value in model.state_dict().items():
             assert torch.equal(value, saved[prefix + name]), name
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
-    assert tokenizer.decode(tokenizer("8*6=48")["input_ids"]) == "8*6=48"
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
+        assert tokenizer.decode(tokenizer("8*6=48")["input_ids"]) == "8*6=48"

@@ -344,7 +344,9 @@ class OnPolicyModule(Reporting):
             )
         values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
-        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
+        questions = torch.tensor([row.rollout.question.index for row in rows], device=self.device)
+        lengths = sequences.lengths
+        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, lengths, rewards, questions)
         shared_out = given.coefficient
         if allocation is not None:
             shared_out = shared_out * allocation.weights(tokens, sequences.lengths)

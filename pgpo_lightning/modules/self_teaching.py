@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.distillation import Source
 from pgpo_lightning.modules.on_policy import OnPolicyModule
@@ -102,6 +103,11 @@ class SelfTeaching(OnPolicyModule):
                 f"Expected `max_reprompt_len` to exceed `max_prompt_length` ({self.max_prompt_length}), because the teacher "
                 f"sees the question and more, but got {max_reprompt_len}."
             )
+        if self.num_generations == 1 and dont_reprompt_on_self_success and not include_environment_feedback:
+            raise ValueError(
+                "Expected `num_generations` to be at least 2 without `include_environment_feedback`, but got 1: no rollout has a "
+                "sibling to learn from, and none may learn from feedback, so that nothing would ever be learnt."
+            )
         check_template("reprompt_template", reprompt_template, ("prompt", "solution", "feedback"))
         check_template("solution_template", solution_template, ("successful_previous_attempt",))
         check_template("feedback_template", feedback_template, ("feedback_raw",))
@@ -124,7 +130,14 @@ class SelfTeaching(OnPolicyModule):
         encoder = self.encoder
         self.teacher.observe(rows)
         scalars = self.reprompt.attach(rows, encoder.messages, encoder.tokens, encoder.text, rng)
-        scalars["self_distillation/empty_target_batch"] = float(not any(row.reprompt_ids is not None for row in rows))
+        empty = not any(row.reprompt_ids is not None for row in rows)
+        if empty and self.num_generations == 1 and self.steps == 0:
+            rank_zero_warn(
+                "Nothing is learnt in the first step: with `num_generations` 1 no rollout has a sibling to learn from, and there "
+                "is no feedback either. Set `num_generations` to 2 or more, or give feedback: from the verifier, or as the "
+                "questions' `privileged_context`."
+            )
+        scalars["self_distillation/empty_target_batch"] = float(empty)
         return scalars
 
     def contexts(self, row: Row) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from pgpo_lightning.cli import PGPOCommand
+from pgpo_lightning.fitting import PGPOCommand
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.rollout import TransformersEngine
 from pgpo_lightning.sizing.adapters import Adapters
