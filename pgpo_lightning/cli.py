@@ -16,8 +16,8 @@ plan       says what fit will need of a machine, before anything is loaded
 export     writes a checkpoint for transformers
 ablate     runs a study: arms, seeds, conditions
 report     compares the arms of a study
-sde        measures PGPO against its stochastic differential equations
-estimator  measures what estimates of the information are worth
+sde        holds PGPO against its stochastic differential equations
+estimator  measures bias and spread of the information estimators
 """
 
 

@@ -274,7 +274,7 @@ def real(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere runs outlive an `ablate` that is killed")
 def test_a_study_that_is_killed_and_started_again_is_the_study_that_was_not(real, tmp_path, capsys):
     words = ["ablate", "--config", str(real), "--processes", "1"]
