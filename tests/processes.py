@@ -44,7 +44,7 @@ def start_ranks(words, log, ranks):
     ]
 
 
-def finish(*processes: BaseProcess, log, seconds=200):
+def finish(*processes: BaseProcess, log, seconds=600):
     """Wait until all have ended well; one that fails ends the others.
 
     Args:
