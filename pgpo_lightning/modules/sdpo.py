@@ -23,8 +23,8 @@ from pgpo_lightning.reprompt import (
     REPROMPT_TEMPLATE,
     SOLUTION_TEMPLATE,
     DemonstrationChoice,
+    DemonstrationSource,
     RepromptBuilder,
-    check_template,
 )
 from pgpo_lightning.teacher import Teacher, TeacherRegularization, make_teacher
 
@@ -57,9 +57,13 @@ class SDPO(OnPolicyModule):
         environment_feedback_only_without_solution: Show it only where there is no demonstration.
         max_reprompt_len: Longest teacher prompt in tokens. The demonstration is cut to fit, then the feedback; never the
             question or the template. Default 10240.
-        reprompt_template: The teacher's user turn; placeholders {prompt}, {solution}, {feedback}.
+        reprompt_template: The teacher's user turn; placeholders {prompt}, and {solution} and {feedback} unless there is none.
         solution_template: What goes into {solution}; placeholder {successful_previous_attempt}.
         feedback_template: What goes into {feedback}; placeholder {feedback_raw}.
+        demonstration_source: Whose successes are shown: ``siblings``, as above; ``own``, a response's own text if it is right (set
+            `dont_reprompt_on_self_success` false); ``none``, feedback alone.
+        reprompt_without_context: Give a teacher also to rows with neither demonstration nor feedback; it reads the reprompt
+            template with both left empty, so that the template itself, or nothing at all, is the context.
         kwargs: See :class:`OnPolicyModule`.
     """
 
@@ -85,6 +89,8 @@ class SDPO(OnPolicyModule):
         reprompt_template: str = REPROMPT_TEMPLATE,
         solution_template: str = SOLUTION_TEMPLATE,
         feedback_template: str = FEEDBACK_TEMPLATE,
+        demonstration_source: DemonstrationSource = "siblings",
+        reprompt_without_context: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -104,6 +110,7 @@ class SDPO(OnPolicyModule):
             raise ValueError("Expected `distillation_topk` with `distillation_add_tail`: without it there is no tail.")
         at_least(1, distillation_topk=distillation_topk)
         one_of(("shared", "independent"), demonstration_choice=demonstration_choice)
+        one_of(("siblings", "own", "none"), demonstration_source=demonstration_source)
         one_of(("ema", "frozen", "live", "trust-region"), teacher_regularization=teacher_regularization)
         if teacher_update_rate is not None and teacher_regularization in ("frozen", "live"):
             raise ValueError(
@@ -117,9 +124,6 @@ class SDPO(OnPolicyModule):
                 f"Expected `max_reprompt_len` to exceed `max_prompt_length` ({self.max_prompt_length}), because the teacher "
                 f"sees the question and more, but got {max_reprompt_len}."
             )
-        check_template("reprompt_template", reprompt_template, ("prompt", "solution", "feedback"))
-        check_template("solution_template", solution_template, ("successful_previous_attempt",))
-        check_template("feedback_template", feedback_template, ("feedback_raw",))
         self.allocation = allocation
         self.full_logit_distillation = full_logit_distillation
         if full_logit_distillation:
@@ -136,6 +140,8 @@ class SDPO(OnPolicyModule):
             reprompt_template=reprompt_template,
             solution_template=solution_template,
             feedback_template=feedback_template,
+            demonstration_source=demonstration_source,
+            reprompt_without_context=reprompt_without_context,
         )
 
     def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
