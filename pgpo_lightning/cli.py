@@ -136,12 +136,15 @@ def main(args: list[str] | None = None) -> None:
         jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
     elif words[:1] in (["ablate"], ["report"]):
         importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])  # only then: fit needs none of it
+    elif words[:1] == ["probe"]:
+        importlib.import_module("pgpo_lightning.probe.command").main(words[1:])
     elif words[:1] == ["plan"]:
         importlib.import_module("pgpo_lightning.sizing.command").main(words[1:])
     else:
         if words[:1] in (["-h"], ["--help"]):
             print("pgpo {fit,validate,test} runs a configuration; pgpo export writes a checkpoint for transformers.")
-            print("pgpo plan says what fit will need of a machine, before anything is loaded.\n")
+            print("pgpo plan says what fit will need of a machine, before anything is loaded.")
+            print("pgpo probe says what the teacher's context is worth, before training.\n")
         PGPOCommand(args)
 
 

@@ -60,8 +60,8 @@ class SDPO(OnPolicyModule):
         reprompt_template: The teacher's user turn; placeholders {prompt}, and {solution} and {feedback} unless there is none.
         solution_template: What goes into {solution}; placeholder {successful_previous_attempt}.
         feedback_template: What goes into {feedback}; placeholder {feedback_raw}.
-        demonstration_source: Whose successes are shown: ``siblings``, as above; ``own``, a response's own text if it is right (set
-            `dont_reprompt_on_self_success` false); ``none``, feedback alone.
+        demonstration_source: Whose successes are shown: ``siblings``, as above; ``own``, a response's own text if it is right
+            (set `dont_reprompt_on_self_success` false); ``none``, feedback alone.
         reprompt_without_context: Give a teacher also to rows with neither demonstration nor feedback; it reads the reprompt
             template with both left empty, so that the template itself, or nothing at all, is the context.
         kwargs: See :class:`OnPolicyModule`.
