@@ -105,6 +105,7 @@ class ProbeCommand(BuildCommand):
         fabric = L.Fabric(
             accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision or "32-true"
         )
+        module._check_combination(sharded=False)
         module.training_run = False  # no teacher's weights: it has the student's
         module.configure_model()
         fabric.setup_module(module)  # to its device, in its precision

@@ -24,7 +24,7 @@ READING = """\
 - ± is a standard error: bootstrap over questions, paired. A net gap below {sure} of them is not told from 0.
 - Controls cannot be trained with. `answer`: a sibling's success cut down to the shortest ending that the verifier accepts; what
   it keeps of the gap needs no steps. `wrong`: a sibling's failure passed off as a success. `other`: a success of another
-  question."""
+  question. Of the first, a large share says that the gap is the answer's; of the last, that it is the form's."""
 
 
 def summary(context: Context, measured: Measured, gap: Gap, whole: Gap | None, draws: Table) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def summary(context: Context, measured: Measured, gap: Gap, whole: Gap | None, d
     values = {name: value for name, value in vars(gap).items() if isinstance(value, Value | float)}
     made: dict[str, Any] = {"name": context.name, "control": context.control}
     made |= {name: vars(value) if isinstance(value, Value) else value for name, value in values.items()}
-    made["told_from_0"] = abs(gap.net.value) >= SURE * gap.net.error > 0
+    made["told_from_0"] = gap.net.value != 0 and abs(gap.net.value) >= SURE * gap.net.error
     length = measured.length[~np.isnan(measured.length)]
     made["length"] = float(length.mean()) if length.size else math.nan
-    if context.control is not None and whole is not None and whole.net.error > 0:
+    if context.control is not None and whole is not None and whole.net.value:
         made["keeps"] = dict(
             zip(("value", "low", "high"), kept(gap.by_question, whole.by_question, draws), strict=True)
         )
@@ -65,8 +65,8 @@ def probe_report(content: dict[str, Any], picture: str) -> str:
     settings, student = content["settings"], content["student"]
     intro = (
         f"{settings['module']['model']}, {settings['questions']} {settings['split']} questions with {settings['samples']} "
-        f"samples each, temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}. Score of the "
-        f"student: {_pm(student['score'], '.3f')}; {student['failed']:.1%} of its rollouts fail."
+        f"samples each, temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}. Score of "
+        f"the student: {_pm(student['score'], '.3f')}; {student['failed']:.1%} of its rollouts fail."
     )
     rows = []
     for row in content["contexts"]:
@@ -111,7 +111,7 @@ def _remarks(content: dict[str, Any]) -> list[str]:
     ]:
         remarks.append(f"Worse than no context: {', '.join(harm)}.")
     remarks += [
-        f"`{row['control']}` keeps {row['keeps']['value']:.0%} [{row['keeps']['low']:.0%}, {row['keeps']['high']:.0%}] of "
+        f"`{row['control']}`: {row['keeps']['value']:.0%} [{row['keeps']['low']:.0%}, {row['keeps']['high']:.0%}] of "
         "the net gap of `sibling`."
         for row in rows.values()
         if "keeps" in row
@@ -218,7 +218,7 @@ def _warnings(content: dict[str, Any]) -> list[str]:
     heavy = [row for row in content["points"] if row["leverage"] > 0.7]
     if heavy:
         names = ", ".join(f"{row['name']} ({row['leverage']:.2f})" for row in heavy)
-        made.append(f"The line hangs on {names}: without it the slope may be another one.")
+        made.append(f"The line hangs on {names}: without that the slope may be another one.")
     if content["loo_rmse"] >= content["loo_constant"]:
         made.append("**The gap foretells no better than the mean of the other runs.** Do not choose by this line.")
     if content["reliability"] < 0.8:
