@@ -513,6 +513,19 @@ def test_a_gap_that_foretells_nothing_is_called_so(parrot, tmp_path):
     assert "foretells no better" in (tmp_path / "out" / "calibration.md").read_text()
 
 
+def test_a_collapse_is_named_and_fitted_around(parrot, tmp_path):
+    root, _ = study(parrot, tmp_path)
+    finished(root / "base" / "feedback" / "seed=0", 0, [-0.19] * 4)
+    content = calibrate([str(root)], output=str(tmp_path / "out"))
+    assert [made["name"] for made in content["points"] if made["collapsed"]] == ["feedback"]
+    assert content["slope"] < 1.5
+    assert content["without_collapsed"]["slope"] == pytest.approx(2)
+    assert (
+        "they started from: feedback. Through the other 3: Δ = +0.010 +2.000 g"
+        in (tmp_path / "out" / "calibration.md").read_text()
+    )
+
+
 def test_the_bootstrap_draws_questions_and_seeds(parrot, tmp_path):
     root, _ = study(parrot, tmp_path, noise=0.2)
     found = points([root], None, "all")

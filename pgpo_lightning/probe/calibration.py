@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from pgpo_lightning.lab.measures import answers, collapse_step, evaluations
 from pgpo_lightning.lab.runs import FILE, Run
 from pgpo_lightning.probe.contexts import effective
 from pgpo_lightning.probe.gaps import question_draws
@@ -33,6 +34,7 @@ class Point:
         seeds: Of the rows of `gain`.
         questions_sha256: Of the probe's questions.
         probe: The file of the probe.
+        collapsed: Whether a run ended below half of the score that it started from: the line does not speak of stability.
         held_out: Whether the probe asked the questions that the runs were scored on.
     """
 
@@ -43,6 +45,7 @@ class Point:
     seeds: tuple[int, ...]
     questions_sha256: str
     probe: Path
+    collapsed: bool
     held_out: bool
 
 
@@ -156,22 +159,26 @@ def _point(name: str, context: str, runs: list[Run], probe: dict[str, Any], sour
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Expected each run of {name} once, but got the seeds {seeds}.")
-    gains = []
+    gains, collapsed = [], False
     for run in runs:
-        steps = sorted(map(int, run.questions))
+        steps = evaluations(run)
         if len(steps) < 2 or steps[0] != 0:
             raise ValueError(
                 f"Expected {name}/seed={run.seed} to be evaluated before the first step and at the end, but it was at {steps}. "
                 "Leave `trainer.num_sanity_val_steps` at -1 and set `trainer.val_check_interval`."
             )
-        gains.append(np.subtract(run.questions[str(steps[-1])], run.questions["0"]))
+        table = answers(run)
+        gains.append(table[-1] - table[0])
+        collapsed |= collapse_step([0, 1], table[[0, -1]].mean(axis=1)) is not None
     if len({len(gain) for gain in gains}) > 1:
         raise ValueError(f"Expected all runs of {name} to have the same held-out questions, but their numbers differ.")
     row = next(row for row in probe["contexts"] if row["name"] == context)
     settings = probe["settings"]
     gap = np.array(row["by_question" if scale == "all" else "by_question_failed"])
     held_out = settings["split"] == "validation" and len(gap) == len(gains[0])
-    return Point(name, context, gap, np.array(gains), tuple(seeds), settings["questions_sha256"], source, held_out)
+    return Point(
+        name, context, gap, np.array(gains), tuple(seeds), settings["questions_sha256"], source, collapsed, held_out
+    )
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,17 @@ def draw_line(line: Line, content: dict[str, Any], path: Path) -> None:
     )
     for row in rows:
         axis.scatter([row["gap"]] * len(row["seeds"]), row["gain_by_seed"], s=10, color="C1", zorder=3)
-        axis.annotate(row["name"], (row["gap"], row["gain"]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    low, high = content["range"]
+    for i, row in enumerate(sorted(rows, key=lambda row: row["gap"])):  # above and below in turn, or neighbours overlap
+        left = row["gap"] > low + 0.8 * (high - low)
+        axis.annotate(
+            row["name"],
+            (row["gap"], row["gain"]),
+            xytext=(-6 if left else 6, 8 if i % 2 else -15),
+            textcoords="offset points",
+            horizontalalignment="right" if left else "left",
+            fontsize=8,
+        )
     axis.scatter([], [], s=10, color="C1", label="single seeds")
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set_xlabel("net gap before training (teacher's score less the student's, less that of `none`)", fontsize=9)

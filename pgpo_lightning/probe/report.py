@@ -9,8 +9,10 @@ from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.probe.calibration import Bootstrap, Point
 from pgpo_lightning.probe.contexts import Context
 from pgpo_lightning.probe.gaps import Gap, Table, Value, kept
-from pgpo_lightning.probe.line import Line, reliability
+from pgpo_lightning.probe.line import Line, fit, reliability
 from pgpo_lightning.probe.measure import Measured
+
+_LINE = ("n", "intercept", "slope", "r2", "scatter", "loo_rmse", "loo_r2", "loo_constant")
 
 SURE = 2  # standard errors of a gap that is told from 0
 
@@ -150,22 +152,21 @@ def calibration_content(
             "fitted": float(line.gains[i] - line.residuals[i]),
             "left_out": float(line.left_out[i]),
             "leverage": float(line.leverage[i]),
+            "collapsed": point.collapsed,
         }
         for i, point in enumerate(given)
     ]
+    stable = [i for i, point in enumerate(given) if not point.collapsed]
+    rest = None
+    if 3 <= len(stable) < line.n:
+        rest = fit(line.gaps[stable], line.gains[stable])
     return {
         "scale": scale,
-        "n": line.n,
-        "intercept": line.intercept,
+        **{name: getattr(line, name) for name in _LINE},
         "intercept_interval": boot.interval(boot.intercepts),
-        "slope": line.slope,
         "slope_interval": boot.interval(boot.slopes),
         "reliability": reliability(line.gaps, boot.gaps),
-        "r2": line.r2,
-        "scatter": line.scatter,
-        "loo_rmse": line.loo_rmse,
-        "loo_r2": line.loo_r2,
-        "loo_constant": line.loo_constant,
+        "without_collapsed": None if rest is None else {name: getattr(rest, name) for name in _LINE},
         "range": [float(line.gaps.min()), float(line.gaps.max())],
         "points": rows,
         "predictions": predictions,
@@ -219,6 +220,15 @@ def _warnings(content: dict[str, Any]) -> list[str]:
     if heavy:
         names = ", ".join(f"{row['name']} ({row['leverage']:.2f})" for row in heavy)
         made.append(f"The line hangs on {names}: without that the slope may be another one.")
+    if gone := [row["name"] for row in content["points"] if row["collapsed"]]:
+        told = f"Fell below half of the score they started from: {', '.join(gone)}."
+        if (rest := content["without_collapsed"]) is not None:
+            told += (
+                f" Through the other {rest['n']}: Δ = {rest['intercept']:+.3f} {rest['slope']:+.3f} g, R² {rest['r2']:.3f}, "
+                f"leave-one-out RMSE {rest['loo_rmse']:.4f} (R² {rest['loo_r2']:.3f}), without the gap "
+                f"{rest['loo_constant']:.4f}."
+            )
+        made.append(told)
     if content["loo_rmse"] >= content["loo_constant"]:
         made.append("**The gap foretells no better than the mean of the other runs.** Do not choose by this line.")
     if content["reliability"] < 0.8:
