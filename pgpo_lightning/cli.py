@@ -12,6 +12,7 @@ from typing import Any
 import jsonargparse
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -85,6 +86,9 @@ class PGPOCommand(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not None]
+        endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
+        if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and endless:
+            bar._get_train_description = "Epoch {:<4}".format  # Lightning would write "Epoch 0/-2"
         return trainer
 
     def before_fit(self) -> None:
@@ -95,8 +99,14 @@ class PGPOCommand(LightningCLI):
             config["ckpt_path"] = str(newest_checkpoint(checkpoint.folder(self.trainer)))
             print(f"{self.subcommand} from {config['ckpt_path']}")
 
-    before_validate = before_fit
-    before_test = before_fit
+    def before_validate(self) -> None:
+        """Find the checkpoint, and say whose score it will be without one."""
+        self.before_fit()
+        if not self.config_init[self.subcommand].get("ckpt_path"):
+            model = self.model.given_model if isinstance(self.model.given_model, str) else "the model"
+            print(f"{self.subcommand} of {model} as it is, before any training: no `--ckpt_path` was given")
+
+    before_test = before_validate
 
 
 def _one_seed(seed: int | bool) -> int:
@@ -134,7 +144,7 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     if words[:1] == ["export"]:
         jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
-    elif words[:1] in (["ablate"], ["report"]):
+    elif words[:1] in (["ablate"], ["report"], ["sde"], ["estimator"]):
         importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])  # only then: fit needs none of it
     elif words[:1] == ["probe"]:
         importlib.import_module("pgpo_lightning.probe.command").main(words[1:])
@@ -144,7 +154,8 @@ def main(args: list[str] | None = None) -> None:
         if words[:1] in (["-h"], ["--help"]):
             print("pgpo {fit,validate,test} runs a configuration; pgpo export writes a checkpoint for transformers.")
             print("pgpo plan says what fit will need of a machine, before anything is loaded.")
-            print("pgpo probe says what the teacher's context is worth, before training.\n")
+            print("pgpo probe says what the teacher's context is worth, before training.")
+            print("pgpo ablate and report make and read a study; pgpo sde and estimator measure PGPO's theory.\n")
         PGPOCommand(args)
 
 

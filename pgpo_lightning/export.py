@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
 from pgpo_lightning.lora import merged, write_adapter
+from pgpo_lightning.policy import resolve_model
 
 
 def export(
@@ -27,7 +28,7 @@ def export(
         checkpoint: A checkpoint file, or the folder of a run, whose newest checkpoint is taken.
         output: The folder to write.
         weights: Whose weights: the student's, or those of a moving teacher.
-        tokenizer: Folder or Hub id; by default where the run had it from.
+        tokenizer: Folder, Hub id or ``toy``; by default where the run had it from.
         lora: Of a run with `lora`: ``merged`` (default) adds the adapter to the base model's weights; ``adapter`` writes the
             adapter alone, for ``peft.PeftModel.from_pretrained``.
         base: Folder or Hub id of the base model that the adapter is merged into; by default where the run had it from.
@@ -60,7 +61,7 @@ def export(
     origin = tokenizer or about["tokenizer"]
     if not origin:
         raise ValueError("Expected `tokenizer`, because the run was given a tokenizer object that came from no folder.")
-    AutoTokenizer.from_pretrained(origin).save_pretrained(output)
+    AutoTokenizer.from_pretrained(resolve_model(origin)).save_pretrained(output)
     if lora == "adapter":
         write_adapter(output, state, about["lora"])
     else:

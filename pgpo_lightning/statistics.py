@@ -148,7 +148,8 @@ def information(
 
     Returns:
         The estimate and its standard error over sequences (NaN for fewer than two). ``(0, nan)`` if no row has a teacher:
-        without feedback there is no information.
+        without feedback there is no information. The error takes sequences for independent; siblings are not, so it is too
+        small, by half on the toy (``docs/theory.md``).
 
     Example:
         >>> rows = StepStatistics.empty()

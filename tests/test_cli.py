@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import config
+from lightning.pytorch.callbacks import RichProgressBar
 
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
+from pgpo_lightning.callbacks.watch import before_after, summarise
 from pgpo_lightning.cli import PGPOCommand, main
 from pgpo_lightning.curves import read_scalars
 
@@ -50,16 +52,20 @@ def test_every_overlay_changes_only_what_it_names(capsys, overlay, base):
     assert overlay.read_text().startswith("# vs ")
 
 
-def multiplier_of(tmp_path, *args):
-    """Everything is built, nothing is run."""
-    built = {}
+def built(tmp_path, *args):
+    """The callbacks: everything is built, nothing is run."""
+    callbacks = []
 
     class Building(PGPOCommand):
         def _run_subcommand(self, subcommand):
-            built["callbacks"] = self.trainer.callbacks
+            callbacks.extend(self.trainer.callbacks)
 
     Building(["fit", "--config", config(tmp_path / "run"), *args])
-    return next((c for c in built["callbacks"] if isinstance(c, StepSizeMultiplier)), None)
+    return callbacks
+
+
+def multiplier_of(tmp_path, *args):
+    return next((c for c in built(tmp_path, *args) if isinstance(c, StepSizeMultiplier)), None)
 
 
 def test_callbacks_are_swapped_by_one_argument(tmp_path):
@@ -86,6 +92,12 @@ def test_a_multiplier_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     mine = multiplier_of(tmp_path, "--multiplier", "mine.Halving", "--multiplier.base", "0.25")
     assert mine.multiplier(None, 2) == 0.0625
+
+
+def test_the_progress_bar_of_a_run_that_counts_steps_has_no_number_of_epochs(tmp_path):
+    pytest.importorskip("rich")
+    (bar,) = [c for c in built(tmp_path, "--trainer.enable_progress_bar", "true") if isinstance(c, RichProgressBar)]
+    assert bar._get_train_description(0) == "Epoch 0   "
 
 
 QUICK = ["--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
@@ -183,6 +195,30 @@ def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "held-out" in out
     assert f"{summary['final']['avg@2']:.3f}" in out
+
+
+def test_a_run_says_when_it_was_last_evaluated():
+    scalars = {"val/avg@2": {0: 0.5, 10: 0.75, 20: 0.625}}
+    whole, cut = (summarise(scalars, steps, 9.0, 2) for steps in (20, 25))
+    assert whole["final"] == whole["last"] == {"step": 20, "avg@2": 0.625}
+    assert "final @20" in before_after(whole)
+    assert cut["final"] is None
+    assert cut["last"] == whole["last"]
+    assert "last @20" in before_after(cut)
+    assert "final" not in before_after(cut)
+    assert "no evaluation after step 20: see `trainer.val_check_interval`" in before_after(cut)
+    assert before_after(summarise({}, 25, 9.0, 2)) == "25 steps, no evaluation"
+
+
+def test_a_run_without_a_log_says_that_it_leaves_no_summary(tmp_path):
+    with pytest.warns(UserWarning, match=r"no summary.json, run.json and stability.png.* leave `trainer.logger` null"):
+        run(tmp_path, "--trainer.logger", "false", "--trainer.max_steps", "1")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_score_of_the_untrained_model_is_called_so(tmp_path, capsys):
+    main(["validate", "--config", config(tmp_path / "run"), "--trainer.limit_val_batches", "1"])
+    assert "validate of toy as it is, before any training: no `--ckpt_path` was given\n" in capsys.readouterr().out
 
 
 PROGRAM = "import sys; sys.path.pop(0); from pgpo_lightning.cli import program; program()"  # as a console script: no '' in path

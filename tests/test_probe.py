@@ -605,7 +605,7 @@ def test_the_command_on_the_toy(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", str(CONFIGS / "ablations" / "grpo.yaml")], "`model` to be an SDPO"),
+        (["--config", str(CONFIGS / "ablations" / "grpo.yaml")], "`model` to be a module with a self-teacher"),
         (["--contexts", "[peer]"], "`contexts` to be among none, feedback"),
         (["--top_p", "1.5"], "`top_p` to be at most 1"),
         (["--ckpt_path", "last"], "no `ckpt_path`"),

@@ -1,8 +1,5 @@
 """Two processes are one: equal weights, and one information estimate that is the true mean over all rows."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +8,7 @@ import torch
 from helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from processes import finish, start_ranks
 
 from pgpo_lightning.lora import LoRA
 from pgpo_lightning.modules import SDPO
@@ -20,14 +18,8 @@ WORKER = Path(__file__).parent / "ranks_worker.py"
 
 
 def run(folder, ranks, split, strategy="one", teacher="ema"):
-    output = folder / f"out{ranks}"
-    subprocess.run(
-        [sys.executable, str(WORKER), str(output), str(ranks), split, strategy, teacher],
-        check=True,
-        timeout=200,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    output, log = folder / f"out{ranks}", folder / f"log{ranks}"
+    finish(*start_ranks([WORKER, output, ranks, split, strategy, teacher], log, ranks), log=log)
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
@@ -38,6 +30,8 @@ def run(folder, ranks, split, strategy="one", teacher="ema"):
         ("one-sided", "ddp", "ema"),
         ("uneven", "fsdp2", "trust-region"),
         ("one-sided", "fsdp2", "ema"),
+        ("routed", "ddp", "restart"),
+        ("routed", "fsdp2", "gated"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):

@@ -13,6 +13,7 @@ import yaml
 from helpers import config, tiny_model
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from processes import finish, start_ranks
 
 from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.sharding import Sharded
@@ -25,24 +26,26 @@ FSDP2 = {
 }
 
 
-def command(folder, strategy, *args):
+def words(folder, strategy, *args):
     path = config(folder, STEPS, model={"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}})
     settings = yaml.safe_load(Path(path).read_text())
     settings["trainer"] |= {"devices": 2, "strategy": strategy}
     settings["data"]["init_args"]["batch_size"] = 2
     Path(path).write_text(yaml.safe_dump(settings))
-    return [sys.executable, "-m", "pgpo_lightning.cli", "fit", "--config", path, *args]
+    return ["fit", "--config", path, *args]
 
 
-def start(*args):
+def launch(*args):
+    """Return rank 0 of a run as a user starts it; it starts the other itself."""
+    command = [sys.executable, "-m", "pgpo_lightning.cli", *words(*args)]
     return subprocess.Popen(
-        command(*args), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
     )
 
 
-def finish(process):
-    error = process.communicate(timeout=280)[1]
-    assert process.returncode == 0, error
+def run(folder, *args):
+    log = folder.with_suffix(".log")
+    finish(*start_ranks(["pgpo", *words(folder, *args)], log, 2), log=log)
 
 
 def second_rank(process):
@@ -59,8 +62,8 @@ def second_rank(process):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the second process in /proc")
 def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(whole, "ddp"))
-    process = start(broken, FSDP2)
+    run(whole, "ddp")
+    process = launch(broken, FSDP2)
     while not (broken / "checkpoints" / "step=000002.ckpt").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
@@ -70,7 +73,7 @@ def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(tmp_path):
     assert process.returncode != 0
     assert time.monotonic() - killed < 60
     assert not (broken / "checkpoints" / f"step={STEPS:06d}.ckpt").exists(), "the run ended before it was killed"
-    finish(start(broken, FSDP2, "--ckpt_path", "last"))
+    run(broken, FSDP2, "--ckpt_path", "last")
 
     ours, theirs = (
         torch.load(folder / "checkpoints" / f"step={STEPS:06d}.ckpt", weights_only=True) for folder in (broken, whole)

@@ -2,6 +2,8 @@
 
 from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.modules.rlsd import RLSD
 from pgpo_lightning.modules.sdpo import SDPO
+from pgpo_lightning.modules.srpo import SRPO
 
-__all__ = ["GRPO", "SDPO", "OnPolicyModule"]
+__all__ = ["GRPO", "RLSD", "SDPO", "SRPO", "OnPolicyModule"]

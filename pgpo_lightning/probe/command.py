@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.building import BuildCommand
-from pgpo_lightning.modules import SDPO
+from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.probe.calibration import PROBE, Scale, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
@@ -38,9 +38,11 @@ _UPDATE = (
     *("loss_agg_mode", "is_clip", "max_sampler_gap", "max_skipped_steps", "gradient_checkpointing"),
     *("eval_samples", "eval_temperature", "eval_top_p", "num_generations", "temperature", "seed"),
     *("divergence_alpha", "alpha", "full_logit_distillation", "distillation_topk", "distillation_add_tail"),
-    *("teacher_regularization", "teacher_update_rate", "allocation"),
+    *("entry_clip", "softening", "question_weight_exponent", "allocation"),
+    *("teacher_regularization", "teacher_update_rate", "teacher_period", "teacher_gate"),
 )
-"""Settings of SDPO that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other makes another probe."""
+"""Settings of a module that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other one makes another
+probe."""
 
 
 class ProbeCommand(BuildCommand):
@@ -77,9 +79,9 @@ class ProbeCommand(BuildCommand):
             ValueError: If a setting is out of range, or the folder holds a probe with others.
         """
         module, config = self.model, self.config[self.subcommand]
-        if not isinstance(module, SDPO):
+        if not isinstance(module, SelfTeaching):
             raise ValueError(
-                f"Expected `model` to be an SDPO, which has a self-teacher, but got {type(module).__name__}."
+                f"Expected `model` to be a module with a self-teacher, such as SDPO, but got {type(module).__name__}."
             )
         if config.ckpt_path is not None:
             raise ValueError(

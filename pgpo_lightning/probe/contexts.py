@@ -1,7 +1,7 @@
 """What the self-teacher may be told: contexts that a run can be trained with, and controls that show what a gap is made of.
 
-A context is nothing but settings of :class:`~pgpo_lightning.modules.SDPO`, so that what is measured is what a run then trains
-with. A control changes the rollouts that demonstrations are taken from; no run can be configured to it.
+A context is nothing but settings of :class:`~pgpo_lightning.modules.self_teaching.SelfTeaching`, so that what is measured is what
+a run then trains with. A control changes the rollouts that demonstrations are taken from; no run can be configured to it.
 """
 
 import re
@@ -33,7 +33,7 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "sibling+feedback": _SIBLING | _FEEDBACK | {"environment_feedback_only_without_solution": False},
     "configured": {},
 }
-"""Name to the settings of SDPO that give a run this context; all others stay as configured.
+"""Name to the settings of a module that give a run this context; all others stay as configured.
 
 `none` resamples from the plain prompt. `own` shows a response its own text if it is right, `own+feedback` its feedback if it is
 wrong (arXiv 2605.30070). `sibling+feedback` shows both where there are both. `configured` is what the configuration trains with.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgpo_lightning.modules import SDPO
+from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.probe.contexts import CONTROLS, Context
 from pgpo_lightning.probe.gaps import Table
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
@@ -61,7 +61,7 @@ class Prober:
 
     def __init__(
         self,
-        module: SDPO,
+        module: SelfTeaching,
         questions: list[Question],
         samples: int,
         sampling: Sampling,

@@ -15,7 +15,7 @@ from pgpo_lightning.sizing.adapters import Adapters
 from pgpo_lightning.sizing.dry_run import Compute
 from pgpo_lightning.sizing.memory import GIB, Sharding
 from pgpo_lightning.sizing.parameters import configuration, skeleton
-from pgpo_lightning.sizing.plan import Plan, Run, plan
+from pgpo_lightning.sizing.plan import AVERAGING, Plan, Run, plan
 from pgpo_lightning.sizing.report import content, table
 from pgpo_lightning.sizing.workload import Lengths
 
@@ -91,7 +91,7 @@ class PlanCommand(BuildCommand):
             micro_batch_tokens=module.micro_batch_tokens,
             updates=module.updates_per_batch,
             passes=module.num_iterations,
-            top_k=getattr(getattr(module, "divergence", None), "top_k", None) is not None,
+            top_k=module.divergence is not None and module.divergence.partial(config.get_text_config().vocab_size),
             independent=getattr(getattr(module, "reprompt", None), "demonstration_choice", "shared") == "independent",
             evaluated=0 if trainer.limit_val_batches == 0 else data.eval_batch_size * module.eval_samples,
             eval_samples=module.eval_samples,
@@ -129,10 +129,10 @@ def _compute(module: OnPolicyModule, precision: str) -> Compute:
         raise ValueError(f"Expected `trainer.precision` to be one of {', '.join(PRECISIONS)}, but got {precision}.")
     forced, autocast = PRECISIONS[precision]
     student = forced or getattr(torch, module.loading["dtype"])
-    ema = getattr(module, "teacher_regularization", "") == "ema"
+    averaging = getattr(module, "teacher_regularization", "") in AVERAGING
     return Compute(
         student,
-        torch.float32 if ema else student,
+        torch.float32 if averaging else student,
         autocast,
         module.gradient_checkpointing,
         module.loading["attn_implementation"],
