@@ -245,6 +245,7 @@ class TokenInputs:
         advantage: Of its response.
         old: Log-probability under the policy before the first of several updates; ``None`` where that is the current one.
         taught: Whether the rows have a teacher's prompt. Those with and without never share a pass.
+        demonstration: Whether the token is of a demonstration, bool; ``None`` if none is. `sampler` and `old` say nothing there.
     """
 
     sampler: Tensor
@@ -252,6 +253,7 @@ class TokenInputs:
     advantage: Tensor
     old: Tensor | None
     taught: bool
+    demonstration: Tensor | None = None
 
     @classmethod
     def of(cls, rows: list[Row], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
@@ -276,15 +278,19 @@ class TokenInputs:
             weight = torch.tensor([row.weight for row in rows], dtype=torch.float32, device=device)
             coefficient = coefficient * weight
         advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device)
-        known = rows[0].old_log_probs is not None
-        old = torch.cat([row.old_log_probs for row in rows]).to(device) if known else None
+        old = given = None
+        if any(row.old_log_probs is not None for row in rows):
+            known = [row.rollout.log_probs if row.demonstration else row.old_log_probs for row in rows]
+            old = torch.cat(known).to(device)
+        if any(row.demonstration for row in rows):
+            given = spread(torch.tensor([row.demonstration for row in rows], device=device))
         taught = rows[0].reprompt_ids is not None
-        return cls(sampler, spread(coefficient), spread(advantage), old, taught)
+        return cls(sampler, spread(coefficient), spread(advantage), old, taught, given)
 
     def __getitem__(self, part: slice) -> "TokenInputs":
         """Return the same for some of the tokens."""
-        old = None if self.old is None else self.old[part]
-        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught)
+        old, given = (None if values is None else values[part] for values in (self.old, self.demonstration))
+        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given)
 
     def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
         """Return log-probabilities under the policy that the batch was sampled from, as the trainer sees it."""

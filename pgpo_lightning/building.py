@@ -3,7 +3,7 @@
 import warnings
 from typing import Any
 
-from pgpo_lightning.cli import PGPOCommand
+from pgpo_lightning.fitting import PGPOCommand
 
 
 class BuildCommand(PGPOCommand):

@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import jsonargparse
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -82,3 +83,12 @@ def _merged(state: dict[str, Tensor], identity: dict[str, Any], base: str | None
     with TemporaryDirectory() as folder:
         write_adapter(folder, state, identity)
         return merged(folder, identity, base)
+
+
+def main(args: list[str]) -> None:
+    """Run ``pgpo export``.
+
+    Args:
+        args: Without the program's name and `export`.
+    """
+    jsonargparse.auto_cli(export, args=args, prog="pgpo export", as_positional=True)

@@ -90,6 +90,9 @@ class Row:
         old_log_probs: Log-probabilities of the response under the policy before the first of several updates on one
             batch, shape ``(len(response_ids),)``; ``None`` means that the current policy is the sampling policy.
         teacher_hidden: The teacher's hidden states of the response, ``(len(response_ids), D)``, while they are to be used again.
+        demonstration: Whether the response was given, not sampled (HAPO). It then has no log-probabilities under a sampler, and
+            `advantage` is the weight of its loss.
+        replaced_by: The row that the loss has in this one's place, if any. What is reported is this one.
     """
 
     rollout: Rollout
@@ -100,6 +103,8 @@ class Row:
     weight: float = 1.0
     old_log_probs: Tensor | None = None
     teacher_hidden: Tensor | None = None
+    demonstration: bool = False
+    replaced_by: "Row | None" = None
 
     @property
     def length(self) -> int:

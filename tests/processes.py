@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pgpo_lightning.cli"])
+FORKS.set_forkserver_preload(["pgpo_lightning.fitting"])
 
 
 def start(words, log, **environment):

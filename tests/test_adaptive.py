@@ -405,7 +405,7 @@ def test_two_processes_equal_one(tmp_path, name):
     assert (two["weights"] - one["weights"]).abs().mean() < 1e-6
 
 
-class FixedRows(ranks_worker.FixedRows):
+class FixedRows(ranks_worker.FixedSDPO):
     """Uneven shares, kept for whoever looks at the batch afterwards."""
 
     split = "uneven"

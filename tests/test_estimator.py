@@ -144,8 +144,8 @@ def crossed(questions_, siblings, between, within, seed=0):
     return between * rng.normal(size=(questions_, 1)) + within * rng.normal(size=(questions_, siblings))
 
 
-def test_the_logged_error_is_too_small_by_the_design_effect():
-    """Between 0.2, within 0.1, 4 siblings: the variance is 0.0425 / Q, and the logged one 0.05 / 4 Q."""
+def test_an_error_over_sequences_is_too_small_by_the_design_effect():
+    """Between 0.2, within 0.1, 4 siblings: the variance is 0.0425 / Q, and that of independent sequences 0.05 / 4 Q."""
     table = crossed(4000, 4, 0.2, 0.1)
     drawn = draw_batches(table, 20, 3000, seed=0)
     assert drawn.spread == pytest.approx(math.sqrt(0.0425 / 20), rel=0.06)
@@ -172,7 +172,7 @@ def test_a_batch_is_estimated_as_a_training_step_does():
     table = arranged(values, question, 4)
     assert np.isnan(table[2]).all()
     zeros = torch.zeros(6)
-    fields = [torch.from_numpy(values), zeros, *[zeros] * 6, zeros + 1, zeros, zeros + 1]
+    fields = [torch.from_numpy(values), zeros, *[zeros] * 6, zeros + 1, zeros, zeros + 1, torch.from_numpy(question)]
     told = information(StepStatistics(*fields))
 
     class Everything:
@@ -184,7 +184,7 @@ def test_a_batch_is_estimated_as_a_training_step_does():
         patch.setattr(np.random, "default_rng", lambda seed: Everything())
         drawn = draw_batches(table, 4, 1, seed=0)
     assert drawn.values.item() == pytest.approx(told.value)
-    assert drawn.naive.item() == pytest.approx(told.standard_error)
+    assert drawn.clustered.item() == pytest.approx(told.standard_error)
     assert drawn.sequences == 6
 
 

@@ -291,23 +291,29 @@ def test_frozen_weights_under_an_adapter_are_not_kept(tmp_path):
     same(recorder.trained[6], recorder.evaluated[2])
 
 
-@pytest.mark.parametrize("cut", [2, 3, 5])
-def test_a_resumed_run_goes_back_as_the_uninterrupted_one(tmp_path, cut):
+def guarded(folder, steps=6):
     """Every rise of the entropy is an alarm here: the run goes back again and again."""
     rules = dict.fromkeys(OFF) | {"window": 1, "warm_up": 1, "reward_fall": None, "entropy_rise": 1.0}
     init = {"action": "roll-back", "max_rollbacks": 9, "lr_factor": 0.5, "rules": rules}
-    callbacks = {"callbacks": [{"class_path": "CollapseGuard", "init_args": init}]}
+    path = Path(config(folder, steps=steps))
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"] |= {"callbacks": [{"class_path": "CollapseGuard", "init_args": init}]}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
 
-    def guarded(folder, steps=6):
-        path = Path(config(folder, steps=steps))
-        settings = yaml.safe_load(path.read_text())
-        settings["trainer"] |= callbacks
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
 
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guarded") / "whole"
+    with pytest.warns(UserWarning, match="Back to"):
+        main(["fit", "--config", guarded(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+def test_a_resumed_run_goes_back_as_the_uninterrupted_one(whole, tmp_path, cut):
+    resumed = tmp_path / "resumed"
     with pytest.warns(UserWarning, match="Back to"):  # noqa: PT031
-        main(["fit", "--config", guarded(whole)])
         main(["fit", "--config", guarded(resumed, steps=cut)])
         main(["fit", "--config", guarded(resumed), "--ckpt_path", "last"])
     a, b = (final(folder)["callbacks"]["CollapseGuard"] for folder in (whole, resumed))

@@ -1,7 +1,7 @@
-r"""How a batch's estimate spreads, and whether its logged error says so: batches drawn from a bank, question by question.
+r"""How a batch's estimate spreads, and whether its standard error says so: batches drawn from a bank, question by question.
 
 Siblings answer one question and are shown one demonstration, so they are alike. With values :math:`x_{qj} = \mu + b_q + w_{qj}`
-the mean over Q questions of m siblings has the variance :math:`(\sigma_b^2 + \sigma_w^2/m)/Q`, while the logged error, made for
+the mean over Q questions of m siblings has the variance :math:`(\sigma_b^2 + \sigma_w^2/m)/Q`, while the usual error, made for
 independent sequences, tends to :math:`(\sigma_b^2 + \sigma_w^2)/(Qm)`. Their ratio is the design effect (Kish 1965).
 """
 
@@ -24,8 +24,8 @@ class Batches:
         questions: Per batch.
         sequences: With a teacher, mean per batch.
         values: Estimates of I (nats), ``(draws,)``.
-        naive: Logged standard errors: over sequences, ``(draws,)``.
-        clustered: Standard errors over questions, ``(draws,)``.
+        naive: Standard errors over sequences, as if those were independent, ``(draws,)``.
+        clustered: Standard errors over questions, as logged, ``(draws,)``.
     """
 
     questions: int
@@ -70,7 +70,7 @@ def arranged(values: Array, question: NDArray[np.int64], questions: int) -> Arra
 def draw_batches(table: Array, questions: int, draws: int, seed: int, siblings: int | None = None) -> Batches:
     """Draw batches of whole questions from a bank, with replacement.
 
-    The value and its logged error are those of :func:`pgpo_lightning.statistics.information` (sequence-mean).
+    Value and clustered error are those of :func:`pgpo_lightning.statistics.information` (sequence-mean).
 
     Args:
         table: From :func:`arranged`.
@@ -107,7 +107,7 @@ def _summarised(picked: Array) -> Array:
 
 
 def design_effect(table: Array, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Return how many times larger the variance of a mean is than the logged one, with its 95 % bootstrap interval.
+    """Return the variance of a mean over that of independent sequences, with its 95 % bootstrap interval.
 
     Args:
         table: From :func:`arranged`; questions are drawn anew.

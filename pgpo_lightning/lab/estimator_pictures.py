@@ -77,7 +77,9 @@ def _honesty(axis: Axes, content: dict[str, Any]) -> None:
     for name, colour in _COLOURS.items():
         rows = [row for row in content["toy_batches"] if row["estimator"] == name]
         size = [row["questions"] for row in rows]
-        axis.plot(size, [row["honesty"] for row in rows], "o-", markersize=3, color=colour, label=f"{name}, logged")
+        axis.plot(
+            size, [row["honesty"] for row in rows], "o-", markersize=3, color=colour, label=f"{name}, over sequences"
+        )
         axis.plot(
             size, [row["clustered"] for row in rows], "^:", markersize=3, color=colour, label=f"{name}, over questions"
         )

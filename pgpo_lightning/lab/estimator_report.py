@@ -7,8 +7,9 @@ from pgpo_lightning.lab.markdown import table
 NOTES = """\
 Values are nats per token (I over a response is a mean over its tokens). **entropy-difference** is Eq. 8 of PGPO, **kl** is
 KL(teacher||student), **log-ratio** is log T(y) - log S(y) of the sampled tokens. In square brackets: 95 % intervals, on the toy
-over questions. **Logged error / spread**: the logged standard error (root of its mean square) over the standard deviation of the
-estimate over batches; 1 is honest, below 1 too sure. **Covered**: batches within 1.96 logged errors of the bank's mean."""
+over questions. **Error / spread**: a standard error (root of its mean square) over the standard deviation of the estimate over
+batches; 1 is honest, below 1 too sure. *Over sequences* takes all for independent; *over questions*, as logged, does not.
+**Covered**: batches within 1.96 errors of the bank's mean."""
 
 NAMES = ("entropy-difference", "kl", "log-ratio")
 
@@ -48,7 +49,7 @@ def markdown(content: dict[str, Any]) -> str:
         ),
         f"## Sequences per batch: the same, {length} tokens, independent sequences",
         table(
-            ["estimator", "sequences", "spread", "logged error / spread"],
+            ["estimator", "sequences", "spread", "error over sequences / spread"],
             [
                 [
                     row["estimator"],
@@ -84,7 +85,7 @@ def markdown(content: dict[str, Any]) -> str:
                 "questions",
                 "sequences",
                 "spread of I",
-                "logged error / spread",
+                "error over sequences / spread",
                 "covered",
                 "error over questions / spread",
                 "covered",
@@ -106,7 +107,7 @@ def markdown(content: dict[str, Any]) -> str:
         "## Questions against siblings, entropy-difference",
         "About the same number of sequences in every row.",
         table(
-            ["questions", "siblings", "sequences", "spread of I", "logged error / spread"],
+            ["questions", "siblings", "sequences", "spread of I", "error over sequences / spread"],
             [
                 [
                     str(row["questions"]),
@@ -166,8 +167,9 @@ def summary(content: dict[str, Any]) -> str:
         if row["estimator"] == "entropy-difference" and row["needed"] is not None
     )
     told = (
-        f"On the toy I = {_interval(first)} nats per token; at {least['questions']} questions the logged standard error is "
-        f"{least['honesty']:.2f} of the true spread (design effect {_interval(first['design_effect'], '.2f')})"
+        f"On the toy I = {_interval(first)} nats per token; at {least['questions']} questions a standard error over sequences is "
+        f"{least['honesty']:.2f} of the true spread, over questions {least['clustered']:.2f} "
+        f"(design effect {_interval(first['design_effect'], '.2f')})"
     )
     spread = f"{100 * content['spread']:g} %"
     return (

@@ -73,5 +73,5 @@ def sequence_statistics(tokens: TokenStatistics, lengths: Tensor, first: int | N
         place = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
         tokens = tokens[place < first]
         lengths = lengths.clamp(max=first)
-    zeros = torch.zeros_like(tokens.kl)
-    return StepStatistics.from_tokens(tokens, zeros, tokens.log_p_student, zeros, lengths, torch.zeros(len(lengths)))
+    zeros, rewards, apart = torch.zeros_like(tokens.kl), torch.zeros(len(lengths)), torch.arange(len(lengths))
+    return StepStatistics.from_tokens(tokens, zeros, tokens.log_p_student, zeros, lengths, rewards, apart)

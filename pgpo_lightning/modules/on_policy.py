@@ -208,7 +208,8 @@ class OnPolicyModule(Reporting):
                 self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("update_actor"):
                 updated, seen = False, []
-                for share in [*shares(rows, self.updates_per_batch)] * self.num_iterations:
+                learned = [row.replaced_by or row for row in rows]  # a demonstration may stand in for a failure
+                for share in [*shares(learned, self.updates_per_batch)] * self.num_iterations:
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
                     if not seen:  # later updates find a policy that has moved
                         self.scalars |= check_sampler(self.step_statistics, self.max_sampler_gap, self.steps)
@@ -344,7 +345,12 @@ class OnPolicyModule(Reporting):
             )
         values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
-        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
+        questions = torch.tensor([row.rollout.question.index for row in rows], device=self.device)
+        lengths = sequences.lengths
+        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, lengths, rewards, questions)
+        if given.demonstration is not None:  # statistics are of what the student sampled
+            own = [i for i, row in enumerate(rows) if not row.demonstration]
+            statistics = StepStatistics.from_table(statistics.table()[own])
         shared_out = given.coefficient
         if allocation is not None:
             shared_out = shared_out * allocation.weights(tokens, sequences.lengths)
