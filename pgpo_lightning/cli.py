@@ -13,6 +13,7 @@ fit        trains as a configuration says
 validate   scores a model, or a checkpoint of a run, on the held-out questions
 test       the same on the test questions
 plan       says what fit will need of a machine, before anything is loaded
+probe      measures what each context of the teacher is worth, before training
 export     writes a checkpoint for transformers
 ablate     runs a study: arms, seeds, conditions
 report     compares the arms of a study
@@ -54,6 +55,8 @@ def main(args: list[str] | None = None) -> None:
         importlib.import_module("pgpo_lightning.export").main(words[1:])
     elif words[:1] in (["ablate"], ["report"], ["sde"], ["estimator"]):
         importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])
+    elif words[:1] == ["probe"]:
+        importlib.import_module("pgpo_lightning.probe.command").main(words[1:])
     elif words[:1] == ["plan"]:
         importlib.import_module("pgpo_lightning.sizing.command").main(words[1:])
     else:

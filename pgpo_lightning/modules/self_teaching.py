@@ -16,8 +16,8 @@ from pgpo_lightning.reprompt import (
     REPROMPT_TEMPLATE,
     SOLUTION_TEMPLATE,
     DemonstrationChoice,
+    DemonstrationSource,
     RepromptBuilder,
-    check_template,
 )
 from pgpo_lightning.teacher import RefreshGate, Teacher, TeacherRegularization, make_teacher
 
@@ -52,9 +52,13 @@ class SelfTeaching(OnPolicyModule):
         environment_feedback_only_without_solution: Show it only where there is no demonstration.
         max_reprompt_len: Longest teacher prompt in tokens. The demonstration is cut to fit, then the feedback; never the
             question or the template. Default 10240.
-        reprompt_template: The teacher's user turn; placeholders {prompt}, {solution}, {feedback}.
+        reprompt_template: The teacher's user turn; placeholders {prompt}, and {solution} and {feedback} unless there is none.
         solution_template: What goes into {solution}; placeholder {successful_previous_attempt}.
         feedback_template: What goes into {feedback}; placeholder {feedback_raw}.
+        demonstration_source: Whose successes are shown: ``siblings``, as above; ``own``, a response's own text if it is right
+            (set `dont_reprompt_on_self_success` false); ``none``, feedback alone.
+        reprompt_without_context: Give a teacher also to rows with neither demonstration nor feedback; it reads the reprompt
+            template with both left empty, so that the template itself, or nothing at all, is the context.
         kwargs: See :class:`OnPolicyModule`.
     """
 
@@ -76,10 +80,13 @@ class SelfTeaching(OnPolicyModule):
         reprompt_template: str = REPROMPT_TEMPLATE,
         solution_template: str = SOLUTION_TEMPLATE,
         feedback_template: str = FEEDBACK_TEMPLATE,
+        demonstration_source: DemonstrationSource = "siblings",
+        reprompt_without_context: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         one_of(("shared", "independent"), demonstration_choice=demonstration_choice)
+        one_of(("siblings", "own", "none"), demonstration_source=demonstration_source)
         one_of(
             ("ema", "frozen", "live", "trust-region", "restart", "gated"), teacher_regularization=teacher_regularization
         )
@@ -103,14 +110,12 @@ class SelfTeaching(OnPolicyModule):
                 f"Expected `max_reprompt_len` to exceed `max_prompt_length` ({self.max_prompt_length}), because the teacher "
                 f"sees the question and more, but got {max_reprompt_len}."
             )
-        if self.num_generations == 1 and dont_reprompt_on_self_success and not include_environment_feedback:
+        alone = self.num_generations == 1 and dont_reprompt_on_self_success
+        if alone and not include_environment_feedback and not reprompt_without_context:
             raise ValueError(
                 "Expected `num_generations` to be at least 2 without `include_environment_feedback`, but got 1: no rollout has a "
                 "sibling to learn from, and none may learn from feedback, so that nothing would ever be learnt."
             )
-        check_template("reprompt_template", reprompt_template, ("prompt", "solution", "feedback"))
-        check_template("solution_template", solution_template, ("successful_previous_attempt",))
-        check_template("feedback_template", feedback_template, ("feedback_raw",))
         self.teacher_regularization = teacher_regularization
         self.reprompt = RepromptBuilder(
             success_reward_threshold=self.success_reward_threshold,
@@ -123,6 +128,8 @@ class SelfTeaching(OnPolicyModule):
             reprompt_template=reprompt_template,
             solution_template=solution_template,
             feedback_template=feedback_template,
+            demonstration_source=demonstration_source,
+            reprompt_without_context=reprompt_without_context,
         )
 
     def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
