@@ -553,7 +553,7 @@ def test_two_processes_are_one(tmp_path):
         subprocess.run(
             [sys.executable, str(Path(__file__).parent / "hapo_worker.py"), str(output), str(ranks)],
             check=True,
-            timeout=280,
+            timeout=580,
             capture_output=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
