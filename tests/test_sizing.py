@@ -255,6 +255,7 @@ def arguments(path):
 
 TEACHERS = {
     "grpo": "none",
+    "hapo": "none",
     "live-teacher": "live",
     "frozen-teacher": "frozen",
     "cgtr": "gated",
