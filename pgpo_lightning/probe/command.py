@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from pgpo_lightning.building import BuildCommand
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.modules.settings import at_least, one_of, positive
+from pgpo_lightning.policy import fp32_by_default
 from pgpo_lightning.probe.calibration import PROBE, Scale, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
@@ -111,7 +112,7 @@ class ProbeCommand(BuildCommand):
         module.training_run = False  # no teacher's weights: it has the student's
         module.configure_model()
         fabric.setup_module(module)  # to its device, in its precision
-        with fabric.autocast():
+        with fabric.autocast(), fp32_by_default():
             content = measure(prober, asked, settings | {"module": _plain(config.model.init_args, reprompt=True)})
         save(content, folder)
         return content
