@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -249,10 +249,19 @@ def test_none_is_always_measured_and_names_are_checked():
         (([], {}, ["leak"]), "`controls` to be among"),
         (([], {"own": "{prompt}"}, []), "names that are taken|that are taken"),
         (([], {"a/b": "{prompt}"}, []), "letters, digits"),
-        (([], {"mine": "no placeholder"}, []), "placeholder"),
+        (([], {"mine": "no placeholder"}, []), "`templates.mine` to contain the placeholder {prompt}"),
     ]:
         with pytest.raises(ValueError, match=message):
             contexts(*given, BUILDER)
+
+
+def test_a_configuration_that_shows_no_demonstration_is_probed_as_it_is():
+    bare = replace(BUILDER, demonstration_source="none", reprompt_template="{prompt} Careful: {feedback}")
+    told = {context.name: reprompts(context) for context in contexts(["feedback", "configured"], {}, [], bare)}
+    assert told["configured"] == told["feedback"] == [None, "3*4+5? Careful: F:no", None]
+    for names, controls, culprit in ((["sibling"], [], "sibling"), ([], ["wrong"], "wrong")):
+        with pytest.raises(ValueError, match=f"placeholder {{solution}}.* does not go with {culprit}: leave that out"):
+            contexts(names, {}, controls, bare)
 
 
 def test_settings_without_effect_do_not_tell_contexts_apart():
