@@ -440,10 +440,20 @@ def test_parts_of_another_probe_are_not_used(tmp_path):
         probed(tmp_path, precision="bf16-mixed")
     made = prober(tmp_path, Parrot())
     changed = contexts([], {"careful": "{prompt}!!!"}, [], made.module.reprompt)[1]
-    with pytest.raises(ValueError, match="but `context` differ"):
+    with pytest.raises(ValueError, match=r"but `context\.reprompt_template` differ"):
         made.teacher(changed, made.student())
     with pytest.raises(ValueError, match="but `questions`, `questions_sha256` differ"):
         prober(tmp_path, Parrot(), count=5).student()
+    asked = [one for chunk in made.chunks for one in chunk]
+    asked[0].columns["keywords"] = "which only the verifier reads"
+    again = Prober(made.module, asked, 4, Sampling(12), 2, 5, tmp_path, {"split": "validation"})
+    with pytest.raises(ValueError, match="but `questions_sha256` differ"):
+        again.student()
+    part = tmp_path / "parts" / "student" / "0000.json"
+    for text in (part.read_text()[:100], "[]"):
+        part.write_text(text)
+        with pytest.raises(ValueError, match=r"student.0000.json to be a part of a probe, but .* Delete it"):
+            made.student()
 
 
 def test_the_report_of_a_probe(parrot, tmp_path, capsys):
@@ -608,6 +618,8 @@ def test_the_command_on_the_toy(tmp_path, capsys):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.json")}
     main(["probe", *words, "--output", str(tmp_path), "--model.init_args.optimizer.init_args.lr", "0.5"])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.json")} == files
+    with pytest.raises(ValueError, match=r"but `module\.max_response_length` differ"):
+        main(["probe", *words, "--output", str(tmp_path), "--model.init_args.max_response_length", "20"])
     capsys.readouterr()
 
 
@@ -618,11 +630,14 @@ def test_the_command_on_the_toy(tmp_path, capsys):
         (["--contexts", "[peer]"], "`contexts` to be among none, feedback"),
         (["--top_p", "1.5"], "`top_p` to be at most 1"),
         (["--ckpt_path", "last"], "no `ckpt_path`"),
+        (["--output", str(QUICKSTART)], "`output` to be a folder"),
+        (["--calibrate=nowhere"], "record of a finished run, but there is no .*nowhere"),
     ],
 )
 def test_what_the_command_refuses(tmp_path, words, message):
+    command = [] if words[0].startswith("--calibrate") else ["--config", str(QUICKSTART), "--output", str(tmp_path)]
     with pytest.raises(ValueError, match=message):
-        main(["probe", "--config", str(QUICKSTART), "--output", str(tmp_path), *words])
+        main(["probe", *command, *words])
     assert not list(tmp_path.iterdir())
 
 

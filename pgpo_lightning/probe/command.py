@@ -40,6 +40,8 @@ _UPDATE = (
     *("eval_samples", "eval_temperature", "eval_top_p", "num_generations", "temperature", "seed"),
     *("divergence_alpha", "alpha", "full_logit_distillation", "distillation_topk", "distillation_add_tail"),
     *("entry_clip", "softening", "question_weight_exponent", "allocation"),
+    *("mixing", "mixing_steps", "evidence_clip"),
+    *("norm_adv_by_std_in_grpo", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
     *("teacher_regularization", "teacher_update_rate", "teacher_period", "teacher_gate"),
 )
 """Settings of a module that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other one makes another
@@ -99,6 +101,8 @@ class ProbeCommand(BuildCommand):
         one_of(("train", "validation"), split=config.split)
         asked = contexts(config.contexts, config.templates, config.controls, module.reprompt)
         folder = Path(config.output)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"Expected `output` to be a folder, but {folder} is a file.")
         questions = self._questions(config.split, config.questions)
         settings = {"module": _plain(config.model.init_args), "split": config.split}
         settings["precision"] = str(config.trainer.precision)
@@ -246,7 +250,7 @@ def main(args: list[str]) -> dict[str, Any]:
         args: Without the program's name.
     """
     transformers_logging.set_verbosity_error()
-    if "--calibrate" in args:
+    if any(word.split("=")[0] == "--calibrate" for word in args):
         parser = jsonargparse.ArgumentParser(prog="pgpo probe", description=(calibrate.__doc__ or "").splitlines()[0])
         # jsonargparse makes no list of words by itself.
         parser.add_argument("--calibrate", nargs="+", required=True, metavar="RUNS", help="folders with finished runs")
@@ -257,4 +261,8 @@ def main(args: list[str]) -> dict[str, Any]:
         )
         given = vars(parser.parse_args(args))
         return calibrate(given.pop("calibrate"), **given)
+    if {"-h", "--help"} & {*args}:
+        print(
+            "pgpo probe --calibrate RUNS ... fits the line from gaps to gains; pgpo probe --calibrate --help lists its options.\n"
+        )
     return ProbeCommand(args).run()
