@@ -202,7 +202,9 @@ def calibrate(
     for source in sorted({point.probe for point in found}):
         rows = {row["name"]: row for row in read_probe(source)["contexts"] if row["control"] is None}
         used = [rows[point.context]["settings"] for point in found if point.probe == source]
-        wanted += [(name, row[key]["value"], False) for name, row in rows.items() if row["settings"] not in used]
+        # A run whose rollouts never get the context learns nothing: the line is not about it.
+        left = {name: row for name, row in rows.items() if row["settings"] not in used and row["coverage"]}
+        wanted += [(name, row[key]["value"], False) for name, row in left.items()]
     predictions = []
     for name, value, asked in wanted:
         inside = bool(line.gaps.min() <= value <= line.gaps.max())
