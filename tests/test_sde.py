@@ -229,7 +229,13 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     ("settings", "told"),
     [
         ({"etas": [0.1, 0.2]}, "`etas` to be at least three"),
+        ({"etas": [0.2, 0.1, 0.05, 0.05]}, "`etas` to be at least three different step sizes, each once"),
         ({"etas": [0.3, 0.2, 0.1]}, "`etas` to divide `horizon`"),
+        ({"horizon": math.inf}, "`etas` to divide `horizon`"),
+        ({"information": math.nan}, "`information` to be a number"),
+        ({"deviations": []}, "`deviations` to have at least one"),
+        ({"sensitivities": []}, "`sensitivities` to have at least one"),
+        ({"bernoulli": Bernoulli(rho_min=3.0)}, "`bernoulli.rho_min` to be at most `bernoulli.rho_max`"),
         ({"etas": [0.1, 0.05, -0.1]}, r"`etas\[2\]` to be above 0"),
         ({"rhos": []}, "`rhos` to be at least one"),
         ({"rhos": [1.0, 30.0]}, "`etas` and `stationary_eta` to be below"),
@@ -245,6 +251,13 @@ def test_settings_that_make_no_sense_are_refused(settings, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         sde(output=str(tmp_path / "out"), **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Quadratic, "discrete", None)
+    with pytest.raises(FileExistsError, match="`output` to be a folder"):
+        sde(output=str(tmp_path / "file"))
 
 
 def test_nothing_is_left_of_a_study_that_cannot_be_drawn(tmp_path):

@@ -5,7 +5,6 @@ PGPO's Theorem 2(ii) (arXiv 2606.03620) calls ``d theta = -rho grad L dt + sqrt(
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -14,7 +13,7 @@ import numpy as np
 from pgpo_lightning.lab import sde_bernoulli, sde_quadratic
 from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.lab.multiplier_law import multiplier_law, variance_bound
-from pgpo_lightning.lab.output import write_study
+from pgpo_lightning.lab.output import output_folder, write_study
 from pgpo_lightning.lab.sde_adam import RULES, simulate
 from pgpo_lightning.lab.sde_bernoulli import Bernoulli
 from pgpo_lightning.lab.sde_orders import fit_order
@@ -52,7 +51,7 @@ def sde(
 
     Args:
         output: The folder to write ``sde.md``, ``sde.json`` and ``sde.png`` into; what is there is written over.
-        etas: Step sizes, at least three; each must divide the horizons.
+        etas: Different step sizes, at least three; each must divide the horizons.
         rhos: Constant multipliers on the quadratic; the last one is used for the orders.
         horizon: Time T on the quadratic; T / eta steps.
         quadratic: The quadratic.
@@ -72,8 +71,15 @@ def sde(
 
     Raises:
         ValueError: If a setting is out of range; names the field.
+        FileExistsError: If `output` is a file.
     """
+    folder = output_folder(output)
     _check(etas, rhos, horizon, bernoulli_horizon, quadratic, bernoulli, stationary_eta)
+    for name, values in (("deviations", deviations), ("sensitivities", sensitivities)):
+        if not values:
+            raise ValueError(f"Expected `{name}` to have at least one number, but got [].")
+    if not math.isfinite(information):
+        raise ValueError(f"Expected `information` to be a number, but got {information}.")
     positive(**{f"deviations[{i}]": value for i, value in enumerate(deviations)})
     positive(**{f"sensitivities[{i}]": value for i, value in enumerate(sensitivities)})
     at_least(1, rho_max=rho_max)
@@ -94,8 +100,8 @@ def sde(
             _bound(information, deviation, alpha, rho_max) for alpha in sensitivities for deviation in deviations
         ],
     }
-    plain = write_study(Path(output), "sde", _markdown(content), content, lambda path: draw(content, path))
-    print(f"{_summary(content)}\n\nreport: {Path(output) / 'sde.md'}")
+    plain = write_study(folder, "sde", _markdown(content), content, lambda path: draw(content, path))
+    print(f"{_summary(content)}\n\nreport: {folder / 'sde.md'}")
     return plain
 
 
@@ -113,20 +119,29 @@ def _check(
     positive(**{f"etas[{i}]": eta for i, eta in enumerate(etas)}, **{f"rhos[{i}]": r for i, r in enumerate(rhos)})
     at_least(1, **{"bernoulli.batch": bernoulli.batch, "bernoulli.rho_max": bernoulli.rho_max})
     at_least(0, **{"bernoulli.sensitivity": bernoulli.sensitivity, "bernoulli.rho_min": bernoulli.rho_min})
+    if bernoulli.rho_min is not None and bernoulli.rho_min > bernoulli.rho_max:
+        raise ValueError(
+            f"Expected `bernoulli.rho_min` to be at most `bernoulli.rho_max` ({bernoulli.rho_max:g}), but got "
+            f"{bernoulli.rho_min:g}."
+        )
     at_least(16, **{"bernoulli.nodes": bernoulli.nodes})
     if bernoulli.batch > 32:
         raise ValueError(
             f"Expected `bernoulli.batch` to be at most 32, for all outcomes are listed, but got {bernoulli.batch}."
         )
-    if len(set(etas)) < 3:
-        raise ValueError(f"Expected `etas` to be at least three different step sizes, but got {etas}.")
+    if len(set(etas)) < max(3, len(etas)):
+        raise ValueError(f"Expected `etas` to be at least three different step sizes, each once, but got {etas}.")
     if not rhos:
         raise ValueError("Expected `rhos` to be at least one multiplier, but got [].")
     if not all(0 < t < 1 for t in bernoulli.teachers):
         raise ValueError(f"Expected `bernoulli.teachers` to lie between 0 and 1, but got {bernoulli.teachers}.")
     for name, time in (("horizon", horizon), ("bernoulli_horizon", bernoulli_horizon)):
         for eta in etas:
-            if abs(time / eta - round(time / eta)) > 1e-9 * time / eta or round(time / eta) < 1:
+            if (
+                not math.isfinite(time / eta)
+                or abs(time / eta - round(time / eta)) > 1e-9 * time / eta
+                or round(time / eta) < 1
+            ):
                 raise ValueError(f"Expected `etas` to divide `{name}` ({time:g}) into whole steps, but got {eta:g}.")
     steepest = max(*rhos, 1.0) * quadratic.curvature
     if max(*etas, stationary_eta) * steepest >= 2:

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.building import BuildCommand
+from pgpo_lightning.lab.output import output_folder
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import fp32_by_default
@@ -80,6 +81,7 @@ class ProbeCommand(BuildCommand):
 
         Raises:
             ValueError: If a setting is out of range, or the folder holds a probe with others.
+            FileExistsError: If `output` is a file.
         """
         module, config = self.model, self.config[self.subcommand]
         if not isinstance(module, SelfTeaching):
@@ -100,9 +102,7 @@ class ProbeCommand(BuildCommand):
             raise ValueError(f"Expected `top_p` to be at most 1, but got {config.top_p}.")
         one_of(("train", "validation"), split=config.split)
         asked = contexts(config.contexts, config.templates, config.controls, module.reprompt)
-        folder = Path(config.output)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"Expected `output` to be a folder, but {folder} is a file.")
+        folder = output_folder(config.output)
         questions = self._questions(config.split, config.questions)
         settings = {"module": _plain(config.model.init_args), "split": config.split}
         settings["precision"] = str(config.trainer.precision)
@@ -193,7 +193,9 @@ def calibrate(
 
     Raises:
         ValueError: If there are fewer than three configurations, a run has no probe, or a gap in `predict` is out of range.
+        FileExistsError: If `output` is a file.
     """
+    folder = output_folder(output)
     one_of(get_args(Scale), scale=scale)
     found = points([Path(path) for path in runs], None if gaps is None else Path(gaps), scale)
     line = fit(np.array([point.gap.mean() for point in found]), np.array([point.gain.mean() for point in found]))
@@ -213,7 +215,6 @@ def calibrate(
             told = line.predict(value, extrapolate=extrapolate)
         predictions.append({"name": name, "gap": value, "gain": told[0], "half": told[1], "inside": inside})
     content = calibration_content(line, found, bootstrap(found), predictions, scale)
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     draw_line(line, content, folder / "calibration.png")
     write(folder / "calibration.json", dumps(content))
