@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import hapo_worker
 import pytest
 import torch
 import yaml
@@ -547,18 +548,16 @@ def test_a_column_that_is_not_there_stops_before_anything_is_generated(tmp_path,
 
 
 def test_two_processes_are_one(tmp_path):
-    results = {}
-    for ranks in (1, 2):
-        output = tmp_path / f"out{ranks}"
-        subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "hapo_worker.py"), str(output), str(ranks)],
-            check=True,
-            timeout=580,
-            capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        results[ranks] = [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
-    (one,), two = results[1], results[2]
+    hapo_worker.main(str(tmp_path / "one"), 1)
+    subprocess.run(
+        [sys.executable, hapo_worker.__file__, str(tmp_path / "two"), "2"],
+        check=True,
+        timeout=580,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one = torch.load(tmp_path / "one.0", weights_only=True)
+    two = [torch.load(tmp_path / f"two.{rank}", weights_only=True) for rank in range(2)]
     assert two[0]["state"] == two[1]["state"] == one["state"]
     assert torch.equal(two[0]["weights"], two[1]["weights"])
     torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=1e-4, atol=1e-6)
