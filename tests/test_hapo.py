@@ -183,8 +183,8 @@ def test_an_accumulated_posterior_counts_earlier_visits():
     assert slow.decide([Group(3, 7, N)], 0, random.Random(0))[0].open
 
 
-def record(folder, rates, first=1):
-    curves = {"hapo/gate_open": [list(range(first, first + len(rates))), rates]}
+def record(folder, rates, first=1, curve="hapo/gate_open"):
+    curves = {curve: [list(range(first, first + len(rates))), rates]}
     run = Run("s", "a", 0, len(rates), 8, 1.0, 1.0, curves if rates else {}, {})
     run.save(folder / "run.json")
     return str(folder)
@@ -203,6 +203,24 @@ def test_the_random_gate_opens_as_often_as_the_record_says(tmp_path):
         (tmp_path / str(first)).mkdir()
         with pytest.raises(ValueError, match="`run` to be a run of HAPO with `hapo/gate_open` of every step"):
             MatchedRandomGate(record(tmp_path / str(first), rates, first))
+
+
+def test_the_random_gate_gives_as_many_demonstrations_as_the_record_says(tmp_path):
+    folder = record(tmp_path, [0.9, 0.9], curve="hapo/injected_groups")
+    gate = MatchedRandomGate(folder, match="injected")
+    groups = [Group(i, 8 if i % 2 else i % 8, N) for i in range(4000)]  # every other one has no failure
+    decisions = gate.decide(groups, 0, random.Random(0))
+    assert [d.open for d in decisions] == [i % 2 == 0 for i in range(4000)]  # 0.9 of all is more than there are
+    gate.record[1] = 0.4
+    decisions = gate.decide(groups, 1, random.Random(1))
+    assert sum(d.open for d in decisions) / 4000 == pytest.approx(0.4, abs=0.03)
+    assert not any(d.open for d, group in zip(decisions, groups, strict=True) if group.successes == N)
+    assert decisions[0].confidence == pytest.approx(0.1)
+    assert not any(d.open for d in gate.decide([Group(0, N, N)], 1, random.Random(0)))
+    with pytest.raises(ValueError, match="with `hapo/gate_open` of every step"):
+        MatchedRandomGate(folder)
+    with pytest.raises(ValueError, match="`match` to be one of open, injected"):
+        MatchedRandomGate(folder, match="all")
 
 
 def test_a_run_longer_than_the_gates_record_is_refused_at_the_start(tmp_path):
