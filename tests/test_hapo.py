@@ -23,6 +23,7 @@ from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.hindsight import below, confidence, shaped, to_replace
+from pgpo_lightning.lab.plan import read_lab
 from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.modules import GRPO, HAPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
@@ -39,6 +40,8 @@ from pgpo_lightning.modules.gates import (
 from pgpo_lightning.modules.grpo import group_advantages
 from pgpo_lightning.records import Question
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+MATCHED = {"random": ["hapo-0.8"], "random-injected": ["hapo-0.8"], "random-0.2": ["hapo-0.2"]}
 HAPO_LIMITS = {"max_prompt_length": 64, "max_response_length": 32}
 N = 8
 
@@ -609,3 +612,14 @@ def test_hard_questions_are_there_and_few_are_answered():
     data = ToyArithmetic(hard=True, domains=["physics"])
     data.setup("fit")
     assert len(data.questions["train"]) == 79
+
+
+@pytest.mark.parametrize("study", ["hapo", "hapo-rare"])
+def test_the_studies_have_the_arms_and_controls_that_they_say(study):
+    lab = read_lab(CONFIGS / "lab" / f"{study}.yaml")
+    runs = lab.runs()
+    assert len(runs) == len(lab.conditions) * len(lab.arms) * 5
+    by_arm = {run.arm: run for run in runs if run.seed == 0}
+    assert by_arm["grpo"].settings["model"]["init_args"]["norm_adv_by_std_in_grpo"]  # as HAPO by default
+    for arm, run in by_arm.items():
+        assert run.needs == tuple(f"{run.condition}/{of}/seed=0" for of in MATCHED.get(arm, ()))
