@@ -58,7 +58,7 @@ def draw_forest(content: dict[str, Any], path: Path) -> None:
     height = 1.4 + 0.28 * max(1, *(len(rows) for _, rows in columns))
     figure = Figure(figsize=(5.2 * len(columns), height), layout="constrained")
     figure.suptitle(
-        f"paired differences of the {measure} held-out score, 95 % intervals before correction", fontsize=10
+        f"paired differences of the {measure} held-out score,\n95 % intervals before correction", fontsize=10
     )
     for axis, (name, rows) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         axis.axvspan(-margin, margin, color="0.92", zorder=0)
