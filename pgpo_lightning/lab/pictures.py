@@ -129,6 +129,6 @@ def _style(name: str, names: list[str], design: Design) -> dict[str, Any]:
     """Baseline black, information arms solid, all others dashed; a colour per arm."""
     if name == design.baseline:
         return {"color": "black", "linewidth": 1.5}
-    place = [other for other in names if other != design.baseline].index(name)
-    colour = colormaps["tab20" if len(names) > 11 else "tab10"](place % 20)
+    others = [other for other in names if other != design.baseline]
+    colour = colormaps["tab20" if len(others) > 10 else "tab10"](others.index(name) % 20)
     return {"color": colour, "linewidth": 1.5, "linestyle": "-" if design.suffix(name) is not None else "--"}

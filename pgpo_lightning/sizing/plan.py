@@ -26,7 +26,7 @@ from pgpo_lightning.sizing.memory import (
 )
 from pgpo_lightning.sizing.optimizers import OptimizerNeed, optimizer_need
 from pgpo_lightning.sizing.parameters import Count, count
-from pgpo_lightning.sizing.workload import Layout, Lengths, group
+from pgpo_lightning.sizing.workload import Layout, Lengths, group, with_demonstrations
 
 TEACHERS = {
     "ema": ["own"],
@@ -66,6 +66,7 @@ class Run:
         sharding: Over devices.
         device: cuda or cpu.
         adapters: What is trained instead of all weights.
+        demonstration: Assumed tokens of a demonstration that stands in for a rollout of each group (HAPO); null for none.
     """
 
     config: PretrainedConfig
@@ -88,6 +89,7 @@ class Run:
     sharding: Sharding = Sharding()
     device: str = "cuda"
     adapters: Adapters | None = None
+    demonstration: int | None = None
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -153,7 +155,8 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
     need = Need(_standing(run, counted, trainable, optimizer, kind, own))
 
     rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
-    share = rows[: -(-len(rows) // run.updates)]
+    learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
+    share = learned[: -(-len(learned) // run.updates)]
     batches = group(share, run.micro_batch_tokens, run.share, with_teacher=bool(teachers))
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
