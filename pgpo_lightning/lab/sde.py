@@ -16,7 +16,7 @@ from pgpo_lightning.lab.multiplier_law import multiplier_law, variance_bound
 from pgpo_lightning.lab.output import output_folder, write_study
 from pgpo_lightning.lab.sde_adam import RULES, simulate
 from pgpo_lightning.lab.sde_bernoulli import Bernoulli
-from pgpo_lightning.lab.sde_orders import fit_order
+from pgpo_lightning.lab.sde_orders import FLOOR, Order, fit_order
 from pgpo_lightning.lab.sde_pictures import draw
 from pgpo_lightning.lab.sde_quadratic import Quadratic
 from pgpo_lightning.modules.settings import at_least, positive
@@ -168,15 +168,17 @@ def _errors(
         found[function] = {
             "errors": errors,
             "order": order._asdict(),
-            "last_order": _slope(etas[small] / etas[large], errors[small] / errors[large]),
+            "last_order": _slope(etas[small] / etas[large], errors[small], errors[large]),
             "at_zero": float(np.polyfit(*np.array([etas, errors])[:, [small, large, larger]], 2)[-1]),
-            "relative": errors[small] / exact[small][function],
+            "relative": errors[small] / exact[small][function] if exact[small][function] else math.nan,
         }
     return found
 
 
-def _slope(eta: float, error: float) -> float:
-    return math.log(error) / math.log(eta) if error > 0 else math.nan  # NaN: the error changes its sign in between
+def _slope(eta: float, small: float, large: float) -> float:
+    if min(abs(small), abs(large)) < FLOOR or small * large < 0:  # rounding, or a change of sign in between
+        return math.nan
+    return math.log(small / large) / math.log(eta)
 
 
 def _quadratic_errors(problem: Quadratic, etas: list[float], rho: float, time: float) -> dict[str, Any]:
@@ -323,15 +325,10 @@ def _orders(told: dict[str, Any], content: dict[str, Any]) -> str:
     rows = []
     for kind, functions in told.items():
         for function, row in functions.items():
-            order = row["order"]
-            slope = (
-                "exact"
-                if math.isnan(order["value"])
-                else f"{order['value']:.2f} [{order['low']:.2f}, {order['high']:.2f}]"
-            )
+            slope = str(Order(**row["order"]))
             errors = [f"{row['errors'][i]:+.1e}" for i in ends]
             last = "–" if math.isnan(row["last_order"]) else f"{row['last_order']:.2f}"
-            relative = f"{100 * row['relative']:+.1f} %"
+            relative = "–" if math.isnan(row["relative"]) else f"{100 * row['relative']:+.1f} %"
             rows.append([kind, function, *errors, relative, slope, last, f"{row['at_zero']:+.0e}"])
     header = ["SDE", "of theta", *(f"error at {etas[i]:g}" for i in ends), "relative", "order", "last two", "at eta 0"]
     return table(header, rows)
@@ -340,16 +337,13 @@ def _orders(told: dict[str, Any], content: dict[str, Any]) -> str:
 def _summary(content: dict[str, Any]) -> str:
     """Return the answer in one sentence."""
     quadratic, last = content["quadratic"], content["stationary"][-1]
-    told = {
-        kind: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**quadratic[kind]["mean"]["order"])
-        for kind in ("paper", "scaled")
-    }
+    told = {kind: Order(**quadratic[kind]["mean"]["order"]) for kind in ("paper", "scaled")}
     shift = content["bernoulli"]["shared"]["paper"]["mean"]["at_zero"]
     return (
-        f"On the quadratic both SDEs are of order 1 in the mean (paper {told['paper']}, scaled {told['scaled']}); the stationary "
-        f"variance at rho = {last['rho']:g} is {last['paper_ratio']:.2f} times that of the paper's SDE (rho² = "
+        f"On the quadratic the order in the mean is {told['paper']} for the paper's SDE and {told['scaled']} for the scaled one; "
+        f"the stationary variance at rho = {last['rho']:g} is {last['paper_ratio']:.2f} times that of the paper's SDE (rho² = "
         f"{last['rho'] ** 2:g}) and {last['scaled_ratio']:.2f} times that of the scaled one; with I from the gradient's own "
-        f"batch the paper's SDE misses the mean by {shift:+.3f} however small eta is."
+        f"batch the error of the paper's SDE in the mean is {shift:+.3f} at eta 0."
     )
 
 
