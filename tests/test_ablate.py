@@ -352,11 +352,12 @@ def test_the_flag_for_a_dry_run(real, tmp_path, capsys, flag):
     assert not (tmp_path / "study").exists()
 
 
-def test_the_toy_study_is_accepted(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["toy", "rivals"])
+def test_shipped_studies_are_accepted(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
-    content = yaml.safe_load((ROOT / "configs" / "lab" / "toy.yaml").read_text())
+    content = yaml.safe_load((ROOT / "configs" / "lab" / f"{name}.yaml").read_text())
     condition = dict([next(iter(content["conditions"].items()))])
     smaller = content | {"folder": str(tmp_path / "runs"), "seeds": 2, "conditions": condition}
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(smaller))
-    main(["ablate", "--config", str(tmp_path / "toy.yaml"), "--dry_run"])
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(smaller))
+    main(["ablate", "--config", str(tmp_path / "study.yaml"), "--dry_run"])
     assert capsys.readouterr().out.count("\npgpo fit") == len(content["arms"]) * 2
