@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
 from pgpo_lightning.lora import merged, write_adapter
+from pgpo_lightning.shards import read_shards
 
 
 def export(
@@ -24,7 +25,7 @@ def export(
     """Write the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
-        checkpoint: A checkpoint file, or the folder of a run, whose newest checkpoint is taken.
+        checkpoint: A checkpoint, a file or a folder of shards, or the folder of a run, whose newest checkpoint is taken.
         output: The folder to write.
         weights: Whose weights: the student's, or those of a moving teacher.
         tokenizer: Folder or Hub id; by default where the run had it from.
@@ -42,11 +43,15 @@ def export(
         raise FileNotFoundError(f"Expected a checkpoint or the folder of a run, but {path} does not exist.")
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = newest_checkpoint(path / "checkpoints")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    prefix = "model." if weights == "student" else "teacher.model."
+    if path.is_dir():
+        saved = read_shards(path, lambda name: name.startswith(f"state_dict.{prefix}"))
+    else:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "pgpo_lightning" not in saved:
         raise ValueError(f"Expected a checkpoint of this program, but {path} is none.")
-    prefix = "model." if weights == "student" else "teacher.model."
-    state = {name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)}
+    tensors = saved.get("state_dict", {}).items()
+    state = {name.removeprefix(prefix): value for name, value in tensors if name.startswith(prefix)}
     if not state:
         raise ValueError(
             f"Expected the weights of a {weights} in {path}, but it has none: only a moving teacher is saved."

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import config, tiny_model
+from helpers import config, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.sharding import Sharded
+from pgpo_lightning.shards import read_shards
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
@@ -45,8 +46,10 @@ def finish(process):
     assert process.returncode == 0, error
 
 
-def second_rank(process):
-    """Return the process id of rank 1, which Lightning starts as a child of rank 0."""
+def process_of(rank, process):
+    """Return the process id of a rank; Lightning starts rank 1 as a child of rank 0."""
+    if rank == 0:
+        return process.pid
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and f"PPid:\t{process.pid}\n" in (folder / "status").read_text():
             variables = (folder / "environ").read_bytes().split(b"\0")
@@ -55,26 +58,35 @@ def second_rank(process):
     raise AssertionError("rank 1 is not there")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(folder, "ddp"))
+    return folder
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the second process in /proc")
-def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(whole, "ddp"))
-    process = start(broken, FSDP2)
+@pytest.mark.parametrize(("killed", "as_folder"), [(1, False), (0, True)])
+def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(whole, tmp_path, killed, as_folder):
+    broken = tmp_path / "broken"
+    strategy = FSDP2 | {"init_args": FSDP2["init_args"] | {"save_distributed_checkpoint": as_folder}}
+    process = start(broken, strategy)
     while not (broken / "checkpoints" / "step=000002.ckpt").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    os.kill(second_rank(process), signal.SIGKILL)
-    killed = time.monotonic()
-    process.communicate(timeout=60)
+    os.kill(process_of(killed, process), signal.SIGKILL)
+    at = time.monotonic()
+    process.communicate(timeout=60)  # not before both have ended: they write into the same pipe
     assert process.returncode != 0
-    assert time.monotonic() - killed < 60
+    assert time.monotonic() - at < 60
     assert not (broken / "checkpoints" / f"step={STEPS:06d}.ckpt").exists(), "the run ended before it was killed"
-    finish(start(broken, FSDP2, "--ckpt_path", "last"))
+    finish(start(broken, strategy, "--ckpt_path", "last"))
 
-    ours, theirs = (
-        torch.load(folder / "checkpoints" / f"step={STEPS:06d}.ckpt", weights_only=True) for folder in (broken, whole)
-    )
+    last = f"checkpoints/step={STEPS:06d}.ckpt"
+    assert (broken / last).is_dir() == as_folder
+    ours = read_shards(broken / last) if as_folder else torch.load(broken / last, weights_only=True)
+    theirs = torch.load(whole / last, weights_only=True)
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for name, weights in theirs["state_dict"].items():
         torch.testing.assert_close(ours["state_dict"][name], weights, rtol=0, atol=1e-5)
@@ -99,3 +111,13 @@ def test_a_model_without_named_layers_is_refused():
         MisconfigurationException, match=r"Qwen3ForCausalLM to name its layers .* `trainer.strategy` to ddp"
     ):
         Sharded(model, None, None, Precision())
+
+
+def test_an_evaluation_with_sharded_weights_takes_a_checkpoint_whose_weights_are_loaded_already():
+    module = tiny_sdpo()
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    module.teacher, module.steps = None, 7
+    module.on_load_checkpoint(checkpoint)
+    assert module.steps == 0
+    assert "state_dict" not in checkpoint

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
@@ -15,6 +16,7 @@ from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model, shares_prompts
 from pgpo_lightning.records import Question
 from pgpo_lightning.sharding import Sharded, Whole
+from pgpo_lightning.shards import CheckpointFiles
 from pgpo_lightning.teacher import Teacher
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
@@ -42,7 +44,12 @@ class Lifecycle(Evaluation):
         self.training_run = stage == "fit"
         if stage == "fit":
             _check_strategy(self.trainer.strategy)
-        self._check_combination(isinstance(self.trainer.strategy, ModelParallelStrategy))
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        self._check_combination(sharded)
+        if not sharded and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            # What only evaluates needs the student alone.
+            wanted = (lambda _: True) if stage == "fit" else (lambda name: name.startswith("state_dict.model."))
+            self.trainer.strategy.checkpoint_io = CheckpointFiles(wanted)
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)

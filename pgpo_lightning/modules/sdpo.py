@@ -202,8 +202,10 @@ class SDPO(OnPolicyModule):
         """Check the kind of teacher, or leave its weights aside where only the student is evaluated."""
         super().on_load_checkpoint(checkpoint)
         if self.teacher is None:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
+            if (state := checkpoint.get("state_dict")) is not None:  # sharded weights were loaded before
+                checkpoint["state_dict"] = {
+                    name: value for name, value in state.items() if not name.startswith("teacher.")
+                }
         elif (theirs := checkpoint["pgpo_lightning"]["teacher"]) != self.teacher_regularization:
             raise MisconfigurationException(
                 f"Expected a checkpoint with `teacher_regularization` {self.teacher_regularization}, but it has {theirs}."
