@@ -1,7 +1,7 @@
 """Trains on fixed rows under DDP or FSDP2, each rank with its own share; run by test_ranks.py.
 
-Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER, where SPLIT is `uneven` (ranks with unequal numbers of rows in the
-loss and of micro-batches) or `one-sided` (rank 1 has no row with a teacher at all).
+Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER PRECISION, where SPLIT is `uneven` (ranks with unequal numbers of
+rows in the loss and of micro-batches) or `one-sided` (rank 1 has no row with a teacher at all).
 """
 
 import sys
@@ -51,7 +51,7 @@ class FixedRows(SDPO):
 
 
 def main():
-    output, ranks, split, strategy, teacher = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     module = FixedRows(
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
@@ -61,7 +61,7 @@ def main():
     module.split, module.seen = split, []
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=STEPS, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=precision,
         callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
     )  # fmt: skip
     trainer.fit(module, loader(range(STEPS * ranks), 1))

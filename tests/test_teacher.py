@@ -130,6 +130,15 @@ def test_ema_weights_come_back_and_differ_from_the_student():
     assert not torch.equal(weights(other.teacher.model), weights(other.model))
 
 
+def test_a_frozen_teacher_is_checked_where_its_state_is_not_loaded():
+    """Under FSDP2 Lightning loads a single file weight by weight, and nothing else of it."""
+    checkpoint = {}
+    tiny_sdpo(teacher_regularization="frozen").on_save_checkpoint(checkpoint)
+    tiny_sdpo(teacher_regularization="frozen").on_load_checkpoint(checkpoint)
+    with pytest.raises(MisconfigurationException, match=r"checkpoint's frozen teacher"):
+        tiny_sdpo(seed=5, teacher_regularization="frozen").on_load_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("kind", ["frozen", "trust-region"])
 def test_a_frozen_teacher_is_checked_on_resume(kind):
     module = tiny_sdpo(teacher_regularization=kind)

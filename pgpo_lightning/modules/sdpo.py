@@ -26,7 +26,7 @@ from pgpo_lightning.reprompt import (
     RepromptBuilder,
     check_template,
 )
-from pgpo_lightning.teacher import Teacher, TeacherRegularization, make_teacher
+from pgpo_lightning.teacher import FrozenTeacher, Teacher, TeacherRegularization, make_teacher
 
 
 class SDPO(OnPolicyModule):
@@ -194,9 +194,9 @@ class SDPO(OnPolicyModule):
         return make_teacher(self.teacher_regularization, self.model, self.teacher_update_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the kind of teacher."""
+        """Add the kind of teacher, and what weights it stands still at."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["pgpo_lightning"]["teacher"] = self.teacher_regularization
+        checkpoint["pgpo_lightning"] |= {"teacher": self.teacher_regularization, "start": _start(self.teacher)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the kind of teacher, or leave its weights aside where only the student is evaluated."""
@@ -210,3 +210,9 @@ class SDPO(OnPolicyModule):
             raise MisconfigurationException(
                 f"Expected a checkpoint with `teacher_regularization` {self.teacher_regularization}, but it has {theirs}."
             )
+        elif start := checkpoint["pgpo_lightning"].get("start"):  # where no state of the teacher is loaded
+            self.teacher.set_extra_state({"identity": start})
+
+
+def _start(teacher: Teacher | None) -> str | None:
+    return teacher.identity if isinstance(teacher, FrozenTeacher) else None
