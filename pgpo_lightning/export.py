@@ -1,5 +1,6 @@
 """A checkpoint to a folder that transformers opens."""
 
+import importlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +48,7 @@ def export(
     if path.is_dir():
         saved = read_shards(path, lambda name: name.startswith(f"state_dict.{prefix}"))
     else:
+        _know_types(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "pgpo_lightning" not in saved:
         raise ValueError(f"Expected a checkpoint of this program, but {path} is none.")
@@ -73,6 +75,15 @@ def export(
         model.generation_config = GenerationConfig.from_dict(json.loads(about["generation"]))
         model.save_pretrained(output)
     print(f"{weights} of {path} -> {output}")
+
+
+def _know_types(path: Path) -> None:
+    """Import what lets torch read the state of torchao's optimizers, if the file has such."""
+    if any(name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        try:
+            importlib.import_module("torchao.optim")
+        except ImportError as error:
+            raise ValueError(f"Expected torchao to be installed, because an optimizer of it is in {path}.") from error
 
 
 def _whole(state: dict[str, Tensor], about: dict[str, Any]) -> PreTrainedModel:

@@ -36,11 +36,14 @@ class CheckpointFiles(TorchCheckpointIO):
     def __init__(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         self.wanted = wanted
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return a checkpoint's content."""
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", **kwargs: Any) -> dict[str, Any]:
+        """Return a checkpoint's content.
+
+        By default Lightning says where to by a function, which torch does not take for quantised state such as torchao's.
+        """
         if Path(path).is_dir():
             return read_shards(Path(path), self.wanted)
-        return super().load_checkpoint(path, *args, **kwargs)
+        return super().load_checkpoint(path, map_location, **kwargs)
 
 
 def read_shards(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:

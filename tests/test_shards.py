@@ -1,7 +1,9 @@
 """A folder of shards is the single file that it could have been; nothing in it is run."""
 
+import importlib
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -79,3 +81,27 @@ def test_an_index_that_names_code_is_not_read(shards, capsys):
     with pytest.raises(ValueError, match=r"Expected nothing but shapes .* but it names builtins.print"):
         read_shards(shards)
     assert "stranger" not in capsys.readouterr().out
+
+
+def test_state_whose_types_belong_to_a_package_needs_the_package(tmp_path, monkeypatch):
+    """torch reads torchao's quantised state only where torchao has been imported, which `pgpo export` has no reason to do."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    code = "import torch\nclass State: pass\ntorch.serialization.add_safe_globals([State])\n"
+    (tmp_path / "torchao" / "optim.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "a.ckpt"
+    torch.save({"state": importlib.import_module("torchao.optim").State()}, path)
+    for forget in (lambda: None, lambda: (tmp_path / "torchao" / "optim.py").unlink()):
+        for name in ("torchao", "torchao.optim"):
+            del sys.modules[name]
+        torch.serialization.clear_safe_globals()
+        forget()
+        if (tmp_path / "torchao" / "optim.py").exists():
+            with pytest.raises(ValueError, match="Expected a checkpoint of this program"):  # so it was read
+                main(["export", str(path), str(tmp_path / "out")])
+        else:
+            importlib.invalidate_caches()
+            shutil.rmtree(tmp_path / "torchao" / "__pycache__", ignore_errors=True)
+            with pytest.raises(ValueError, match="Expected torchao to be installed"):
+                main(["export", str(path), str(tmp_path / "out")])

@@ -46,6 +46,7 @@ class SDPO(OnPolicyModule):
         distillation_add_tail: With top-k, put the rest into one bucket (default) instead of renormalising.
         teacher_regularization: Whose weights the teacher has: ``ema`` (moving average), ``frozen`` (the start), ``live``
             (the student), ``trust-region`` (a mixture of the start's and the student's logits).
+        teacher_offload: Keep the teacher's own weights in the host's memory; the device gets a copy while gradients are made.
         teacher_update_rate: Of the average, or weight of the student in the mixture. Default 0.05.
         allocation: Information weights of tokens or responses, of mean 1; null for equal weights.
         demonstration_choice: ``shared``: one success, drawn at random, is shown to all rows of a group but itself, which is shown
@@ -75,6 +76,7 @@ class SDPO(OnPolicyModule):
         distillation_add_tail: bool | None = None,
         teacher_regularization: TeacherRegularization = "ema",
         teacher_update_rate: float | None = None,
+        teacher_offload: bool = False,
         allocation: Allocation | None = None,
         demonstration_choice: DemonstrationChoice = "shared",
         dont_reprompt_on_self_success: bool = True,
@@ -105,6 +107,9 @@ class SDPO(OnPolicyModule):
         at_least(1, distillation_topk=distillation_topk)
         one_of(("shared", "independent"), demonstration_choice=demonstration_choice)
         one_of(("ema", "frozen", "live", "trust-region"), teacher_regularization=teacher_regularization)
+        if teacher_offload and (teacher_regularization == "live" or self.lora is not None):
+            why = "an adapter, which is small" if self.lora is not None else "no weights but the student's"
+            raise ValueError(f"Expected no `teacher_offload` with a teacher that has {why}. Set it to false.")
         if teacher_update_rate is not None and teacher_regularization in ("frozen", "live"):
             raise ValueError(
                 f"Expected no `teacher_update_rate` with the {teacher_regularization} teacher: it would have no effect."
@@ -124,7 +129,7 @@ class SDPO(OnPolicyModule):
         self.full_logit_distillation = full_logit_distillation
         if full_logit_distillation:
             self.divergence = Divergence(self.divergence_alpha, distillation_topk, distillation_add_tail is not False)
-        self.teacher_regularization = teacher_regularization
+        self.teacher_regularization, self.teacher_offload = teacher_regularization, teacher_offload
         self.reprompt = RepromptBuilder(
             success_reward_threshold=self.success_reward_threshold,
             demonstration_choice=demonstration_choice,
@@ -171,6 +176,13 @@ class SDPO(OnPolicyModule):
                 row.teacher_hidden = hidden
         return sources
 
+    def accumulate_gradients(self, rows: list[Row]) -> float:
+        """See :meth:`OnPolicyModule.accumulate_gradients`. The optimizer's step needs no teacher."""
+        try:
+            return super().accumulate_gradients(rows)
+        finally:
+            self.teacher.release()
+
     def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return the divergence of every token, shape ``(n,)``, or the policy-gradient form of it.
 
@@ -191,7 +203,19 @@ class SDPO(OnPolicyModule):
 
     def make_teacher(self) -> Teacher:
         """Return the self-teacher."""
-        return make_teacher(self.teacher_regularization, self.model, self.teacher_update_rate)
+        teacher = make_teacher(self.teacher_regularization, self.model, self.teacher_update_rate, self.teacher_offload)
+        if self.teacher_offload:  # DDP looks after the weights on its device
+            tensors = (*teacher.named_parameters(), *teacher.named_buffers())
+            self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
+        return teacher
+
+    def _check_combination(self, sharded: bool) -> None:
+        super()._check_combination(sharded)
+        if sharded and self.teacher_offload:
+            raise MisconfigurationException(
+                "Expected no `teacher_offload` with sharded weights, of which each device holds a share only, but got "
+                "ModelParallelStrategy. Set `teacher_offload` to false, or `trainer.strategy` to ddp."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the kind of teacher, and what weights it stands still at."""

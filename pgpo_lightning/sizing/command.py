@@ -124,6 +124,7 @@ class PlanCommand(PGPOCommand):
             sharding=_sharding(trainer, device),
             device=device,
             adapters=adapters,
+            offload=getattr(module, "teacher_offload", False),
         )
 
 
