@@ -21,7 +21,7 @@ import torch
 from measure import print_table, write_json
 from torch import Tensor
 
-from pgpo_lightning.cli import PGPOCommand
+from pgpo_lightning.fitting import PGPOCommand
 from pgpo_lightning.lora import adapter, decoder_with
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.policy import head, source

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.callbacks.multiplier import StepSizeMultiplier
 from pgpo_lightning.curves import LAYOUT, draw_stability, read_scalars, series
@@ -18,7 +19,7 @@ from pgpo_lightning.records import Row
 class Watch(L.Callback):
     """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture, a summary and a record.
 
-    Needs a TensorBoard logger; without one it does nothing.
+    Needs a TensorBoard logger; without one it says so and does nothing.
 
     Args:
         texts_every_n_steps: Batches between two logs of rollouts; 0 for none.
@@ -54,6 +55,11 @@ class Watch(L.Callback):
         self._start_clocks()
         if (writer := _writer(trainer)) is not None:
             writer.add_custom_scalars(LAYOUT)
+        elif not trainer.fast_dev_run:  # which takes the logger away
+            rank_zero_warn(
+                "This run will leave no summary.json, run.json and stability.png, which are made from the log of a "
+                "TensorBoardLogger: leave `trainer.logger` null, or add one to it."
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,9 +123,10 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         k: Samples per question in evaluation.
 
     Returns:
-        `base`, `final` and `best` hold the evaluation scores before the first step (null if there was no such evaluation),
-        at the last evaluation and at the one with the best avg@k; `multiplier` mean and standard deviation of rho over steps
-        (null without a multiplier).
+        `base`, `last` and `best` hold the evaluation scores before the first step (null if there was no such evaluation), at
+        the last evaluation and at the one with the best avg@k, each with its step; `final` those after the last step (null if
+        the run was not evaluated there); `multiplier` mean and standard deviation of rho over steps (null without a
+        multiplier).
     """
     at, scores = series(scalars, f"val/avg@{k}")
     best = at[scores.index(max(scores))] if scores else None
@@ -135,7 +142,8 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         "steps": steps,
         "seconds": round(seconds, 1),
         "base": evaluation(0 if 0 in at else None),
-        "final": evaluation(at[-1] if at else None),
+        "last": evaluation(at[-1] if at else None),
+        "final": evaluation(steps if steps in at else None),
         "best": evaluation(best),
         "multiplier": {"mean": statistics.fmean(rho), "std": statistics.pstdev(rho)} if rho else None,
     }
@@ -143,12 +151,14 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
 
 def before_after(summary: dict[str, Any]) -> str:
     """Return a table of the scores before and after training."""
-    columns = [name for name in ("base", "best", "final") if summary[name]]
+    columns = [name for name in ("base", "best", "final" if summary["final"] else "last") if summary[name]]
     if not columns:
         return f"{summary['steps']} steps, no evaluation"
     rows = [name for name in summary[columns[-1]] if name != "step"]
     lines = ["held-out".ljust(12) + "".join(f"{name + ' @' + str(summary[name]['step']):>14}" for name in columns)]
     lines += [name.ljust(12) + "".join(f"{summary[c].get(name, float('nan')):14.3f}" for c in columns) for name in rows]
+    if not summary["final"]:
+        lines.append(f"no evaluation after step {summary['last']['step']}: see `trainer.val_check_interval`")
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     if rho := summary["multiplier"]:
         lines[-1] += f", multiplier {rho['mean']:.3f} ± {rho['std']:.3f}"

@@ -1,7 +1,8 @@
 """How much of a step each token or response gets, by its information: what PGPO (arXiv 2606.03620) leaves to future work.
 
 PGPO scales the whole step. Here the size of the step stays what it is, and its parts share it: weights
-``exp(sensitivity * I)`` of tokens or responses, divided by their mean. So allocation and dose can be told apart.
+``exp(sensitivity * I)`` of tokens or responses, divided by their mean. So allocation and dose can be told apart. The weights of
+DW-SDPO (SRPO, arXiv 2604.02288) are of the same kind: they trust the teacher where it is certain.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from pgpo_lightning.distillation import TokenStatistics
 
 @dataclass(frozen=True)
 class Allocation:
-    """Information weights within a step.
+    """Weights of tokens or responses within a step.
 
     Args:
-        unit: ``token``: I is H(student) - H(teacher) of the token; ``sequence``: its mean over the response, which costs two
-            more products with each head.
+        unit: ``token``: I is that of the token; ``sequence``: its mean over the response, which costs two more products with
+            each head.
         sensitivity: Of the weight to I; 0 gives every token the same.
-        maximum: Bound of a weight before the division by the mean, at least 1; its reciprocal bounds it from below.
+        maximum: Bound of a weight before the division by the mean, at least 1; its reciprocal bounds it from below. Null for
+            no bounds.
+        signal: What I is: ``information``, H(student) - H(teacher), or ``teacher-certainty``, -H(teacher); with the latter,
+            `sensitivity` 1 and no `maximum`, this is DW-SDPO.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -29,12 +33,17 @@ class Allocation:
 
     unit: Literal["token", "sequence"] = "token"
     sensitivity: float = 1.0
-    maximum: float = 5.0
+    maximum: float | None = 5.0
+    signal: Literal["information", "teacher-certainty"] = "information"
 
     def __post_init__(self) -> None:
+        if self.signal not in ("information", "teacher-certainty"):
+            raise ValueError(
+                f"Expected `signal` of the allocation to be information or teacher-certainty, but got {self.signal!r}."
+            )
         if self.unit not in ("token", "sequence"):
             raise ValueError(f"Expected `unit` of the allocation to be token or sequence, but got {self.unit!r}.")
-        if not self.maximum >= 1:
+        if self.maximum is not None and not self.maximum >= 1:
             raise ValueError(f"Expected `maximum` of the allocation to be at least 1, but got {self.maximum}.")
 
     def weights(self, tokens: TokenStatistics, lengths: Tensor | None = None) -> Tensor:
@@ -44,7 +53,9 @@ class Allocation:
             tokens: Of some tokens; for the unit ``sequence`` of whole responses, one after the other.
             lengths: Tokens of each response, for that unit.
         """
-        information = (tokens.entropy_student - tokens.entropy_teacher).detach()
+        information = -tokens.entropy_teacher.detach()
+        if self.signal == "information":
+            information = information + tokens.entropy_student.detach()
         if self.unit == "sequence":
             of = torch.arange(len(lengths), device=lengths.device)
             of = of.repeat_interleave(lengths, output_size=information.numel())
@@ -54,4 +65,4 @@ class Allocation:
             information = (sums / lengths)[of]
         # exp() of more than 80 overflows; the bound holds anyway.
         weights = (self.sensitivity * information).clamp(-80, 80).exp()
-        return weights.clamp(1 / self.maximum, self.maximum)
+        return weights if self.maximum is None else weights.clamp(1 / self.maximum, self.maximum)

@@ -244,12 +244,16 @@ class TokenInputs:
         coefficient: Factor of the token's loss in the loss of the step.
         advantage: Of its response.
         old: Log-probability under the policy before the first of several updates; ``None`` where that is the current one.
+        taught: Whether the rows have a teacher's prompt. Those with and without never share a pass.
+        demonstration: Whether the token is of a demonstration, bool; ``None`` if none is. `sampler` and `old` say nothing there.
     """
 
     sampler: Tensor
     coefficient: Tensor
     advantage: Tensor
     old: Tensor | None
+    taught: bool
+    demonstration: Tensor | None = None
 
     @classmethod
     def of(cls, rows: list[Row], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
@@ -270,15 +274,23 @@ class TokenInputs:
         coefficient = (
             scale / lengths if by_sequence else torch.full(lengths.shape, scale, dtype=torch.float32, device=device)
         )
+        if any(row.weight != 1 for row in rows):
+            weight = torch.tensor([row.weight for row in rows], dtype=torch.float32, device=device)
+            coefficient = coefficient * weight
         advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device)
-        known = rows[0].old_log_probs is not None
-        old = torch.cat([row.old_log_probs for row in rows]).to(device) if known else None
-        return cls(sampler, spread(coefficient), spread(advantage), old)
+        old = given = None
+        if any(row.old_log_probs is not None for row in rows):
+            known = [row.rollout.log_probs if row.demonstration else row.old_log_probs for row in rows]
+            old = torch.cat(known).to(device)
+        if any(row.demonstration for row in rows):
+            given = spread(torch.tensor([row.demonstration for row in rows], device=device))
+        taught = rows[0].reprompt_ids is not None
+        return cls(sampler, spread(coefficient), spread(advantage), old, taught, given)
 
     def __getitem__(self, part: slice) -> "TokenInputs":
         """Return the same for some of the tokens."""
-        old = None if self.old is None else self.old[part]
-        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old)
+        old, given = (None if values is None else values[part] for values in (self.old, self.demonstration))
+        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given)
 
     def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
         """Return log-probabilities under the policy that the batch was sampled from, as the trainer sees it."""

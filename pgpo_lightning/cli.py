@@ -1,4 +1,4 @@
-"""The command `pgpo`: LightningCLI's fit, validate and test, and commands around them."""
+"""The command `pgpo`. Every command is a module of its own, imported only when it is asked for: Lightning alone takes seconds."""
 
 import importlib
 import logging
@@ -6,103 +6,20 @@ import os
 import re
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
 
-import jsonargparse
-import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+HELP = """pgpo COMMAND, and pgpo COMMAND --help
 
-import pgpo_lightning.callbacks
-import pgpo_lightning.data
-import pgpo_lightning.modules
-import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
-from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
-from pgpo_lightning.callbacks.checkpoint import PATTERN, newest_checkpoint
-from pgpo_lightning.data import QuestionData
-from pgpo_lightning.export import export
-from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.verifiers import VerifierError
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration beside the log; a second run may not write into the folder of a first."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.log_dir and not trainer.fast_dev_run:
-            taken = trainer.strategy.broadcast((Path(trainer.log_dir) / self.config_filename).exists())
-            if taken and not self.config.get("ckpt_path"):
-                resumable = any((Path(trainer.log_dir) / "checkpoints").glob(PATTERN))
-                way = "Continue it with `--ckpt_path last`" if resumable else "It has no checkpoint: delete the folder"
-                raise FileExistsError(
-                    f"Expected a folder without a run, but {trainer.log_dir} holds one. {way}, or choose another "
-                    "`--trainer.default_root_dir`."
-                )
-            self.overwrite = True
-            super().setup(trainer, pl_module, stage)
-
-
-class PGPOCommand(LightningCLI):
-    """LightningCLI with the multiplier, the checkpoints and the watch as arguments of their own."""
-
-    def __init__(self, args: list[str] | None = None) -> None:
-        super().__init__(
-            model_class=OnPolicyModule,
-            datamodule_class=QuestionData,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": -1},
-            args=args,
-        )
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Offer what the modules have."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what a user swaps to the command line."""
-        parser.add_lightning_class_args(StepSizeMultiplier, "multiplier", subclass_mode=True, required=False)
-        parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Watch, "watch")
-        # One seed for everything: sampling, data order, evaluation.
-        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=_one_seed)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_one_seed)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave settings alone: Lightning would let those in a checkpoint override configuration and flags."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Log to TensorBoard in the run's own folder, and drop an absent multiplier."""
-        config = self._get(self.config_init, "trainer")
-        folder = config.get("default_root_dir") or "runs/unnamed"
-        if config.get("logger") is None:
-            kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
-        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
-        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not None]
-        return trainer
-
-    def before_fit(self) -> None:
-        """Turn ``--ckpt_path last`` into the newest checkpoint of the folder."""
-        config = self.config_init[self.subcommand]
-        if config.get("ckpt_path") == "last":
-            checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint))
-            config["ckpt_path"] = str(newest_checkpoint(checkpoint.folder(self.trainer)))
-            print(f"{self.subcommand} from {config['ckpt_path']}")
-
-    before_validate = before_fit
-    before_test = before_fit
-
-
-def _one_seed(seed: int | bool) -> int:
-    if isinstance(seed, bool):
-        raise ValueError(f"Expected `seed_everything` to be a number, but got {seed}.")
-    return seed
+fit        trains as a configuration says
+validate   scores a model, or a checkpoint of a run, on the held-out questions
+test       the same on the test questions
+plan       says what fit will need of a machine, before anything is loaded
+probe      measures what each context of the teacher is worth, before training
+export     writes a checkpoint for transformers
+ablate     runs a study: arms, seeds, conditions
+report     compares the arms of a study
+sde        holds PGPO against its stochastic differential equations
+estimator  measures bias and spread of the information estimators
+"""
 
 
 def _quiet() -> None:
@@ -132,27 +49,37 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path:
         sys.path.insert(0, "")  # a user's verifiers and multipliers stand in the working folder, as with `python -m`
     words = sys.argv[1:] if args is None else args
-    if words[:1] == ["export"]:
-        jsonargparse.auto_cli(export, args=words[1:], prog="pgpo export", as_positional=True)
-    elif words[:1] in (["ablate"], ["report"]):
-        importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])  # only then: fit needs none of it
+    if words[:1] in (["-h"], ["--help"]):
+        print(HELP, end="")
+    elif words[:1] == ["export"]:
+        importlib.import_module("pgpo_lightning.export").main(words[1:])
+    elif words[:1] in (["ablate"], ["report"], ["sde"], ["estimator"]):
+        importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])
+    elif words[:1] == ["probe"]:
+        importlib.import_module("pgpo_lightning.probe.command").main(words[1:])
     elif words[:1] == ["plan"]:
         importlib.import_module("pgpo_lightning.sizing.command").main(words[1:])
     else:
-        if words[:1] in (["-h"], ["--help"]):
-            print("pgpo {fit,validate,test} runs a configuration; pgpo export writes a checkpoint for transformers.")
-            print("pgpo plan says what fit will need of a machine, before anything is loaded.\n")
-        PGPOCommand(args)
+        importlib.import_module("pgpo_lightning.fitting").PGPOCommand(args)
 
 
 def program() -> None:
     """Run the command line as a program: what a user can mend is one line, not a traceback."""
     try:
         main()
-    except (ValueError, OSError, MisconfigurationException, VerifierError) as error:
-        if os.environ.get("PGPO_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("PGPO_TRACEBACK") or not _can_be_mended(error):
             raise
         sys.exit(f"error: {_told(error)}\n(PGPO_TRACEBACK=1 shows where)")
+
+
+def _can_be_mended(error: Exception) -> bool:
+    # Here, because they bring all of Lightning along.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from pgpo_lightning.verifiers import VerifierError
+
+    return isinstance(error, (ValueError, OSError, MisconfigurationException, VerifierError))
 
 
 def _told(error: Exception) -> str:

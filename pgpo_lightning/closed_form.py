@@ -5,9 +5,10 @@ Notation: q student, p teacher, a = log q, b = log p, z the student's logits ove
 
     c_D q (x - <q, x>) + c_y (1[y] - q) - c_H q (a + H)
 
-where x is log m/q times -(1-alpha) for the Jensen-Shannon divergence, a - b for the reverse KL, and where the first term is
-c_D (q - p) for the forward KL. Everything is a few passes over rows; on a CPU they go through buffers that are used again for
-every block of rows, because fresh memory costs as much as the arithmetic.
+where x is log m/q times -(1-alpha) for the Jensen-Shannon divergence, a - b for the reverse KL (times the teacher's share of the
+target, row by row, where that is softened), and where the first term is c_D (q - p) for the forward KL. Everything is a few
+passes over rows; on a CPU they go through buffers that are used again for every block of rows, because fresh memory costs as
+much as the arithmetic.
 """
 
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class Rows(NamedTuple):
         inner: x of the module's formula up to the factor `scale`, where the divergence has one.
         mean: <q, inner>, shape ``(n,)``.
         outer: The divergence's gradient, or a part of it, up to `scale`, where it has no such form.
-        scale: See `inner` and `outer`.
+        scale: See `inner` and `outer`; of every row, shape ``(n,)``, where the target is softened.
     """
 
     a: Tensor
@@ -66,7 +67,7 @@ class Rows(NamedTuple):
     inner: Tensor | None
     mean: Tensor | None
     outer: Tensor | None
-    scale: float
+    scale: float | Tensor
 
 
 def log_normalised(logits: Tensor, normaliser: Tensor | None, out: Tensor | None) -> Tensor:
@@ -109,8 +110,9 @@ def rows(
     b = log_normalised(teacher_logits, normalisers[1], into_b)
     p = torch.exp(b, out=into_p)
     log_p_teacher, entropy_teacher = b.gather(-1, at).squeeze(-1), -dot(p, b)
-    value, inner, mean, outer, scale = nothing, None, None, None, 0.0
-    partial = which is not None and which.top_k is not None and which.top_k < a.size(-1)
+    value, inner, mean, outer = nothing, None, None, None
+    scale: float | Tensor = 0.0
+    partial = which is not None and which.partial(a.size(-1))
     if partial:
         value, outer = top_k_gradient(a, b, which)
         scale = 1.0
@@ -122,6 +124,12 @@ def rows(
         elif which.alpha == 1.0:
             inner, mean, scale = ratio, dot(q, ratio), -1.0
             value = -mean
+            if which.softening is not None:
+                log_m = torch.exp(ratio, out=into_x).add_(1).mul_(0.5).log_()  # over q
+                rest = 1 - which.softening.share(0.5 * (kl - dot(p, log_m) - dot(q, log_m)))
+                # The normaliser of T^(1-a) S^a, from T/S: where they agree, nothing cancels.
+                log_target = torch.mul(ratio, rest.unsqueeze(-1), out=into_x).add_(a)
+                value, scale = rest * value + log_target.logsumexp(-1), -rest
         else:
             # log m/q from p/q: where student and teacher agree, its error is that of p/q, not of two logarithms.
             inner = torch.exp(ratio, out=into_x).mul_(which.alpha).add_(1 - which.alpha).log_()
@@ -156,7 +164,7 @@ def logit_gradient(
         by_x = by.divergence * scale
         x = inner.mul_(by_x.unsqueeze(-1))
         everywhere = everywhere - by_x * mean
-    if by.divergence is not None and outer is not None and scale < 0:  # the forward KL: q - p
+    if by.divergence is not None and outer is not None and scale == -1.0:  # the forward KL: q - p
         everywhere = everywhere + by.divergence
     if by.log_p is not None:
         everywhere = everywhere - by.log_p

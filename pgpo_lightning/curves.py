@@ -17,7 +17,7 @@ PANELS: list[tuple[str, list[str]]] = [
     ("response length (tokens)", ["response_length/mean", "response_length/max", "val/length"]),
     ("divergence (nats per token)", ["self_distillation/divergence_success", "self_distillation/divergence_failure"]),
     ("gradient norm", ["actor/grad_norm"]),
-    ("shares", ["self_distillation/reprompt_sample_fraction", "response_length/clip_ratio"]),
+    ("shares", ["self_distillation/reprompt_sample_fraction", "hapo/injected_groups", "response_length/clip_ratio"]),
 ]
 """The panels of ``stability.png`` in reading order, and the tags in each; ``*`` stands for the number of samples."""
 
@@ -28,6 +28,7 @@ LAYOUT = {
         "divergence": ["Multiline", ["self_distillation/divergence_(success|failure)"]],
         "gradient norm": ["Multiline", ["actor/grad_norm"]],
         "rows with a teacher": ["Multiline", ["self_distillation/(reprompt_sample|success_group)_fraction"]],
+        "groups with a demonstration": ["Multiline", ["hapo/(gate_open|injected_groups|all_failed)"]],
         "sampler against trainer": ["Multiline", ["rollout_corr/(gap|log_ratio.*)"]],
     },
     "information": {

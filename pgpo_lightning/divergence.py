@@ -121,6 +121,69 @@ def entropy(log_p: Tensor) -> Tensor:
     return -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(-1)
 
 
+def clipped_divergence(log_s: Tensor, log_t: Tensor, alpha: float, bound: float) -> Tensor:
+    """Return :func:`divergence` with the contribution of every vocabulary entry bounded from above (OPSD, arXiv 2601.18734).
+
+    ``sum_v min(l_v, bound)``, where l_v is the summand of the definition: ``T log T/S`` for the forward KL, ``S log S/T`` for
+    the reverse one, ``(1-alpha) S log S/M + alpha T log T/M`` for the Jensen-Shannon divergence. Summands below zero, which the
+    KLs have, are left alone. A summand at its bound has no gradient.
+
+    Args:
+        log_s: Student log-probabilities, shape ``(..., V)``.
+        log_t: Teacher log-probabilities, shape ``(..., V)``.
+        alpha: As in :func:`divergence`.
+        bound: Nats.
+
+    Returns:
+        Nats, shape ``(...)``; below zero where much was clipped.
+    """
+    d, s, t = _log_ratio(log_s, log_t), log_s.exp(), log_t.exp()
+    if alpha == 0.0:
+        entries = t * d
+    elif alpha == 1.0:
+        entries = -s * d
+    else:
+        log_m_over_s = torch.log1p(alpha * torch.expm1(d))
+        entries = alpha * t * (d - log_m_over_s) - (1 - alpha) * s * log_m_over_s
+    return entries.clamp(max=bound).sum(-1)
+
+
+@dataclass(frozen=True)
+class Softening:
+    """DemoPSD's target: the less the teacher agrees with the student, the nearer the target is to the student.
+
+    With ``d = JSD(S, T)`` and ``a = 2 maximum (sigmoid(sharpness d) - 1/2)``, the target is ``T^(1-a) S^a``, normalised, and
+    carries no gradient; the loss is KL(S||target), whose gradient is ``1 - a`` times that of KL(S||T) (arXiv 2607.02502).
+
+    Args:
+        maximum: Of a, in (0, 1]; the paper's a_max.
+        sharpness: Of a to d; the paper's b, between 25 and 100 there.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    maximum: float = 0.15
+    sharpness: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.maximum <= 1:
+            raise ValueError(f"Expected `maximum` of the softening to lie in (0, 1], but got {self.maximum}.")
+        if not self.sharpness > 0:
+            raise ValueError(f"Expected `sharpness` of the softening to be above 0, but got {self.sharpness}.")
+
+    def share(self, disagreement: Tensor) -> Tensor:
+        """Return a, the student's share of the target, from JSD(S, T) in nats; both of shape ``(...)``."""
+        return 2 * self.maximum * (torch.sigmoid(self.sharpness * disagreement) - 0.5)
+
+
+def softened_reverse_kl(log_s: Tensor, log_t: Tensor, softening: Softening) -> Tensor:
+    """Return KL(S||target) for :class:`Softening`'s target; shapes as in :func:`forward_kl`."""
+    share = softening.share(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)
+    target = ((1 - share) * log_t + share * log_s).log_softmax(-1).detach()
+    return reverse_kl(log_s, target)
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Which divergence, over which tokens.
@@ -129,8 +192,16 @@ class Divergence:
         alpha: As in :func:`pgpo_lightning.divergence.divergence`.
         top_k: Only the student's likeliest tokens; ``None`` for all.
         add_tail: With `top_k`, one more bucket for the rest.
+        entry_clip: Bound of every entry's (with `top_k`: bucket's) contribution, see :func:`clipped_divergence`.
+        softening: Of the target, for the reverse KL over all tokens.
     """
 
     alpha: float
     top_k: int | None = None
     add_tail: bool = True
+    entry_clip: float | None = None
+    softening: Softening | None = None
+
+    def partial(self, vocabulary: int) -> bool:
+        """Whether it is a sum over something else than all tokens as they are."""
+        return self.entry_clip is not None or (self.top_k is not None and self.top_k < vocabulary)

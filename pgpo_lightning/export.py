@@ -6,12 +6,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import jsonargparse
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
 from pgpo_lightning.lora import merged, write_adapter
+from pgpo_lightning.policy import resolve_model
 from pgpo_lightning.shards import read_shards
 
 
@@ -29,7 +31,7 @@ def export(
         checkpoint: A checkpoint, a file or a folder of shards, or the folder of a run, whose newest checkpoint is taken.
         output: The folder to write.
         weights: Whose weights: the student's, or those of a moving teacher.
-        tokenizer: Folder or Hub id; by default where the run had it from.
+        tokenizer: Folder, Hub id or ``toy``; by default where the run had it from.
         lora: Of a run with `lora`: ``merged`` (default) adds the adapter to the base model's weights; ``adapter`` writes the
             adapter alone, for ``peft.PeftModel.from_pretrained``.
         base: Folder or Hub id of the base model that the adapter is merged into; by default where the run had it from.
@@ -67,7 +69,7 @@ def export(
     origin = tokenizer or about["tokenizer"]
     if not origin:
         raise ValueError("Expected `tokenizer`, because the run was given a tokenizer object that came from no folder.")
-    AutoTokenizer.from_pretrained(origin).save_pretrained(output)
+    AutoTokenizer.from_pretrained(resolve_model(origin)).save_pretrained(output)
     if lora == "adapter":
         write_adapter(output, state, about["lora"])
     else:
@@ -97,3 +99,12 @@ def _merged(state: dict[str, Tensor], identity: dict[str, Any], base: str | None
     with TemporaryDirectory() as folder:
         write_adapter(folder, state, identity)
         return merged(folder, identity, base)
+
+
+def main(args: list[str]) -> None:
+    """Run ``pgpo export``.
+
+    Args:
+        args: Without the program's name and `export`.
+    """
+    jsonargparse.auto_cli(export, args=args, prog="pgpo export", as_positional=True)

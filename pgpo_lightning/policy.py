@@ -53,6 +53,14 @@ def load_model(
     )
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, under whichever name this version of transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):  # 5.23
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can end and pad a sequence.
 

@@ -86,9 +86,13 @@ class Row:
         reprompt_ids: Token ids of the self-teacher's prompt, or ``None`` if the row has no teacher (SDPO).
         reprompt: The same as text, for the log.
         advantage: Group-relative advantage (GRPO).
+        weight: Factor of the row's loss; 0 takes the row out of it.
         old_log_probs: Log-probabilities of the response under the policy before the first of several updates on one
             batch, shape ``(len(response_ids),)``; ``None`` means that the current policy is the sampling policy.
         teacher_hidden: The teacher's hidden states of the response, ``(len(response_ids), D)``, while they are to be used again.
+        demonstration: Whether the response was given, not sampled (HAPO). It then has no log-probabilities under a sampler, and
+            `advantage` is the weight of its loss.
+        replaced_by: The row that the loss has in this one's place, if any. What is reported is this one.
     """
 
     rollout: Rollout
@@ -96,15 +100,18 @@ class Row:
     reprompt_ids: list[int] | None = None
     reprompt: str | None = None
     advantage: float = 0.0
+    weight: float = 1.0
     old_log_probs: Tensor | None = None
     teacher_hidden: Tensor | None = None
+    demonstration: bool = False
+    replaced_by: "Row | None" = None
 
     @property
     def length(self) -> int:
         """Response tokens, end-of-sequence included."""
         return len(self.rollout.response_ids)
 
-    def stand_in(self) -> "Row":
-        """Return a row of one token for a forward pass that has to be made and counts for nothing."""
+    def stand_in(self, taught: bool = True) -> "Row":
+        """Return a row of one token for a forward pass that has to be made, with or without teacher, and counts for nothing."""
         one = replace(self.rollout, response_ids=self.rollout.response_ids[:1], log_probs=self.rollout.log_probs[:1])
-        return Row(one, self.verdict, reprompt_ids=one.prompt_ids)
+        return Row(one, self.verdict, reprompt_ids=one.prompt_ids if taught else None)

@@ -41,6 +41,7 @@ def remove_thinking(text: str) -> str:
 
 
 DemonstrationChoice = Literal["shared", "independent"]
+DemonstrationSource = Literal["siblings", "own", "none"]
 
 
 @dataclass
@@ -60,6 +61,35 @@ class RepromptBuilder:
     reprompt_template: str
     solution_template: str
     feedback_template: str
+    demonstration_source: DemonstrationSource = "siblings"
+    reprompt_without_context: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings against each other.
+
+        Raises:
+            ValueError: If one contradicts another, or a template lacks a placeholder; names the field.
+        """
+        source = self.demonstration_source
+        if source == "own" and self.dont_reprompt_on_self_success:
+            raise ValueError(
+                "Expected `dont_reprompt_on_self_success` false with `demonstration_source` own, which shows a response its "
+                "own text, but got true."
+            )
+        if source != "siblings" and self.demonstration_choice != "shared":
+            raise ValueError(
+                f"Expected `demonstration_choice` shared with `demonstration_source` {source}, which leaves nothing to choose, "
+                f"but got {self.demonstration_choice}."
+            )
+        if source == "none" and not (self.include_environment_feedback or self.reprompt_without_context):
+            raise ValueError(
+                "Expected `include_environment_feedback` or `reprompt_without_context` true with `demonstration_source` none, "
+                "because else no response has a teacher, but got false for both."
+            )
+        shown = ["prompt", *["solution"] * (source != "none"), *["feedback"] * self.include_environment_feedback]
+        check_template("reprompt_template", self.reprompt_template, tuple(shown))
+        check_template("solution_template", self.solution_template, ("successful_previous_attempt",))
+        check_template("feedback_template", self.feedback_template, ("feedback_raw",))
 
     def attach(
         self,
@@ -69,7 +99,7 @@ class RepromptBuilder:
         text: Callable[[list[int]], str],
         rng: random.Random,
     ) -> dict[str, float]:
-        """Give every row its reprompt, or none if there is neither a demonstration nor feedback.
+        """Give every row its reprompt, or none if there is neither a demonstration nor feedback (and that is not enough).
 
         The demonstration is a uniform choice among the successful responses to the same question: one for all of them, and a
         second for the first itself; or one for every row. (The reference takes the first of a list sorted by length, which
@@ -94,9 +124,7 @@ class RepromptBuilder:
         count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
         fitted: dict[tuple[int, str | None, str | None], tuple[list[int] | None, str | None, bool]] = {}
         for row in rows:
-            candidates = groups.get(row.rollout.question.index, [])
-            if self.dont_reprompt_on_self_success:
-                candidates = [other for other in candidates if other is not row]
+            candidates = self._candidates(row, groups.get(row.rollout.question.index, []))
             shown = [answer for other in candidates if (answer := self._demonstration(other))]
             demonstration = None
             if shown:
@@ -107,7 +135,7 @@ class RepromptBuilder:
             if demonstration is not None and self.environment_feedback_only_without_solution:
                 feedback = None
             count["feedback_used"] += feedback is not None
-            if demonstration is None and feedback is None:
+            if demonstration is None and feedback is None and not self.reprompt_without_context:
                 continue
             key = (row.rollout.question.index, demonstration, feedback)
             if key not in fitted:  # rows that are shown the same have the same prompt
@@ -126,6 +154,14 @@ class RepromptBuilder:
             "self_distillation/reprompt_trimmed_fraction": count["trimmed"] / total,
             "self_distillation/reprompt_dropped_fraction": count["dropped"] / total,
         }
+
+    def _candidates(self, row: Row, successes: list[Row]) -> list[Row]:
+        """Return whose text a row may be shown, out of the successes of its group."""
+        if self.demonstration_source == "none":
+            return []
+        if self.demonstration_source == "own":
+            return [other for other in successes if other is row]
+        return [other for other in successes if other is not row or not self.dont_reprompt_on_self_success]
 
     def _demonstration(self, row: Row) -> str:
         return remove_thinking(row.rollout.text) if self.remove_thinking_from_demonstration else row.rollout.text
@@ -162,11 +198,13 @@ class RepromptBuilder:
         """
         parts = {"demonstration": demonstration, "feedback": feedback}
         left: dict[str, list[int]] = {}
-        while any(parts.values()):
+        while any(parts.values()) or self.reprompt_without_context:
             messages = self.messages(row, parts["demonstration"], parts["feedback"])
             ids = encode(messages)
             if (excess := len(ids) - self.max_reprompt_len) <= 0:
                 return ids, messages[-1]["content"], bool(left)
+            if not any(parts.values()):
+                break
             # One token more than the excess, because text that is cut and encoded again can come out a token longer. What is
             # left is cut again, not its text: half a character decodes to one of more tokens, and that would never end.
             part = "demonstration" if parts["demonstration"] else "feedback"

@@ -36,6 +36,7 @@ class StepStatistics:
         length: Response tokens.
         reward: The verifier's score.
         has_teacher: 1 if a teacher context exists.
+        question: Number of the question (exact below 2^24): rollouts of one question are alike, which the errors have to know.
     """
 
     entropy_student: Tensor
@@ -49,6 +50,7 @@ class StepStatistics:
     length: Tensor
     reward: Tensor
     has_teacher: Tensor
+    question: Tensor
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -63,6 +65,7 @@ class StepStatistics:
         weight: Tensor,
         lengths: Tensor,
         rewards: Tensor,
+        questions: Tensor,
     ) -> "StepStatistics":
         """Average per-token values over each sequence.
 
@@ -73,6 +76,7 @@ class StepStatistics:
             weight: Importance weights, shape ``(N,)``.
             lengths: Tokens of each sequence, shape ``(sequences,)``; they sum to N.
             rewards: Scores, shape ``(sequences,)``.
+            questions: Numbers of their questions, shape ``(sequences,)``.
         """
         order = torch.arange(len(lengths), device=lengths.device)
         sequence = order.repeat_interleave(lengths, output_size=weight.numel())  # known, so no wait for the device
@@ -93,6 +97,7 @@ class StepStatistics:
             length=lengths.float(),
             reward=rewards.float(),
             has_teacher=(~mean(tokens.entropy_teacher).isnan()).float(),
+            question=questions.float(),
         )
 
     @classmethod
@@ -147,8 +152,9 @@ def information(
             tokens; ``sequence-sum``: sum over each sequence's tokens, mean over sequences.
 
     Returns:
-        The estimate and its standard error over sequences (NaN for fewer than two). ``(0, nan)`` if no row has a teacher:
-        without feedback there is no information.
+        The estimate and its standard error over questions (NaN for fewer than two). ``(0, nan)`` if no row has a teacher:
+        without feedback there is no information. Siblings answer one question and read one demonstration; taking them for
+        independent would make the error too small, by half on the toy (``docs/theory.md``).
 
     Example:
         >>> rows = StepStatistics.empty()
@@ -173,5 +179,8 @@ def information(
         values = values * length if aggregation == "sequence-sum" else values
         value = values.mean()
         residuals = values - value
-    error = (residuals.square().sum() / (n - 1) / n).sqrt().item() if n > 1 else math.nan
+    asked, of = statistics.question[counted].unique(return_inverse=True)
+    groups = asked.numel()
+    sums = residuals.new_zeros(groups).index_add(0, of, residuals)
+    error = (sums.square().sum() * groups / (groups - 1)).sqrt().item() / n if groups > 1 else math.nan
     return Information(value.item(), error)

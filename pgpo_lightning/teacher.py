@@ -2,8 +2,10 @@
 
 import copy
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,8 +17,10 @@ from pgpo_lightning.distillation import Head, Source
 from pgpo_lightning.lora import adapter, copy_adapter, decoder_with
 from pgpo_lightning.offload import Visit
 from pgpo_lightning.policy import fingerprint, head, source
+from pgpo_lightning.ranks import gather
+from pgpo_lightning.records import Row
 
-TeacherRegularization = Literal["ema", "frozen", "live", "trust-region"]
+TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restart", "gated"]
 
 
 class Teacher(nn.Module):
@@ -41,6 +45,9 @@ class Teacher(nn.Module):
     def head(self, student: PreTrainedModel) -> Head:
         """Return the head that belongs to the hidden states of a teacher that stands still within a batch."""
         return head(self.model)
+
+    def observe(self, rows: list[Row]) -> None:
+        """See this rank's rollouts of a step, before the step. All ranks call it equally often."""
 
     def update(self, student: PreTrainedModel) -> None:
         """Move after an optimizer step. Called once per training step, and only if a step was taken."""
@@ -122,7 +129,11 @@ class EMATeacher(OwnWeights):
     def __init__(self, student: PreTrainedModel, rate: float, offload: bool = False) -> None:
         super().__init__(student, offload)
         self.rate = rate
-        self.model.float()
+        self.model.to(self.dtype(student))
+
+    def dtype(self, student: PreTrainedModel) -> torch.dtype:
+        """Return the type of the weights."""
+        return torch.float32
 
     @torch.no_grad()
     def update(self, student: PreTrainedModel) -> None:
@@ -274,13 +285,173 @@ class TrustRegionAdapterTeacher(FrozenAdapterTeacher):
         return [start, source(student, sequences, self.rate)]
 
 
-def make_teacher(kind: TeacherRegularization, student: PreTrainedModel, rate: float, offload: bool = False) -> Teacher:
+class Periodic(Teacher):
+    """Restart-and-freeze: moves every `period` steps, by what a moving average would have moved in as many, and stands between.
+
+    ``theta_T <- (1 - g) theta_T + g theta_S`` with ``g = 1 - (1 - rate)^period`` ("Denser is not better", arXiv 2607.01763). At
+    rate 1 it is a hard copy every `period` steps. A mixin, before an averaging teacher.
+
+    Args:
+        student: See :class:`EMATeacher`.
+        rate: Per step.
+        period: Steps.
+        kwargs: Of the averaging teacher.
+    """
+
+    def __init__(self, student: PreTrainedModel, rate: float, period: int, **kwargs: Any) -> None:
+        super().__init__(student, 1 - (1 - rate) ** period, **kwargs)
+        self.period = period
+        self.steps = 0
+
+    def update(self, student: PreTrainedModel) -> None:
+        """See :meth:`Teacher.update`."""
+        self.steps += 1
+        if self.steps % self.period == 0:
+            super().update(student)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the steps so far, for the checkpoint."""
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.steps = state["steps"]
+
+
+class RestartTeacher(Periodic, EMATeacher):
+    """Restart-and-freeze over all weights, in fp32, saved with the checkpoint."""
+
+
+class RestartAdapterTeacher(Periodic, EMAAdapterTeacher):
+    """Restart-and-freeze over an adapter's matrices."""
+
+
+@dataclass(frozen=True)
+class RefreshGate:
+    """When the teacher of CGTR becomes a copy of the student (arXiv 2606.03532).
+
+    If ``t - t_last >= min_steps`` and the mean reward of the last `window` steps exceeds ``r_ref + reward_gain`` and the longest
+    response of these steps is at most `max_length_ratio` times the mean one. r_ref is the window's mean reward at the last copy;
+    before the first, where the paper is silent, that of the first `window` steps.
+
+    Args:
+        min_steps: M_min.
+        window: w, steps.
+        reward_gain: delta_r.
+        max_length_ratio: L_max.
+        check_every: Steps between two looks.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    min_steps: int = 30
+    window: int = 5
+    reward_gain: float = 0.05
+    max_length_ratio: float = 3.2
+    check_every: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("min_steps", "window", "check_every", "max_length_ratio"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(
+                    f"Expected `{name}` of the teacher's gate to be at least 1, but got {getattr(self, name)}."
+                )
+
+
+class Outcome(NamedTuple):
+    """What the rollouts of a step, of all ranks, came to: mean reward, longest and mean response in tokens."""
+
+    reward: float
+    longest: int
+    length: float
+
+
+class Gated(Teacher):
+    """CGTR: a copy of the student is taken when it has become better and does not ramble; see :class:`RefreshGate`.
+
+    A mixin, before an averaging teacher.
+
+    Args:
+        student: See :class:`EMATeacher`.
+        gate: When.
+        kwargs: Of the averaging teacher.
+    """
+
+    def __init__(self, student: PreTrainedModel, gate: RefreshGate, **kwargs: Any) -> None:
+        super().__init__(student, 1.0, **kwargs)
+        self.gate = gate
+        self.steps = self.last = 0
+        self.reference: float | None = None
+        self.seen: deque[Outcome] = deque(maxlen=gate.window)
+
+    def observe(self, rows: list[Row]) -> None:
+        """See :meth:`Teacher.observe`."""
+        everyone = [pair for part in gather([(row.verdict.reward, row.length) for row in rows]) for pair in part]
+        rewards, lengths = zip(*everyone, strict=True)
+        self.seen.append(Outcome(sum(rewards) / len(rewards), max(lengths), sum(lengths) / len(lengths)))
+        if self.reference is None and len(self.seen) == self.gate.window:
+            self.reference = self._reward()
+
+    def update(self, student: PreTrainedModel) -> None:
+        """See :meth:`Teacher.update`."""
+        self.steps += 1
+        if self.steps % self.gate.check_every == 0 and self._opens():
+            super().update(student)
+            self.last, self.reference = self.steps, self._reward()
+
+    def _opens(self) -> bool:
+        if self.reference is None or self.steps - self.last < self.gate.min_steps:
+            return False
+        ratio = max(seen.longest for seen in self.seen) / (sum(seen.length for seen in self.seen) / len(self.seen))
+        gained = self._reward() > self.reference + self.gate.reward_gain
+        return gained and ratio <= self.gate.max_length_ratio
+
+    def _reward(self) -> float:
+        return sum(seen.reward for seen in self.seen) / len(self.seen)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the gate goes by, for the checkpoint."""
+        seen = [tuple(outcome) for outcome in self.seen]
+        return {"steps": self.steps, "last": self.last, "reference": self.reference, "seen": seen}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.steps, self.last, self.reference = state["steps"], state["last"], state["reference"]
+        self.seen = deque((Outcome(*outcome) for outcome in state["seen"]), maxlen=self.gate.window)
+
+
+class GatedTeacher(Gated, EMATeacher):
+    """CGTR over all weights, in the student's type, saved with the checkpoint."""
+
+    def dtype(self, student: PreTrainedModel) -> torch.dtype:
+        """Return the student's: what is only ever copied loses nothing."""
+        return next(student.parameters()).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedTeacher":
+        return OwnWeights._apply(self, fn, recurse)  # converted as the student is
+
+
+class GatedAdapterTeacher(Gated, EMAAdapterTeacher):
+    """CGTR over an adapter's matrices."""
+
+
+def make_teacher(
+    kind: TeacherRegularization,
+    student: PreTrainedModel,
+    rate: float,
+    period: int = 10,
+    gate: RefreshGate | None = None,
+    offload: bool = False,
+) -> Teacher:
     """Build the teacher that a configuration names, from the student's weights, or its adapter, as they are now."""
     if kind == "live":
         return LiveTeacher()
-    has_adapter = bool(adapter(student))
-    if kind == "frozen":
-        return FrozenAdapterTeacher(student) if has_adapter else FrozenTeacher(student, offload)
-    if kind == "ema":
-        return EMAAdapterTeacher(student, rate) if has_adapter else EMATeacher(student, rate, offload)
-    return TrustRegionAdapterTeacher(student, rate) if has_adapter else TrustRegionTeacher(student, rate, offload)
+    whole, adapted, settings = {
+        "frozen": (FrozenTeacher, FrozenAdapterTeacher, {}),
+        "ema": (EMATeacher, EMAAdapterTeacher, {"rate": rate}),
+        "trust-region": (TrustRegionTeacher, TrustRegionAdapterTeacher, {"rate": rate}),
+        "restart": (RestartTeacher, RestartAdapterTeacher, {"rate": rate, "period": period}),
+        "gated": (GatedTeacher, GatedAdapterTeacher, {"gate": gate or RefreshGate()}),
+    }[kind]
+    return adapted(student, **settings) if adapter(student) else whole(student, offload=offload, **settings)

@@ -95,7 +95,7 @@ def trainer(folder, **settings):
 
 
 def config(folder, steps=6, **changes):
-    """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step."""
+    """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step, no picture."""
     model = {
         "model": "toy",
         "verifier": "pgpo_lightning.verifiers.BoxedAnswer",
@@ -125,6 +125,7 @@ def config(folder, steps=6, **changes):
         },
         "multiplier": {"class_path": "RandomMultiplier", "init_args": {"low": 0.5, "high": 1.5}},
         "checkpoint": {"every_n_train_steps": 1, "keep": None},
+        "watch": {"picture": False},  # drawing takes as long as three steps
     }
     path = Path(folder).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings | changes))

@@ -1,7 +1,8 @@
 """Trains on fixed rows under DDP or FSDP2, each rank with its own share; run by test_ranks.py.
 
 Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER PRECISION, where SPLIT is `uneven` (ranks with unequal numbers of
-rows in the loss and of micro-batches) or `one-sided` (rank 1 has no row with a teacher at all).
+rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a teacher at all) or `routed` (likewise, but the rows
+without are reinforced, and the others share the step by the teacher's certainty).
 """
 
 import sys
@@ -14,8 +15,9 @@ import torch  # noqa: E402
 from helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
+from pgpo_lightning.allocation import Allocation  # noqa: E402
 from pgpo_lightning.callbacks import InformationMultiplier  # noqa: E402
-from pgpo_lightning.modules import SDPO  # noqa: E402
+from pgpo_lightning.modules import SDPO, SRPO  # noqa: E402
 from pgpo_lightning.sharding import whole  # noqa: E402
 from pgpo_lightning.statistics import information  # noqa: E402
 
@@ -29,13 +31,14 @@ STRATEGIES = {
 
 def rows_of(step, split):
     rows = random_rows(ROWS, seed=step)
-    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7]}[split]
+    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7]}[split]
     for i in masked:
         rows[i].reprompt_ids = None
+        rows[i].advantage = 0.75 if i % 2 else -0.25
     return rows
 
 
-class FixedRows(SDPO):
+class Fixed:
     """Everything after sampling, on rows that are split between ranks."""
 
     def training_step(self, batch, batch_idx):
@@ -50,13 +53,23 @@ class FixedRows(SDPO):
         self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
 
 
+class FixedSDPO(Fixed, SDPO):
+    pass
+
+
+class FixedSRPO(Fixed, SRPO):
+    pass
+
+
 def main():
     output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
-    module = FixedRows(
+    routed = split == "routed"
+    given = {"allocation": Allocation("token", 2.0, None, "teacher-certainty")} if routed else {}
+    module = (FixedSRPO if routed else FixedSDPO)(
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
-        loss_agg_mode="token-mean" if split == "uneven" else "seq-mean-token-mean",
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher, **LIMITS,
+        loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher, **LIMITS, **given,
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(

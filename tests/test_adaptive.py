@@ -4,9 +4,7 @@ Usage: test_adaptive.py OUTPUT RANKS NAME trains on fixed rows, each rank with i
 """
 
 import math
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,6 +30,7 @@ from helpers import (  # noqa: E402
     trainer,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
+from processes import finish, start_ranks  # noqa: E402
 from test_multiplier import one_row  # noqa: E402
 
 from pgpo_lightning.callbacks import (  # noqa: E402
@@ -396,9 +395,7 @@ WORKERS = {
 @pytest.mark.parametrize("name", WORKERS)
 def test_two_processes_equal_one(tmp_path, name):
     worker(tmp_path / "out1", 1, name)
-    command = [sys.executable, __file__, str(tmp_path / "out2"), "2", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, timeout=200, capture_output=True, env=environment)
+    finish(*start_ranks([__file__, tmp_path / "out2", 2, name], tmp_path / "log", 2), log=tmp_path / "log")
     one, two, other = (torch.load(tmp_path / out, weights_only=True) for out in ("out1.0", "out2.0", "out2.1"))
     assert torch.equal(two["weights"], other["weights"])
     assert two["rho"] == other["rho"]
@@ -408,7 +405,7 @@ def test_two_processes_equal_one(tmp_path, name):
     assert (two["weights"] - one["weights"]).abs().mean() < 1e-6
 
 
-class FixedRows(ranks_worker.FixedRows):
+class FixedRows(ranks_worker.FixedSDPO):
     """Uneven shares, kept for whoever looks at the batch afterwards."""
 
     split = "uneven"

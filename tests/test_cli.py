@@ -5,15 +5,22 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import config
+from lightning.pytorch.callbacks import RichProgressBar
+from processes import start
 
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
-from pgpo_lightning.cli import PGPOCommand, main
+from pgpo_lightning.callbacks.watch import before_after, summarise
+from pgpo_lightning.cli import main
 from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.fitting import PGPOCommand
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA = CONFIGS / "lora.yaml"
@@ -23,26 +30,27 @@ OVERLAYS = [(path, CONFIGS / "sciknoweval.yaml") for path in sorted((CONFIGS / "
 ]
 
 
-def parsed(capsys, *args):
+@cache
+def parsed(*args):
     """What the program would run, without running it."""
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()) as out:
         main(["fit", *args, "--print_config"])
-    assert end.value.code == 0, capsys.readouterr().err
-    return yaml.safe_load(capsys.readouterr().out)
+    assert end.value.code == 0
+    return yaml.safe_load(out.getvalue())
 
 
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
-def test_every_config_parses_and_says_how_to_run_it(capsys, path):
-    settings = parsed(capsys, "--config", str(path))
+def test_every_config_parses_and_says_how_to_run_it(path):
+    settings = parsed("--config", str(path))
     assert settings["model"]["class_path"].startswith("pgpo_lightning.modules.")
     header = path.read_text().split("\nseed_everything")[0]
     assert f"pgpo fit --config configs/{path.name}" in header
 
 
 @pytest.mark.parametrize(("overlay", "base"), OVERLAYS, ids=lambda path: path.stem)
-def test_every_overlay_changes_only_what_it_names(capsys, overlay, base):
-    before = parsed(capsys, "--config", str(base))
-    after = parsed(capsys, "--config", str(base), "--config", str(overlay))
+def test_every_overlay_changes_only_what_it_names(overlay, base):
+    before = parsed("--config", str(base))
+    after = parsed("--config", str(base), "--config", str(overlay))
     named = yaml.safe_load(overlay.read_text())
     changed = {key for key in before if before[key] != after[key]}
     assert changed
@@ -50,16 +58,20 @@ def test_every_overlay_changes_only_what_it_names(capsys, overlay, base):
     assert overlay.read_text().startswith("# vs ")
 
 
-def multiplier_of(tmp_path, *args):
-    """Everything is built, nothing is run."""
-    built = {}
+def built(tmp_path, *args):
+    """The callbacks: everything is built, nothing is run."""
+    callbacks = []
 
     class Building(PGPOCommand):
         def _run_subcommand(self, subcommand):
-            built["callbacks"] = self.trainer.callbacks
+            callbacks.extend(self.trainer.callbacks)
 
     Building(["fit", "--config", config(tmp_path / "run"), *args])
-    return next((c for c in built["callbacks"] if isinstance(c, StepSizeMultiplier)), None)
+    return callbacks
+
+
+def multiplier_of(tmp_path, *args):
+    return next((c for c in built(tmp_path, *args) if isinstance(c, StepSizeMultiplier)), None)
 
 
 def test_callbacks_are_swapped_by_one_argument(tmp_path):
@@ -86,6 +98,12 @@ def test_a_multiplier_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     mine = multiplier_of(tmp_path, "--multiplier", "mine.Halving", "--multiplier.base", "0.25")
     assert mine.multiplier(None, 2) == 0.0625
+
+
+def test_the_progress_bar_of_a_run_that_counts_steps_has_no_number_of_epochs(tmp_path):
+    pytest.importorskip("rich")
+    (bar,) = [c for c in built(tmp_path, "--trainer.enable_progress_bar", "true") if isinstance(c, RichProgressBar)]
+    assert bar._get_train_description(0) == "Epoch 0   "
 
 
 QUICK = ["--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
@@ -156,13 +174,8 @@ def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
 
 def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
     folder = tmp_path / "run"
-    main(
-        [
-            "fit",
-            "--config",
-            config(folder, steps=2, multiplier={"class_path": "ConstantMultiplier", "init_args": {"value": 1.25}}),
-        ]
-    )
+    constant = {"class_path": "ConstantMultiplier", "init_args": {"value": 1.25}}
+    main(["fit", "--config", config(folder, steps=2, multiplier=constant, watch={"picture": True})])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["multiplier"] == {"mean": 1.25, "std": 0.0}
@@ -185,7 +198,28 @@ def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
     assert f"{summary['final']['avg@2']:.3f}" in out
 
 
-PROGRAM = "import sys; sys.path.pop(0); from pgpo_lightning.cli import program; program()"  # as a console script: no '' in path
+def test_a_run_says_when_it_was_last_evaluated():
+    scalars = {"val/avg@2": {0: 0.5, 10: 0.75, 20: 0.625}}
+    whole, cut = (summarise(scalars, steps, 9.0, 2) for steps in (20, 25))
+    assert whole["final"] == whole["last"] == {"step": 20, "avg@2": 0.625}
+    assert "final @20" in before_after(whole)
+    assert cut["final"] is None
+    assert cut["last"] == whole["last"]
+    assert "last @20" in before_after(cut)
+    assert "final" not in before_after(cut)
+    assert "no evaluation after step 20: see `trainer.val_check_interval`" in before_after(cut)
+    assert before_after(summarise({}, 25, 9.0, 2)) == "25 steps, no evaluation"
+
+
+def test_a_run_without_a_log_says_that_it_leaves_no_summary(tmp_path):
+    with pytest.warns(UserWarning, match=r"no summary.json, run.json and stability.png.* leave `trainer.logger` null"):
+        run(tmp_path, "--trainer.logger", "false", "--trainer.max_steps", "1")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_score_of_the_untrained_model_is_called_so(tmp_path, capsys):
+    main(["validate", "--config", config(tmp_path / "run"), "--trainer.limit_val_batches", "1"])
+    assert "validate of toy as it is, before any training: no `--ckpt_path` was given\n" in capsys.readouterr().out
 
 
 def program(folder, *args):
@@ -208,15 +242,19 @@ def test_a_module_in_the_working_folder_is_found_and_errors_are_one_line(tmp_pat
     assert "verifier check" in last[0]
     assert "nan" in last[0]
     assert "Traceback" not in result.stderr
-    result = program(
-        tmp_path, "fit", "--config", settings, "--trainer.default_root_dir", "other", "--model.alpha", "1.5"
-    )
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-2] == "error: Expected `divergence_alpha` to lie in [0, 1], but got 1.5."
+
+
+def test_a_setting_out_of_range_is_told_in_one_line(tmp_path):
+    settings = config(tmp_path / "run", steps=1)
+    process = start(["pgpo", "fit", "--config", settings, "--model.alpha", "1.5"], tmp_path / "log")
+    process.join()
+    assert process.exitcode == 1
+    told = (tmp_path / "log").read_text().strip().splitlines()
+    assert told[-2] == "error: Expected `divergence_alpha` to lie in [0, 1], but got 1.5."
 
 
 def test_two_processes_train_evaluate_and_finish(tmp_path):
-    settings = config(tmp_path / "run", steps=2)
+    settings = config(tmp_path / "run", steps=2, watch={"picture": True})
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     result = program(tmp_path, "fit", "--config", settings, *ddp)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -227,8 +265,23 @@ def test_two_processes_train_evaluate_and_finish(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step=000002.ckpt").exists()
 
 
+def test_help_and_report_do_not_wait_for_lightning():
+    code = """import sys
+from pgpo_lightning.cli import main
+main(["--help"])
+import pgpo_lightning.lab.report
+print({"torch", "lightning"} & set(sys.modules))"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
+    )
+    *told, loaded = result.stdout.splitlines()
+    assert loaded == "set()"
+    assert {line.split()[0] for line in told[2:]} >= {*PGPOCommand.subcommands(), "plan", "export", "ablate", "report"}
+
+
 def test_no_usage_reports_are_sent():
-    code = "import pgpo_lightning.cli, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    # Whatever of the package is imported, this comes first.
+    code = "import pgpo_lightning, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
     environment = {
         k: v for k, v in os.environ.items() if k not in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "DO_NOT_TRACK")
     }

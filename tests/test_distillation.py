@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from pgpo_lightning.distillation import Head, Source, linear_distillation, linear_statistics
-from pgpo_lightning.divergence import Divergence, divergence, entropy, forward_kl, student_top_k
+from pgpo_lightning.divergence import (
+    Divergence,
+    Softening,
+    clipped_divergence,
+    divergence,
+    entropy,
+    forward_kl,
+    generalised_jsd,
+    reverse_kl,
+    softened_reverse_kl,
+    student_top_k,
+)
 
 N, D, V = 23, 6, 17
 CHUNKS = [1, 5, 23, None]
@@ -20,6 +31,14 @@ def inputs(dtype=torch.float64):
     return hidden, weight, draw(N, D), draw(V, D), torch.randint(V, (N,), generator=generator)
 
 
+def named(a, b, which):
+    if which.softening is not None:
+        return softened_reverse_kl(a, b, which.softening)
+    if which.entry_clip is not None:
+        return clipped_divergence(a, b, which.alpha, which.entry_clip)
+    return divergence(a, b, which.alpha)
+
+
 def plain(hidden, head, teacher_hidden, teacher_head, targets, which, temperature):
     """Divergence, log-probabilities and entropies from whole distributions, with autograd's gradients."""
     log_s = (head(hidden) / temperature).log_softmax(-1)
@@ -27,7 +46,7 @@ def plain(hidden, head, teacher_hidden, teacher_head, targets, which, temperatur
     a, b = (log_s, log_t) if which.top_k is None else student_top_k(log_s, log_t, which.top_k, which.add_tail)
     row = torch.arange(len(targets))
     return {
-        "divergence": divergence(a, b, which.alpha),
+        "divergence": named(a, b, which),
         "log_p_student": log_s[row, targets],
         "log_p_teacher": log_t[row, targets],
         "entropy_student": entropy(log_s),
@@ -40,6 +59,9 @@ KINDS = [
     Divergence(alpha, k, tail)
     for alpha, (k, tail) in itertools.product([0.0, 0.1, 0.5, 1.0], [(None, True), (5, True), (5, False), (40, True)])
 ]
+CLIPPED = [Divergence(alpha, entry_clip=0.05) for alpha in (0.0, 0.1, 0.5, 1.0)]
+CLIPPED += [Divergence(0.5, 5, entry_clip=0.02), Divergence(1.0, 5, False, entry_clip=0.02)]
+KINDS += [*CLIPPED, Divergence(1.0, softening=Softening(0.5, 25.0)), Divergence(1.0, softening=Softening())]
 OBJECTIVES = {
     "weighted divergence": lambda t, c: c * t.divergence,
     "capped ratio": lambda t, c: c * (t.log_p_student.detach() + 2).exp().clamp(max=2) * t.divergence,
@@ -152,7 +174,10 @@ def test_statistics_keep_the_precision_of_their_forward_pass():
         assert torch.equal(a, b)
 
 
-def test_fused_elementwise_work_gives_the_same():
+@pytest.mark.parametrize(
+    "which", [Divergence(0.5), CLIPPED[2], CLIPPED[4], Divergence(1.0, softening=Softening(0.5, 25.0))], ids=str
+)
+def test_fused_elementwise_work_gives_the_same(which):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     hidden, weight, teacher_hidden, teacher_weight, targets = inputs()
@@ -165,7 +190,7 @@ def test_fused_elementwise_work_gives_the_same():
             lambda t, _: (
                 t.divergence * (1 + t.log_p_student.detach().exp()) + 0.2 * t.log_p_student - 0.3 * t.entropy_student
             ),
-            Divergence(0.5),
+            which,
             0.7,
             chunk_rows=9,  # 9, 9 and 5 rows
             compiled=compiled,
@@ -301,3 +326,54 @@ def test_bf16_autocast_rounds_operands_and_nothing_else(alpha):
     for a, b in zip(ours, torch.autograd.grad(expected["divergence"].sum(), exact), strict=True):
         # The gradient of the logits is rounded to bf16 before its two products: 2^-9 relative, averaged over V or N.
         assert (a.double() - b).norm() / b.norm() < 4e-3
+
+
+def both(seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: scale * torch.randn(N, V, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw().log_softmax(-1), draw().log_softmax(-1)
+
+
+@pytest.mark.parametrize("which", CLIPPED[:4], ids=str)
+def test_a_clipped_entry_has_no_gradient_and_a_wide_bound_clips_nothing(which):
+    log_s, log_t = both()
+    log_s.requires_grad_()
+    wide = clipped_divergence(log_s, log_t, which.alpha, 1e3)
+    torch.testing.assert_close(wide, divergence(log_s, log_t, which.alpha), rtol=1e-12, atol=1e-12)
+    (free,) = torch.autograd.grad(wide.sum(), log_s)
+    (bounded,) = torch.autograd.grad(clipped_divergence(log_s, log_t, which.alpha, 0.05).sum(), log_s)
+    clipped = bounded == 0
+    assert 0.02 < clipped.double().mean() < 0.9
+    torch.testing.assert_close(bounded[~clipped], free[~clipped], rtol=1e-12, atol=0)
+
+
+def test_the_softened_target_scales_the_gradient_of_the_reverse_kl():
+    """DemoPSD: the gradient in the logits is (1 - a) times that of KL(S||T), and a grows with the disagreement."""
+    log_s, log_t = both(scale=0.5)
+    z = log_s.requires_grad_()
+    softening = Softening(0.4, 30.0)
+    share = 2 * 0.4 * (torch.sigmoid(30.0 * generalised_jsd(log_s, log_t, 0.5)) - 0.5).detach()
+    (ours,) = torch.autograd.grad(softened_reverse_kl(z.log_softmax(-1), log_t, softening).sum(), z)
+    (theirs,) = torch.autograd.grad(reverse_kl(z.log_softmax(-1), log_t).sum(), z)
+    torch.testing.assert_close(ours, (1 - share).unsqueeze(-1) * theirs, rtol=1e-10, atol=1e-12)
+    assert share.max() > 0.2
+    assert softening.share(torch.zeros(())) == 0
+
+
+def test_where_student_and_teacher_agree_the_softened_loss_is_zero_in_single_precision():
+    hidden, weight, *_, targets = inputs(torch.float32)
+    near = [Source(hidden.detach() + 1e-6, Head(weight.detach()))]
+    for which in (Divergence(1.0), Divergence(1.0, softening=Softening(0.5, 50.0))):
+        _, statistics = linear_distillation(
+            Source(hidden, Head(weight)), near, targets, lambda t, _: t.divergence, which
+        )
+        assert statistics.divergence.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [((0.0, 50.0), "`maximum` of the softening"), ((1.5, 50.0), "`maximum`"), ((0.1, 0.0), "`sharpness`")],
+)
+def test_bad_softenings_name_the_field(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Softening(*settings)

@@ -1,25 +1,16 @@
 """The loss in a model sharded over two processes gives the gradients of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from processes import finish, start_ranks
 
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 
 
 def gradients(folder, ranks):
-    output = folder / f"{ranks}.pt"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(output), str(ranks)],
-        check=True,
-        timeout=200,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    output, log = folder / f"{ranks}.pt", folder / f"log{ranks}"
+    finish(*start_ranks([WORKER, output, ranks], log, ranks), log=log)
     return torch.load(output, weights_only=True)
 
 

@@ -1,12 +1,14 @@
 """The table of detections, false alarms and leads counts what it says, on records made by hand."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from pgpo_lightning.collapse import RULES, CollapseRules
 from pgpo_lightning.lab.guard import ANY, fate, guard_table, lost_step, main, markdown, scalars_of
-from pgpo_lightning.lab.inference import share
+from pgpo_lightning.lab.inference import exact_share
 from pgpo_lightning.lab.runs import Run, write_runs
 
 
@@ -26,6 +28,9 @@ def falling(at, low=0.1, start=0.5):
     return tuple(start if step < at else low for step in range(1, 21))
 
 
+# An alarm at the second of two bad steps: what is counted here are alarms, not how good the defaults are.
+QUICK = CollapseRules(window=3, reward_fall=0.6, teacher_fall=0.6, score_fall=0.6)
+
 RUNS = [
     record(0),  # healthy and calm
     record(1, entropies=falling(5, low=0.3, start=0.1)),  # healthy, with an alarm at 6
@@ -40,11 +45,11 @@ RUNS = [
 
 
 def test_rows_by_hand():
-    rows = {row.rule: row for row in guard_table(RUNS)}
+    rows = {row.rule: row for row in guard_table(RUNS, QUICK)}
     assert list(rows) == [ANY, *RULES]
     any_rule, reward, entropy, score = rows[ANY], rows["reward"], rows["entropy-rises"], rows["score"]
     for row in rows.values():
-        assert (row.collapsed, row.healthy) == (5, 2)
+        assert (row.collapsed, row.healthy, row.declining) == (5, 2, 0)
     assert (reward.detected, reward.late, reward.false_alarms) == (4, 0, 0)
     assert reward.leads == [3, 5, 5, 13]
     assert reward.reward_leads == [0, 0, 0, 5]
@@ -58,11 +63,36 @@ def test_rows_by_hand():
 
 
 def test_what_counts_as_a_collapse_is_an_argument():
-    end = {row.rule: row for row in guard_table(RUNS, when="end")}
-    assert (end[ANY].collapsed, end[ANY].healthy) == (4, 3)  # run 5 recovered, so its alarm was false
-    assert (end["score"].false_alarms, end["entropy-rises"].false_alarms) == (1, 2)
-    assert guard_table(RUNS, below=0.1)[0].collapsed == 1
-    assert guard_table(RUNS, CollapseRules(score_fall=None))[0].detected == 4
+    end = {row.rule: row for row in guard_table(RUNS, QUICK, when="end")}
+    assert (end[ANY].collapsed, end[ANY].healthy, end[ANY].declining) == (4, 2, 1)  # run 5 recovered, but not quite
+    assert [(end[rule].false_alarms, end[rule].declining_alarms) for rule in ("score", "entropy-rises")] == [
+        (0, 1),
+        (1, 1),
+    ]
+    assert guard_table(RUNS, QUICK, below=0.1)[0].collapsed == 1
+    assert guard_table(RUNS, replace(QUICK, score_fall=None))[0].detected == 4
+
+
+def test_runs_between_lost_and_healthy_are_counted_apart():
+    runs = [record(7, scores=(0.5, 0.45, 0.5)), record(8, scores=(0.5, 0.44, 0.5), rewards=falling(10))]
+    (row, *_) = guard_table(runs, QUICK)
+    assert (row.healthy, row.false_alarms, row.declining, row.declining_alarms) == (1, 0, 1, 1)
+    (row, *_) = guard_table(runs, QUICK, healthy=0.8)
+    assert (row.healthy, row.false_alarms, row.declining, row.declining_alarms) == (2, 1, 0, 0)
+    with pytest.raises(ValueError, match=r"Expected `healthy` to be at least `below` \(0.5\), but got 0.4"):
+        guard_table(runs, healthy=0.4)
+
+
+def test_the_defaults_are_those_of_the_callbacks():
+    assert guard_table(RUNS) == guard_table(RUNS, CollapseRules()) != guard_table(RUNS, QUICK)
+
+
+def test_a_part_of_the_seeds(tmp_path, capsys):
+    write_runs(RUNS, tmp_path / "runs.jsonl")
+    main([str(tmp_path / "runs.jsonl"), "--seeds", "[0,2]"])
+    assert re.search(r"any rule \| 1 of 1 \[.*?\] \| 0 \| 0 of 1 \[.*?\] \| 0 of 0 \|", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=r"Expected `seeds` to be among .* \[0, 1, 2, 3, 4, 5, 6\], but got \[9\]"):
+        main([str(tmp_path / "runs.jsonl"), "--seeds", "[9]"])
 
 
 @pytest.mark.parametrize(
@@ -81,9 +111,9 @@ def test_the_step_at_which_a_score_is_lost(scores, any_step, end_step):
 
 
 def test_the_reward_is_measured_from_the_base_model():
-    assert fate(record(rewards=(0.5, 0.2, 0.1, 0.1)), CollapseRules()).reward_lost == 3
-    assert fate(record(rewards=(0.5, 0.2, 0.5, 0.5)), CollapseRules()).reward_lost is None  # one odd step
-    assert fate(record(rewards=(0.5, 0.3, 0.26, 0.3)), CollapseRules()).reward_lost is None
+    assert fate(record(rewards=(0.5, 0.2, 0.1, 0.1)), QUICK).reward_lost == 3
+    assert fate(record(rewards=(0.5, 0.2, 0.5, 0.5)), QUICK).reward_lost is None  # one odd step
+    assert fate(record(rewards=(0.5, 0.3, 0.26, 0.3)), QUICK).reward_lost is None
 
 
 def test_a_run_without_the_base_models_score_is_refused():
@@ -101,19 +131,23 @@ def test_steps_of_a_record_are_whole_numbers():
     assert list(scalars_of(run)["critic/score/mean"]) == list(range(1, 21))
 
 
-def test_the_printed_table_has_wilsons_intervals(tmp_path, capsys):
+def test_the_printed_table_has_exact_intervals(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     write_runs(RUNS, path)
-    main([str(path), "--each", "true", "--rules.score_fall", "null"])
+    quick = ["--rules.window", "3", "--rules.reward_fall", "0.6", "--rules.score_fall", "null"]
+    main([str(path), "--each", "true", *quick])
     text = capsys.readouterr().out
-    low, high = share(4, 5)
+    low, high = exact_share(4, 5)
     cells = [line[2:-2].split(" | ", 1) for line in text.splitlines() if line.startswith("| ")]
     lines = dict(cells)
-    assert lines["any rule"] == (f"4 of 5 [{low:.2f}, {high:.2f}] | 1 | 1 of 2 [0.09, 0.91] | 5 (3 to 13) | 0 (0 to 5)")
-    assert lines["score"] == "0 of 5 [0.00, 0.43] | 0 | 0 of 2 [0.00, 0.66] |  | "
+    assert (
+        lines["any rule"]
+        == f"4 of 5 [{low:.2f}, {high:.2f}] | 1 | 1 of 2 [0.01, 0.99] | 0 of 0 | 5 (3 to 13) | 0 (0 to 5)"
+    )
+    assert lines["score"] == "0 of 5 [0.00, 0.52] | 0 | 0 of 2 [0.00, 0.84] | 0 of 0 |  | "
     assert lines["toy/sdpo/2"] == "10 | 5 | reward @5"
     assert lines["toy/sdpo/0"].strip(" |") == ""
 
 
 def test_no_runs_of_a_kind_give_no_share():
-    assert "| any rule | 0 of 0 | 0 | 0 of 1 [0.00, 0.79] |  |  |" in markdown(guard_table(RUNS[:1]))
+    assert "| any rule | 0 of 0 | 0 | 0 of 1 [0.00, 0.97] | 0 of 0 |  |  |" in markdown(guard_table(RUNS[:1]))

@@ -7,6 +7,7 @@ import pytest
 
 from pgpo_lightning.lab.inference import (
     answer,
+    exact_share,
     holm,
     pigeonhole,
     quantile_t,
@@ -68,6 +69,20 @@ def test_share_against_a_published_value():
     assert share(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert share(0, 10)[0] == 0
     assert share(10, 10)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("count", "of"), [(0, 10), (3, 24), (5, 10), (10, 10), (105, 105), (162, 195)])
+def test_an_exact_interval_ends_where_the_count_becomes_too_unlikely(count, of):
+    def likely(counts, p):
+        return sum(math.comb(of, k) * p**k * (1 - p) ** (of - k) for k in counts)
+
+    low, high = exact_share(count, of)
+    assert (low == 0) == (count == 0)
+    assert (high == 1) == (count == of)
+    if count:
+        assert likely(range(count, of + 1), low) == pytest.approx(0.025, rel=1e-6)
+    if count < of:
+        assert likely(range(count + 1), high) == pytest.approx(0.025, rel=1e-6)
 
 
 def test_the_variance_is_that_of_the_mean_squares():

@@ -14,13 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 from pgpo_lightning.batching import Sequences
 from pgpo_lightning.lora import LoRA
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.teacher import RefreshGate
 
-OWN = ("ema", "frozen", "trust-region")
+OPEN = RefreshGate(min_steps=1, window=1, reward_gain=-1.0, max_length_ratio=100.0, check_every=2)
+OWN = {"ema": {}, "frozen": {}, "trust-region": {}, "restart": {"teacher_period": 2}, "gated": {"teacher_gate": OPEN}}
 
 
 def module(kind, offload, tied=True, **settings):
     return tiny_sdpo(
-        model=tiny_model(tie_word_embeddings=tied), teacher_regularization=kind, teacher_offload=offload, **settings
+        model=tiny_model(tie_word_embeddings=tied),
+        teacher_regularization=kind,
+        teacher_offload=offload,
+        **OWN[kind],
+        **settings,
     )
 
 
@@ -32,6 +38,7 @@ def steps(kind, offload, tied, autocast):
     optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
     losses, same = [], random_rows(4)
     for rows in (same, same, random_rows(4, 1)):  # the second pass has the teacher's hidden states already
+        made.teacher.observe(rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses.append(made.accumulate_gradients(rows))
         optimizer.step()
@@ -48,6 +55,11 @@ def test_it_is_the_ordinary_teacher_to_the_last_bit(kind, autocast, tied):
     ours, our_weights = steps(kind, True, tied, autocast)
     assert losses == ours
     assert len(set(losses)) == 3
+    student, teacher = our_weights.view(2, -1)
+    assert (teacher != torch.cat([p.flatten() for p in tiny_model(tie_word_embeddings=tied).parameters()])).any() == (
+        kind in ("ema", "restart", "gated")
+    )
+    assert (student != teacher).any()
     assert torch.equal(weights, our_weights)
 
 
@@ -100,8 +112,8 @@ def test_gradients_are_made_with_a_copy_and_end_without():
     assert made.teacher.visit.copies == {}
 
 
-def test_half_precision_converts_a_frozen_teacher_and_no_moving_average():
-    for kind, expected in (("frozen", torch.bfloat16), ("ema", torch.float32)):
+def test_half_precision_converts_a_frozen_teacher_and_a_copy_but_no_moving_average():
+    for kind, expected in (("frozen", torch.bfloat16), ("gated", torch.bfloat16), ("ema", torch.float32)):
         made = module(kind, True)
         made.to(torch.bfloat16)
         assert {p.dtype for p in made.teacher.parameters()} == {expected}

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from pgpo_lightning.policy import (
     head,
     load_model,
     load_tokenizer,
+    recompute_activations,
     resolve_model,
     shares_prompts,
     source,
@@ -405,8 +407,19 @@ def test_prompts_of_one_length_need_no_mask_and_responses_of_one_token_are_padde
 def test_a_cache_that_forgets_and_gradient_checkpoints_share_nothing():
     assert not shares_prompts(MODELS["gemma2"]())
     model = MODELS["qwen3 tied"]()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     assert not shares_prompts(model)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["activation", "gradient"])
+def test_activations_are_recomputed_under_the_name_that_transformers_has_for_it(name):
+    asked = {}
+    recompute_activations(SimpleNamespace(**{f"{name}_checkpointing_enable": asked.update}))
+    assert asked == {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    model = MODELS["qwen3 tied"]()
+    recompute_activations(model)
+    assert model.model.layers[0].gradient_checkpointing
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

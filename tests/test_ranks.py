@@ -1,8 +1,5 @@
 """Two processes are one: equal weights, and one information estimate that is the true mean over all rows."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,6 +15,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from processes import finish, start_ranks
 
 from pgpo_lightning.lora import LoRA
 from pgpo_lightning.modules import SDPO
@@ -28,14 +26,8 @@ WORKER = Path(__file__).parent / "ranks_worker.py"
 
 
 def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"):
-    output = folder / f"out{ranks}"
-    subprocess.run(
-        [sys.executable, str(WORKER), str(output), str(ranks), split, strategy, teacher, precision],
-        check=True,
-        timeout=600,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    output, log = folder / f"out{ranks}", folder / f"log{ranks}"
+    finish(*start_ranks([WORKER, output, ranks, split, strategy, teacher, precision], log, ranks), log=log)
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
@@ -46,6 +38,8 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("one-sided", "ddp", "ema"),
         ("uneven", "fsdp2", "trust-region"),
         ("one-sided", "fsdp2", "ema"),
+        ("routed", "ddp", "restart"),
+        ("routed", "fsdp2", "gated"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):

@@ -254,6 +254,12 @@ def test_what_a_reader_has_to_know_is_noted():
     assert "no information arm (pgpo*)" in notes
 
 
+def test_a_last_evaluation_before_the_last_step_is_noted():
+    note = "No run was evaluated after its last step, 31: `final` is the score after step 30."
+    assert note in study_of(analyse([replace(run, steps=31) for run in runs()], FAST))["notes"]
+    assert not [note for note in study_of(analyse(runs(), FAST))["notes"] if "evaluated after" in note]
+
+
 def test_runs_that_agree_to_the_letter_are_noted():
     same = [tiny(seed, arm) for seed in (0, 1) for arm in ("sdpo", "pgpo", "constant")]
     content = analyse(same, FAST)

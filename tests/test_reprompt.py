@@ -403,3 +403,69 @@ def test_check_template():
     for template in ("{prompt} solution {feedback}", "{prompt}{ solution }{feedback}", "{prompt}{solutions}{feedback}"):
         with pytest.raises(ValueError, match=r"`reprompt_template` to contain the placeholder \{solution\}, but got '"):
             check_template("reprompt_template", template, ("prompt", "solution", "feedback"))
+
+
+# ------------------------------------------------------------------------------------------------- which context
+
+
+def test_own_demonstration_reaches_its_own_success_only():
+    rows = [row("first", 1.0), row("second", 1.0), row("failed", feedback="wrong.")]
+    attach(rows, demonstration_source="own", dont_reprompt_on_self_success=False, include_environment_feedback=False)
+    assert [r.reprompt for r in rows] == [
+        "Place?" + SOLUTION + "first" + END,
+        "Place?" + SOLUTION + "second" + END,
+        None,
+    ]
+
+
+def test_own_demonstration_or_else_feedback():
+    rows = [row("first", 1.0), row("failed", feedback="wrong.")]
+    attach(rows, demonstration_source="own", dont_reprompt_on_self_success=False)
+    assert [r.reprompt for r in rows] == ["Place?" + SOLUTION + "first" + END, "Place?" + FEEDBACK + "wrong." + END]
+
+
+def test_feedback_without_demonstrations():
+    rows = [row("right", 1.0), row("failed", feedback="wrong.")]
+    scalars = attach(rows, demonstration_source="none")
+    assert [r.reprompt for r in rows] == [None, "Place?" + FEEDBACK + "wrong." + END]
+    assert scalars["self_distillation/success_sample_fraction"] == 0
+
+
+def test_without_any_context_the_teacher_reads_what_the_student_reads():
+    rows = [row("right", 1.0, system="Be brief."), row("failed", feedback="wrong.", system="Be brief.")]
+    none = {"demonstration_source": "none", "include_environment_feedback": False, "reprompt_without_context": True}
+    attach(rows, reprompt_template="{prompt}{solution}{feedback}", **none)
+    assert [r.reprompt_ids for r in rows] == [
+        PromptEncoder(TOKENIZER, False).question(r.rollout.question) for r in rows
+    ]
+
+
+def test_the_template_alone_can_be_the_context():
+    rows = [row("right", 1.0), row("failed", feedback="wrong.")]
+    settings = {"demonstration_source": "none", "include_environment_feedback": False, "reprompt_without_context": True}
+    scalars = attach(rows, reprompt_template="{prompt} Be careful.", **settings)
+    assert [r.reprompt for r in rows] == ["Place? Be careful."] * 2
+    assert scalars["self_distillation/reprompt_sample_fraction"] == 1
+    long = [row("right", 1.0, prompt="word " * 40)]
+    assert attach(long, max_reprompt_len=20, **settings)["self_distillation/reprompt_dropped_fraction"] == 1
+
+
+def test_rows_left_without_context_join_only_if_asked_for():
+    rows = [row("first", 1.0), row("failed")]
+    attach(rows, reprompt_without_context=True)
+    assert [r.reprompt for r in rows] == ["Place?" + END, "Place?" + SOLUTION + "first" + END]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"demonstration_source": "own"}, "dont_reprompt_on_self_success"),
+        ({"demonstration_source": "none", "demonstration_choice": "independent"}, "demonstration_choice"),
+        ({"demonstration_source": "none", "include_environment_feedback": False}, "reprompt_without_context"),
+        ({"reprompt_template": "{prompt}{feedback}"}, "reprompt_template"),
+        ({"demonstration_source": "none", "reprompt_template": "{prompt}{solution}"}, "reprompt_template"),
+    ],
+)
+def test_contradictory_contexts_are_refused(settings, field):
+    with pytest.raises(ValueError, match=f"Expected .*`{field}`"):
+        RepromptBuilder(**DEFAULTS | settings)

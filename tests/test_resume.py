@@ -1,20 +1,16 @@
 """A run that is killed and resumed is bit for bit the run that was not."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TOKENIZER, config, tiny_model
+from processes import start
 
 from pgpo_lightning.cli import main
 from pgpo_lightning.curves import read_scalars
-
-ROOT = Path(__file__).parent.parent
 
 
 def final(folder, steps=6):
@@ -72,15 +68,15 @@ def test_resume_from_every_step(whole, tmp_path, cut):
 def test_resume_after_kill_nine(whole, tmp_path):
     """Killed at a moment that nobody chose, in the middle of whatever it was doing."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "pgpo_lightning.cli", "fit", "--config", config(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    process = start(["pgpo", "fit", "--config", config(folder)], tmp_path / "log")
     checkpoints = folder / "checkpoints"
     while not (checkpoints.is_dir() and len(list(checkpoints.glob("step=*.ckpt"))) >= 3):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.exitcode is None, "the run ended before it could be killed"
         time.sleep(0.01)
     time.sleep(0.15)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (checkpoints / "step=000006.ckpt").exists(), "the run ended before it was killed"
     main(["fit", "--config", config(folder), "--ckpt_path", "last"])
     assert_same_run(whole, folder)
@@ -142,11 +138,11 @@ def test_export_opens_with_transformers_alone(whole, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     main(["export", str(whole), str(tmp_path / "student")])
-    main(["export", str(whole), str(tmp_path / "teacher"), "--weights", "teacher"])
+    main(["export", str(whole), str(tmp_path / "teacher"), "--weights", "teacher", "--tokenizer", "toy"])
     saved = final(whole)["state_dict"]
     for kind, prefix in (("student", "model."), ("teacher", "teacher.model.")):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
         for name, value in model.state_dict().items():
             assert torch.equal(value, saved[prefix + name]), name
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
-    assert tokenizer.decode(tokenizer("8*6=48")["input_ids"]) == "8*6=48"
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
+        assert tokenizer.decode(tokenizer("8*6=48")["input_ids"]) == "8*6=48"

@@ -11,6 +11,7 @@ from helpers import TOKENIZER, tiny_model
 from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from pgpo_lightning.policy import recompute_activations
 from pgpo_lightning.records import Question
 from pgpo_lightning.rollout import Sampling, TransformersEngine
 from pgpo_lightning.seeding import derive_seed, seeded
@@ -81,7 +82,6 @@ def responses(rollouts):
 # -------------------------------------------------------------------------------------------------- state of the model
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_mode_and_gradient_checkpointing_change_nothing(training, checkpointing):
@@ -89,7 +89,7 @@ def test_mode_and_gradient_checkpointing_change_nothing(training, checkpointing)
     plain = generate(ending_model(), prompts, n=4)
     model = ending_model()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     model.train(training)
     rollouts = generate(model, prompts, n=4)
     assert responses(rollouts) == responses(plain)

@@ -170,8 +170,8 @@ def test_statistics_are_those_of_the_sequences():
 
 
 def fit(folder, callbacks=(), steps=3, model=None, **settings):
-    module = SDPO(model or tiny_model(), settings.pop("verifier", half_right), tokenizer=TOKENIZER, num_generations=4,
-                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **(LIMITS | settings))  # fmt: skip
+    module = SDPO(model or tiny_model(), settings.pop("verifier", half_right), tokenizer=TOKENIZER,
+                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **({"num_generations": 4} | LIMITS | settings))  # fmt: skip
     t = trainer(folder, max_steps=steps, callbacks=list(callbacks))
     t.fit(module, loader(questions(2 * steps), 2))
     return module, t
@@ -254,6 +254,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         ({"max_reprompt_len": 64}, "`max_reprompt_len` to exceed `max_prompt_length`"),
         ({"reprompt_template": "{prompt}{solution}"}, r"`reprompt_template` to contain the placeholder \{feedback\}"),
         ({"num_generations": 0}, "`num_generations` to be at least 1"),
+        (
+            {"num_generations": 1, "include_environment_feedback": False},
+            "`num_generations` to be at least 2 without `include_environment_feedback`, but got 1",
+        ),
         ({"temperature": 0.0}, "`temperature` to be above 0"),
         ({"eval_top_p": 1.5}, "`eval_top_p` to be at most 1"),
         ({"loss_agg_mode": "mean"}, "`loss_agg_mode` to be one of"),
@@ -266,6 +270,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 def test_bad_settings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):
         SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+
+
+def test_one_rollout_per_question_needs_feedback(tmp_path):
+    feedback = {"verifier": lambda question, response: (0.0, "Wrong."), "num_generations": 1}
+    module, _ = fit(tmp_path, steps=1, **feedback)
+    assert all(module.in_loss(row) for row in module.last_rows)
+    with pytest.warns(UserWarning, match="Nothing is learnt in the first step: with `num_generations` 1") as caught:
+        fit(tmp_path, steps=2, num_generations=1)
+    assert len([w for w in caught if "Nothing is learnt" in str(w.message)]) == 1
 
 
 def test_gradients_do_not_stay_through_the_next_rollouts(tmp_path):

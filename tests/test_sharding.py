@@ -13,6 +13,7 @@ import yaml
 from helpers import config, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from processes import finish, start_ranks
 
 from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.sharding import Sharded
@@ -26,24 +27,26 @@ FSDP2 = {
 }
 
 
-def command(folder, strategy, *args):
+def words(folder, strategy, *args):
     path = config(folder, STEPS, model={"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}})
     settings = yaml.safe_load(Path(path).read_text())
     settings["trainer"] |= {"devices": 2, "strategy": strategy}
     settings["data"]["init_args"]["batch_size"] = 2
     Path(path).write_text(yaml.safe_dump(settings))
-    return [sys.executable, "-m", "pgpo_lightning.cli", "fit", "--config", path, *args]
+    return ["fit", "--config", path, *args]
 
 
-def start(*args):
+def launch(*args):
+    """Return rank 0 of a run as a user starts it; it starts the other itself."""
+    command = [sys.executable, "-m", "pgpo_lightning.cli", *words(*args)]
     return subprocess.Popen(
-        command(*args), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
     )
 
 
-def finish(process):
-    error = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, error
+def run(folder, *args):
+    log = folder.with_suffix(".log")
+    finish(*start_ranks(["pgpo", *words(folder, *args)], log, 2), log=log)
 
 
 def process_of(rank, process):
@@ -64,9 +67,9 @@ def process_of(rank, process):
 def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(tmp_path, killed, as_folder, teacher):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     settings = ("--model.teacher_regularization", teacher)
-    finish(start(whole, "ddp", *settings))
+    run(whole, "ddp", *settings)
     strategy = FSDP2 | {"init_args": FSDP2["init_args"] | {"save_distributed_checkpoint": as_folder}}
-    process = start(broken, strategy, *settings)
+    process = launch(broken, strategy, *settings)
     while not (broken / "checkpoints" / "step=000002.ckpt").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
@@ -76,7 +79,7 @@ def test_a_sharded_run_that_loses_a_rank_resumes_to_what_ddp_gives(tmp_path, kil
     assert process.returncode != 0
     assert time.monotonic() - at < 60
     assert not (broken / "checkpoints" / f"step={STEPS:06d}.ckpt").exists(), "the run ended before it was killed"
-    finish(start(broken, strategy, *settings, "--ckpt_path", "last"))
+    run(broken, strategy, *settings, "--ckpt_path", "last")
 
     last = f"checkpoints/step={STEPS:06d}.ckpt"
     assert (broken / last).is_dir() == as_folder

@@ -254,6 +254,15 @@ def arguments(path):
     return [*(["--config", str(CONFIGS / f"{base}.yaml")] if base else []), "--config", str(path)]
 
 
+TEACHERS = {
+    "grpo": "none",
+    "hapo": "none",
+    "live-teacher": "live",
+    "frozen-teacher": "frozen",
+    "cgtr": "gated",
+    "restart-and-freeze": "restart",
+    "rlsd": "restart",
+}
 FILES = sorted([*CONFIGS.glob("*.yaml"), *(path for folder in BASES for path in (CONFIGS / folder).glob("*.yaml"))])
 
 
@@ -261,7 +270,7 @@ FILES = sorted([*CONFIGS.glob("*.yaml"), *(path for folder in BASES for path in 
 def test_every_config_is_understood(path):
     run = command(*arguments(path)).run()
     assert run.samples == 8
-    assert run.teacher == {"grpo": "none", "live-teacher": "live"}.get(path.stem, "ema")
+    assert run.teacher == TEACHERS.get(path.stem, "ema")
     if path.parent.name == "scale":
         head = path.read_text().splitlines()
         assert head[0].startswith("# vs sciknoweval.yaml: ")
@@ -338,3 +347,14 @@ def test_strategies_and_precisions():
     assert (
         command(*args, "--model.lora.r", "4", "--trainer.precision", "bf16-true").run().adapters.dtype == torch.bfloat16
     )
+
+
+def test_a_copied_teacher_costs_what_a_frozen_one_does_and_a_restarted_one_what_an_average_does():
+    args = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.precision", "bf16-true"]
+    costs = {}
+    for kind in ("frozen", "gated", "ema", "restart"):
+        made = plan(command(*args, "--model.teacher_regularization", kind).run())
+        costs[kind] = (made.need.standing, made.need.peaks)
+    assert costs["frozen"] == costs["gated"]
+    assert costs["ema"] == costs["restart"]
+    assert costs["ema"][0]["teacher"] == 2 * costs["gated"][0]["teacher"] > 0

@@ -6,8 +6,6 @@ Usage: test_stability.py OUTPUT RANKS trains with a guard that goes back once.
 import copy
 import itertools
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 from helpers import LIMITS, TOKENIZER, config, loader, questions, tiny_model, trainer  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
+from processes import finish, start_ranks  # noqa: E402
 from test_resume import assert_same, assert_same_run, final  # noqa: E402
 
 from pgpo_lightning.callbacks import CollapseGuard, ResumeCheckpoint, StabilityMonitor  # noqa: E402
@@ -34,7 +33,8 @@ OFF = dict.fromkeys(
     ("teacher_fall", "score_fall", "entropy_rise", "entropy_vanish", "length_tail", "cut_off_rise", "gradient_vanish",
      "gap_growth", "broken_teacher")
 )  # fmt: skip
-REWARD_ONLY = CollapseRules(**OFF)
+# Two bad steps of three: a run of a few steps can show what follows from an alarm.
+REWARD_ONLY = CollapseRules(window=3, reward_fall=0.6, **OFF)
 
 
 class Script:
@@ -173,13 +173,22 @@ def test_a_guard_warns_and_goes_on(tmp_path):
     assert module.steps == 8
 
 
-def test_a_guard_stops_the_run_with_a_last_evaluation(tmp_path):
-    guard = CollapseGuard("stop", REWARD_ONLY)
-    with pytest.warns(UserWarning, match="Stopped after step 5, because of reward"):
+@pytest.mark.parametrize(
+    ("rules", "last", "share"),
+    # Steps without a reward: two of three, of which one would not do; by default four of seven.
+    [(REWARD_ONLY, 5, 0.6), (CollapseRules(**OFF), 7, 0.3)],
+)
+def test_a_guard_stops_the_run_with_a_last_evaluation(tmp_path, rules, last, share):
+    guard = CollapseGuard("stop", rules)
+    with pytest.warns(UserWarning, match=f"Stopped after step {last}, because of reward"):
         _, module, recorder = run(tmp_path, guard, Script(until=3))
-    assert module.steps == 5  # two steps without a reward, of which one would not do
-    assert guard.warned["reward"].endswith("below 0.6 of its best 0.5")
-    assert list(recorder.evaluated) == [0, 2, 4, 5]
+    assert module.steps == last
+    assert guard.warned["reward"].endswith(f"below {share} of its best 0.5")
+    assert list(recorder.evaluated) == [*range(0, last, 2), last]
+
+
+def test_the_default_thresholds():
+    assert StabilityMonitor().rules == CollapseGuard().rules == CollapseRules()
 
 
 # ------------------------------------------------------------------------------------------------------- roll back
@@ -282,23 +291,29 @@ def test_frozen_weights_under_an_adapter_are_not_kept(tmp_path):
     same(recorder.trained[6], recorder.evaluated[2])
 
 
-@pytest.mark.parametrize("cut", [2, 3, 5])
-def test_a_resumed_run_goes_back_as_the_uninterrupted_one(tmp_path, cut):
+def guarded(folder, steps=6):
     """Every rise of the entropy is an alarm here: the run goes back again and again."""
     rules = dict.fromkeys(OFF) | {"window": 1, "warm_up": 1, "reward_fall": None, "entropy_rise": 1.0}
     init = {"action": "roll-back", "max_rollbacks": 9, "lr_factor": 0.5, "rules": rules}
-    callbacks = {"callbacks": [{"class_path": "CollapseGuard", "init_args": init}]}
+    path = Path(config(folder, steps=steps))
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"] |= {"callbacks": [{"class_path": "CollapseGuard", "init_args": init}]}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
 
-    def guarded(folder, steps=6):
-        path = Path(config(folder, steps=steps))
-        settings = yaml.safe_load(path.read_text())
-        settings["trainer"] |= callbacks
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
 
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guarded") / "whole"
+    with pytest.warns(UserWarning, match="Back to"):
+        main(["fit", "--config", guarded(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+def test_a_resumed_run_goes_back_as_the_uninterrupted_one(whole, tmp_path, cut):
+    resumed = tmp_path / "resumed"
     with pytest.warns(UserWarning, match="Back to"):  # noqa: PT031
-        main(["fit", "--config", guarded(whole)])
         main(["fit", "--config", guarded(resumed, steps=cut)])
         main(["fit", "--config", guarded(resumed), "--ckpt_path", "last"])
     a, b = (final(folder)["callbacks"]["CollapseGuard"] for folder in (whole, resumed))
@@ -426,12 +441,7 @@ def worker():
 
 def test_ranks_decide_alike(tmp_path):
     output = tmp_path / "state"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(output), "2"], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(*start_ranks([__file__, output, 2], tmp_path / "log", 2), log=tmp_path / "log")
     a, b = (torch.load(f"{output}.{rank}") for rank in (0, 1))
     assert a["rollbacks"] == b["rollbacks"] == [[6, 2], [8, 2]]
     assert a["steps"] == b["steps"] == 8

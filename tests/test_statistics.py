@@ -9,7 +9,7 @@ from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.statistics import StepStatistics, information
 
 
-def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None):
+def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None, question=None):
     n = len(student)
     zeros = torch.zeros(n)
     return StepStatistics(
@@ -24,6 +24,7 @@ def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None):
         length=torch.tensor(length),
         reward=zeros,
         has_teacher=torch.ones(n) if has_teacher is None else torch.tensor(has_teacher),
+        question=torch.arange(n).float() if question is None else question.float(),
     )
 
 
@@ -65,6 +66,27 @@ def test_the_standard_error_is_the_spread_of_repeated_batches(aggregation):
     assert torch.tensor(errors).mean().item() == pytest.approx(torch.tensor(estimates).std().item(), rel=0.06)
 
 
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "sequence-sum"])
+def test_the_standard_error_knows_that_siblings_are_alike(aggregation):
+    """16 questions, up to 8 siblings each, whose values share most of their spread."""
+    generator = torch.Generator().manual_seed(0)
+    question = torch.arange(16).repeat_interleave(8)[3:]
+    estimates, errors = [], []
+    for _ in range(1500):
+        length = torch.randint(5, 40, (125,), generator=generator).float()
+        shared = 0.3 * torch.randn(16, generator=generator)
+        r = rows([0.0] * 125, [0.0] * 125, length.tolist(), question=question)
+        r.entropy_student = 0.1 + shared[question] + 0.2 * torch.randn(125, generator=generator)
+        value, error = information(r, aggregation=aggregation)
+        estimates.append(value)
+        errors.append(error**2)
+    assert torch.tensor(errors).mean().sqrt().item() == pytest.approx(torch.tensor(estimates).std().item(), rel=0.06)
+
+
+def test_one_question_has_no_standard_error():
+    assert math.isnan(information(rows([1.0, 2.0], [0.5, 0.5], [4.0, 4.0], question=torch.zeros(2))).standard_error)
+
+
 def test_a_mean_over_micro_batches_is_the_true_mean():
     """Not a mean of means: 1 row in one micro-batch, 3 in the other."""
     a, b = rows([4.0], [0.0], [2.0]), rows([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0])
@@ -90,7 +112,13 @@ def test_from_tokens_averages_each_sequence():
     values = torch.arange(5.0)
     tokens = TokenStatistics(values, values, values + 1, values, values * 0, values)
     r = StepStatistics.from_tokens(
-        tokens, values, values - 0.5, torch.ones(5), torch.tensor([2, 3]), torch.tensor([1.0, 0.0])
+        tokens,
+        values,
+        values - 0.5,
+        torch.ones(5),
+        torch.tensor([2, 3]),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([7, 4]),
     )
     assert r.entropy_student.tolist() == [0.5, 3.0]
     assert r.log_ratio.tolist() == [1.0, 1.0]
@@ -98,3 +126,4 @@ def test_from_tokens_averages_each_sequence():
     assert r.sampler_gap.tolist() == [0.5, 0.5]
     assert r.length.tolist() == [2.0, 3.0]
     assert r.has_teacher.tolist() == [1.0, 1.0]
+    assert r.question.tolist() == [7.0, 4.0]

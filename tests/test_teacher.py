@@ -7,8 +7,11 @@ import torch
 from helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from pgpo_lightning import teacher
+from pgpo_lightning.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.policy import head
+from pgpo_lightning.teacher import RefreshGate
 
 
 def weights(model):
@@ -182,7 +185,147 @@ def test_a_rate_without_effect_is_refused(kind):
 
 def test_tied_weights_stay_tied_in_the_copy():
     module = tiny_sdpo()
-    teacher = module.teacher.model
-    assert teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
+    copied_model = module.teacher.model
+    assert copied_model.get_output_embeddings().weight is copied_model.get_input_embeddings().weight
     hidden = torch.randn(2, 32)
-    torch.testing.assert_close(head(teacher)(hidden), hidden @ teacher.get_input_embeddings().weight.T)
+    torch.testing.assert_close(head(copied_model)(hidden), hidden @ copied_model.get_input_embeddings().weight.T)
+
+
+# --------------------------------------------------------------------------------- teachers that move now and then
+
+
+def test_restart_and_freeze_follows_its_formula():
+    module = tiny_sdpo(teacher_regularization="restart", teacher_update_rate=0.2, teacher_period=3)
+    expected, g = weights(module.model), 1 - 0.8**3
+    for step in range(1, 8):
+        disturb(module.model, seed=step)
+        module.after_update()
+        if step % 3 == 0:
+            expected = (1 - g) * expected + g * weights(module.model)
+        torch.testing.assert_close(weights(module.teacher.model), expected, rtol=0, atol=1e-6)
+    assert g == pytest.approx(0.488)
+
+
+def outcome(module, reward, lengths=(10, 10)):
+    """Show the teacher a step of some responses with that reward, and take the step."""
+    rows = random_rows(len(lengths))
+    for row, length in zip(rows, lengths, strict=True):
+        row.rollout.response_ids = [7] * length
+        row.verdict.reward = reward
+    module.teacher.observe(rows)
+    generator = torch.Generator().manual_seed(round(100 * reward))
+    with torch.no_grad():
+        for p in module.model.parameters():
+            if p.requires_grad:
+                p.add_(0.01 * torch.randn(p.shape, generator=generator))
+    module.after_update()
+
+
+def copied(module):
+    return torch.equal(weights(module.teacher.model), weights(module.model))
+
+
+GATE = {"min_steps": 3, "window": 2, "reward_gain": 0.1, "max_length_ratio": 2.0, "check_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("gate", "rewards", "copies"),
+    [
+        ({}, [0.0, 0.0, 0.3, 0.3], [3]),  # at 3 the window's mean is 0.15 > 0 + 0.1
+        ({}, [0.0, 0.0, 0.2, 0.2, 0.2], [4]),  # at 3 it is 0.1: not more than the gain
+        ({}, [0.5, 0.5, 0.5, 0.5, 0.5], []),  # no progress since the first window
+        (
+            {},
+            [0.0, 0.0, 0.4, 0.4, 0.4, 0.4, 0.6, 0.6, 0.6],
+            [3, 6, 9],
+        ),  # the reference is what the last copy was taken at
+        ({"check_every": 2}, [0.0, 0.0, 0.4, 0.4, 0.4, 0.4], [4]),
+        ({"min_steps": 5}, [0.0, 0.0, 0.4, 0.4, 0.4], [5]),
+        ({"window": 3, "min_steps": 1}, [0.0, 0.9, 0.9, 0.9, 0.9], [4]),  # not before the window is full: 0.6, then 0.9
+    ],
+)
+def test_the_gate_opens_when_its_conditions_hold(gate, rewards, copies):
+    module = tiny_sdpo(teacher_regularization="gated", teacher_gate=RefreshGate(**(GATE | gate)))
+    seen = []
+    for step, reward in enumerate(rewards, 1):
+        outcome(module, reward)
+        if copied(module):
+            seen.append(step)
+    assert seen == copies
+
+
+def test_rambling_keeps_the_gate_shut():
+    seen = []
+    for long in (20, 61):  # of a mean over the window of 10 + (20 - 10) / 4, and 10 + 51 / 4
+        module = tiny_sdpo(teacher_regularization="gated", teacher_gate=RefreshGate(**(GATE | {"window": 2})))
+        for step, reward in enumerate([0.0, 0.0, 0.9], 1):
+            outcome(module, reward, (long if step == 2 else 10, 10))
+        seen.append(copied(module))
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["restart", "gated"])
+@pytest.mark.parametrize("cut", [1, 4, 6])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_resumed_teacher_moves_when_and_as_it_would_have(kind, cut, with_adapter):
+    settings = {"teacher_regularization": kind}
+    settings |= {"teacher_period": 3} if kind == "restart" else {"teacher_gate": RefreshGate(**GATE)}
+    if with_adapter:
+        pytest.importorskip("peft")
+        settings["lora"] = LoRA(r=2)
+    rewards = [0.0, 0.1, 0.4, 0.4, 0.4, 0.4, 0.9, 0.9]
+    make = lambda: tiny_sdpo(**settings)  # noqa: E731
+    module, moves = make(), []
+    for step, reward in enumerate(rewards):
+        if step == cut:
+            saved, student = copy.deepcopy(module.state_dict()), copy.deepcopy(module.model)
+        before = weights(module.teacher.model)
+        outcome(module, reward)
+        moves += [step] * (not torch.equal(before, weights(module.teacher.model)))
+    assert len(moves) == 2
+    resumed = make()
+    resumed.load_state_dict(saved)
+    assert torch.equal(weights(resumed.model), weights(student))
+    for reward in rewards[cut:]:
+        outcome(resumed, reward)
+    assert torch.equal(weights(resumed.teacher.model), weights(module.teacher.model))
+    assert resumed.teacher.get_extra_state() == module.teacher.get_extra_state()
+
+
+@pytest.mark.parametrize("kind", ["restart", "gated"])
+def test_what_a_teacher_counts_comes_back_where_its_state_is_not_loaded(kind):
+    checkpoint, module, other = {}, *(tiny_sdpo(teacher_regularization=kind) for _ in range(2))
+    for reward in (0.0, 0.5):
+        outcome(module, reward)
+    module.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    assert other.teacher.get_extra_state() == module.teacher.get_extra_state()
+    assert other.teacher.steps == 2
+
+
+def test_a_copied_teacher_has_the_students_type():
+    module = tiny_sdpo(teacher_regularization="gated")
+    module.to(torch.bfloat16)
+    assert {p.dtype for p in module.teacher.parameters()} == {torch.bfloat16}
+
+
+def test_all_ranks_see_the_same_outcome(monkeypatch):
+    module = tiny_sdpo(teacher_regularization="gated", teacher_gate=RefreshGate(**GATE))
+    monkeypatch.setattr(teacher, "gather", lambda mine: [mine, [(1.0, 30)]])
+    outcome(module, 0.25, (10, 20))
+    assert module.teacher.seen[-1] == (0.5, 30, 20.0)
+
+
+@pytest.mark.parametrize("name", ["min_steps", "window", "check_every", "max_length_ratio"])
+def test_the_gates_settings_are_checked(name):
+    with pytest.raises(ValueError, match=f"`{name}` of the teacher's gate to be at least 1, but got 0"):
+        RefreshGate(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [("ema", "teacher_gate", RefreshGate()), ("gated", "teacher_period", 5), ("gated", "teacher_update_rate", 0.1)],
+)
+def test_settings_of_another_teacher_are_refused(kind, name, value):
+    with pytest.raises(ValueError, match=f"no `{name}` with the {kind} teacher"):
+        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, teacher_regularization=kind, **{name: value}, **LIMITS)

@@ -56,7 +56,8 @@ def test_solutions_are_right():
         # The numbers stand in every wording, in the order a, b, c.
         a, b, c = map(int, re.findall(r"\d+", q.prompt))
         assert q.answer == str(a * b + c)
-        assert q.columns == {"domain": q.columns["domain"], "a": a, "b": b, "c": c}
+        domain, worked = q.columns["domain"], solution(a, b, c)
+        assert q.columns == {"domain": domain, "a": a, "b": b, "c": c, "solution": worked}
 
 
 def test_an_error_in_the_product_carries_over_to_the_sum():

@@ -13,6 +13,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from pgpo_lightning.data.toy import BASE_MODEL, FACTORS, SUMMANDS, WORDINGS, held_out, prompt, questions, solution
+from pgpo_lightning.data.toy_hard import LIMIT
 from pgpo_lightning.records import Question
 from pgpo_lightning.reprompt import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE, fill
 
@@ -261,14 +263,65 @@ def accuracy(
     return torch.tensor(right).view(len(questions), samples)
 
 
+@torch.no_grad()
+def solution_probabilities(folder: str | Path, questions: Sequence[Question]) -> Tensor:
+    """Return the probability of each question's worked solution, end token included, at temperature 1; shape ``(questions,)``.
+
+    Args:
+        folder: A saved model.
+        questions: Questions of the embedded task.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for start in range(0, len(questions), BATCH_SIZE):
+        part = questions[start : start + BATCH_SIZE]
+        batch = collate([(str(q.prompt), q.columns["solution"]) for q in part], tokenizer)
+        targets = batch["labels"][:, 1:]
+        log_p = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        log_p = log_p.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+        found.append(torch.where(targets >= 0, log_p, 0.0).sum(1).exp())
+    return torch.cat(found)
+
+
+def hard_numbers(folder: str | Path) -> list[tuple[int, int, int]]:
+    """Return the numbers (a, b, c) that a model hardly ever gets right: see ``toy_hard.py``.
+
+    Args:
+        folder: A saved model.
+    """
+    rows = [*questions("train"), *questions("test")]
+    worst: dict[tuple[int, int, int], float] = {}
+    for question, p in zip(rows, solution_probabilities(folder, rows).tolist(), strict=True):
+        numbers = _numbers(question)
+        worst[numbers] = max(worst.get(numbers, 0.0), p)
+    rows = [question for question in rows if worst[_numbers(question)] < LIMIT]
+    right: dict[tuple[int, int, int], list[float]] = {}
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        sampled = accuracy(folder, part, samples=64, temperature=1.0, top_p=1.0, seed=start)
+        for question, mine in zip(part, sampled.float().mean(1).tolist(), strict=True):
+            right.setdefault(_numbers(question), []).append(mine)
+    return sorted(numbers for numbers, shares in right.items() if sum(shares) / len(shares) < LIMIT)
+
+
+def _numbers(question: Question) -> tuple[int, int, int]:
+    return question.columns["a"], question.columns["b"], question.columns["c"]
+
+
 def main() -> None:
     """Build the model, then measure the files that were written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=str(BASE_MODEL))
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--hard", action="store_true", help="build nothing: print the table of toy_hard.py")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the order of the sums, and with it the file, must not depend on the machine's load
+    if arguments.hard:
+        for factors, group in groupby(hard_numbers(arguments.output), key=lambda numbers: numbers[:2]):
+            print(f'{factors}: "{" ".join(str(c) for *_, c in group)}",')
+        return
     start = time.perf_counter()
     build(arguments.output, arguments.steps, arguments.seed)
     print(f"trained in {time.perf_counter() - start:.0f} s")

@@ -292,6 +292,10 @@ def _notes(study: Study, design: Design) -> list[str]:
             f"Before the first step the arms answer differently with the same seed ({', '.join(map(str, different))}): other "
             "held-out questions, another model, or another machine. Pairs then share less."
         )
+    if study.steps[-1] < study.first.steps:
+        notes.append(
+            f"No run was evaluated after its last step, {study.first.steps}: `final` is the score after step {study.steps[-1]}."
+        )
     return notes
 
 

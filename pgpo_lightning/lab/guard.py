@@ -1,7 +1,8 @@
 """How good are the rules of :mod:`pgpo_lightning.collapse`? Their detections, false alarms and lead over finished runs.
 
 Run: ``python -m pgpo_lightning.lab.guard RUNS...`` prints the table. It reads the records that runs leave, step by step, as a
-callback would have seen them; choose thresholds on other runs than these, or the table says nothing.
+callback would have seen them; choose thresholds on other runs than these (``--seeds`` takes a part of them), or the table
+says nothing.
 """
 
 import sys
@@ -14,7 +15,7 @@ import jsonargparse
 
 from pgpo_lightning.collapse import REWARD, RULES, CollapseRules, alarms, medians
 from pgpo_lightning.curves import Scalars, series
-from pgpo_lightning.lab.inference import share
+from pgpo_lightning.lab.inference import exact_share
 from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.lab.runs import Run, load_runs
 
@@ -31,6 +32,7 @@ class Fate:
     Attributes:
         run: The run.
         lost: Step of the evaluation that first saw the score lost; None for a run that did not collapse.
+        declining: Whether it did not collapse, and yet one of its evaluations was not healthy.
         reward_lost: Step at which the running median of the training reward fell below the share of its first value (that of
             the base model); None if it never did. Known at every step, where `lost` is known at evaluations only.
         first: Rule to the first step at which it fires, and :data:`ANY` to the first of all.
@@ -38,6 +40,7 @@ class Fate:
 
     run: Run
     lost: int | None
+    declining: bool
     reward_lost: int | None
     first: dict[str, int]
 
@@ -51,8 +54,10 @@ class Row:
         collapsed: Runs that collapsed.
         detected: Those in which it fires no later than the evaluation that first saw the score lost.
         late: Those in which it fires only after that.
-        healthy: Runs that did not collapse.
+        healthy: Runs whose score never was below the share that makes a run healthy.
         false_alarms: Those in which it fires at all.
+        declining: Runs between: neither collapsed nor healthy. Whether an alarm is wrong there is for the reader to say.
+        declining_alarms: Those in which it fires at all.
         leads: Steps from alarm to that evaluation, of the detected runs, in order.
         reward_leads: Steps from alarm to the loss of the training reward, of detected runs that have one, in order; negative
             where the alarm came after.
@@ -64,6 +69,8 @@ class Row:
     late: int
     healthy: int
     false_alarms: int
+    declining: int
+    declining_alarms: int
     leads: list[int]
     reward_leads: list[int]
 
@@ -97,7 +104,7 @@ def lost_step(steps: list[int], scores: list[float], below: float = 0.5, when: W
     return next((step for step, is_lost in zip(steps, lost, strict=True) if is_lost), None)
 
 
-def fate(run: Run, rules: CollapseRules, below: float = 0.5, when: When = "any") -> Fate:
+def fate(run: Run, rules: CollapseRules, below: float = 0.5, when: When = "any", healthy: float = 0.9) -> Fate:
     """Replay a run.
 
     Args:
@@ -105,10 +112,13 @@ def fate(run: Run, rules: CollapseRules, below: float = 0.5, when: When = "any")
         rules: Thresholds.
         below: See :func:`lost_step`.
         when: See :func:`lost_step`.
+        healthy: A run whose score never falls below this share of the first one is healthy.
 
     Raises:
-        ValueError: If the run was not evaluated before the first step and after it.
+        ValueError: If the run was not evaluated before the first step and after it, or if `healthy` is below `below`.
     """
+    if healthy < below:
+        raise ValueError(f"Expected `healthy` to be at least `below` ({below:g}), but got {healthy:g}.")
     steps, scores = run.scores
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(
@@ -124,11 +134,12 @@ def fate(run: Run, rules: CollapseRules, below: float = 0.5, when: When = "any")
     at, rewards = series(scalars, REWARD)
     smooth = zip(at, medians(rewards, rules.window), strict=True)
     reward_lost = next((step for step, value in smooth if value < below * rewards[0]), None)
-    return Fate(run, lost_step(steps, scores, below, when), reward_lost, first)
+    lost = lost_step(steps, scores, below, when)
+    return Fate(run, lost, lost is None and min(scores) < healthy * scores[0], reward_lost, first)
 
 
 def guard_table(
-    runs: list[Run], rules: CollapseRules | None = None, below: float = 0.5, when: When = "any"
+    runs: list[Run], rules: CollapseRules | None = None, below: float = 0.5, when: When = "any", healthy: float = 0.9
 ) -> list[Row]:
     """Count detections and false alarms of every rule, and of all together.
 
@@ -137,11 +148,15 @@ def guard_table(
         rules: Thresholds; by default those that callbacks have.
         below: See :func:`lost_step`.
         when: See :func:`lost_step`.
+        healthy: See :func:`fate`.
 
     Returns:
         A row for :data:`ANY`, then one per rule.
     """
-    fates = [fate(run, rules or CollapseRules(), below, when) for run in runs]
+    return _rows([fate(run, rules or CollapseRules(), below, when, healthy) for run in runs])
+
+
+def _rows(fates: list[Fate]) -> list[Row]:
     return [_row(name, fates) for name in (ANY, *RULES)]
 
 
@@ -149,7 +164,9 @@ def _row(name: str, fates: list[Fate]) -> Row:
     at = [(f.lost, f.reward_lost, f.first.get(name)) for f in fates]
     collapsed = [(lost, reward, alarm) for lost, reward, alarm in at if lost is not None]
     detected = [(lost, reward, alarm) for lost, reward, alarm in collapsed if alarm is not None and alarm <= lost]
-    healthy = [alarm for lost, _, alarm in at if lost is None]
+    healthy, declining = (
+        [f.first.get(name) for f in fates if f.lost is None and f.declining == which] for which in (False, True)
+    )
     return Row(
         rule=name,
         collapsed=len(collapsed),
@@ -157,14 +174,17 @@ def _row(name: str, fates: list[Fate]) -> Row:
         late=sum(alarm is not None and alarm > lost for lost, _, alarm in collapsed),
         healthy=len(healthy),
         false_alarms=sum(alarm is not None for alarm in healthy),
+        declining=len(declining),
+        declining_alarms=sum(alarm is not None for alarm in declining),
         leads=sorted(lost - alarm for lost, _, alarm in detected),
         reward_leads=sorted(reward - alarm for _, reward, alarm in detected if reward is not None),
     )
 
 
 def markdown(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table; shares with their Wilson 95 % intervals, leads as median and range."""
-    header = ["rule", "detected", "too late", "false alarms", "steps before score lost", "steps before reward lost"]
+    """Return the rows as a Markdown table; shares with their exact 95 % intervals, leads as median and range."""
+    header = ["rule", "lost, alarm in time", "too late", "healthy, alarm", "declining, alarm", "steps before score lost",
+              "steps before reward lost"]  # fmt: skip
     return table(
         header,
         [
@@ -173,6 +193,7 @@ def markdown(rows: list[Row]) -> str:
                 _share(row.detected, row.collapsed),
                 str(row.late),
                 _share(row.false_alarms, row.healthy),
+                _share(row.declining_alarms, row.declining),
                 _spread(row.leads),
                 _spread(row.reward_leads),
             ]
@@ -184,7 +205,7 @@ def markdown(rows: list[Row]) -> str:
 def _share(count: int, of: int) -> str:
     if not of:
         return "0 of 0"
-    low, high = share(count, of)
+    low, high = exact_share(count, of)
     return f"{count} of {of} [{low:.2f}, {high:.2f}]"
 
 
@@ -193,7 +214,13 @@ def _spread(values: list[int]) -> str:
 
 
 def guard(
-    runs: list[str], rules: CollapseRules | None = None, below: float = 0.5, when: When = "any", each: bool = False
+    runs: list[str],
+    rules: CollapseRules | None = None,
+    below: float = 0.5,
+    when: When = "any",
+    healthy: float = 0.9,
+    seeds: list[int] | None = None,
+    each: bool = False,
 ) -> list[Row]:
     """Print how well the rules tell collapsing runs from healthy ones.
 
@@ -202,14 +229,20 @@ def guard(
         rules: Thresholds; by default those that callbacks have.
         below: A score below this share of the base model's is lost.
         when: Whether one evaluation below makes a collapse, or only those up to the end of the run.
+        healthy: A run whose score never falls below this share of the base model's is healthy; one between is declining.
+        seeds: Count the runs with these seeds only; by default all.
         each: Print a line for every run as well.
     """
-    rules = rules or CollapseRules()
     records = load_runs([Path(path) for path in runs])
-    rows = guard_table(records, rules, below, when)
+    kept = [run for run in records if seeds is None or run.seed in seeds]
+    if not kept:
+        there = sorted({run.seed for run in records})
+        raise ValueError(f"Expected `seeds` to be among those of the runs, {there}, but got {seeds}.")
+    fates = [fate(run, rules or CollapseRules(), below, when, healthy) for run in kept]
+    rows = _rows(fates)
     print(markdown(rows))
     if each:
-        print(f"\n{_each([fate(run, rules, below, when) for run in records])}")
+        print(f"\n{_each(fates)}")
     return rows
 
 

@@ -12,7 +12,7 @@ and the mean of the table misses :math:`\delta` by the variance :math:`\sigma_u^
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -192,6 +192,34 @@ def share(count: int, of: int, level: float = 0.95) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre, spread = count + z * z / 2, z * math.sqrt(count * (of - count) / of + z * z / 4)
     return max(0.0, (centre - spread) / (of + z * z)), min(1.0, (centre + spread) / (of + z * z))
+
+
+def exact_share(count: int, of: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact binomial interval of a share (Clopper and Pearson 1934): never too short, whatever the share.
+
+    Example:
+        >>> low, high = exact_share(0, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.0, 0.308)
+    """
+    tail = (1 - level) / 2
+
+    def below(p: float) -> bool:  # so many or more are too unlikely
+        return _incomplete_beta(count, of - count + 1, p) < tail
+
+    def above(p: float) -> bool:  # so few or fewer are not yet too unlikely
+        return _incomplete_beta(count + 1, of - count, p) < 1 - tail
+
+    return (_last(below) if count else 0.0), (_last(above) if count < of else 1.0)
+
+
+def _last(holds: Callable[[float], bool]) -> float:
+    """Return the end of the part of (0, 1), from its left, in which something holds."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def answer(low: float, high: float, margin: float) -> Answer:

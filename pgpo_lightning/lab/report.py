@@ -4,7 +4,6 @@ It reads the records that runs leave and nothing else; the same records give the
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import jsonargparse
 from pgpo_lightning.lab.analysis import analyse
 from pgpo_lightning.lab.markdown import conclude, markdown
 from pgpo_lightning.lab.measures import Measure
+from pgpo_lightning.lab.output import plain
 from pgpo_lightning.lab.pictures import draw_curves, draw_forest, draw_multipliers
 from pgpo_lightning.lab.runs import load_runs, write_runs
 from pgpo_lightning.lab.studies import CONTROLS, Design, studies
@@ -68,10 +68,10 @@ def report(
     pictures = {"curves": "curves.png", "differences": "forest.png", "multipliers and information": "multipliers.png"}
     (folder / "report.md").write_text(markdown(content, pictures), encoding="utf-8")
     write_runs(records, folder / "runs.jsonl")
-    plain = _plain(content)
-    (folder / "report.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    made = plain(content)
+    (folder / "report.json").write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"{content['conclusion']}\n\nreport: {folder / 'report.md'}")
-    return plain
+    return made
 
 
 def main(args: list[str]) -> None:
@@ -89,14 +89,3 @@ def main(args: list[str]) -> None:
 
 def _names(given: list[str] | str) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _plain(value: Any) -> Any:
-    """Return numbers with six significant digits, and None where there is none."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value

@@ -10,7 +10,7 @@ import jsonargparse
 import yaml
 
 from pgpo_lightning.callbacks.checkpoint import PATTERN
-from pgpo_lightning.cli import PGPOCommand
+from pgpo_lightning.fitting import PGPOCommand
 from pgpo_lightning.lab.plan import Planned, Settings, leaves
 from pgpo_lightning.lab.runs import FILE
 

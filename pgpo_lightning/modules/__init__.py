@@ -1,7 +1,10 @@
 """The collection: what a row of the loss is, and what its loss is."""
 
 from pgpo_lightning.modules.grpo import GRPO
+from pgpo_lightning.modules.hapo import HAPO
 from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.modules.rlsd import RLSD
 from pgpo_lightning.modules.sdpo import SDPO
+from pgpo_lightning.modules.srpo import SRPO
 
-__all__ = ["GRPO", "SDPO", "OnPolicyModule"]
+__all__ = ["GRPO", "HAPO", "RLSD", "SDPO", "SRPO", "OnPolicyModule"]

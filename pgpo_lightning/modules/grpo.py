@@ -12,12 +12,13 @@ from pgpo_lightning.modules.settings import at_least
 from pgpo_lightning.records import Row
 
 
-def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
+def group_advantages(rewards: Tensor, divide_by_std: bool, correction: int = 1) -> Tensor:
     """Return each reward's distance from the mean of its group.
 
     Args:
         rewards: Shape ``(groups, n)``.
-        divide_by_std: Also divide by the group's standard deviation (n - 1 in the denominator).
+        divide_by_std: Also divide by the group's standard deviation.
+        correction: The standard deviation has n less this in the denominator.
 
     Returns:
         Shape ``(groups, n)``; zero where all rewards of a group are equal.
@@ -28,7 +29,7 @@ def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std and rewards.size(1) > 1:
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
+        advantages = advantages / (rewards.std(1, keepdim=True, correction=correction) + 1e-6)
     # Equal rewards have no advantage; rounding of their mean may say otherwise.
     return torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, advantages)
 
@@ -69,6 +70,9 @@ class GRPO(OnPolicyModule):
         kwargs: See :class:`OnPolicyModule`.
     """
 
+    std_correction = 1
+    """A group's standard deviation has n less this in the denominator."""
+
     def __init__(
         self,
         *args: Any,
@@ -94,12 +98,13 @@ class GRPO(OnPolicyModule):
     def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
         """Give every row its advantage, and before several updates the log-probabilities of the sampling policy."""
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32).view(-1, self.num_generations)
-        for row, advantage in zip(rows, group_advantages(rewards, self.norm_adv_by_std_in_grpo).view(-1), strict=True):
+        advantages = group_advantages(rewards, self.norm_adv_by_std_in_grpo, self.std_correction).view(-1)
+        for row, advantage in zip(rows, advantages, strict=True):
             row.advantage = advantage.item()
         if self.updates_per_batch * self.num_iterations > 1:
-            for row, log_probs in self.policy_log_probs([row for row in rows if self.in_loss(row)], rows):
+            sampled = [row for row in rows if self.in_loss(row) and not row.demonstration]
+            for row, log_probs in self.policy_log_probs(sampled, rows):
                 row.old_log_probs = log_probs.cpu()
-        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
         groups = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
         return {"critic/advantages/std": advantages.std().item(), "critic/informative_groups": groups}
 

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
 from pgpo_lightning.modules.evaluation import Evaluation
-from pgpo_lightning.policy import architecture, check_architecture, check_head, load_model, shares_prompts
+from pgpo_lightning.policy import (
+    architecture,
+    check_architecture,
+    check_head,
+    load_model,
+    recompute_activations,
+    shares_prompts,
+)
 from pgpo_lightning.records import Question
 from pgpo_lightning.sharding import Sharded, Whole
 from pgpo_lightning.shards import CheckpointFiles
@@ -100,7 +107,7 @@ class Lifecycle(Evaluation):
         if self.lora is not None:
             self._add_adapter(self.lora)
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(self.model)
         self.model.train()
         self.shares_prompts = shares_prompts(self.model)
 

@@ -208,7 +208,8 @@ class OnPolicyModule(Reporting):
                 self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("update_actor"):
                 updated, seen = False, []
-                for share in [*shares(rows, self.updates_per_batch)] * self.num_iterations:
+                learned = [row.replaced_by or row for row in rows]  # a demonstration may stand in for a failure
+                for share in [*shares(learned, self.updates_per_batch)] * self.num_iterations:
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
                     if not seen:  # later updates find a policy that has moved
                         self.scalars |= check_sampler(self.step_statistics, self.max_sampler_gap, self.steps)
@@ -247,8 +248,12 @@ class OnPolicyModule(Reporting):
         """Run the teacher over the rows, if the objective has one."""
         return []
 
+    def parts(self, rows: list[Row]) -> list[list[Row]]:
+        """Return the rows in the loss in parts that never share a pass; those with a teacher come first."""
+        return [rows]
+
     allocation: Allocation | None = None
-    """Whether the parts of a step share it by their information."""
+    """Whether the tokens or responses with a teacher share the step by their information."""
 
     divergence: Divergence | None = None
     """Which divergence between student and teacher the objective asks for, if any."""
@@ -279,8 +284,19 @@ class OnPolicyModule(Reporting):
             scale = len(tokens) / max(1, sum(tokens))  # ranks' gradients are averaged, not summed
         else:
             scale = 1 / len(rows)
-        active = [row for row in rows if self.in_loss(row)]
-        groups = self.passes(active, rows)
+        parts = self.parts([row for row in rows if self.in_loss(row)])
+        losses, seen = 0.0, []
+        for number, part in enumerate(parts):
+            loss, statistics, shared_out = self._accumulate(self.passes(part, rows, taught=number == 0), scale)
+            if self.allocation is not None and number == 0:  # before the others add to the gradient
+                loss = loss / self._share_out(shared_out)
+            losses = losses + loss
+            seen.append(statistics)
+        self.step_statistics = StepStatistics.concatenate(seen)
+        return losses
+
+    def _accumulate(self, groups: list[Pass], scale: float) -> tuple[float, StepStatistics, Tensor]:
+        """Return loss, statistics and coefficients, with and without weights, of some passes of all ranks."""
         total, statistics, shared_out = 0.0, [], torch.zeros(2, device=self.device)
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
@@ -292,12 +308,12 @@ class OnPolicyModule(Reporting):
                 shared_out += weights
             total += loss.detach()
         everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total), shared_out.cpu()))
-        self.step_statistics = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
+        seen = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
         loss = sum(loss for _, loss, _ in everyone) / len(everyone)
-        return loss if self.allocation is None else loss / self._share_out(sum(weights for *_, weights in everyone))
+        return loss, seen, sum(weights for *_, weights in everyone)
 
     def _share_out(self, weights: Tensor) -> float:
-        """Divide the gradient by the mean weight of all tokens of the step, which is known only now, and return it."""
+        """Divide the gradient by the mean weight of all weighted tokens of the step, known only now, and return it."""
         mean = float(weights[0] / weights[1]) if weights[1] > 0 else 1.0
         for parameter in self.model.parameters():
             if parameter.grad is not None:
@@ -310,16 +326,18 @@ class OnPolicyModule(Reporting):
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
         given = TokenInputs.of(rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean")
 
+        allocation = self.allocation if given.taught else None
+
         def weighted(tokens: TokenStatistics, part: slice) -> Tensor:
             here = given[part]
             loss = self.objective(tokens, here) * self.importance_weight(tokens, here) * here.coefficient
-            by_token = self.allocation is not None and self.allocation.unit == "token"
-            return loss * self.allocation.weights(tokens) if by_token else loss
+            by_token = allocation is not None and allocation.unit == "token"
+            return loss * allocation.weights(tokens) if by_token else loss
 
-        student, teacher = source(self.model, sequences), self.teacher_sources(rows)
-        if self.allocation is not None and self.allocation.unit == "sequence":
+        student, teacher = source(self.model, sequences), self.teacher_sources(rows) if given.taught else []
+        if allocation is not None and allocation.unit == "sequence":
             tokens = linear_statistics(student, teacher, sequences.targets, self.divergence, self.temperature)
-            loss = weighted(tokens, slice(None)) @ self.allocation.weights(tokens, sequences.lengths)
+            loss = weighted(tokens, slice(None)) @ allocation.weights(tokens, sequences.lengths)
             tokens = TokenStatistics(*(values.detach() for values in tokens))
         else:
             loss, tokens = linear_distillation(
@@ -327,10 +345,15 @@ class OnPolicyModule(Reporting):
             )
         values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
-        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, sequences.lengths, rewards)
+        questions = torch.tensor([row.rollout.question.index for row in rows], device=self.device)
+        lengths = sequences.lengths
+        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, lengths, rewards, questions)
+        if given.demonstration is not None:  # statistics are of what the student sampled
+            own = [i for i, row in enumerate(rows) if not row.demonstration]
+            statistics = StepStatistics.from_table(statistics.table()[own])
         shared_out = given.coefficient
-        if self.allocation is not None:
-            shared_out = shared_out * self.allocation.weights(tokens, sequences.lengths)
+        if allocation is not None:
+            shared_out = shared_out * allocation.weights(tokens, sequences.lengths)
         return loss, statistics, torch.stack([shared_out.sum(), given.coefficient.sum()])
 
     def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
@@ -372,7 +395,11 @@ class OnPolicyModule(Reporting):
         return tokens.log_p_student.split(sequences.lengths.tolist())
 
     def passes(
-        self, rows: list[Row], batch: list[Row], contexts: Callable[[Row], list[list[int]]] | None = None
+        self,
+        rows: list[Row],
+        batch: list[Row],
+        contexts: Callable[[Row], list[list[int]]] | None = None,
+        taught: bool = True,
     ) -> list[Pass]:
         """Return the forward passes over some rows; at least one, and under sharded weights as many on every rank.
 
@@ -380,11 +407,12 @@ class OnPolicyModule(Reporting):
             rows: In the loss; there may be none.
             batch: All rows of this rank. The first stands in where a rank has fewer passes to make than it has to take part in.
             contexts: The prompts that a pass puts before a row's response; by default those of the loss.
+            taught: Whether a pass that is made up has a teacher.
         """
         groups = micro_batches(rows, self.micro_batch_tokens, contexts or self.contexts, self.share)
         passes = [Pass(group, counts=True) for group in groups]
         wanted = max(gather(len(passes))) if self.placement.sharded else 1
-        return passes + [Pass([batch[0].stand_in()], counts=False)] * (max(1, wanted) - len(passes))
+        return passes + [Pass([batch[0].stand_in(taught)], counts=False)] * (max(1, wanted) - len(passes))
 
     def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
         """Lay out (prompt, response) pairs on this module's device."""

@@ -1,7 +1,6 @@
 """The command ``pgpo plan``: a configuration to memory, operations and a verdict, without loading anything."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,14 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from pgpo_lightning.cli import PGPOCommand
+from pgpo_lightning.building import BuildCommand
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.rollout import TransformersEngine
 from pgpo_lightning.sizing.adapters import Adapters
 from pgpo_lightning.sizing.dry_run import Compute
 from pgpo_lightning.sizing.memory import GIB, Sharding
 from pgpo_lightning.sizing.parameters import configuration, skeleton
-from pgpo_lightning.sizing.plan import Plan, Run, plan
+from pgpo_lightning.sizing.plan import AVERAGING, Plan, Run, plan
 from pgpo_lightning.sizing.report import content, table
 from pgpo_lightning.sizing.workload import Lengths
 
@@ -30,18 +29,8 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type
 _OLD = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-true"}
 
 
-class PlanCommand(PGPOCommand):
-    """Parses what `pgpo fit` parses, and builds the module and the data alone: neither opens weights or files."""
-
-    def __init__(self, args: list[str]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-            super().__init__(["fit", *args])
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Only `fit` is planned."""
-        return {"fit": PGPOCommand.subcommands()["fit"]}
+class PlanCommand(BuildCommand):
+    """Parses what `pgpo fit` parses, and adds up what it needs."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is assumed, and where the answer goes."""
@@ -60,23 +49,9 @@ class PlanCommand(PGPOCommand):
             )
         parser.add_argument("--spread", type=float, default=0.0, help="Lengths of responses: mean * (1 ± spread).")
 
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def instantiate_classes(self) -> None:
-        """Build the module, whose constructor checks the settings, with a tokenizer that is always there."""
-        settings = self._get(self.config, "model")
-        settings.init_args.tokenizer = "toy"
-        self.config[self.subcommand].multiplier = None  # it may want to read a run that is not there yet
-        with warnings.catch_warnings():
-            # Its new name is not in all versions that are allowed.
-            warnings.filterwarnings("ignore", "(?s).*instantiate_classes.*deprecated")
-            self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+    def adapt(self, model: Any) -> None:
+        """Take a tokenizer that is always there."""
+        model.init_args.tokenizer = "toy"
 
     def run(self) -> Run:
         """Return what the run's need depends on.
@@ -116,7 +91,7 @@ class PlanCommand(PGPOCommand):
             micro_batch_tokens=module.micro_batch_tokens,
             updates=module.updates_per_batch,
             passes=module.num_iterations,
-            top_k=getattr(getattr(module, "divergence", None), "top_k", None) is not None,
+            top_k=module.divergence is not None and module.divergence.partial(config.get_text_config().vocab_size),
             independent=getattr(getattr(module, "reprompt", None), "demonstration_choice", "shared") == "independent",
             evaluated=0 if trainer.limit_val_batches == 0 else data.eval_batch_size * module.eval_samples,
             eval_samples=module.eval_samples,
@@ -155,10 +130,10 @@ def _compute(module: OnPolicyModule, precision: str) -> Compute:
         raise ValueError(f"Expected `trainer.precision` to be one of {', '.join(PRECISIONS)}, but got {precision}.")
     forced, autocast = PRECISIONS[precision]
     student = forced or getattr(torch, module.loading["dtype"])
-    ema = getattr(module, "teacher_regularization", "") == "ema"
+    averaging = getattr(module, "teacher_regularization", "") in AVERAGING
     return Compute(
         student,
-        torch.float32 if ema else student,
+        torch.float32 if averaging else student,
         autocast,
         module.gradient_checkpointing,
         module.loading["attn_implementation"],

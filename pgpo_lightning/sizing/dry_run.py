@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from pgpo_lightning.policy import decoder
+from pgpo_lightning.policy import decoder, recompute_activations
 from pgpo_lightning.rollout import _prefill
 from pgpo_lightning.sizing.counter import LiveBytes
 from pgpo_lightning.sizing.parameters import with_layers
@@ -240,8 +240,7 @@ def _model(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> Pr
     if compute.adapt is not None:
         model = compute.adapt(model)
     if compute.checkpointing:
-        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")  # the module calls it too
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     return model.train()
 
 

@@ -40,7 +40,7 @@ def loss_bytes(
         device: cuda or cpu.
         teachers: Models that make up the teacher.
         trains_head: Whether the head gets a gradient.
-        top_k: Whether the divergence is over the likeliest tokens only.
+        top_k: Whether the divergence is over the likeliest tokens only, or has bounded entries.
     """
     block = max(1, _BLOCK_BYTES[device] // (WIDE * vocabulary))
     chunk = min(tokens, max(_CPU_CHUNK_ROWS, block) if device == "cpu" else _CHUNK_ROWS)

@@ -29,7 +29,17 @@ from pgpo_lightning.sizing.optimizers import OptimizerNeed, optimizer_need
 from pgpo_lightning.sizing.parameters import Count, count
 from pgpo_lightning.sizing.workload import Layout, Lengths, group
 
-TEACHERS = {"ema": ["own"], "frozen": ["own"], "live": ["student"], "trust-region": ["own", "student"], "none": []}
+TEACHERS = {
+    "ema": ["own"],
+    "restart": ["own"],
+    "gated": ["own"],
+    "frozen": ["own"],
+    "live": ["student"],
+    "trust-region": ["own", "student"],
+    "none": [],
+}
+AVERAGING = ("ema", "restart")
+"""Teachers whose weights are fp32."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
     need.phases["gradients"] = parts
     if not accumulating:  # then the backward pass of the only micro-batch makes them
         need.absent["gradients"] = ("gradients",)
-    averaged = run.teacher == "ema" and own and not run.offload  # on the host it takes nothing of the device
+    averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes nothing of the device
     need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
 
     return Plan(
@@ -219,7 +229,8 @@ def _standing(
     parts = standing_bytes(counted.total, trainable, 0, state, run.compute, run.sharding, gradient=kind.itemsize)
     adapters = -(-trainable * kind.itemsize // run.sharding.shards)
     parts["weights"] += adapters
-    parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if run.teacher == "ema" else 0  # a second adapter, fp32
+    second = run.teacher in (*AVERAGING, "gated")  # adapter, fp32
+    parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if second else 0
     return parts
 
 

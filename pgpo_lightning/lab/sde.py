@@ -1,0 +1,350 @@
+"""The command ``pgpo sde``: discrete PGPO against its stochastic differential equations, where the answer is known.
+
+PGPO's Theorem 2(ii) (arXiv 2606.03620) calls ``d theta = -rho grad L dt + sqrt(eta) Sigma^1/2 dW`` an approximation of weak order
+1. This measures orders, stationary variances and the bound on the variance of rho; ``docs/theory.md`` says what follows.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import numpy as np
+
+from pgpo_lightning.lab import sde_bernoulli, sde_quadratic
+from pgpo_lightning.lab.markdown import table
+from pgpo_lightning.lab.multiplier_law import multiplier_law, variance_bound
+from pgpo_lightning.lab.output import write_study
+from pgpo_lightning.lab.sde_adam import RULES, simulate
+from pgpo_lightning.lab.sde_bernoulli import Bernoulli
+from pgpo_lightning.lab.sde_orders import fit_order
+from pgpo_lightning.lab.sde_pictures import draw
+from pgpo_lightning.lab.sde_quadratic import Quadratic
+from pgpo_lightning.modules.settings import at_least, positive
+
+NOTES = """\
+**Errors** are SDE minus discrete PGPO at the horizon, without sampling error: closed forms on the quadratic, powers of transfer
+matrices on the Bernoulli problem. **Order** is the slope of log |error| over log eta with the 95 % interval of a straight line:
+how far higher orders bend it; *last two*: between the two smallest eta. **At eta 0** is what is left of the error when eta goes
+to 0 (a parabola through the last three). **Relative**: at the smallest eta, to the value under PGPO.
+`paper`: diffusion sqrt(eta) Sigma^1/2; `scaled`: sqrt(eta) rho Sigma^1/2; `matched`: drift and covariance of rho * gradient;
+`second order`: the same with the drift of order 2; `no noise`: the drift alone."""
+
+
+def sde(
+    output: str = "sde",
+    etas: list[float] = [0.2, 0.1, 0.05, 0.025, 0.0125],  # noqa: B006  (shown by --help, never changed)
+    rhos: list[float] = [1.0, 1.5, 2.0],  # noqa: B006
+    horizon: float = 1.0,
+    quadratic: Quadratic = Quadratic(),  # noqa: B008
+    stationary_eta: float = 0.05,
+    bernoulli: Bernoulli = Bernoulli(),  # noqa: B008
+    bernoulli_horizon: float = 4.0,
+    information: float = 0.07,
+    deviations: list[float] = [0.005, 0.02, 0.08],  # noqa: B006
+    sensitivities: list[float] = [0.5, 1.0, 1.5, 8.0],  # noqa: B006
+    rho_max: float = 2.0,
+    steps: int = 6000,
+    chains: int = 400,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure how well the SDEs of PGPO describe it.
+
+    Args:
+        output: The folder to write ``sde.md``, ``sde.json`` and ``sde.png`` into; what is there is written over.
+        etas: Step sizes, at least three; each must divide the horizons.
+        rhos: Constant multipliers on the quadratic; the last one is used for the orders.
+        horizon: Time T on the quadratic; T / eta steps.
+        quadratic: The quadratic.
+        stationary_eta: Step size at which stationary variances are compared.
+        bernoulli: The self-distillation problem with a multiplier that depends on state and batch.
+        bernoulli_horizon: Time T there.
+        information: Mean of I (nats) in the table on the variance of rho; 0.07 is that of the toy task.
+        deviations: Standard deviations of I over batches (nats) there.
+        sensitivities: PGPO's alpha there.
+        rho_max: Upper bound of rho there; the lower is 1.
+        steps: Of the simulations under SGD and Adam; the first half is not counted.
+        chains: Number of simulated chains.
+        seed: Of the simulations.
+
+    Returns:
+        What ``sde.json`` holds.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+    _check(etas, rhos, horizon, bernoulli_horizon, quadratic, bernoulli, stationary_eta)
+    positive(**{f"deviations[{i}]": value for i, value in enumerate(deviations)})
+    positive(**{f"sensitivities[{i}]": value for i, value in enumerate(sensitivities)})
+    at_least(1, rho_max=rho_max)
+    at_least(2, chains=chains, steps=steps)
+    content = {
+        "etas": etas,
+        "rhos": rhos,
+        "stationary_eta": stationary_eta,
+        "quadratic": _quadratic_errors(quadratic, etas, rhos[-1], horizon),
+        "bernoulli": _bernoulli_errors(bernoulli, etas, bernoulli_horizon),
+        "bernoulli_information": bernoulli.information,
+        "stationary": [_stationary(quadratic, rho, stationary_eta) for rho in rhos],
+        "bernoulli_stationary": [_settled(bernoulli, signal, stationary_eta) for signal in sde_bernoulli.SIGNALS],
+        "simulated": [
+            vars(simulate(quadratic, rule, rho, stationary_eta, steps, chains, seed)) for rule in RULES for rho in rhos
+        ],
+        "bound": [
+            _bound(information, deviation, alpha, rho_max) for alpha in sensitivities for deviation in deviations
+        ],
+    }
+    plain = write_study(Path(output), "sde", _markdown(content), content, lambda path: draw(content, path))
+    print(f"{_summary(content)}\n\nreport: {Path(output) / 'sde.md'}")
+    return plain
+
+
+def _check(
+    etas: list[float],
+    rhos: list[float],
+    horizon: float,
+    bernoulli_horizon: float,
+    quadratic: Quadratic,
+    bernoulli: Bernoulli,
+    stationary_eta: float,
+) -> None:
+    positive(horizon=horizon, bernoulli_horizon=bernoulli_horizon, stationary_eta=stationary_eta)
+    positive(**{"quadratic.curvature": quadratic.curvature, "quadratic.noise": quadratic.noise})
+    positive(**{f"etas[{i}]": eta for i, eta in enumerate(etas)}, **{f"rhos[{i}]": r for i, r in enumerate(rhos)})
+    at_least(1, **{"bernoulli.batch": bernoulli.batch, "bernoulli.rho_max": bernoulli.rho_max})
+    at_least(0, **{"bernoulli.sensitivity": bernoulli.sensitivity, "bernoulli.rho_min": bernoulli.rho_min})
+    at_least(16, **{"bernoulli.nodes": bernoulli.nodes})
+    if bernoulli.batch > 32:
+        raise ValueError(
+            f"Expected `bernoulli.batch` to be at most 32, for all outcomes are listed, but got {bernoulli.batch}."
+        )
+    if len(set(etas)) < 3:
+        raise ValueError(f"Expected `etas` to be at least three different step sizes, but got {etas}.")
+    if not rhos:
+        raise ValueError("Expected `rhos` to be at least one multiplier, but got [].")
+    if not all(0 < t < 1 for t in bernoulli.teachers):
+        raise ValueError(f"Expected `bernoulli.teachers` to lie between 0 and 1, but got {bernoulli.teachers}.")
+    for name, time in (("horizon", horizon), ("bernoulli_horizon", bernoulli_horizon)):
+        for eta in etas:
+            if abs(time / eta - round(time / eta)) > 1e-9 * time / eta or round(time / eta) < 1:
+                raise ValueError(f"Expected `etas` to divide `{name}` ({time:g}) into whole steps, but got {eta:g}.")
+    steepest = max(*rhos, 1.0) * quadratic.curvature
+    if max(*etas, stationary_eta) * steepest >= 2:
+        raise ValueError(
+            f"Expected `etas` and `stationary_eta` to be below {2 / steepest:g}, where PGPO on the quadratic diverges, but got "
+            f"{max(*etas, stationary_eta):g}."
+        )
+    # A logistic loss has curvature up to 1/4; within that a step never leaves the interval between the teachers.
+    if max(*etas, stationary_eta) * bernoulli.rho_max > 4:
+        raise ValueError(
+            f"Expected `etas` and `stationary_eta` times `bernoulli.rho_max` to be at most 4, but got "
+            f"{max(*etas, stationary_eta):g} times {bernoulli.rho_max:g}."
+        )
+
+
+def _errors(
+    etas: list[float], approximate: list[dict[str, float]], exact: list[dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    found = {}
+    for function in exact[0]:
+        errors = [a[function] - b[function] for a, b in zip(approximate, exact, strict=True)]
+        order = fit_order(etas, errors)
+        small, large, larger = np.argsort(etas)[:3]
+        found[function] = {
+            "errors": errors,
+            "order": order._asdict(),
+            "last_order": _slope(etas[small] / etas[large], errors[small] / errors[large]),
+            "at_zero": float(np.polyfit(*np.array([etas, errors])[:, [small, large, larger]], 2)[-1]),
+            "relative": errors[small] / exact[small][function],
+        }
+    return found
+
+
+def _slope(eta: float, error: float) -> float:
+    return math.log(error) / math.log(eta) if error > 0 else math.nan  # NaN: the error changes its sign in between
+
+
+def _quadratic_errors(problem: Quadratic, etas: list[float], rho: float, time: float) -> dict[str, Any]:
+    exact = [problem.discrete(rho, eta, round(time / eta)).expectations() for eta in etas]
+    return {
+        kind: _errors(etas, [problem.sde(kind, rho, eta, time).expectations() for eta in etas], exact)
+        for kind in sde_quadratic.SDES
+    }
+
+
+def _bernoulli_errors(problem: Bernoulli, etas: list[float], time: float) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for signal in sde_bernoulli.SIGNALS:
+        exact = [problem.discrete(signal, eta, round(time / eta)) for eta in etas]
+        found[signal] = {
+            kind: _errors(etas, [problem.sde(kind, signal, eta, time) for eta in etas], exact)
+            for kind in sde_bernoulli.SDES
+        }
+    return found
+
+
+def _stationary(problem: Quadratic, rho: float, eta: float) -> dict[str, float]:
+    paper, scaled = (problem.sde_stationary(kind, rho, eta) for kind in ("paper", "scaled"))
+    discrete = problem.discrete_stationary(rho, eta)
+    return {
+        "rho": rho,
+        "discrete": discrete,
+        "paper": paper,
+        "scaled": scaled,
+        "paper_euler": problem.sde_stationary("paper", rho, eta, euler_step=eta),
+        "scaled_euler": problem.sde_stationary("scaled", rho, eta, euler_step=eta),
+        "paper_ratio": discrete / paper,
+        "scaled_ratio": discrete / scaled,
+    }
+
+
+def _settled(problem: Bernoulli, signal: sde_bernoulli.Signal, eta: float) -> dict[str, Any]:
+    """Return mean and variance after so many steps that none changes them."""
+    row: dict[str, Any] = {"signal": signal}
+    found = {"discrete": problem.discrete(signal, eta, 2**20 if eta > 1e-3 else 2**30)}
+    found |= {kind: problem.sde(kind, signal, eta, 1000.0) for kind in ("paper", "scaled", "matched")}
+    for name, values in found.items():
+        row |= {f"{name}_mean": values["mean"], f"{name}_variance": values["variance"]}
+    mean = sum(problem.teachers) / 2
+    return row | {"minimum": math.log(mean / (1 - mean))}
+
+
+def _bound(mean: float, deviation: float, alpha: float, rho_max: float) -> dict[str, float]:
+    law = multiplier_law(mean, deviation, alpha, 1.0, rho_max)
+    bound = variance_bound(deviation, alpha, rho_max)
+    return {
+        "sensitivity": alpha,
+        "deviation": deviation,
+        "mean": law.mean,
+        "variance": law.variance,
+        "bound": bound,
+        "loose": bound / law.variance if law.variance > 0 else math.inf,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+def _markdown(content: dict[str, Any]) -> str:
+    eta = content["stationary_eta"]
+    parts = ["# Discrete PGPO and its SDEs", NOTES]
+    parts += ["## A quadratic, rho constant", f"rho = {content['rhos'][-1]:g}.", _orders(content["quadratic"], content)]
+    for signal, told in content["bernoulli"].items():
+        what = {
+            "state": "I from the state alone",
+            "independent": "I from a batch of its own",
+            "shared": "I from the gradient's batch, as in PGPO",
+        }[signal]
+        parts += [f"## Bernoulli self-distillation, {what}", _orders(told, content)]
+    parts += [
+        f"## Stationary variance on the quadratic, eta = {eta:g}",
+        "In brackets: discrete PGPO over the SDE. *Euler*: the SDE simulated with steps of eta.",
+        table(
+            ["rho", "discrete", "paper", "scaled", "paper, Euler", "scaled, Euler"],
+            [
+                [
+                    f"{row['rho']:g}",
+                    f"{row['discrete']:.4f}",
+                    f"{row['paper']:.4f} ({row['paper_ratio']:.2f})",
+                    f"{row['scaled']:.4f} ({row['scaled_ratio']:.2f})",
+                    f"{row['paper_euler']:.4f}",
+                    f"{row['scaled_euler']:.4f}",
+                ]
+                for row in content["stationary"]
+            ],
+        ),
+        f"## Stationary law of Bernoulli self-distillation, eta = {eta:g}",
+        f"Mean (variance); the loss is least at {content['bernoulli_stationary'][0]['minimum']:.4f}.",
+        table(
+            ["I from", "discrete", "paper", "scaled", "matched"],
+            [
+                [row["signal"]]
+                + [
+                    f"{row[f'{name}_mean']:.4f} ({row[f'{name}_variance']:.5f})"
+                    for name in ("discrete", "paper", "scaled", "matched")
+                ]
+                for row in content["bernoulli_stationary"]
+            ],
+        ),
+        f"## Stationary variance under SGD and Adam, eta = {eta:g}",
+        "Simulated, with 95 % intervals over chains; what rho multiplies stands behind the optimizer.",
+        table(
+            ["rho", *RULES],
+            [
+                [f"{rho:g}"]
+                + [
+                    f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+                    for row in content["simulated"]
+                    if row["rho"] == rho
+                ]
+                for rho in content["rhos"]
+            ],
+        ),
+        "## Var(rho) and its bound (alpha rho_max)² Var(I)",
+        "Exact for normal I, rho between 1 and rho_max.",
+        table(
+            ["alpha", "sd of I", "mean rho", "sd of rho", "bound on it", "bound / Var(rho)"],
+            [
+                [
+                    f"{row['sensitivity']:g}",
+                    f"{row['deviation']:g}",
+                    f"{row['mean']:.4f}",
+                    f"{math.sqrt(row['variance']):.4f}",
+                    f"{math.sqrt(row['bound']):.4f}",
+                    f"{row['loose']:.2f}",
+                ]
+                for row in content["bound"]
+            ],
+        ),
+        "![orders, stationary variances, bound](sde.png)",
+        f"**{_summary(content)}**",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _orders(told: dict[str, Any], content: dict[str, Any]) -> str:
+    etas = content["etas"]
+    ends = etas.index(max(etas)), etas.index(min(etas))
+    rows = []
+    for kind, functions in told.items():
+        for function, row in functions.items():
+            order = row["order"]
+            slope = (
+                "exact"
+                if math.isnan(order["value"])
+                else f"{order['value']:.2f} [{order['low']:.2f}, {order['high']:.2f}]"
+            )
+            errors = [f"{row['errors'][i]:+.1e}" for i in ends]
+            last = "–" if math.isnan(row["last_order"]) else f"{row['last_order']:.2f}"
+            relative = f"{100 * row['relative']:+.1f} %"
+            rows.append([kind, function, *errors, relative, slope, last, f"{row['at_zero']:+.0e}"])
+    header = ["SDE", "of theta", *(f"error at {etas[i]:g}" for i in ends), "relative", "order", "last two", "at eta 0"]
+    return table(header, rows)
+
+
+def _summary(content: dict[str, Any]) -> str:
+    """Return the answer in one sentence."""
+    quadratic, last = content["quadratic"], content["stationary"][-1]
+    told = {
+        kind: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**quadratic[kind]["mean"]["order"])
+        for kind in ("paper", "scaled")
+    }
+    shift = content["bernoulli"]["shared"]["paper"]["mean"]["at_zero"]
+    return (
+        f"On the quadratic both SDEs are of order 1 in the mean (paper {told['paper']}, scaled {told['scaled']}); the stationary "
+        f"variance at rho = {last['rho']:g} is {last['paper_ratio']:.2f} times that of the paper's SDE (rho² = "
+        f"{last['rho'] ** 2:g}) and {last['scaled_ratio']:.2f} times that of the scaled one; with I from the gradient's own "
+        f"batch the paper's SDE misses the mean by {shift:+.3f} however small eta is."
+    )
+
+
+def main(args: list[str]) -> None:
+    """Run the command: ``pgpo sde [--output sde]``.
+
+    Args:
+        args: Without the program's name.
+    """
+    parser = jsonargparse.ArgumentParser(prog="pgpo sde", description=(sde.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(sde, as_group=False)
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
+    sde(**vars(instantiate(parser.parse_args(args))))

@@ -1,0 +1,99 @@
+"""RLSD (arXiv 2604.03128): the verifier says in which direction a token goes, the self-teacher how far."""
+
+import random
+from typing import Any
+
+from torch import Tensor
+
+from pgpo_lightning.batching import TokenInputs
+from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.modules.grpo import GRPO, clipped_policy_loss
+from pgpo_lightning.modules.self_teaching import SelfTeaching, apart
+from pgpo_lightning.modules.settings import at_least
+from pgpo_lightning.records import Row
+from pgpo_lightning.teacher import TeacherRegularization
+
+
+def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bound: float) -> Tensor:
+    """Return advantages of tokens: a response's, larger where the teacher's evidence points the same way.
+
+    ``A [(1 - mixing) + mixing clip(exp(sign(A) log_ratio), 1 - bound, 1 + bound)]``
+
+    Args:
+        advantages: Of the tokens' responses, shape ``(n,)``.
+        log_ratio: log T - log S of the sampled tokens (nats), shape ``(n,)``; NaN without a teacher, which counts as 0.
+        mixing: Weight of the evidence, lambda.
+        bound: Of its factor around 1.
+
+    Returns:
+        Shape ``(n,)``, without gradient.
+    """
+    evidence = (advantages.sign() * log_ratio.detach().nan_to_num(0.0)).clamp(-20, 20).exp()
+    return advantages * ((1 - mixing) + mixing * evidence.clamp(1 - bound, 1 + bound))
+
+
+class RLSD(SelfTeaching, GRPO):
+    """GRPO whose advantages are spread over a response's tokens by what the self-teacher makes of them.
+
+    Responses without a teacher (no sibling has succeeded, no feedback) keep the advantage of their group.
+
+    Args:
+        model: See :class:`OnPolicyModule`, as for everything not named here.
+        verifier: Judges a response, and may return feedback for the teacher of that very response.
+        mixing: Weight of the teacher's evidence at the first step, lambda, in [0, 1].
+        mixing_steps: Batches over which it falls to 0, linearly; null to keep it.
+        evidence_clip: How far the evidence moves a factor from 1, in [0, 1].
+        teacher_regularization: Whose weights the teacher has; the paper copies the student every 10 steps: ``restart``.
+        teacher_update_rate: See :class:`~pgpo_lightning.modules.self_teaching.SelfTeaching`; default 1, a hard copy, with
+            ``restart``.
+        kwargs: See :class:`~pgpo_lightning.modules.self_teaching.SelfTeaching` and :class:`GRPO`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        mixing: float = 0.5,
+        mixing_steps: int | None = 50,
+        evidence_clip: float = 0.2,
+        teacher_regularization: TeacherRegularization = "restart",
+        teacher_update_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher_regularization == "restart" and teacher_update_rate is None:
+            teacher_update_rate = 1.0
+        super().__init__(
+            *args,
+            teacher_regularization=teacher_regularization,
+            teacher_update_rate=teacher_update_rate,
+            **kwargs,
+        )
+        for name, value in (("mixing", mixing), ("evidence_clip", evidence_clip)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"Expected `{name}` to lie in [0, 1], but got {value}.")
+        at_least(1, mixing_steps=mixing_steps)
+        self.mixing = mixing
+        self.mixing_steps = mixing_steps
+        self.evidence_clip = evidence_clip
+
+    @property
+    def current_mixing(self) -> float:
+        """The weight of the teacher's evidence at this step."""
+        return self.mixing if self.mixing_steps is None else self.mixing * max(0.0, 1 - self.steps / self.mixing_steps)
+
+    def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
+        """Give every row its advantage and, if it has a demonstration or feedback, its teacher's prompt."""
+        scalars = SelfTeaching.prepare_rows(self, rows, rng) | GRPO.prepare_rows(self, rows, rng)
+        return scalars | {"critic/advantages/mixing": self.current_mixing}
+
+    def parts(self, rows: list[Row]) -> list[list[Row]]:
+        """Return the rows with a teacher and those without."""
+        return apart(rows)
+
+    def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
+        """Return the clipped policy-gradient loss of every token, shape ``(n,)``."""
+        log_ratio = tokens.log_p_teacher - tokens.log_p_student
+        advantages = credited_advantages(given.advantage, log_ratio, self.current_mixing, self.evidence_clip)
+        old = given.old_log_probs(tokens)
+        return clipped_policy_loss(
+            tokens.log_p_student, old, advantages, self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c
+        )

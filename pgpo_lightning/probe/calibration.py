@@ -1,0 +1,233 @@
+"""From finished runs and the probes made before them to the points of the line, with the errors of both."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from pgpo_lightning.lab.measures import answers, collapse_step, evaluations
+from pgpo_lightning.lab.runs import FILE, Run
+from pgpo_lightning.probe.contexts import effective
+from pgpo_lightning.probe.gaps import question_draws
+from pgpo_lightning.probe.line import lines
+from pgpo_lightning.reprompt import RepromptBuilder
+
+PROBE = "probe.json"
+Scale = Literal["all", "failed"]
+"""Which rollouts get the context: all that can, as SDPO trains, or failed ones only, as in arXiv 2605.30070."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration: its gap before training and what training brought.
+
+    Attributes:
+        name: Of the arm, with its study if there are several.
+        context: Name of the context in the probe.
+        gap: Net gap of each question of the probe, ``(questions,)``.
+        gain: Held-out score at the end less that at the start, ``(seeds, held-out questions)``.
+        seeds: Of the rows of `gain`.
+        questions_sha256: Of the probe's questions.
+        probe: The file of the probe.
+        collapsed: Whether a run ended below half of the score that it started from: the line does not speak of stability.
+        held_out: Whether the probe asked the questions that the runs were scored on.
+    """
+
+    name: str
+    context: str
+    gap: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    seeds: tuple[int, ...]
+    questions_sha256: str
+    probe: Path
+    collapsed: bool
+    held_out: bool
+
+
+def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
+    """Find runs and their probes.
+
+    A run belongs to the context whose settings its ``config.yaml`` has; a record without one beside it to the context that its
+    arm is named after.
+
+    Args:
+        paths: Folders with finished runs anywhere below them, or single records.
+        gaps: A probe's folder or file; by default the ``probe.json`` in the run's folder or the nearest one above it.
+        scale: Which net gap.
+
+    Raises:
+        ValueError: If there is no run, a run has no probe, or the probe has not measured the run's context; names the file.
+    """
+    files: dict[Path, None] = {}
+    for path in paths:
+        found = sorted(path.rglob(FILE)) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"Expected finished runs in {path}, but there is none: no {FILE} anywhere below.")
+        files |= dict.fromkeys(file.resolve() for file in found)
+    groups: dict[tuple[str, str, Path, str], list[Run]] = defaultdict(list)
+    probes: dict[Path, dict[str, Any]] = {}
+    for file in files:
+        run = Run.load(file)
+        source = _probe_of(file, gaps)
+        if source not in probes:
+            probes[source] = read_probe(source)
+        groups[run.study, run.arm, source, _context_of(run, file, probes[source], source)].append(run)
+    several = len({study for study, *_ in groups}) > 1
+    return [
+        _point(f"{study}/{arm}" if several else arm, context, runs, probes[source], source, scale)
+        for (study, arm, source, context), runs in sorted(groups.items())
+    ]
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """Read what a probe measured.
+
+    Raises:
+        ValueError: If it is not there or no probe's.
+    """
+    if not path.is_file():
+        raise ValueError(f"Expected the result of `pgpo probe`, but there is no {path}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["settings"], content["contexts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected {path} to be the result of `pgpo probe`, but reading it failed: {error!r}."
+        ) from None
+    return content
+
+
+def _probe_of(file: Path, gaps: Path | None) -> Path:
+    if gaps is not None:
+        return gaps / PROBE if gaps.is_dir() else gaps
+    for folder in file.parents:
+        if (folder / PROBE).is_file():
+            return folder / PROBE
+    raise ValueError(f"Expected a {PROBE} in the folder of {file} or above it. Give the probe's folder as `--gaps`.")
+
+
+def _context_of(run: Run, file: Path, probe: dict[str, Any], source: Path) -> str:
+    measured = {row["name"]: row for row in probe["contexts"] if row["control"] is None}
+    config = file.parent / "config.yaml"
+    if not config.is_file():
+        if run.arm not in measured:
+            raise ValueError(
+                f"Expected the arm of {file} to be named after a context of {source} ({', '.join(measured)}), because it has no "
+                f"config.yaml to tell, but got {run.arm}."
+            )
+        return run.arm
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]
+    for name in ("model", "verifier"):
+        if (mine := _plain(settings.get(name))) != (theirs := _plain(probe["settings"]["module"].get(name))):
+            raise ValueError(
+                f"Expected `model.init_args.{name}` of {config} to be that of {source}, {theirs}, but got {mine}."
+            )
+    defaults = {name: field.default for name, field in RepromptBuilder.__dataclass_fields__.items()}
+    mine = effective(defaults | settings)
+    matches = [name for name, row in measured.items() if _same(row["settings"], mine)]
+    if not matches:
+        nearest = min(measured.values(), key=lambda row: len(_differ(row["settings"], mine)))
+        raise ValueError(
+            f"Expected {source} to have measured the context of {config}, but none of its {len(measured)} contexts has these "
+            f"settings; {nearest['name']} differs in `{'`, `'.join(_differ(nearest['settings'], mine))}`."
+        )
+    return run.arm if run.arm in matches else matches[0]
+
+
+def _plain(value: Any) -> Any:
+    """Return a class given by its path alone and one with empty arguments as the same thing."""
+    if isinstance(value, dict) and not value.get("init_args"):
+        return value.get("class_path", value)
+    return value
+
+
+def _differ(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    return [name for name in sorted({*theirs, *mine} - {"control"}) if theirs.get(name) != mine.get(name)]
+
+
+def _same(theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
+    return not _differ(theirs, mine)
+
+
+def _point(name: str, context: str, runs: list[Run], probe: dict[str, Any], source: Path, scale: Scale) -> Point:
+    runs = sorted(runs, key=lambda run: run.seed)
+    seeds = [run.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"Expected each run of {name} once, but got the seeds {seeds}.")
+    gains, collapsed = [], False
+    for run in runs:
+        steps = evaluations(run)
+        if len(steps) < 2 or steps[0] != 0:
+            raise ValueError(
+                f"Expected {name}/seed={run.seed} to be evaluated before the first step and at the end, but it was at {steps}. "
+                "Leave `trainer.num_sanity_val_steps` at -1 and set `trainer.val_check_interval`."
+            )
+        table = answers(run)
+        gains.append(table[-1] - table[0])
+        collapsed |= collapse_step([0, 1], table[[0, -1]].mean(axis=1)) is not None
+    if len({len(gain) for gain in gains}) > 1:
+        raise ValueError(f"Expected all runs of {name} to have the same held-out questions, but their numbers differ.")
+    row = next(row for row in probe["contexts"] if row["name"] == context)
+    settings = probe["settings"]
+    gap = np.array(row["by_question" if scale == "all" else "by_question_failed"])
+    held_out = settings["split"] == "validation" and len(gap) == len(gains[0])
+    return Point(
+        name, context, gap, np.array(gains), tuple(seeds), settings["questions_sha256"], source, collapsed, held_out
+    )
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Standard deviations over resampled questions and seeds.
+
+    Attributes:
+        gaps: Of each point's gap, ``(n,)``.
+        gains: Of each point's gain, ``(n,)``.
+        intercepts: Drawn intercepts, ``(draws,)``; NaN where all drawn gaps are equal.
+        slopes: Drawn slopes, likewise.
+    """
+
+    gaps: NDArray[np.float64]
+    gains: NDArray[np.float64]
+    intercepts: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+
+    def interval(self, values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+        """Return the percentile interval of `intercepts` or `slopes`."""
+        low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def bootstrap(given: list[Point], draws: int = 2000, seed: int = 0) -> Bootstrap:
+    """Draw questions and seeds anew, for all points together where they are the same, and fit each draw.
+
+    With S seeds the spread between seeds comes out too small by sqrt((S - 1) / S): with two, by 0.71.
+
+    Args:
+        given: The points.
+        draws: Number of resamples.
+        seed: Of the resamples.
+    """
+    of_questions: dict[Any, NDArray[np.float64]] = {}
+    of_seeds: dict[tuple[int, ...], NDArray[np.float64]] = {}
+    gaps, gains = [], []
+    for point in given:
+        key = point.questions_sha256
+        if key not in of_questions:
+            of_questions[key] = question_draws(len(point.gap), draws, seed)
+        gaps.append(of_questions[key] @ point.gap / len(point.gap))
+        # The held-out questions, where the probe did not ask them, are another sample.
+        other = key if point.held_out else ("held-out", point.gain.shape[1])
+        if other not in of_questions:
+            of_questions[other] = question_draws(point.gain.shape[1], draws, seed + 1)
+        if point.seeds not in of_seeds:
+            of_seeds[point.seeds] = question_draws(len(point.seeds), draws, seed + 2)
+        gains.append(((of_seeds[point.seeds] @ point.gain) * of_questions[other]).sum(axis=1) / point.gain.size)
+    drawn_gaps, drawn_gains = np.array(gaps).T, np.array(gains).T
+    intercepts, slopes = lines(drawn_gaps, drawn_gains)
+    return Bootstrap(drawn_gaps.std(axis=0), drawn_gains.std(axis=0), intercepts, slopes)

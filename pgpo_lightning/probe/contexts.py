@@ -1,0 +1,189 @@
+"""What the self-teacher may be told: contexts that a run can be trained with, and controls that show what a gap is made of.
+
+A context is nothing but settings of :class:`~pgpo_lightning.modules.self_teaching.SelfTeaching`, so that what is measured is what
+a run then trains with. A control changes the rollouts that demonstrations are taken from; no run can be configured to it.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from pgpo_lightning.records import Row
+from pgpo_lightning.reprompt import RepromptBuilder
+from pgpo_lightning.verifiers import Verifier, VerifierError, grade
+
+PLAIN = "{prompt}{solution}{feedback}"
+"""The template that adds nothing."""
+
+_NO_DEMONSTRATION = {"demonstration_source": "none", "demonstration_choice": "shared"}
+_OWN = {"demonstration_source": "own", "demonstration_choice": "shared", "dont_reprompt_on_self_success": False}
+_SIBLING = {"demonstration_source": "siblings"}
+_FEEDBACK = {"include_environment_feedback": True, "reprompt_without_context": False}
+_NO_FEEDBACK = {"include_environment_feedback": False, "reprompt_without_context": False}
+_TEMPLATE_ALONE = _NO_DEMONSTRATION | {"include_environment_feedback": False, "reprompt_without_context": True}
+
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "none": _TEMPLATE_ALONE | {"reprompt_template": PLAIN},
+    "feedback": _NO_DEMONSTRATION | _FEEDBACK,
+    "own": _OWN | _NO_FEEDBACK,
+    "own+feedback": _OWN | _FEEDBACK | {"environment_feedback_only_without_solution": True},
+    "sibling": _SIBLING | _NO_FEEDBACK,
+    "sibling+feedback": _SIBLING | _FEEDBACK | {"environment_feedback_only_without_solution": False},
+    "configured": {},
+}
+"""Name to the settings of a module that give a run this context; all others stay as configured.
+
+`none` resamples from the plain prompt. `own` shows a response its own text if it is right, `own+feedback` its feedback if it is
+wrong (arXiv 2605.30070). `sibling+feedback` shows both where there are both. `configured` is what the configuration trains with.
+"""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Something that a teacher is told.
+
+    Attributes:
+        name: Of it.
+        builder: Makes the reprompts.
+        control: The name of the control, if it is one: see :data:`CONTROLS`.
+    """
+
+    name: str
+    builder: RepromptBuilder
+    control: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the reprompts depend on, beside the rollouts."""
+        return {"control": self.control, **effective(asdict(self.builder))}
+
+
+def contexts(
+    names: list[str], templates: Mapping[str, str], controls: list[str], configured: RepromptBuilder
+) -> list[Context]:
+    """Return contexts and controls, `none` first.
+
+    Args:
+        names: Of contexts, keys of :data:`CONTEXTS`.
+        templates: Name to reprompt template of contexts of one's own: {prompt} with a text around it. A template that says
+            {solution} shows a sibling's success there, one that says {feedback} the feedback.
+        controls: Keys of :data:`CONTROLS`.
+        configured: The builder of the run to come.
+
+    Raises:
+        ValueError: If a name is unknown or taken, or a template lacks {prompt}.
+    """
+    for field, given, known in (("contexts", names, CONTEXTS), ("controls", controls, CONTROLS)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"Expected `{field}` to be among {', '.join(known)}, but got {', '.join(unknown)}.")
+    if taken := [name for name in templates if name in (*CONTEXTS, *CONTROLS, "student")]:
+        raise ValueError(f"Expected other names in `templates` than those that are taken, but got {', '.join(taken)}.")
+    if odd := [name for name in templates if not name.replace("-", "").replace("_", "").isalnum()]:
+        raise ValueError(f"Expected names in `templates` of letters, digits, - and _, but got {', '.join(odd)}.")
+    if len(set(names)) < len(names) or len(set(controls)) < len(controls):
+        raise ValueError(f"Expected each of `contexts` and `controls` once, but got {names} and {controls}.")
+    settings = {name: CONTEXTS[name] for name in dict.fromkeys(["none", *names])}
+    settings |= {name: _of_template(template) for name, template in templates.items()}
+    made = [Context(name, replace(configured, **changes)) for name, changes in settings.items()]
+    sibling = replace(configured, **CONTEXTS["sibling"], dont_reprompt_on_self_success=True)
+    return made + [Context(name, sibling, control=name) for name in controls]
+
+
+def _of_template(template: str) -> dict[str, Any]:
+    solution, feedback = ("{solution}" in template), ("{feedback}" in template)
+    return {
+        **(_SIBLING if solution else _NO_DEMONSTRATION),
+        "include_environment_feedback": feedback,
+        "reprompt_without_context": not (solution or feedback),
+        "reprompt_template": template,
+    }
+
+
+def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a :class:`RepromptBuilder` without those that the others leave without effect.
+
+    Two runs with equal effective settings have the same teacher, whatever else their configurations say.
+
+    Args:
+        settings: With a value for every field; others are left out.
+    """
+    kept = {field.name: settings[field.name] for field in fields(RepromptBuilder)}
+    demonstration, feedback = kept["demonstration_source"] != "none", kept["include_environment_feedback"]
+    idle: list[str] = []
+    if not demonstration:
+        idle += ["solution_template", "dont_reprompt_on_self_success", "demonstration_choice"]
+        idle += ["remove_thinking_from_demonstration"]
+    if not feedback:
+        idle += ["feedback_template"]
+    if not (demonstration and feedback):
+        idle += ["environment_feedback_only_without_solution"]
+    return {name: value for name, value in kept.items() if name not in idle}
+
+
+# ------------------------------------------------------------------------------------------------------- controls
+
+
+def others(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
+    """Give every question the responses to the next one: what remains is form, not content."""
+    groups = _groups(rows)
+    if len(groups) < 2:  # nobody to borrow from
+        return [Row(row.rollout, replace(row.verdict, reward=threshold - 1)) for row in rows]
+    swapped = []
+    for mine, theirs in zip(groups, groups[1:] + groups[:1], strict=True):
+        for row, other in zip(mine, theirs, strict=True):
+            rollout = replace(other.rollout, question=row.rollout.question)
+            swapped.append(Row(rollout, replace(other.verdict)))
+    return swapped
+
+
+def wrong(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
+    """Let failed responses pass for successes, and successes for failures."""
+    return [
+        Row(row.rollout, replace(row.verdict, reward=threshold - 1 if row.verdict.reward >= threshold else threshold))
+        for row in rows
+    ]
+
+
+def answers(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
+    """Cut successes down to the shortest ending that the verifier takes for a success by itself: the answer without its steps."""
+    cut: dict[tuple[int, str], str] = {}
+    made = []
+    for row in rows:
+        text = row.rollout.text
+        if row.verdict.reward >= threshold:
+            key = (row.rollout.question.index, text)
+            if key not in cut:
+                cut[key] = _ending(row, threshold, verifier)
+            text = cut[key]
+        made.append(Row(replace(row.rollout, text=text), row.verdict))
+    return made
+
+
+def _ending(row: Row, threshold: float, verifier: Verifier) -> str:
+    """Return the shortest accepted ending, at white space; the whole text if there is none."""
+    text = row.rollout.text
+    for start in reversed([space.end() for space in re.finditer(r"\s+", text)]):
+        ending = text[start:]
+        try:
+            if grade(verifier, row.rollout.question, ending).reward >= threshold:
+                return ending
+        except VerifierError:
+            continue  # half a response may be more than a verifier can bear
+    return text
+
+
+def _groups(rows: list[Row]) -> list[list[Row]]:
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.rollout.question.index].append(row)
+    return list(groups.values())
+
+
+CONTROLS: dict[str, Callable[[list[Row], float, Verifier], list[Row]]] = {
+    "answer": answers,
+    "wrong": wrong,
+    "other": others,
+}
+"""From rollouts (whole groups of equal size), success threshold and verifier to those that demonstrations are taken from."""

@@ -1,0 +1,160 @@
+r"""The predictive law of self-distillation (arXiv 2605.30070): the gain of training is a line in the gap before it.
+
+.. math:: \Delta(c) \approx a + b\,g(c)
+
+Least squares, because the line is there to predict the gain of a configuration whose gap is measured with the same error as
+those it was fitted to: for that, and only that, the regression on the measured gap is the right one. The slope as a
+property of the true gap is steeper by 1 / reliability; both are reported. Neither Deming's nor York's line is used for it: they
+take the errors of the points as independent, and gaps measured on the same questions and the same student are not.
+The bootstrap over questions and seeds (:func:`bootstrap`) draws them together.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgpo_lightning.lab.inference import quantile_t
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A fitted line and what is known of its errors.
+
+    Attributes:
+        gaps: The points' g, ``(n,)``.
+        gains: Their Delta, ``(n,)``.
+        intercept: a.
+        slope: b.
+    """
+
+    gaps: Vector
+    gains: Vector
+    intercept: float
+    slope: float
+
+    @property
+    def n(self) -> int:
+        """Number of points."""
+        return len(self.gaps)
+
+    @property
+    def spread(self) -> float:
+        """Sum of squares of the gaps around their mean."""
+        return float(((self.gaps - self.gaps.mean()) ** 2).sum())
+
+    @property
+    def residuals(self) -> Vector:
+        """Gains less the line, ``(n,)``."""
+        return self.gains - self.intercept - self.slope * self.gaps
+
+    @property
+    def scatter(self) -> float:
+        """Standard deviation around the line, n - 2 degrees of freedom."""
+        return math.sqrt(float(self.residuals @ self.residuals) / (self.n - 2))
+
+    @property
+    def leverage(self) -> Vector:
+        """Weight of every point in its own fitted value, ``(n,)``; they sum to 2, and 1 means that the line goes through it."""
+        return 1 / self.n + (self.gaps - self.gaps.mean()) ** 2 / self.spread
+
+    @property
+    def left_out(self) -> Vector:
+        """Error of each point against the line through the others, ``(n,)``."""
+        return self.residuals / (1 - self.leverage)
+
+    @property
+    def loo_rmse(self) -> float:
+        """Root mean square of :attr:`left_out`."""
+        return float(np.sqrt((self.left_out**2).mean()))
+
+    @property
+    def r2(self) -> float:
+        """Share of the gains' variance on the line."""
+        return 1 - float(self.residuals @ self.residuals) / self._total
+
+    @property
+    def loo_r2(self) -> float:
+        """The same with every point predicted from the others; below 0 it is worse than the mean of all."""
+        return 1 - float(self.left_out @ self.left_out) / self._total
+
+    @property
+    def loo_constant(self) -> float:
+        """Leave-one-out error without any gap: every point predicted by the mean gain of the others."""
+        errors = (self.gains - self.gains.mean()) * self.n / (self.n - 1)
+        return float(np.sqrt((errors**2).mean()))
+
+    @property
+    def _total(self) -> float:
+        return float(((self.gains - self.gains.mean()) ** 2).sum())
+
+    def predict(self, gap: float, level: float = 0.95, extrapolate: bool = False) -> tuple[float, float]:
+        """Return the gain to expect of a new configuration and the half width of its prediction interval.
+
+        Args:
+            gap: Its g, measured as the others were.
+            level: Of the interval, from Student's t with n - 2 degrees of freedom.
+            extrapolate: Allow a gap outside of those that the line was fitted to.
+
+        Raises:
+            ValueError: If the gap is outside and that is not allowed.
+        """
+        low, high = self.gaps.min(), self.gaps.max()
+        if not low <= gap <= high and not extrapolate:
+            raise ValueError(
+                f"Expected a gap within the calibrated range [{low:.4f}, {high:.4f}], but got {gap:.4f}. Calibrate with a run "
+                "beyond it, or give `--extrapolate` to go on regardless."
+            )
+        away = 1 + 1 / self.n + (gap - self.gaps.mean()) ** 2 / self.spread
+        half = quantile_t(1 - level, self.n - 2) * self.scatter * math.sqrt(away)
+        return self.intercept + self.slope * gap, half
+
+
+def fit(gaps: Vector, gains: Vector) -> Line:
+    """Fit the line by least squares.
+
+    Args:
+        gaps: Measured before training, ``(n,)``.
+        gains: Held-out score at the end less that at the start, ``(n,)``.
+
+    Raises:
+        ValueError: If there are fewer than three points, or fewer than three different gaps.
+
+    Example:
+        >>> line = fit(np.array([0.0, 0.1, 0.2]), np.array([0.01, 0.14, 0.33]))
+        >>> round(line.slope, 3), round(line.loo_rmse, 4)
+        (1.6, 0.0458)
+    """
+    if len(gaps) < 3:
+        raise ValueError(f"Expected at least 3 configurations to fit a line and tell its error, but got {len(gaps)}.")
+    if len(np.unique(gaps)) < 3:
+        raise ValueError(f"Expected at least 3 different gaps, but got {sorted(set(gaps.tolist()))}.")
+    away = gaps - gaps.mean()
+    slope = float(away @ gains / (away @ away))
+    return Line(gaps, gains, float(gains.mean() - slope * gaps.mean()), slope)
+
+
+def lines(gaps: NDArray[np.float64], gains: NDArray[np.float64]) -> tuple[Vector, Vector]:
+    """Return intercepts and slopes of many fits at once, ``(draws,)`` each; NaN where all gaps are equal.
+
+    Args:
+        gaps: ``(draws, n)``.
+        gains: ``(draws, n)``.
+    """
+    away = gaps - gaps.mean(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slopes = (away * gains).sum(axis=1) / (away**2).sum(axis=1)
+    return gains.mean(axis=1) - slopes * gaps.mean(axis=1), slopes
+
+
+def reliability(gaps: Vector, errors: Vector) -> float:
+    """Return the share of the gaps' variance that is not error of measurement; at most 1, below 0 if it is all error.
+
+    Args:
+        gaps: ``(n,)``.
+        errors: Their standard errors, ``(n,)``.
+    """
+    return 1 - float((errors**2).mean()) / float(gaps.var(ddof=1))

@@ -1,0 +1,246 @@
+"""What a probe and a calibration say, as Markdown and JSON."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pgpo_lightning.lab.markdown import table
+from pgpo_lightning.probe.calibration import Bootstrap, Point
+from pgpo_lightning.probe.contexts import Context
+from pgpo_lightning.probe.gaps import Gap, Table, Value, kept
+from pgpo_lightning.probe.line import Line, fit, reliability
+from pgpo_lightning.probe.measure import Measured
+
+_LINE = ("n", "intercept", "slope", "r2", "scatter", "loo_rmse", "loo_r2", "loo_constant")
+
+SURE = 2  # standard errors of a gap that is told from 0
+
+READING = """\
+- **covered**: share of rollouts that get the context; of the failed ones in brackets. The others keep their plain prompt, and
+  add exactly 0 to the net gap.
+- **gap**: mean score of the teacher, the same weights sampling from the reprompt, less the student's. **net gap**: less the gap
+  of `none`, which only samples again. In **net gap, failed only**, successes keep their plain prompt too: the scale of
+  arXiv 2605.30070. In the other they get what `pgpo fit` would show them, with `dont_reprompt_on_self_success` {own}.
+- **recovery**: share of failed rollouts whose teacher succeeds; in brackets, less that of `none`.
+- ± is a standard error: bootstrap over questions, paired. A net gap below {sure} of them is not told from 0.
+- Controls cannot be trained with. `answer`: a sibling's success cut down to the shortest ending that the verifier accepts; what
+  it keeps of the gap needs no steps. `wrong`: a sibling's failure passed off as a success. `other`: a success of another
+  question. Of the first, a large share says that the gap is the answer's; of the last, that it is the form's."""
+
+
+def summary(context: Context, measured: Measured, gap: Gap, whole: Gap | None, draws: Table) -> dict[str, Any]:
+    """Return the record of one context.
+
+    Args:
+        context: Or control.
+        measured: What it gave.
+        gap: What it brings.
+        whole: The gap of `sibling`, for a control; None if that was not measured.
+        draws: From :func:`pgpo_lightning.probe.gaps.question_draws`.
+    """
+    values = {name: value for name, value in vars(gap).items() if isinstance(value, Value | float)}
+    made: dict[str, Any] = {"name": context.name, "control": context.control}
+    made |= {name: vars(value) if isinstance(value, Value) else value for name, value in values.items()}
+    made["told_from_0"] = gap.net.value != 0 and abs(gap.net.value) >= SURE * gap.net.error
+    length = measured.length[~np.isnan(measured.length)]
+    made["length"] = float(length.mean()) if length.size else math.nan
+    if context.control is not None and whole is not None and whole.net.value:
+        made["keeps"] = dict(
+            zip(("value", "low", "high"), kept(gap.by_question, whole.by_question, draws), strict=True)
+        )
+    made["seconds"] = measured.seconds
+    made["example"] = measured.example
+    made["settings"] = context.settings
+    made["by_question"] = [round(float(value), 6) for value in gap.by_question]
+    made["by_question_failed"] = [round(float(value), 6) for value in gap.by_question_failed]
+    return made
+
+
+def probe_report(content: dict[str, Any], picture: str) -> str:
+    """Return the report of a probe.
+
+    Args:
+        content: What ``probe.json`` holds.
+        picture: Its file.
+    """
+    settings, student = content["settings"], content["student"]
+    intro = (
+        f"{settings['module']['model']}, {settings['questions']} {settings['split']} questions with {settings['samples']} "
+        f"samples each, temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}. Score of "
+        f"the student: {_pm(student['score'], '.3f')}; {student['failed']:.1%} of its rollouts fail."
+    )
+    rows = []
+    for row in content["contexts"]:
+        covered = f"{row['coverage']:.2f} ({_number(row['coverage_failed'], '.2f')})"
+        recovery = f"{_number(row['recovery']['value'], '.3f')} ({_pm(row['recovery_net'])})"
+        name = row["name"] if row["control"] is None else f"*{row['name']}* (control)"
+        scores = [_number(row["teacher"]["value"], ".3f"), _pm(row["gap"])]
+        is_none = row["name"] == "none"
+        nets = ["–", "–"] if is_none else [_pm(row["net"]), _pm(row["net_failed"])]
+        recovery = _number(row["recovery"]["value"], ".3f") if is_none else recovery
+        rows.append([name, covered, *scores, *nets, recovery, _number(row["length"], ".1f")])
+    header = [
+        "context",
+        "covered (failed)",
+        "teacher",
+        "gap",
+        "net gap",
+        "net gap, failed only",
+        "recovery (net)",
+        "tokens",
+    ]
+    parts = ["# Probe", intro, table(header, rows), f"![net gaps]({picture})", "\n".join(_remarks(content))]
+    own = str(settings["module"]["dont_reprompt_on_self_success"]).lower()
+    return "\n\n".join([*parts, "## How to read it", READING.format(own=own, sure=SURE)]) + "\n"
+
+
+def _remarks(content: dict[str, Any]) -> list[str]:
+    rows = {row["name"]: row for row in content["contexts"]}
+    student = content["student"]
+    remarks = []
+    if absent := [name for name, row in rows.items() if row["coverage"] == 0]:
+        remarks.append(f"No rollout gets {', '.join(absent)}: nothing to show (no feedback, or no such sibling).")
+    unsure = [
+        name
+        for name, row in rows.items()
+        if row["control"] is None and name != "none" and row["coverage"] and not row["told_from_0"]
+    ]
+    if unsure:
+        remarks.append(f"Not told from 0: {', '.join(unsure)}.")
+    if harm := [
+        name for name, row in rows.items() if row["control"] is None and row["told_from_0"] and row["net"]["value"] < 0
+    ]:
+        remarks.append(f"Worse than no context: {', '.join(harm)}.")
+    remarks += [
+        f"`{row['control']}`: {row['keeps']['value']:.0%} [{row['keeps']['low']:.0%}, {row['keeps']['high']:.0%}] of "
+        "the net gap of `sibling`."
+        for row in rows.values()
+        if "keeps" in row
+    ]
+    best = max((row for row in rows.values() if row["control"] is None), key=lambda row: row["net"]["value"])
+    if best["net"]["value"] > 0:
+        remarks.append(
+            f"Largest net gap: {best['name']}, {_pm(best['net'])}. A student that closed it would score about "
+            f"{student['score']['value'] + best['net']['value']:.3f} at this temperature; a teacher that rises too lets it go on."
+        )
+    return [f"- {remark}" for remark in remarks]
+
+
+def calibration_content(
+    line: Line, given: list[Point], boot: Bootstrap, predictions: list[dict[str, Any]], scale: str
+) -> dict[str, Any]:
+    """Return what ``calibration.json`` holds.
+
+    Args:
+        line: Through the points.
+        given: The points.
+        boot: Their errors.
+        predictions: With `name`, `gap`, `gain`, `half`, `inside`.
+        scale: Of the gaps.
+    """
+    rows = [
+        {
+            "name": point.name,
+            "context": point.context,
+            "seeds": list(point.seeds),
+            "gap": float(line.gaps[i]),
+            "gap_error": float(boot.gaps[i]),
+            "gain": float(line.gains[i]),
+            "gain_error": float(boot.gains[i]),
+            "gain_by_seed": [float(value) for value in point.gain.mean(axis=1)],
+            "fitted": float(line.gains[i] - line.residuals[i]),
+            "left_out": float(line.left_out[i]),
+            "leverage": float(line.leverage[i]),
+            "collapsed": point.collapsed,
+        }
+        for i, point in enumerate(given)
+    ]
+    stable = [i for i, point in enumerate(given) if not point.collapsed]
+    rest = None
+    if 3 <= len(stable) < line.n:
+        rest = fit(line.gaps[stable], line.gains[stable])
+    return {
+        "scale": scale,
+        **{name: getattr(line, name) for name in _LINE},
+        "intercept_interval": boot.interval(boot.intercepts),
+        "slope_interval": boot.interval(boot.slopes),
+        "reliability": reliability(line.gaps, boot.gaps),
+        "without_collapsed": None if rest is None else {name: getattr(rest, name) for name in _LINE},
+        "range": [float(line.gaps.min()), float(line.gaps.max())],
+        "points": rows,
+        "predictions": predictions,
+    }
+
+
+def calibration_report(content: dict[str, Any], picture: str) -> str:
+    """Return the report of a calibration.
+
+    Args:
+        content: From :func:`calibration_content`.
+        picture: Its file.
+    """
+    rows = [
+        [
+            row["name"],
+            str(len(row["seeds"])),
+            f"{row['gap']:+.3f} ± {row['gap_error']:.3f}",
+            f"{row['gain']:+.3f} ± {row['gain_error']:.3f}",
+            ", ".join(f"{value:+.3f}" for value in row["gain_by_seed"]),
+            f"{row['fitted']:+.3f}",
+            f"{row['left_out']:+.3f}",
+            f"{row['leverage']:.2f}",
+        ]
+        for row in content["points"]
+    ]
+    header = ["run", "seeds", "net gap g", "gain Δ", "Δ by seed", "line", "left-out error", "leverage"]
+    a, b = content["intercept_interval"], content["slope_interval"]
+    told = (
+        f"**Δ = {content['intercept']:+.3f} {content['slope']:+.3f} g** over {content['n']} configurations, g on the scale of "
+        f"{content['scale']} rollouts; a in [{a[0]:+.3f}, {a[1]:+.3f}], b in [{b[0]:+.3f}, {b[1]:+.3f}] (95 %, bootstrap over "
+        f"questions and seeds). R² {content['r2']:.3f}, scatter {content['scatter']:.4f}. Leave-one-out RMSE "
+        f"{content['loo_rmse']:.4f} (R² {content['loo_r2']:.3f}); without any gap, from the mean of the other runs, it is "
+        f"{content['loo_constant']:.4f}. Reliability of g: {content['reliability']:.3f}."
+    )
+    parts = ["# Calibration", told, table(header, rows), f"![gain over gap]({picture})", "\n".join(_warnings(content))]
+    if content["predictions"]:
+        cells = []
+        for row in content["predictions"]:
+            low, high = content["range"]
+            where = "" if row["inside"] else f"**outside [{low:+.3f}, {high:+.3f}]**"
+            gain = "not predicted" if row["gain"] is None else f"{row['gain']:+.3f} ± {row['half']:.3f}"
+            cells.append([row["name"], f"{row['gap']:+.3f}", gain, where])
+        parts += ["## Predictions", table(["context", "net gap", "gain, 95 % prediction interval", ""], cells)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _warnings(content: dict[str, Any]) -> list[str]:
+    made = []
+    heavy = [row for row in content["points"] if row["leverage"] > 0.7]
+    if heavy:
+        names = ", ".join(f"{row['name']} ({row['leverage']:.2f})" for row in heavy)
+        made.append(f"The line hangs on {names}: without that the slope may be another one.")
+    if gone := [row["name"] for row in content["points"] if row["collapsed"]]:
+        told = f"Fell below half of the score they started from: {', '.join(gone)}."
+        if (rest := content["without_collapsed"]) is not None:
+            told += (
+                f" Through the other {rest['n']}: Δ = {rest['intercept']:+.3f} {rest['slope']:+.3f} g, R² {rest['r2']:.3f}, "
+                f"leave-one-out RMSE {rest['loo_rmse']:.4f} (R² {rest['loo_r2']:.3f}), without the gap "
+                f"{rest['loo_constant']:.4f}."
+            )
+        made.append(told)
+    if content["loo_rmse"] >= content["loo_constant"]:
+        made.append("**The gap foretells no better than the mean of the other runs.** Do not choose by this line.")
+    if content["reliability"] < 0.8:
+        made.append("The gaps are measured too roughly for a line: ask more questions.")
+    if any(len(row["seeds"]) < 2 for row in content["points"]):
+        made.append("Single seeds: the gains' errors lack the spread between seeds.")
+    return [f"- {line}" for line in made]
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
+
+
+def _pm(row: dict[str, float], form: str = "+.3f") -> str:
+    return "–" if math.isnan(row["value"]) else f"{row['value']:{form}} ± {row['error']:.3f}"
