@@ -11,7 +11,7 @@ quickstart: .venv/ready
 	$(BIN)/pgpo fit --config configs/quickstart.yaml
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # With the real engine, on a CPU. An environment of its own, because vLLM wants other versions: 3.4 GB with PyTorch's CPU build,
 # for which `pip` has to know the index (PIP_EXTRA_INDEX_URL).

@@ -1,19 +1,21 @@
-"""Draw what a study of HAPO did over time: ``python benchmarks/hapo.py runs/lab-hapo docs/hapo.png``.
+"""Draw what studies of HAPO did over time: ``python benchmarks/hapo.py runs/lab-hapo-rare runs/lab-hapo docs/hapo/curves.png``.
 
-Above the share of groups with a demonstration, below the share of the student's own rollouts that succeeded; each line an arm,
-the mean of its seeds over a moving window of five steps.
+A column per condition. Above the share of groups with a demonstration, below the share of the student's own rollouts that
+succeeded; each line an arm, the mean of its seeds over a moving window of five steps.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from pgpo_lightning.lab.runs import Run, load_runs
 
 PANELS = {"hapo/injected_groups": "groups with a demonstration", "critic/score/mean": "rollouts that succeed"}
 WINDOW = 5
+FIRST = {"grpo": "black", "hapo-0.8": "magenta"}  # what every study has
 
 
 def curve(runs: list[Run], tag: str) -> np.ndarray | None:
@@ -24,22 +26,34 @@ def curve(runs: list[Run], tag: str) -> np.ndarray | None:
     return np.convolve(np.mean(rows, axis=0), np.ones(WINDOW) / WINDOW, mode="valid")
 
 
-def draw(source: Path, output: Path) -> None:
-    """Draw the picture of a folder of runs, or of a file with one run per line."""
-    arms: dict[str, list[Run]] = {}
-    for run in load_runs([source]):
-        arms.setdefault(run.arm, []).append(run)
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    for axis, (tag, name) in zip(figure.subplots(2, 1), PANELS.items(), strict=True):
-        for number, (arm, runs) in enumerate(arms.items()):
-            if (values := curve(runs, tag)) is not None:
-                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-                axis.plot(np.arange(len(values)) + WINDOW, values, label=f"{arm} ({len(runs)})", **style)
-        axis.set(ylabel=name, xlabel="step", ylim=(-0.02, 1.02))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, ncols=2, title="arm (seeds)", title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(output, dpi=90)
+def draw(sources: list[Path], output: Path) -> None:
+    """Draw the picture of folders of runs, or of files with one run per line."""
+    studies: dict[str, dict[str, list[Run]]] = {}
+    for run in load_runs(sources):
+        studies.setdefault(run.study, {}).setdefault(run.arm, []).append(run)
+    arms = sorted({arm for study in studies.values() for arm in study} - FIRST.keys())
+    colours = FIRST | {arm: colormaps["tab20"](number % 20) for number, arm in enumerate(arms)}
+    figure = Figure(figsize=(4 * len(studies) + 2, 6), layout="constrained")
+    axes = figure.subplots(2, len(studies), squeeze=False, sharex=True, sharey=True)
+    lines = {}
+    for column, (study, members) in zip(axes.T, studies.items(), strict=True):
+        column[0].set_title(f"{study} ({max(map(len, members.values()))} seeds)", fontsize=10)
+        for axis, tag in zip(column, PANELS, strict=True):
+            for arm, runs in members.items():
+                if (values := curve(runs, tag)) is not None:
+                    steps = np.arange(len(values)) + WINDOW
+                    width = 2.0 if arm in FIRST else 1.0
+                    lines[arm] = axis.plot(steps, values, color=colours[arm], linewidth=width)[0]
+            axis.set(ylim=(-0.02, 1.02))
+            axis.grid(alpha=0.3)
+        column[-1].set_xlabel("step")
+    for axis, name in zip(axes[:, 0], PANELS.values(), strict=True):
+        axis.set_ylabel(name)
+    names = [*(arm for arm in FIRST if arm in lines), *(arm for arm in arms if arm in lines)]
+    figure.legend([lines[arm] for arm in names], names, loc="outside right upper", fontsize=8)
+    figure.savefig(output, dpi=70)
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    *given, target = map(Path, sys.argv[1:])
+    draw(given, target)

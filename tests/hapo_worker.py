@@ -47,8 +47,7 @@ class FixedRollouts(HAPO):
         self.seen.append({name: v for name, v in self.scalars.items() if name.startswith(("hapo", "actor"))})
 
 
-def main():
-    output, ranks = sys.argv[1], int(sys.argv[2])
+def main(output, ranks):
     torch.set_num_threads(1)
     module = FixedRollouts(
         tiny_model(), by_reward_in_the_text, tokenizer=TOKENIZER, num_generations=4, max_prompt_length=64,
@@ -73,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], int(sys.argv[2]))

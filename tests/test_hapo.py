@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import hapo_worker
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.hindsight import below, confidence, shaped, to_replace
+from pgpo_lightning.lab.plan import read_lab
 from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.modules import GRPO, HAPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
@@ -38,6 +40,8 @@ from pgpo_lightning.modules.gates import (
 from pgpo_lightning.modules.grpo import group_advantages
 from pgpo_lightning.records import Question
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+MATCHED = {"random": ["hapo-0.8"], "random-injected": ["hapo-0.8"], "random-0.2": ["hapo-0.2"]}
 HAPO_LIMITS = {"max_prompt_length": 64, "max_response_length": 32}
 N = 8
 
@@ -182,8 +186,8 @@ def test_an_accumulated_posterior_counts_earlier_visits():
     assert slow.decide([Group(3, 7, N)], 0, random.Random(0))[0].open
 
 
-def record(folder, rates, first=1):
-    curves = {"hapo/gate_open": [list(range(first, first + len(rates))), rates]}
+def record(folder, rates, first=1, curve="hapo/gate_open"):
+    curves = {curve: [list(range(first, first + len(rates))), rates]}
     run = Run("s", "a", 0, len(rates), 8, 1.0, 1.0, curves if rates else {}, {})
     run.save(folder / "run.json")
     return str(folder)
@@ -202,6 +206,24 @@ def test_the_random_gate_opens_as_often_as_the_record_says(tmp_path):
         (tmp_path / str(first)).mkdir()
         with pytest.raises(ValueError, match="`run` to be a run of HAPO with `hapo/gate_open` of every step"):
             MatchedRandomGate(record(tmp_path / str(first), rates, first))
+
+
+def test_the_random_gate_gives_as_many_demonstrations_as_the_record_says(tmp_path):
+    folder = record(tmp_path, [0.9, 0.9], curve="hapo/injected_groups")
+    gate = MatchedRandomGate(folder, match="injected")
+    groups = [Group(i, 8 if i % 2 else i % 8, N) for i in range(4000)]  # every other one has no failure
+    decisions = gate.decide(groups, 0, random.Random(0))
+    assert [d.open for d in decisions] == [i % 2 == 0 for i in range(4000)]  # 0.9 of all is more than there are
+    gate.record[1] = 0.4
+    decisions = gate.decide(groups, 1, random.Random(1))
+    assert sum(d.open for d in decisions) / 4000 == pytest.approx(0.4, abs=0.03)
+    assert not any(d.open for d, group in zip(decisions, groups, strict=True) if group.successes == N)
+    assert decisions[0].confidence == pytest.approx(0.1)
+    assert not any(d.open for d in gate.decide([Group(0, N, N)], 1, random.Random(0)))
+    with pytest.raises(ValueError, match="with `hapo/gate_open` of every step"):
+        MatchedRandomGate(folder)
+    with pytest.raises(ValueError, match="`match` to be one of open, injected"):
+        MatchedRandomGate(folder, match="all")
 
 
 def test_a_run_longer_than_the_gates_record_is_refused_at_the_start(tmp_path):
@@ -505,15 +527,9 @@ REMEMBERING = {
 }
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"gate": REMEMBERING, "ties": "random"},
-        {"gate": REMEMBERING, "demonstrations": {"class_path": "SuccessBuffer", "init_args": {"choice": "random"}}},
-    ],
-    ids=["column", "buffer"],
-)
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, model):
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
+    buffer = {"class_path": "SuccessBuffer", "init_args": {"choice": "random"}}
+    model = {"gate": REMEMBERING, "ties": "random", "demonstrations": buffer}  # all that has a state or draws lots
     main(settings_of(tmp_path / "whole", 6, **model))
     main(settings_of(tmp_path / "cut", 4, **model))  # the second epoch has begun: some questions are seen again
     main([*settings_of(tmp_path / "cut", 6, **model), "--ckpt_path", "last"])
@@ -527,6 +543,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, model):
     assert len(saved[0]["pgpo_lightning"]["hapo"]["gate"]["state"]["seen"]) > 10
     curves = [read_scalars(tmp_path / name) for name in ("whole", "cut")]
     assert len(curves[0]["hapo/injected_groups"]) == 6
+    assert any(share > 0 for step, share in curves[0]["hapo/injected_groups"].items() if step > 4)  # after the cut
     assert {t: v for t, v in curves[0].items() if "hapo" in t} == {t: v for t, v in curves[1].items() if "hapo" in t}
     assert "hapo/gate_open" in Run.load(tmp_path / "whole").curves
     other = settings_of(
@@ -547,18 +564,16 @@ def test_a_column_that_is_not_there_stops_before_anything_is_generated(tmp_path,
 
 
 def test_two_processes_are_one(tmp_path):
-    results = {}
-    for ranks in (1, 2):
-        output = tmp_path / f"out{ranks}"
-        subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "hapo_worker.py"), str(output), str(ranks)],
-            check=True,
-            timeout=580,
-            capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        results[ranks] = [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
-    (one,), two = results[1], results[2]
+    hapo_worker.main(str(tmp_path / "one"), 1)
+    subprocess.run(
+        [sys.executable, hapo_worker.__file__, str(tmp_path / "two"), "2"],
+        check=True,
+        timeout=580,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one = torch.load(tmp_path / "one.0", weights_only=True)
+    two = [torch.load(tmp_path / f"two.{rank}", weights_only=True) for rank in range(2)]
     assert two[0]["state"] == two[1]["state"] == one["state"]
     assert torch.equal(two[0]["weights"], two[1]["weights"])
     torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=1e-4, atol=1e-6)
@@ -592,3 +607,14 @@ def test_hard_questions_are_there_and_few_are_answered():
     data = ToyArithmetic(hard=True, domains=["physics"])
     data.setup("fit")
     assert len(data.questions["train"]) == 79
+
+
+@pytest.mark.parametrize("study", ["hapo", "hapo-rare"])
+def test_the_studies_have_the_arms_and_controls_that_they_say(study):
+    lab = read_lab(CONFIGS / "lab" / f"{study}.yaml")
+    runs = lab.runs()
+    assert len(runs) == len(lab.conditions) * len(lab.arms) * 5
+    by_arm = {run.arm: run for run in runs if run.seed == 0}
+    assert by_arm["grpo"].settings["model"]["init_args"]["norm_adv_by_std_in_grpo"]  # as HAPO by default
+    for arm, run in by_arm.items():
+        assert run.needs == tuple(f"{run.condition}/{of}/seed=0" for of in MATCHED.get(arm, ()))

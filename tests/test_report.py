@@ -250,7 +250,7 @@ def test_what_a_reader_has_to_know_is_noted():
     ]
     notes = " ".join(study_of(analyse(late, FAST))["notes"])
     assert "no evaluation at step 0" in notes
-    assert "no arm sdpo" in notes
+    assert "no arm sdpo, so no differences to a baseline: `--baseline` names another one (" in notes
     assert "no information arm (pgpo*)" in notes
 
 
@@ -311,6 +311,27 @@ def test_the_command_writes_tables_pictures_and_the_sentence(tmp_path, capsys):
           "--decisive=[constant,random]", "--margin=0.03"])  # fmt: skip
     for file in out.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_without_multipliers_there_is_no_dose_to_report(tmp_path):
+    made = [tiny(seed, arm, rho=[]) for arm in ("grpo", "hapo") for seed in (0, 1)]
+    write_runs(made, tmp_path / "runs.jsonl")
+    report([str(tmp_path / "runs.jsonl")], str(tmp_path / "out"), baseline="grpo")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| entropy |\n" in text
+    assert "hapo − grpo" in text
+    assert not (tmp_path / "out" / "multipliers.png").exists()
+    write_runs([replace(run, rho=[1.1]) for run in made], tmp_path / "runs.jsonl")
+    report([str(tmp_path / "runs.jsonl")], str(tmp_path / "out"), baseline="grpo")
+    assert "| entropy | dose |\n" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "multipliers.png").exists()
+
+
+def test_every_arm_has_a_colour_of_its_own():
+    from pgpo_lightning.lab.pictures import _style
+
+    for names in ([f"arm{i}" for i in range(11)], ["sdpo", *(f"arm{i}" for i in range(10))]):
+        assert len({_style(name, names, Design())["color"] for name in names}) == 11
 
 
 @pytest.mark.usefixtures("no_pictures")

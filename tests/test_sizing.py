@@ -295,6 +295,25 @@ def test_a_plan_without_weights_or_hub(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_demonstration_stands_in_every_group():
+    args = ["--config", str(CONFIGS / "hapo.yaml"), "--response_tokens", "10"]
+    made = {tokens: plan(command(*args, "--demonstration_tokens", str(tokens)).run()) for tokens in (10, 32)}
+    assert made[10].tokens == plan(command("--config", str(CONFIGS / "hapo.yaml"), "--response_tokens", "10",
+                                          "--model.class_path", "GRPO").run()).tokens  # fmt: skip
+    assert made[32].largest["student"].tokens == 8 * (7 * 10 + 32)  # 8 groups in one micro-batch
+    assert made[32].largest["student"].width == 31  # the last token predicts nothing
+    assert made[32].tokens["response tokens"] == made[10].tokens["response tokens"] == 8 * 8 * 10  # as sampled
+    assert made[32].flops["rollouts"] == made[10].flops["rollouts"]
+    assert made[32].flops["student backward"] > made[10].flops["student backward"]
+    assert command(*args).run().demonstration == 32  # the limit
+
+
+@pytest.mark.parametrize("tokens", ["0", "33"])
+def test_a_demonstration_has_the_limit_of_a_response(tokens):
+    with pytest.raises(ValueError, match=f"`demonstration_tokens` to lie between 1 and .* 32, but got {tokens}"):
+        command("--config", str(CONFIGS / "hapo.yaml"), "--demonstration_tokens", tokens).run()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -305,6 +324,7 @@ def test_a_plan_without_weights_or_hub(tmp_path, capsys, monkeypatch):
             "`trainer.strategy.init_args.tensor_parallel_size` to be 1, but got auto",
         ),
         (["--response_tokens", "33"], "Expected `response_tokens` to be at most the configured limit 32, but got 33"),
+        (["--demonstration_tokens", "9"], "Expected no `demonstration_tokens` with SDPO, .* but got 9"),
         (["--shapes", "nowhere"], "Expected `shapes` to be a folder with a config.json, but got nowhere"),
         (["--device", "tpu"], "Expected `device` to be one of cuda, cpu, but got 'tpu'"),
         (["--model.lora.target_modules", "[nothing]"], "Expected `lora.target_modules` to be all-linear or some of"),
@@ -325,6 +345,7 @@ def test_what_is_not_understood_is_refused(args, message, capsys):
 
 def test_a_teacher_on_the_host_visits_the_device_for_the_gradients():
     args = ["--config", str(CONFIGS / "quickstart.yaml"), "--device", "cuda", "--trainer.precision", "bf16-mixed"]
+    args += ["--data.batch_size", "2", "--data.eval_batch_size", "2", "--model.micro_batch_tokens", "1000"]
     near, far = (plan(command(*args, "--model.teacher_offload", text).run()) for text in ("false", "true"))
     teacher = near.need.standing["teacher"]
     assert "teacher" not in far.need.standing

@@ -47,8 +47,8 @@ def analyse(runs: list[Run], design: Design) -> dict[str, Any]:
         design: What is asked of them.
 
     Returns:
-        As `report.json`: `studies`, each with `arms`, `comparisons`, `doses` and `answers`; `pooled`, the answers over all
-        studies, or None for a single one. NaN stands where there is no number.
+        As `report.json`: `studies`, each with `arms`, `comparisons`, `doses`, `answers` and `multipliers` (whether any run had
+        one); `pooled`, the answers over all studies, or None for a single one. NaN stands where there is no number.
 
     Raises:
         ValueError: As :func:`studies`.
@@ -185,6 +185,7 @@ def _study(study: Study, design: Design) -> dict[str, Any]:
         "questions": study.questions,
         "samples": study.first.samples,
         "seeds": study.seeds,
+        "multipliers": study.multipliers,
         "arms": [_arm(arm, study, design) for arm in study.arms.values()],
         "comparisons": rows,
         "doses": [_doses(a, b) for a, b, kind in pairs(study, design) if kind != "baseline"],
@@ -275,7 +276,10 @@ def _notes(study: Study, design: Design) -> list[str]:
         if (seeds := common(a, b)) and not any(paired(a, b, measure, seeds).any() for measure in MEASURES)
     ]
     if design.baseline not in study.arms:
-        notes.append(f"There is no arm {design.baseline}, so no differences to a baseline.")
+        notes.append(
+            f"There is no arm {design.baseline}, so no differences to a baseline: `--baseline` names another one "
+            f"({', '.join(study.arms)})."
+        )
     asked = [name for name in study.arms if design.suffix(name) is not None]
     if not asked:
         notes.append(f"There is no information arm ({', '.join(design.information)}).")

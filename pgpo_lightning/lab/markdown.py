@@ -153,7 +153,11 @@ def _arms(study: dict[str, Any]) -> str:
         share = f"{gone['count']}/{arm['seeds']} [{gone['low']:.2f}, {gone['high']:.2f}]"
         at = "" if math.isnan(gone["step"]) else f"{gone['step']:g}"
         scores = [_level(arm[name]) for name in ("base", *MEASURES)]
-        rest = [_level(arm["length"], 1), _level(arm["entropy"]), _level(arm["dose"])]
+        rest = [
+            _level(arm["length"], 1),
+            _level(arm["entropy"]),
+            *([_level(arm["dose"])] if study["multipliers"] else []),
+        ]
         rows.append([arm["arm"], str(arm["seeds"]), *scores, share, at, *rest])
     header = [
         "arm",
@@ -166,7 +170,7 @@ def _arms(study: dict[str, Any]) -> str:
         "at",
         "length",
         "entropy",
-        "dose",
+        *(["dose"] if study["multipliers"] else []),
     ]
     return table(header, rows)
 

@@ -58,7 +58,7 @@ def draw_forest(content: dict[str, Any], path: Path) -> None:
     height = 1.4 + 0.28 * max(1, *(len(rows) for _, rows in columns))
     figure = Figure(figsize=(5.2 * len(columns), height), layout="constrained")
     figure.suptitle(
-        f"paired differences of the {measure} held-out score, 95 % intervals before correction", fontsize=10
+        f"paired differences of the {measure} held-out score,\n95 % intervals before correction", fontsize=10
     )
     for axis, (name, rows) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         axis.axvspan(-margin, margin, color="0.92", zorder=0)
@@ -129,6 +129,6 @@ def _style(name: str, names: list[str], design: Design) -> dict[str, Any]:
     """Baseline black, information arms solid, all others dashed; a colour per arm."""
     if name == design.baseline:
         return {"color": "black", "linewidth": 1.5}
-    place = [other for other in names if other != design.baseline].index(name)
-    colour = colormaps["tab20" if len(names) > 11 else "tab10"](place % 20)
+    others = [other for other in names if other != design.baseline]
+    colour = colormaps["tab20" if len(others) > 10 else "tab10"](others.index(name) % 20)
     return {"color": colour, "linewidth": 1.5, "linestyle": "-" if design.suffix(name) is not None else "--"}

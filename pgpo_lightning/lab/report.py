@@ -64,8 +64,10 @@ def report(
     groups = studies(records, design)
     draw_curves(groups, design, folder / "curves.png")
     draw_forest(content, folder / "forest.png")
-    draw_multipliers(groups, design, folder / "multipliers.png")
-    pictures = {"curves": "curves.png", "differences": "forest.png", "multipliers and information": "multipliers.png"}
+    pictures = {"curves": "curves.png", "differences": "forest.png"}
+    if any(study.multipliers or study.informed for study in groups):
+        draw_multipliers(groups, design, folder / "multipliers.png")
+        pictures["multipliers and information"] = "multipliers.png"
     (folder / "report.md").write_text(markdown(content, pictures), encoding="utf-8")
     write_runs(records, folder / "runs.jsonl")
     made = plain(content)

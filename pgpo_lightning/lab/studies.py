@@ -146,6 +146,16 @@ class Study:
         return sorted({seed for arm in self.arms.values() for seed in arm.seeds})
 
     @property
+    def multipliers(self) -> bool:
+        """Return whether any run had a multiplier; without one there are no doses to speak of."""
+        return any(run.rho for arm in self.arms.values() for run in arm.runs)
+
+    @property
+    def informed(self) -> bool:
+        """Return whether any run measured information: objectives without a teacher do not."""
+        return any(measures.INFORMATION in run.curves for arm in self.arms.values() for run in arm.runs)
+
+    @property
     def steps(self) -> list[int]:
         """Return the steps of the evaluations."""
         return measures.evaluations(self.first)

@@ -328,23 +328,27 @@ class RandomGate(Gate):
 class MatchedRandomGate(RandomGate):
     """Open at random as often as a recorded run's gate was in the same step: does it matter *which* groups get a demonstration?
 
-    What is matched is `hapo/gate_open`, the share of groups with an open gate, in expectation.
-
     Args:
         run: The recorded run: its folder, or its ``run.json``.
+        match: What is as frequent as in the record, in expectation: ``open`` gates (`hapo/gate_open`), some of which then fall on
+            groups without a failure, where they change nothing; or ``injected`` demonstrations (`hapo/injected_groups`), which
+            are drawn among the groups with a failure, all of them if there are too few.
 
     Raises:
-        ValueError: If there is no such record, or it lacks the curve of some step.
+        ValueError: If there is no such record, it lacks the curve of some step, or `match` is neither.
         MisconfigurationException: If this run has more batches than the record, or a resumed run meets another record than it
             began with.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, match: Literal["open", "injected"] = "open") -> None:
         super().__init__(0.0)
-        steps, rates = Run.load(run).curves.get("hapo/gate_open", [[], []])
+        one_of(("open", "injected"), match=match)
+        self.match = match
+        curve = "hapo/gate_open" if match == "open" else "hapo/injected_groups"
+        steps, rates = Run.load(run).curves.get(curve, [[], []])
         if not steps or list(steps) != list(range(1, len(steps) + 1)):
             raise ValueError(
-                f"Expected `run` to be a run of HAPO with `hapo/gate_open` of every step, but {run} has {len(steps)} of them. "
+                f"Expected `run` to be a run of HAPO with `{curve}` of every step, but {run} has {len(steps)} of them. "
                 "Record one with `trainer.log_every_n_steps` 1."
             )
         self.run, self.record = run, list(rates)
@@ -353,6 +357,18 @@ class MatchedRandomGate(RandomGate):
         """See :meth:`RandomGate.rate`."""
         self.check_length(step + 1)
         return self.record[step]
+
+    def decide(self, groups: list[Group], step: int, rng: random.Random) -> list[Decision]:
+        """See :meth:`Gate.decide`."""
+        decisions = super().decide(groups, step, rng)
+        if self.match == "open":
+            return decisions
+        failed = [group.successes < group.size for group in groups]
+        rate = self.rate(step) * len(groups) / max(1, sum(failed))
+        return [
+            Decision(there and rng.random() < rate, decision.confidence)
+            for there, decision in zip(failed, decisions, strict=True)
+        ]
 
     def check_length(self, steps: float) -> None:
         """Refuse more batches than were recorded."""

@@ -41,7 +41,7 @@ class HAPO(GRPO):
         norm_adv_by_std_in_grpo: Divide advantages by the group's standard deviation (Eq. 2). GRPO here does not by default.
         std: With n - 1 (``sample``, as LUFFY, verl and GRPO here) or with n (``population``) in its denominator.
         gradient_parts_every_n_steps: Batches between two measurements of the gradients of demonstrations and of rollouts alone:
-            their norms and their cosine. Each costs two more backward passes; 0 for none.
+            their norms and their cosine. Each costs two more backward passes, and memory for two more gradients; 0 for none.
         kwargs: See :class:`GRPO` and :class:`OnPolicyModule`.
 
     Raises:

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.building import BuildCommand
-from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.modules import HAPO, OnPolicyModule
 from pgpo_lightning.rollout import TransformersEngine
 from pgpo_lightning.sizing.adapters import Adapters
 from pgpo_lightning.sizing.dry_run import Compute
@@ -47,6 +47,11 @@ class PlanCommand(BuildCommand):
             parser.add_argument(
                 f"--{name}_tokens", type=int | None, help=f"Mean length of a {what}; by default its limit."
             )
+        parser.add_argument(
+            "--demonstration_tokens",
+            type=int | None,
+            help="Mean length of HAPO's demonstrations, one of which stands in every group; by default their limit.",
+        )
         parser.add_argument("--spread", type=float, default=0.0, help="Lengths of responses: mean * (1 ± spread).")
 
     def adapt(self, model: Any) -> None:
@@ -75,6 +80,7 @@ class PlanCommand(BuildCommand):
                 raise ValueError(
                     f"Expected `{name}_tokens` to be at most the configured limit {limit}, but got {length}."
                 )
+        demonstration = _demonstration(module, self._get(self.config, "demonstration_tokens"))
         adapters = _adapters(module, str(trainer.precision))
         engine = module.engine
         data = self.datamodule
@@ -100,7 +106,24 @@ class PlanCommand(BuildCommand):
             device=device,
             adapters=adapters,
             offload=getattr(module, "teacher_offload", False),
+            demonstration=demonstration,
         )
+
+
+def _demonstration(module: OnPolicyModule, tokens: int | None) -> int | None:
+    if not isinstance(module, HAPO):
+        if tokens is not None:
+            raise ValueError(
+                f"Expected no `demonstration_tokens` with {type(module).__name__}, which puts no demonstrations among its "
+                f"rollouts, but got {tokens}."
+            )
+        return None
+    limit = module.max_response_length
+    if tokens is not None and not 1 <= tokens <= limit:
+        raise ValueError(
+            f"Expected `demonstration_tokens` to lie between 1 and the configured limit {limit}, but got {tokens}."
+        )
+    return limit if tokens is None else tokens
 
 
 def _adapters(module: OnPolicyModule, precision: str) -> Adapters | None:

@@ -27,7 +27,7 @@ from pgpo_lightning.sizing.memory import (
 )
 from pgpo_lightning.sizing.optimizers import OptimizerNeed, optimizer_need
 from pgpo_lightning.sizing.parameters import Count, count
-from pgpo_lightning.sizing.workload import Layout, Lengths, group
+from pgpo_lightning.sizing.workload import Layout, Lengths, group, with_demonstrations
 
 TEACHERS = {
     "ema": ["own"],
@@ -68,6 +68,7 @@ class Run:
         device: cuda or cpu.
         adapters: What is trained instead of all weights.
         offload: Whether the teacher's own weights are on the host, with a copy on the device while gradients are made.
+        demonstration: Assumed tokens of a demonstration that stands in for a rollout of each group (HAPO); null for none.
     """
 
     config: PretrainedConfig
@@ -91,6 +92,7 @@ class Run:
     device: str = "cuda"
     adapters: Adapters | None = None
     offload: bool = False
+    demonstration: int | None = None
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -159,7 +161,8 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
     host = need.standing.pop("teacher") if run.offload else 0
 
     rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
-    share = rows[: -(-len(rows) // run.updates)]
+    learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
+    share = learned[: -(-len(learned) // run.updates)]
     batches = group(share, run.micro_batch_tokens, run.share, with_teacher=bool(teachers))
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1

@@ -67,7 +67,8 @@ def table(made: Plan, memory: float | None) -> str:
         ),
         f"{sharding.devices} x {run.device}, {sharding.kind}; per device and step {run.questions} questions x {run.samples}; "
         f"tokens: prompt {run.lengths.prompt}, teacher's {run.lengths.reprompt}, "
-        f"response {run.lengths.response} ± {run.lengths.spread:.0%}",
+        f"response {run.lengths.response} ± {run.lengths.spread:.0%}"
+        + ("" if run.demonstration is None else f", demonstration {run.demonstration} (one in every group)"),
         f"{made.micro_batches} micro-batches; the largest: "
         + "; ".join(f"{name} {_rows(layout)}, {layout.padded} padded tokens" for name, layout in made.largest.items()),
         "",
@@ -116,6 +117,7 @@ def content(made: Plan, memory: float | None) -> dict[str, Any]:
         "absent": {phase: list(parts) for phase, parts in made.need.absent.items()},
         "peak_bytes": made.need.peaks,
         "tokens": made.tokens,
+        "demonstration_tokens": run.demonstration,
         "flop": made.flops,
         "micro_batches": made.micro_batches,
         "largest": {name: asdict(layout) for name, layout in made.largest.items()},

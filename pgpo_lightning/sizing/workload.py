@@ -1,6 +1,6 @@
 """What one device works on in a step: rows of assumed lengths, grouped and laid out by the code that will do it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,22 @@ class Lengths:
             rollout = Rollout(Question("", None, index=question), prompt, ids, torch.zeros(len(ids)), "", True)
             rows.append(Row(rollout, Verdict(0.0), reprompt))
         return rows
+
+
+def with_demonstrations(rows: list[Row], samples: int, length: int) -> list[Row]:
+    """Return the rows of HAPO's loss where every gate is open: in each group a demonstration for the shortest rollout.
+
+    Args:
+        rows: As they were sampled.
+        samples: Responses to each question.
+        length: Of a demonstration, in tokens.
+    """
+    learned = list(rows)
+    for start in range(0, len(rows), samples):
+        i = min(range(start, start + samples), key=lambda i: rows[i].length)
+        given = replace(rows[i].rollout, response_ids=[1] * length, log_probs=torch.zeros(length))
+        learned[i] = replace(rows[i], rollout=given, demonstration=True)
+    return learned
 
 
 @dataclass(frozen=True)
