@@ -2,7 +2,8 @@
 
 Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER PRECISION, where SPLIT is `uneven` (ranks with unequal numbers of
 rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a teacher at all) or `routed` (likewise, but the rows
-without are reinforced, and the others share the step by the teacher's certainty).
+without are reinforced, and the others share the step by the teacher's certainty). With `uneven` under DDP the teacher is on the
+host.
 """
 
 import sys
@@ -69,7 +70,8 @@ def main():
     module = (FixedSRPO if routed else FixedSDPO)(
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher, **LIMITS, **given,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher,
+        teacher_offload=(split, strategy) == ("uneven", "ddp"), **LIMITS, **given,
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(
