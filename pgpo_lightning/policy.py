@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Literal
 
@@ -16,6 +18,20 @@ from pgpo_lightning.distillation import Head, Source
 from pgpo_lightning.quantization import Quantization
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@contextmanager
+def fp32_by_default() -> Iterator[None]:
+    """While it lasts, new tensors of no stated type are fp32, whatever the weights are.
+
+    Lightning's bf16-true makes them bf16: random numbers, log-probabilities and coefficients would be left with eight bits.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def resolve_model(name: str) -> str:

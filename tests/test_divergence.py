@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pgpo_lightning.divergence import (
+    clipped_divergence,
     divergence,
     entropy,
     forward_kl,
@@ -37,6 +38,18 @@ def test_reference_vectors(alpha, add_tail, expected):
     if add_tail is not None:
         log_s, log_t = student_top_k(log_s, log_t, 3, add_tail)
     assert divergence(log_s, log_t, alpha).item() == pytest.approx(expected, abs=6e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_bounded_entries_by_hand(alpha):
+    m = (1 - alpha) * S + alpha * T
+    entries = {0.0: T * (T / S).log(), 1.0: S * (S / T).log()}.get(
+        alpha, (1 - alpha) * S * (S / m).log() + alpha * T * (T / m).log()
+    )
+    for bound in (0.01, 0.05):
+        assert (entries > bound).any()
+        expected = sum(min(entry, bound) for entry in entries.tolist())
+        assert clipped_divergence(S.log(), T.log(), alpha, bound).item() == pytest.approx(expected, rel=1e-12)
 
 
 def pair(seed, shape=(7, 11), scale=2.0):

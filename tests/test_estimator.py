@@ -264,3 +264,10 @@ def test_settings_that_make_no_sense_are_refused(settings, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         estimator(output=str(tmp_path / "out"), **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pgpo_lightning.lab.estimator.toy_bank", None)
+    with pytest.raises(FileExistsError, match="`output` to be a folder"):
+        estimator(output=str(tmp_path / "file"))

@@ -100,3 +100,25 @@ def test_narrow_weights_under_an_optimizer_that_rounds_to_nearest_are_warned_of(
         UserWarning, match=r"Weights in bfloat16 .* are lost .* `dtype` float32 .* `bf16_stochastic_round`"
     ):
         module(tiny_model().bfloat16(), torch.optim.AdamW).configure_optimizers()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_narrow_weights_leave_random_numbers_and_statistics_wide(tmp_path, precision):
+    """Lightning's bf16-true makes bf16 the type of every new tensor: rollouts would be drawn with numbers of eight bits."""
+    module = Watched(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
+                     optimizer=lambda p: Rounding(p, lr=0.1), **LIMITS)  # fmt: skip
+    module.seen, types = [], set()
+    module.verifier = lambda question, response: types.add(torch.get_default_dtype()) or half_right(question, response)
+    t = trainer(tmp_path, max_steps=2, precision=precision, val_check_interval=1)
+    t.fit(module, loader(questions(4), 2), loader(questions(2), 2))
+    assert types == {torch.float32}
+    assert {p.dtype for p in module.model.parameters()} == {
+        torch.bfloat16 if precision == "bf16-true" else torch.float32
+    }
+    assert all(updated for updated, *_ in module.seen)
+    assert module.step_statistics.table().isfinite().all()
+    # Sampler and trainer read one distribution, in which most log-probabilities need more than eight bits.
+    log_probs = torch.cat([row.rollout.log_probs for row in module.last_rows])
+    assert log_probs.dtype == torch.float32
+    assert (log_probs != log_probs.bfloat16()).double().mean() > 0.9
+    assert torch.get_default_dtype() == torch.float32

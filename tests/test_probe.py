@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from pgpo_lightning.lab.inference import quantile_t
 from pgpo_lightning.lab.plan import read_lab
 from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.probe.calibration import bootstrap, points
+from pgpo_lightning.probe.calibration import Point, bootstrap, points
 from pgpo_lightning.probe.command import calibrate, dumps, measure, save
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, answers, contexts, effective, others, wrong
 from pgpo_lightning.probe.gaps import gap, kept, question_draws, ratio
@@ -188,7 +188,7 @@ def test_many_lines_at_once_are_single_ones():
     intercepts, slopes = lines(g, d)
     assert slopes[1] == pytest.approx(fit(g[1], d[1]).slope)
     assert intercepts[2] == pytest.approx(fit(g[2], d[2]).intercept)
-    assert reliability(np.array([0.0, 0.1, 0.2]), np.full(3, 0.05)) == pytest.approx(0.75)
+    assert reliability(np.array([0.0, 0.1, 0.2]), 0.05**2) == pytest.approx(0.75)
 
 
 # ------------------------------------------------------------------------------------------------ contexts and controls
@@ -249,10 +249,19 @@ def test_none_is_always_measured_and_names_are_checked():
         (([], {}, ["leak"]), "`controls` to be among"),
         (([], {"own": "{prompt}"}, []), "names that are taken|that are taken"),
         (([], {"a/b": "{prompt}"}, []), "letters, digits"),
-        (([], {"mine": "no placeholder"}, []), "placeholder"),
+        (([], {"mine": "no placeholder"}, []), "`templates.mine` to contain the placeholder {prompt}"),
     ]:
         with pytest.raises(ValueError, match=message):
             contexts(*given, BUILDER)
+
+
+def test_a_configuration_that_shows_no_demonstration_is_probed_as_it_is():
+    bare = replace(BUILDER, demonstration_source="none", reprompt_template="{prompt} Careful: {feedback}")
+    told = {context.name: reprompts(context) for context in contexts(["feedback", "configured"], {}, [], bare)}
+    assert told["configured"] == told["feedback"] == [None, "3*4+5? Careful: F:no", None]
+    for names, controls, culprit in ((["sibling"], [], "sibling"), ([], ["wrong"], "wrong")):
+        with pytest.raises(ValueError, match=f"placeholder {{solution}}.* does not go with {culprit}: leave that out"):
+            contexts(names, {}, controls, bare)
 
 
 def test_settings_without_effect_do_not_tell_contexts_apart():
@@ -431,10 +440,20 @@ def test_parts_of_another_probe_are_not_used(tmp_path):
         probed(tmp_path, precision="bf16-mixed")
     made = prober(tmp_path, Parrot())
     changed = contexts([], {"careful": "{prompt}!!!"}, [], made.module.reprompt)[1]
-    with pytest.raises(ValueError, match="but `context` differ"):
+    with pytest.raises(ValueError, match=r"but `context\.reprompt_template` differ"):
         made.teacher(changed, made.student())
     with pytest.raises(ValueError, match="but `questions`, `questions_sha256` differ"):
         prober(tmp_path, Parrot(), count=5).student()
+    asked = [one for chunk in made.chunks for one in chunk]
+    asked[0].columns["keywords"] = "which only the verifier reads"
+    again = Prober(made.module, asked, 4, Sampling(12), 2, 5, tmp_path, {"split": "validation"})
+    with pytest.raises(ValueError, match="but `questions_sha256` differ"):
+        again.student()
+    part = tmp_path / "parts" / "student" / "0000.json"
+    for text in (part.read_text()[:100], "[]"):
+        part.write_text(text)
+        with pytest.raises(ValueError, match=r"student.0000.json to be a part of a probe, but .* Delete it"):
+            made.student()
 
 
 def test_the_report_of_a_probe(parrot, tmp_path, capsys):
@@ -541,6 +560,39 @@ def test_the_bootstrap_draws_questions_and_seeds(parrot, tmp_path):
     assert low < 2 < high
 
 
+def point(gap, gain, seeds=(0, 1), questions="same"):
+    return Point("run", "c", gap, gain, seeds, (30,) * len(seeds), questions, Path("probe.json"), False, False)
+
+
+def test_an_error_that_all_gaps_have_in_common_does_not_make_them_unreliable():
+    rng = np.random.default_rng(0)
+    shared, own = rng.standard_normal(400), rng.standard_normal((3, 400))
+    gain = np.zeros((2, 5))
+    alike = bootstrap([point(shared + shift, gain) for shift in (0.0, 0.1, 0.2)])
+    assert alike.gaps == pytest.approx(400**-0.5, rel=0.1)
+    assert alike.noise == pytest.approx(0, abs=1e-12)
+    apart = bootstrap([point(shared + own[i], gain) for i in range(3)])
+    assert apart.gaps == pytest.approx((2 / 400) ** 0.5, rel=0.15)
+    assert apart.noise == pytest.approx(1 / 400, rel=0.15)  # that of `own` alone
+    # Other questions: nothing in common.
+    other = bootstrap([point(shared + i, gain, questions=str(i)) for i in range(3)])
+    assert other.noise == pytest.approx(1 / 400, rel=0.15)
+
+
+def test_other_seeds_and_questions_are_drawn_independently():
+    """With the same draws, two runs whose first seed was the better one would vary together whatever their seeds are."""
+    rng = np.random.default_rng(0)
+    gain = np.array([[0.1], [0.2]]) + np.zeros((2, 5))
+    gap = rng.standard_normal(50)
+    spread = lambda *given: bootstrap(list(given), draws=4000).slopes.std()  # noqa: E731
+    low, high = point(gap, gain), point(gap + 1, gain)
+    assert spread(low, high) == pytest.approx(0, abs=1e-9)
+    far = point(gap + 1, gain, seeds=(2, 3))
+    assert spread(low, far) == pytest.approx(
+        0.1 / 2**0.5 / 2**0.5, rel=0.06
+    )  # of the difference of two means of two seeds
+
+
 def test_runs_find_their_context_by_their_settings(parrot, tmp_path):
     root, _ = study(parrot, tmp_path)
     content = json.loads((root / "probe.json").read_text())
@@ -561,6 +613,14 @@ def test_runs_find_their_context_by_their_settings(parrot, tmp_path):
     with pytest.raises(ValueError, match=r"`model.init_args.verifier` of .*config.yaml to be that of"):
         points([folder], None, "all")
     assert content["contexts"][0]["name"] == "none"
+    del settings["model"]["init_args"]["demonstration_choice"]  # a GRPO has none
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=r"config.yaml to be of a run with a self-teacher"):
+        points([folder], None, "all")
+    for text in ("trainer: {}", "model: {", ""):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"config.yaml to be the configuration of a run, but reading it failed"):
+            points([folder], None, "all")
 
 
 def test_runs_without_what_is_needed_are_refused(parrot, tmp_path):
@@ -579,6 +639,31 @@ def test_runs_without_what_is_needed_are_refused(parrot, tmp_path):
     Run("base", "none", 5, 30, 4, 1.0, 1.0, {}, {"30": [0.1] * 4}).save(root / "base" / "none" / "seed=5" / "run.json")
     with pytest.raises(ValueError, match="evaluated before the first step and at the end"):
         points([root], None, "all")
+    finished(root / "base" / "none" / "seed=5", 5, [0.1, 0.1, float("nan"), 0.1])
+    with pytest.raises(ValueError, match="scores of none/seed=5 to be numbers"):
+        points([root], None, "all")
+    shutil.rmtree(root / "base" / "none" / "seed=5")
+    content = json.loads((root / "probe.json").read_text())
+    next(row for row in content["contexts"] if row["name"] == "sibling")["by_question"][1] = None
+    (root / "probe.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"`by_question` of sibling in .*probe.json to be numbers"):
+        points([root], None, "all")
+    for text in ('{"settings": {}, "contexts": 3}', '{"settings": {}, "contexts": []}', "[]", '{"sett'):
+        (root / "probe.json").write_text(text)
+        with pytest.raises(ValueError, match=r"probe.json to be the result of `pgpo probe`, but reading it failed"):
+            points([root], None, "all")
+
+
+def test_what_the_line_does_not_speak_of(parrot, tmp_path):
+    root, _ = study(parrot, tmp_path)
+    longer = Run("base", "sibling", 2, 60, 4, 1.0, 1.0, {}, {"0": [0.2] * 4, "60": [0.9] * 4})
+    longer.save(root / "base" / "sibling" / "seed=2" / "run.json")
+    content = json.loads((root / "probe.json").read_text())
+    next(row for row in content["contexts"] if row["name"] == "own")["coverage"] = 0.0
+    (root / "probe.json").write_text(json.dumps(content))
+    told = calibrate([str(root)], output=str(tmp_path / "out"))
+    assert [row["name"] for row in told["predictions"]] == ["feedback", "own+feedback", "sibling+feedback"]
+    assert "Runs of 30, 60 steps" in (tmp_path / "out" / "calibration.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -599,6 +684,8 @@ def test_the_command_on_the_toy(tmp_path, capsys):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.json")}
     main(["probe", *words, "--output", str(tmp_path), "--model.init_args.optimizer.init_args.lr", "0.5"])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.json")} == files
+    with pytest.raises(ValueError, match=r"but `module\.max_response_length` differ"):
+        main(["probe", *words, "--output", str(tmp_path), "--model.init_args.max_response_length", "20"])
     capsys.readouterr()
 
 
@@ -609,11 +696,15 @@ def test_the_command_on_the_toy(tmp_path, capsys):
         (["--contexts", "[peer]"], "`contexts` to be among none, feedback"),
         (["--top_p", "1.5"], "`top_p` to be at most 1"),
         (["--ckpt_path", "last"], "no `ckpt_path`"),
+        (["--output", str(QUICKSTART)], "`output` to be a folder"),
+        (["--calibrate", "nowhere", "--output", str(QUICKSTART)], "`output` to be a folder"),
+        (["--calibrate=nowhere"], "record of a finished run, but there is no .*nowhere"),
     ],
 )
 def test_what_the_command_refuses(tmp_path, words, message):
-    with pytest.raises(ValueError, match=message):
-        main(["probe", "--config", str(QUICKSTART), "--output", str(tmp_path), *words])
+    command = [] if words[0].startswith("--calibrate") else ["--config", str(QUICKSTART), "--output", str(tmp_path)]
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        main(["probe", *command, *words])
     assert not list(tmp_path.iterdir())
 
 

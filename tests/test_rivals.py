@@ -1,5 +1,7 @@
 """Rivals of PGPO against their formulas: question weights, routing, certainty weights, bounded entries, credited advantages."""
 
+import math
+
 import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
@@ -203,7 +205,7 @@ def test_bounded_entries_and_softened_targets_reach_the_step(settings, loss):
 
 def test_credited_advantages():
     advantages = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
-    log_ratio = torch.tensor([0.1, 3.0, 0.1, 3.0, float("nan"), -3.0], dtype=torch.float64)
+    log_ratio = torch.tensor([0.1, 3.0, 0.1, 3.0, 0.0, -3.0], dtype=torch.float64)
     factor = torch.tensor([1.10517091808, 1.2, 0.90483741804, 0.8, 1.0, 1.2], dtype=torch.float64)
     got = credited_advantages(advantages, log_ratio, 0.3, 0.2)
     torch.testing.assert_close(got, advantages * (0.7 + 0.3 * factor))
@@ -228,6 +230,13 @@ def test_rlsd_is_grpo_with_credited_advantages():
         return total
 
     assert_gradients(module, rows, expected)
+
+
+def test_a_teacher_that_says_nothing_finite_is_not_taken_for_none():
+    module = alone(RLSD)
+    with torch.no_grad():
+        next(module.teacher.parameters()).fill_(torch.nan)
+    assert not math.isfinite(module.accumulate_gradients(routed_rows()))
 
 
 def test_rlsd_forgets_the_teacher_and_copies_the_student(tmp_path):

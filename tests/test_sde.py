@@ -10,7 +10,7 @@ import pytest
 from pgpo_lightning.cli import main
 from pgpo_lightning.lab.multiplier_law import multiplier_law, variance_bound
 from pgpo_lightning.lab.output import write_study
-from pgpo_lightning.lab.sde import sde
+from pgpo_lightning.lab.sde import _orders, _quadratic_errors, sde
 from pgpo_lightning.lab.sde_adam import simulate
 from pgpo_lightning.lab.sde_bernoulli import SIGNALS, Bernoulli, Chebyshev, binary_entropy
 from pgpo_lightning.lab.sde_orders import fit_order
@@ -74,6 +74,15 @@ def test_both_sdes_are_of_order_one_in_the_mean_and_differ_in_the_variance():
     assert order("scaled", "variance") == pytest.approx(2, abs=0.02)
     for function in ("mean", "second moment", "variance", "cosine"):
         assert order("second order", function) == pytest.approx(2, abs=0.03)
+
+
+def test_from_the_minimum_the_mean_is_exact_and_has_no_order():
+    told = _quadratic_errors(Quadratic(start=0.0), ETAS, 2.0, 1.0)
+    row = told["paper"]["mean"]
+    assert row["errors"] == [0.0] * 5
+    assert np.isnan([row["order"]["value"], row["last_order"], row["relative"]]).all()
+    assert told["scaled"]["second moment"]["last_order"] == pytest.approx(2, abs=0.05)
+    assert "| paper | mean | +0.0e+00 | +0.0e+00 | – | exact | – |" in _orders(told, {"etas": ETAS})
 
 
 def test_a_fitted_order_with_its_interval():
@@ -215,7 +224,9 @@ def test_what_adam_makes_of_a_multiplier():
 def test_the_command_writes_a_report(tmp_path, capsys):
     words = ["--etas", "[0.2, 0.1, 0.05]", "--steps", "40", "--chains", "8", "--output", str(tmp_path / "out")]
     main(["sde", *words])
-    assert "order 1 in the mean" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "order in the mean is 1.0" in told
+    assert "in the mean is -0.037 at eta 0" in told
     content = json.loads((tmp_path / "out" / "sde.json").read_text())
     assert content["quadratic"]["paper"]["mean"]["order"]["value"] == pytest.approx(1, abs=0.1)
     assert content["stationary"][2]["paper_ratio"] == pytest.approx(4.21, abs=0.01)
@@ -229,7 +240,13 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     ("settings", "told"),
     [
         ({"etas": [0.1, 0.2]}, "`etas` to be at least three"),
+        ({"etas": [0.2, 0.1, 0.05, 0.05]}, "`etas` to be at least three different step sizes, each once"),
         ({"etas": [0.3, 0.2, 0.1]}, "`etas` to divide `horizon`"),
+        ({"horizon": math.inf}, "`etas` to divide `horizon`"),
+        ({"information": math.nan}, "`information` to be a number"),
+        ({"deviations": []}, "`deviations` to have at least one"),
+        ({"sensitivities": []}, "`sensitivities` to have at least one"),
+        ({"bernoulli": Bernoulli(rho_min=3.0)}, "`bernoulli.rho_min` to be at most `bernoulli.rho_max`"),
         ({"etas": [0.1, 0.05, -0.1]}, r"`etas\[2\]` to be above 0"),
         ({"rhos": []}, "`rhos` to be at least one"),
         ({"rhos": [1.0, 30.0]}, "`etas` and `stationary_eta` to be below"),
@@ -245,6 +262,13 @@ def test_settings_that_make_no_sense_are_refused(settings, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         sde(output=str(tmp_path / "out"), **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Quadratic, "discrete", None)
+    with pytest.raises(FileExistsError, match="`output` to be a folder"):
+        sde(output=str(tmp_path / "file"))
 
 
 def test_nothing_is_left_of_a_study_that_cannot_be_drawn(tmp_path):

@@ -4,7 +4,6 @@ On a source whose mutual information is known, and on the toy model's own rollou
 """
 
 import math
-from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
@@ -25,7 +24,7 @@ from pgpo_lightning.lab.estimator_source import PAIRINGS, STUDENTS, Array, Pairi
 from pgpo_lightning.lab.estimator_toy import Bank, toy_bank
 from pgpo_lightning.lab.estimator_views import View, sequence_statistics, token_statistics, views
 from pgpo_lightning.lab.multiplier_law import multiplier_law
-from pgpo_lightning.lab.output import write_study
+from pgpo_lightning.lab.output import output_folder, write_study
 from pgpo_lightning.modules.settings import at_least, positive
 from pgpo_lightning.statistics import Estimator, StepStatistics
 
@@ -62,7 +61,7 @@ def estimator(
         lengths: Response lengths on the source (tokens).
         source_length: Response length there where another thing is varied.
         sequences: Simulated responses there.
-        questions: Questions of the toy task whose rollouts make the bank.
+        questions: Questions of the toy task whose rollouts make the bank; all that it has, if it has fewer.
         siblings: Rollouts per question, at least 2: a rollout is taught by a sibling.
         toy_lengths: Tokens from the start of a response that the estimate is made of, on the toy.
         batches: Questions per batch.
@@ -79,7 +78,9 @@ def estimator(
 
     Raises:
         ValueError: If a setting is out of range; names the field.
+        FileExistsError: If `output` is a file.
     """
+    folder = output_folder(output)
     _check(source, lengths, toy_lengths, batches, top_k, sensitivities)
     at_least(1, source_length=source_length, questions=questions, rho_max=rho_max)
     at_least(2, sequences=sequences, siblings=siblings, draws=draws)
@@ -101,7 +102,7 @@ def estimator(
             source, source_length, sequences, [n * siblings for n in batches], draws, seed
         ),
         "source_views": _source_views(source, source_length, sequences, top_k, seed),
-        "toy": {"questions": questions, "sequences": len(bank.lengths), "estimators": _population(tables)},
+        "toy": {"questions": bank.questions, "sequences": len(bank.lengths), "estimators": _population(tables)},
         "toy_lengths": [_toy_length(bank, first) for first in toy_lengths],
         "toy_batches": [row for name in ESTIMATORS for row in _toy_batches(name, tables[name], batches, draws, seed)],
         "toy_siblings": _toy_siblings(tables["entropy-difference"], siblings, draws, seed),
@@ -112,8 +113,8 @@ def estimator(
             for alpha in sensitivities
         ],
     }
-    plain = write_study(Path(output), "estimator", markdown(content), content, lambda path: draw(content, path))
-    print(f"{summary(content)}\n\nreport: {Path(output) / 'estimator.md'}")
+    plain = write_study(folder, "estimator", markdown(content), content, lambda path: draw(content, path))
+    print(f"{summary(content)}\n\nreport: {folder / 'estimator.md'}")
     return plain
 
 

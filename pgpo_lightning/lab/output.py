@@ -8,6 +8,18 @@ from pathlib import Path
 from typing import Any
 
 
+def output_folder(output: str | Path) -> Path:
+    """Return the folder to write into; ask before anything is computed.
+
+    Raises:
+        FileExistsError: If it is a file.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"Expected `output` to be a folder, but {folder} is a file.")
+    return folder
+
+
 def write_study(
     folder: Path, name: str, markdown: str, content: dict[str, Any], draw: Callable[[Path], None]
 ) -> dict[str, Any]:
@@ -26,9 +38,7 @@ def write_study(
     Raises:
         FileExistsError: If the folder is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"Expected `output` to be a folder, but {folder} is a file.")
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder).mkdir(parents=True, exist_ok=True)
     made = plain(content)
     _whole(folder / f"{name}.md", lambda path: path.write_text(markdown, encoding="utf-8"))
     text = json.dumps(made, indent=1, allow_nan=False) + "\n"

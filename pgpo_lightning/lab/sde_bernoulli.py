@@ -59,7 +59,8 @@ class Bernoulli:
         rho_min: Lower bound of rho; None keeps everything smooth, which is what theorems on order ask for.
         rho_max: Upper bound. I is at most ln 2 here, so 2 binds only for a sensitivity above 1.
         start: theta at time 0.
-        nodes: Chebyshev points.
+        nodes: Chebyshev points. Where a bound puts a kink into rho they leave errors of about 1e-5, which fall with their number;
+            elsewhere none that shows.
     """
 
     teachers: tuple[float, float] = (0.9, 0.3)

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from pgpo_lightning.lab.sde_orders import Order
+
 _COLOURS = {"paper": "C3", "scaled": "C0", "matched": "C2", "second order": "C4", "no noise": "0.5"}
 _MARKERS = {"paper": "o", "scaled": "s", "matched": "^", "second order": "d", "no noise": "x"}
 _STYLES = {"paper": "-", "scaled": "--", "matched": "-.", "second order": ":", "no noise": ":"}  # some lines coincide
@@ -39,9 +41,10 @@ def draw(content: dict[str, Any], path: Path) -> None:
 def _errors(axis: Axes, etas: list[float], told: dict[str, Any], function: str, title: str) -> None:
     for kind, functions in told.items():
         row = functions[function]
+        label = f"{kind} {Order(**row['order'])}"
         if np.isnan(row["order"]["value"]):
+            axis.plot([], [], " ", label=label)
             continue
-        label = "{} {:.2f} [{:.2f}, {:.2f}]".format(kind, *row["order"].values())
         axis.loglog(
             etas,
             np.abs(row["errors"]),

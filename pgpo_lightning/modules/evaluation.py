@@ -8,6 +8,7 @@ import torch
 
 from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK
 from pgpo_lightning.modules.acting import Acting
+from pgpo_lightning.policy import fp32_by_default
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Sampling
@@ -46,7 +47,7 @@ class Evaluation(Acting):
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:
         """Answer one batch of questions `eval_samples` times each."""
         k = self.eval_samples
-        with seeded(self.seed, "evaluation", batch_idx, self.global_rank):
+        with seeded(self.seed, "evaluation", batch_idx, self.global_rank), fp32_by_default():
             rollouts = self.sample(questions, k, self.eval_sampling)
             verdicts = self.judge(rollouts)
         index = torch.tensor([rollout.question.index for rollout in rollouts], device=self.device)

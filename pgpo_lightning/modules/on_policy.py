@@ -26,6 +26,7 @@ from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import (
     Dtype,
     checked_tokenizer,
+    fp32_by_default,
     load_tokenizer,
     source,
 )
@@ -198,7 +199,7 @@ class OnPolicyModule(Reporting):
             questions
         ):  # data that did not come through our data module
             raise ValueError("Expected questions with different `index`: by it rollouts find their siblings.")
-        with seeded(self.seed, "train", self.steps, self.global_rank) as rng, self._timed("step"):
+        with seeded(self.seed, "train", self.steps, self.global_rank) as rng, fp32_by_default(), self._timed("step"):
             with self._timed("gen"):
                 rollouts = self.sample(questions, self.num_generations, self._training_sampling)  # y ~ π(·|x)
             with self._timed("reward"):

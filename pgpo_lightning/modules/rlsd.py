@@ -21,14 +21,14 @@ def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bo
 
     Args:
         advantages: Of the tokens' responses, shape ``(n,)``.
-        log_ratio: log T - log S of the sampled tokens (nats), shape ``(n,)``; NaN without a teacher, which counts as 0.
+        log_ratio: log T - log S of the sampled tokens (nats), shape ``(n,)``.
         mixing: Weight of the evidence, lambda.
         bound: Of its factor around 1.
 
     Returns:
         Shape ``(n,)``, without gradient.
     """
-    evidence = (advantages.sign() * log_ratio.detach().nan_to_num(0.0)).clamp(-20, 20).exp()
+    evidence = (advantages.sign() * log_ratio.detach()).clamp(-20, 20).exp()
     return advantages * ((1 - mixing) + mixing * evidence.clamp(1 - bound, 1 + bound))
 
 
@@ -91,8 +91,10 @@ class RLSD(SelfTeaching, GRPO):
 
     def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return the clipped policy-gradient loss of every token, shape ``(n,)``."""
-        log_ratio = tokens.log_p_teacher - tokens.log_p_student
-        advantages = credited_advantages(given.advantage, log_ratio, self.current_mixing, self.evidence_clip)
+        advantages = given.advantage
+        if given.taught:
+            log_ratio = tokens.log_p_teacher - tokens.log_p_student
+            advantages = credited_advantages(advantages, log_ratio, self.current_mixing, self.evidence_clip)
         old = given.old_log_probs(tokens)
         return clipped_policy_loss(
             tokens.log_p_student, old, advantages, self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c

@@ -1,8 +1,9 @@
 """From finished runs and the probes made before them to the points of the line, with the errors of both."""
 
 import json
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class Point:
         gap: Net gap of each question of the probe, ``(questions,)``.
         gain: Held-out score at the end less that at the start, ``(seeds, held-out questions)``.
         seeds: Of the rows of `gain`.
+        steps: Batches that each of them trained on.
         questions_sha256: Of the probe's questions.
         probe: The file of the probe.
         collapsed: Whether a run ended below half of the score that it started from: the line does not speak of stability.
@@ -43,6 +45,7 @@ class Point:
     gap: NDArray[np.float64]
     gain: NDArray[np.float64]
     seeds: tuple[int, ...]
+    steps: tuple[int, ...]
     questions_sha256: str
     probe: Path
     collapsed: bool
@@ -61,7 +64,8 @@ def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
         scale: Which net gap.
 
     Raises:
-        ValueError: If there is no run, a run has no probe, or the probe has not measured the run's context; names the file.
+        ValueError: If there is no run, a run has no probe or scores that are no numbers, or the probe has not measured the run's
+            context; names the file.
     """
     files: dict[Path, None] = {}
     for path in paths:
@@ -94,12 +98,18 @@ def read_probe(path: Path) -> dict[str, Any]:
         raise ValueError(f"Expected the result of `pgpo probe`, but there is no {path}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["settings"], content["contexts"]
+        for part, needed in ((content["settings"], _SETTINGS), *((row, _ROW) for row in content["contexts"])):
+            if absent := [name for name in needed if name not in part]:
+                raise KeyError(*absent)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"Expected {path} to be the result of `pgpo probe`, but reading it failed: {error!r}."
         ) from None
     return content
+
+
+_SETTINGS = ("module", "split", "questions_sha256")
+_ROW = ("name", "control", "settings", "coverage", "net", "net_failed", "by_question", "by_question_failed")
 
 
 def _probe_of(file: Path, gaps: Path | None) -> Path:
@@ -121,13 +131,24 @@ def _context_of(run: Run, file: Path, probe: dict[str, Any], source: Path) -> st
                 f"config.yaml to tell, but got {run.arm}."
             )
         return run.arm
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]
+    try:
+        settings = dict(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected {config} to be the configuration of a run, but reading it failed: {type(error).__name__}: {error}"
+        ) from None
+    if absent := [
+        field.name for field in fields(RepromptBuilder) if field.default is MISSING and field.name not in settings
+    ]:
+        raise ValueError(
+            f"Expected {config} to be of a run with a self-teacher, such as SDPO, but it has no `{absent[0]}`."
+        )
     for name in ("model", "verifier"):
         if (mine := _plain(settings.get(name))) != (theirs := _plain(probe["settings"]["module"].get(name))):
             raise ValueError(
                 f"Expected `model.init_args.{name}` of {config} to be that of {source}, {theirs}, but got {mine}."
             )
-    defaults = {name: field.default for name, field in RepromptBuilder.__dataclass_fields__.items()}
+    defaults = {field.name: field.default for field in fields(RepromptBuilder)}
     mine = effective(defaults | settings)
     matches = [name for name, row in measured.items() if _same(row["settings"], mine)]
     if not matches:
@@ -168,16 +189,33 @@ def _point(name: str, context: str, runs: list[Run], probe: dict[str, Any], sour
                 "Leave `trainer.num_sanity_val_steps` at -1 and set `trainer.val_check_interval`."
             )
         table = answers(run)
+        if not np.isfinite(table[[0, -1]]).all():
+            raise ValueError(
+                f"Expected the held-out scores of {name}/seed={run.seed} to be numbers, but some are not finite."
+            )
         gains.append(table[-1] - table[0])
         collapsed |= collapse_step([0, 1], table[[0, -1]].mean(axis=1)) is not None
     if len({len(gain) for gain in gains}) > 1:
         raise ValueError(f"Expected all runs of {name} to have the same held-out questions, but their numbers differ.")
     row = next(row for row in probe["contexts"] if row["name"] == context)
     settings = probe["settings"]
-    gap = np.array(row["by_question" if scale == "all" else "by_question_failed"])
+    key = "by_question" if scale == "all" else "by_question_failed"
+    gap = np.array(row[key], dtype=float)
+    if not np.isfinite(gap).all():
+        raise ValueError(f"Expected `{key}` of {context} in {source} to be numbers, but some are not.")
     held_out = settings["split"] == "validation" and len(gap) == len(gains[0])
+    steps = tuple(run.steps for run in runs)
     return Point(
-        name, context, gap, np.array(gains), tuple(seeds), settings["questions_sha256"], source, collapsed, held_out
+        name,
+        context,
+        gap,
+        np.array(gains),
+        tuple(seeds),
+        steps,
+        settings["questions_sha256"],
+        source,
+        collapsed,
+        held_out,
     )
 
 
@@ -188,12 +226,14 @@ class Bootstrap:
     Attributes:
         gaps: Of each point's gap, ``(n,)``.
         gains: Of each point's gain, ``(n,)``.
+        noise: Variance between the points of the errors of their gaps, mean over the draws.
         intercepts: Drawn intercepts, ``(draws,)``; NaN where all drawn gaps are equal.
         slopes: Drawn slopes, likewise.
     """
 
     gaps: NDArray[np.float64]
     gains: NDArray[np.float64]
+    noise: float
     intercepts: NDArray[np.float64]
     slopes: NDArray[np.float64]
 
@@ -213,21 +253,27 @@ def bootstrap(given: list[Point], draws: int = 2000, seed: int = 0) -> Bootstrap
         draws: Number of resamples.
         seed: Of the resamples.
     """
-    of_questions: dict[Any, NDArray[np.float64]] = {}
-    of_seeds: dict[tuple[int, ...], NDArray[np.float64]] = {}
+    kinds = ("questions", "held-out", "seeds")
+    drawn: dict[tuple[str, Any], NDArray[np.float64]] = {}
+
+    def draw(kind: str, key: Any, number: int) -> NDArray[np.float64]:
+        """Return the draws of some questions or seeds: the same for the same, independent of all others."""
+        if (kind, key) not in drawn:
+            before = sum(kind == each for each, _ in drawn)
+            drawn[kind, key] = question_draws(number, draws, seed + len(kinds) * before + kinds.index(kind))
+        return drawn[kind, key]
+
     gaps, gains = [], []
     for point in given:
-        key = point.questions_sha256
-        if key not in of_questions:
-            of_questions[key] = question_draws(len(point.gap), draws, seed)
-        gaps.append(of_questions[key] @ point.gap / len(point.gap))
+        asked = draw("questions", point.questions_sha256, len(point.gap))
+        gaps.append(asked @ point.gap / len(point.gap))
         # The held-out questions, where the probe did not ask them, are another sample.
-        other = key if point.held_out else ("held-out", point.gain.shape[1])
-        if other not in of_questions:
-            of_questions[other] = question_draws(point.gain.shape[1], draws, seed + 1)
-        if point.seeds not in of_seeds:
-            of_seeds[point.seeds] = question_draws(len(point.seeds), draws, seed + 2)
-        gains.append(((of_seeds[point.seeds] @ point.gain) * of_questions[other]).sum(axis=1) / point.gain.size)
+        number = point.gain.shape[1]
+        held_out = asked if point.held_out else draw("held-out", number, number)
+        of_seeds = draw("seeds", point.seeds, len(point.seeds))
+        gains.append(((of_seeds @ point.gain) * held_out).sum(axis=1) / point.gain.size)
     drawn_gaps, drawn_gains = np.array(gaps).T, np.array(gains).T
+    errors = drawn_gaps - np.array([point.gap.mean() for point in given])
+    noise = float(errors.var(axis=1, ddof=1).mean()) if len(given) > 1 else math.nan
     intercepts, slopes = lines(drawn_gaps, drawn_gains)
-    return Bootstrap(drawn_gaps.std(axis=0), drawn_gains.std(axis=0), intercepts, slopes)
+    return Bootstrap(drawn_gaps.std(axis=0), drawn_gains.std(axis=0), noise, intercepts, slopes)

@@ -18,8 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.building import BuildCommand
+from pgpo_lightning.lab.output import output_folder
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.modules.settings import at_least, one_of, positive
+from pgpo_lightning.policy import fp32_by_default
 from pgpo_lightning.probe.calibration import PROBE, Scale, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
@@ -39,6 +41,8 @@ _UPDATE = (
     *("eval_samples", "eval_temperature", "eval_top_p", "num_generations", "temperature", "seed"),
     *("divergence_alpha", "alpha", "full_logit_distillation", "distillation_topk", "distillation_add_tail"),
     *("entry_clip", "softening", "question_weight_exponent", "allocation"),
+    *("mixing", "mixing_steps", "evidence_clip"),
+    *("norm_adv_by_std_in_grpo", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
     *("teacher_regularization", "teacher_update_rate", "teacher_period", "teacher_gate"),
 )
 """Settings of a module that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other one makes another
@@ -77,6 +81,7 @@ class ProbeCommand(BuildCommand):
 
         Raises:
             ValueError: If a setting is out of range, or the folder holds a probe with others.
+            FileExistsError: If `output` is a file.
         """
         module, config = self.model, self.config[self.subcommand]
         if not isinstance(module, SelfTeaching):
@@ -97,7 +102,7 @@ class ProbeCommand(BuildCommand):
             raise ValueError(f"Expected `top_p` to be at most 1, but got {config.top_p}.")
         one_of(("train", "validation"), split=config.split)
         asked = contexts(config.contexts, config.templates, config.controls, module.reprompt)
-        folder = Path(config.output)
+        folder = output_folder(config.output)
         questions = self._questions(config.split, config.questions)
         settings = {"module": _plain(config.model.init_args), "split": config.split}
         settings["precision"] = str(config.trainer.precision)
@@ -111,7 +116,7 @@ class ProbeCommand(BuildCommand):
         module.training_run = False  # no teacher's weights: it has the student's
         module.configure_model()
         fabric.setup_module(module)  # to its device, in its precision
-        with fabric.autocast():
+        with fabric.autocast(), fp32_by_default():
             content = measure(prober, asked, settings | {"module": _plain(config.model.init_args, reprompt=True)})
         save(content, folder)
         return content
@@ -188,7 +193,9 @@ def calibrate(
 
     Raises:
         ValueError: If there are fewer than three configurations, a run has no probe, or a gap in `predict` is out of range.
+        FileExistsError: If `output` is a file.
     """
+    folder = output_folder(output)
     one_of(get_args(Scale), scale=scale)
     found = points([Path(path) for path in runs], None if gaps is None else Path(gaps), scale)
     line = fit(np.array([point.gap.mean() for point in found]), np.array([point.gain.mean() for point in found]))
@@ -197,7 +204,9 @@ def calibrate(
     for source in sorted({point.probe for point in found}):
         rows = {row["name"]: row for row in read_probe(source)["contexts"] if row["control"] is None}
         used = [rows[point.context]["settings"] for point in found if point.probe == source]
-        wanted += [(name, row[key]["value"], False) for name, row in rows.items() if row["settings"] not in used]
+        # A run whose rollouts never get the context learns nothing: the line is not about it.
+        left = {name: row for name, row in rows.items() if row["settings"] not in used and row["coverage"]}
+        wanted += [(name, row[key]["value"], False) for name, row in left.items()]
     predictions = []
     for name, value, asked in wanted:
         inside = bool(line.gaps.min() <= value <= line.gaps.max())
@@ -206,7 +215,6 @@ def calibrate(
             told = line.predict(value, extrapolate=extrapolate)
         predictions.append({"name": name, "gap": value, "gain": told[0], "half": told[1], "inside": inside})
     content = calibration_content(line, found, bootstrap(found), predictions, scale)
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     draw_line(line, content, folder / "calibration.png")
     write(folder / "calibration.json", dumps(content))
@@ -245,7 +253,7 @@ def main(args: list[str]) -> dict[str, Any]:
         args: Without the program's name.
     """
     transformers_logging.set_verbosity_error()
-    if "--calibrate" in args:
+    if any(word.split("=")[0] == "--calibrate" for word in args):
         parser = jsonargparse.ArgumentParser(prog="pgpo probe", description=(calibrate.__doc__ or "").splitlines()[0])
         # jsonargparse makes no list of words by itself.
         parser.add_argument("--calibrate", nargs="+", required=True, metavar="RUNS", help="folders with finished runs")
@@ -256,4 +264,8 @@ def main(args: list[str]) -> dict[str, Any]:
         )
         given = vars(parser.parse_args(args))
         return calibrate(given.pop("calibrate"), **given)
+    if {"-h", "--help"} & {*args}:
+        print(
+            "pgpo probe --calibrate RUNS ... fits the line from gaps to gains; pgpo probe --calibrate --help lists its options.\n"
+        )
     return ProbeCommand(args).run()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pgpo_lightning.records import Row
-from pgpo_lightning.reprompt import RepromptBuilder
+from pgpo_lightning.reprompt import RepromptBuilder, check_template
 from pgpo_lightning.verifiers import Verifier, VerifierError, grade
 
 PLAIN = "{prompt}{solution}{feedback}"
@@ -73,7 +73,7 @@ def contexts(
         configured: The builder of the run to come.
 
     Raises:
-        ValueError: If a name is unknown or taken, or a template lacks {prompt}.
+        ValueError: If a name is unknown or taken, a template lacks {prompt}, or a context contradicts what is configured.
     """
     for field, given, known in (("contexts", names, CONTEXTS), ("controls", controls, CONTROLS)):
         if unknown := [name for name in given if name not in known]:
@@ -84,11 +84,22 @@ def contexts(
         raise ValueError(f"Expected names in `templates` of letters, digits, - and _, but got {', '.join(odd)}.")
     if len(set(names)) < len(names) or len(set(controls)) < len(controls):
         raise ValueError(f"Expected each of `contexts` and `controls` once, but got {names} and {controls}.")
+    for name, template in templates.items():
+        check_template(f"templates.{name}", template, ("prompt",))
     settings = {name: CONTEXTS[name] for name in dict.fromkeys(["none", *names])}
     settings |= {name: _of_template(template) for name, template in templates.items()}
-    made = [Context(name, replace(configured, **changes)) for name, changes in settings.items()]
-    sibling = replace(configured, **CONTEXTS["sibling"], dont_reprompt_on_self_success=True)
-    return made + [Context(name, sibling, control=name) for name in controls]
+    made = [Context(name, _changed(configured, changes, name)) for name, changes in settings.items()]
+    shown = CONTEXTS["sibling"] | {"dont_reprompt_on_self_success": True}
+    return made + [Context(name, _changed(configured, shown, name), control=name) for name in controls]
+
+
+def _changed(configured: RepromptBuilder, changes: Mapping[str, Any], name: str) -> RepromptBuilder:
+    try:
+        return replace(configured, **changes)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} So the configuration does not go with {name}: leave that out of `--contexts` or `--controls`, or change it."
+        ) from None
 
 
 def _of_template(template: str) -> dict[str, Any]:

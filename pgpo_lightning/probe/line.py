@@ -150,11 +150,12 @@ def lines(gaps: NDArray[np.float64], gains: NDArray[np.float64]) -> tuple[Vector
     return gains.mean(axis=1) - slopes * gaps.mean(axis=1), slopes
 
 
-def reliability(gaps: Vector, errors: Vector) -> float:
+def reliability(gaps: Vector, noise: float) -> float:
     """Return the share of the gaps' variance that is not error of measurement; at most 1, below 0 if it is all error.
 
     Args:
         gaps: ``(n,)``.
-        errors: Their standard errors, ``(n,)``.
+        noise: Expected variance between the errors of the gaps. An error that all have in common, such as that of `none`, is
+            no part of it: it moves the line and does not tilt it.
     """
-    return 1 - float((errors**2).mean()) / float(gaps.var(ddof=1))
+    return 1 - noise / float(gaps.var(ddof=1))

@@ -76,7 +76,9 @@ class Prober:
         self.seed = seed
         self.folder = folder
         self.chunks = [questions[start : start + chunk] for start in range(0, len(questions), chunk)]
-        asked = json.dumps([[q.index, q.messages(), q.answer, q.privileged_context] for q in questions], default=str)
+        asked = json.dumps(
+            [[q.index, q.messages(), q.answer, q.privileged_context, q.columns] for q in questions], default=str
+        )
         self.settings = {
             **settings,
             "seed": seed,
@@ -176,8 +178,14 @@ class Prober:
         path = self.folder / "parts" / name / f"{number:04d}.json"
         settings = json.loads(json.dumps(self.settings | more))
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            check_settings(content["settings"], settings, path)
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                theirs = content["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"Expected {path} to be a part of a probe, but reading it failed: {error!r}. Delete it, and it is made again."
+                ) from None
+            check_settings(theirs, settings, path)
             return content
         start = time.perf_counter()
         content = make()
@@ -194,11 +202,23 @@ def check_settings(theirs: dict[str, Any], mine: dict[str, Any], path: Path) -> 
         ValueError: Names the file and what differs.
     """
     if theirs != mine:
-        differ = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
+        differ = _differing(theirs, mine)
         raise ValueError(
             f"Expected {path} to be made with the settings of this probe, but `{'`, `'.join(differ)}` differ. Choose another "
             "`--output`, or delete the folder that it stands in."
         )
+
+
+def _differing(theirs: dict[str, Any], mine: dict[str, Any], within: str = "") -> list[str]:
+    """Return the dotted names of what differs, as deep as both have it."""
+    found = []
+    for name in sorted({*theirs, *mine}):
+        a, b = theirs.get(name), mine.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differing(a, b, f"{within}{name}.")
+        elif a != b:
+            found.append(f"{within}{name}")
+    return found
 
 
 def write(path: Path, text: str) -> None:

@@ -144,6 +144,7 @@ def calibration_content(
             "name": point.name,
             "context": point.context,
             "seeds": list(point.seeds),
+            "steps": sorted(set(point.steps)),
             "gap": float(line.gaps[i]),
             "gap_error": float(boot.gaps[i]),
             "gain": float(line.gains[i]),
@@ -165,7 +166,7 @@ def calibration_content(
         **{name: getattr(line, name) for name in _LINE},
         "intercept_interval": boot.interval(boot.intercepts),
         "slope_interval": boot.interval(boot.slopes),
-        "reliability": reliability(line.gaps, boot.gaps),
+        "reliability": reliability(line.gaps, boot.noise),
         "without_collapsed": None if rest is None else {name: getattr(rest, name) for name in _LINE},
         "range": [float(line.gaps.min()), float(line.gaps.max())],
         "points": rows,
@@ -233,6 +234,9 @@ def _warnings(content: dict[str, Any]) -> list[str]:
         made.append("**The gap foretells no better than the mean of the other runs.** Do not choose by this line.")
     if content["reliability"] < 0.8:
         made.append("The gaps are measured too roughly for a line: ask more questions.")
+    if len(lengths := sorted({steps for row in content["points"] for steps in row["steps"]})) > 1:
+        told = ", ".join(map(str, lengths))
+        made.append(f"Runs of {told} steps: a line is of one length of training.")
     if any(len(row["seeds"]) < 2 for row in content["points"]):
         made.append("Single seeds: the gains' errors lack the spread between seeds.")
     return [f"- {line}" for line in made]
