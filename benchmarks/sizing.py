@@ -4,7 +4,7 @@ Each case builds a random model and SDPO's own module, samples with the package'
 of its own. Measured are the storages of all tensors that are alive (sizing/counter.py), on a CPU; `rss` is beside it the whole
 process' resident memory above what it was before the model, at its highest. From the root of the repository::
 
-    OMP_NUM_THREADS=1 python benchmarks/sizing.py                    # all cases: some 17 GB of memory, half an hour
+    OMP_NUM_THREADS=1 python benchmarks/sizing.py                    # all cases: an hour; the last needs over 24 GB of memory
     OMP_NUM_THREADS=1 python benchmarks/sizing.py --cases toy mid    # those whose names begin so
 """
 

@@ -69,6 +69,8 @@ class ResumeCheckpoint(Checkpoint):
         partial = path.with_suffix(".partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
+            if path.is_dir():  # of shards, which nothing can be moved onto
+                shutil.rmtree(path)
             os.replace(partial, path)
             if self.keep is not None:
                 for old in sorted(folder.glob(PATTERN))[: -self.keep]:

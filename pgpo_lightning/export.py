@@ -1,5 +1,6 @@
 """A checkpoint to a folder that transformers opens."""
 
+import importlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
 from pgpo_lightning.lora import merged, write_adapter
 from pgpo_lightning.policy import resolve_model
+from pgpo_lightning.shards import read_shards
 
 
 def export(
@@ -26,7 +28,7 @@ def export(
     """Write the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
-        checkpoint: A checkpoint file, or the folder of a run, whose newest checkpoint is taken.
+        checkpoint: A checkpoint, a file or a folder of shards, or the folder of a run, whose newest checkpoint is taken.
         output: The folder to write.
         weights: Whose weights: the student's, or those of a moving teacher.
         tokenizer: Folder, Hub id or ``toy``; by default where the run had it from.
@@ -44,11 +46,16 @@ def export(
         raise FileNotFoundError(f"Expected a checkpoint or the folder of a run, but {path} does not exist.")
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = newest_checkpoint(path / "checkpoints")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    prefix = "model." if weights == "student" else "teacher.model."
+    if path.is_dir():
+        saved = read_shards(path, lambda name: name.startswith(f"state_dict.{prefix}"))
+    else:
+        _know_types(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "pgpo_lightning" not in saved:
         raise ValueError(f"Expected a checkpoint of this program, but {path} is none.")
-    prefix = "model." if weights == "student" else "teacher.model."
-    state = {name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)}
+    tensors = saved.get("state_dict", {}).items()
+    state = {name.removeprefix(prefix): value for name, value in tensors if name.startswith(prefix)}
     if not state:
         raise ValueError(
             f"Expected the weights of a {weights} in {path}, but it has none: only a moving teacher is saved."
@@ -70,6 +77,15 @@ def export(
         model.generation_config = GenerationConfig.from_dict(json.loads(about["generation"]))
         model.save_pretrained(output)
     print(f"{weights} of {path} -> {output}")
+
+
+def _know_types(path: Path) -> None:
+    """Import what lets torch read the state of torchao's optimizers, if the file has such."""
+    if any(name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
+        try:
+            importlib.import_module("torchao.optim")
+        except ImportError as error:
+            raise ValueError(f"Expected torchao to be installed, because an optimizer of it is in {path}.") from error
 
 
 def _whole(state: dict[str, Tensor], about: dict[str, Any]) -> PreTrainedModel:

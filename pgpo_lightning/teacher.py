@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pgpo_lightning.batching import Sequences
 from pgpo_lightning.distillation import Head, Source
 from pgpo_lightning.lora import adapter, copy_adapter, decoder_with
+from pgpo_lightning.offload import Visit
 from pgpo_lightning.policy import fingerprint, head, source
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
@@ -51,6 +52,9 @@ class Teacher(nn.Module):
     def update(self, student: PreTrainedModel) -> None:
         """Move after an optimizer step. Called once per training step, and only if a step was taken."""
 
+    def release(self) -> None:
+        """Free what was made for :meth:`sources` alone. Called when the gradients of an optimizer step are there."""
+
 
 class LiveTeacher(Teacher):
     """The student itself, seeing the feedback. Holds no copy of the weights."""
@@ -63,7 +67,54 @@ class LiveTeacher(Teacher):
         return [source(student, sequences)]
 
 
-class EMATeacher(Teacher):
+class OwnWeights(Teacher):
+    """A teacher with a model of its own, which is another one than the student from the first step on.
+
+    Args:
+        student: The model whose weights, as they are now, are the starting point.
+        offload: Keep the weights in the host's memory. The student's device gets copies for :meth:`sources`, which stay until
+            :meth:`release`.
+    """
+
+    def __init__(self, student: PreTrainedModel, offload: bool = False) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(student).requires_grad_(False)
+        if offload:
+            self.model.cpu()
+        self.visit = Visit(self.model) if offload else None
+        self.train(False)
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [self.own(sequences)]
+
+    def own(self, sequences: Sequences, weight: float = 1.0) -> Source:
+        """Return what these weights say, as a part of a mixture."""
+        if self.visit is None:
+            return source(self.model, sequences, weight)
+        return self.visit.source(sequences, weight)
+
+    def head(self, student: PreTrainedModel) -> Head:
+        """See :meth:`Teacher.head`."""
+        return head(self.model) if self.visit is None else self.visit.head(head(student).weight.device)
+
+    def release(self) -> None:
+        """See :meth:`Teacher.release`."""
+        if self.visit is not None:
+            self.visit.end()
+
+    def train(self, mode: bool = True) -> "OwnWeights":
+        """Stay in evaluation mode: a teacher with dropout would be another teacher for every token."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OwnWeights":
+        if self.visit is None:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).dtype), recurse)  # another type, but no other place
+
+
+class EMATeacher(OwnWeights):
     """An exponential moving average of the student, in fp32, saved with the checkpoint.
 
     ``theta_T <- (1 - rate) theta_T + rate theta_S`` over the parameters, once per training step. In bf16 most of these
@@ -72,61 +123,42 @@ class EMATeacher(Teacher):
     Args:
         student: The model whose weights, as they are now, are the starting point.
         rate: How far the teacher moves towards the student per step.
+        offload: See :class:`OwnWeights`. The average is then taken on the host.
     """
 
-    def __init__(self, student: PreTrainedModel, rate: float) -> None:
-        super().__init__()
+    def __init__(self, student: PreTrainedModel, rate: float, offload: bool = False) -> None:
+        super().__init__(student, offload)
         self.rate = rate
-        self.model = copy.deepcopy(student).to(self.dtype(student)).requires_grad_(False)
-        self.train(False)
+        self.model.to(self.dtype(student))
 
     def dtype(self, student: PreTrainedModel) -> torch.dtype:
         """Return the type of the weights."""
         return torch.float32
 
     @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
-        """See :meth:`Teacher.sources`."""
-        return [source(self.model, sequences)]
-
-    @torch.no_grad()
     def update(self, student: PreTrainedModel) -> None:
         """See :meth:`Teacher.update`."""
         for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), self.rate)
-
-    def train(self, mode: bool = True) -> "EMATeacher":
-        """Stay in evaluation mode: a teacher with dropout would be another teacher for every token."""
-        return super().train(False)
+            mine.lerp_(theirs.to(mine.device, mine.dtype), self.rate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATeacher":
         # Lightning's half precision converts the whole module. Follow it to the device, but keep fp32.
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
 
 
-class FrozenTeacher(Teacher):
+class FrozenTeacher(OwnWeights):
     """The weights that the student started from. Not saved: the checkpoint holds their fingerprint only.
 
     Args:
         student: The model whose weights, as they are now, stay the teacher's.
+        offload: See :class:`OwnWeights`.
     """
 
-    def __init__(self, student: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(student).requires_grad_(False)
-        self.train(False)
+    def __init__(self, student: PreTrainedModel, offload: bool = False) -> None:
+        super().__init__(student, offload)
         self.identity = fingerprint(self.model)
         self._register_state_dict_hook(self._leave_out_weights)
         self._register_load_state_dict_pre_hook(self._put_back_weights)
-
-    @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
-        """See :meth:`Teacher.sources`."""
-        return [source(self.model, sequences)]
-
-    def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     def get_extra_state(self) -> dict[str, str]:
         """Return the identity of the weights, for the checkpoint."""
@@ -160,18 +192,19 @@ class TrustRegionTeacher(FrozenTeacher):
     Args:
         student: The model whose weights, as they are now, are the fixed end of the mixture.
         rate: Weight of the live student's logits.
+        offload: See :class:`OwnWeights`.
     """
 
     moves_with_student = True
 
-    def __init__(self, student: PreTrainedModel, rate: float) -> None:
-        super().__init__(student)
+    def __init__(self, student: PreTrainedModel, rate: float, offload: bool = False) -> None:
+        super().__init__(student, offload)
         self.rate = rate
 
     @torch.no_grad()
     def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
-        return [source(self.model, sequences, 1 - self.rate), source(student, sequences, self.rate)]
+        return [self.own(sequences, 1 - self.rate), source(student, sequences, self.rate)]
 
 
 class FrozenAdapterTeacher(Teacher):
@@ -262,10 +295,11 @@ class Periodic(Teacher):
         student: See :class:`EMATeacher`.
         rate: Per step.
         period: Steps.
+        kwargs: Of the averaging teacher.
     """
 
-    def __init__(self, student: PreTrainedModel, rate: float, period: int) -> None:
-        super().__init__(student, 1 - (1 - rate) ** period)
+    def __init__(self, student: PreTrainedModel, rate: float, period: int, **kwargs: Any) -> None:
+        super().__init__(student, 1 - (1 - rate) ** period, **kwargs)
         self.period = period
         self.steps = 0
 
@@ -341,10 +375,11 @@ class Gated(Teacher):
     Args:
         student: See :class:`EMATeacher`.
         gate: When.
+        kwargs: Of the averaging teacher.
     """
 
-    def __init__(self, student: PreTrainedModel, gate: RefreshGate) -> None:
-        super().__init__(student, 1.0)
+    def __init__(self, student: PreTrainedModel, gate: RefreshGate, **kwargs: Any) -> None:
+        super().__init__(student, 1.0, **kwargs)
         self.gate = gate
         self.steps = self.last = 0
         self.reference: float | None = None
@@ -394,7 +429,7 @@ class GatedTeacher(Gated, EMATeacher):
         return next(student.parameters()).dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedTeacher":
-        return nn.Module._apply(self, fn, recurse)  # converted as the student is
+        return OwnWeights._apply(self, fn, recurse)  # converted as the student is
 
 
 class GatedAdapterTeacher(Gated, EMAAdapterTeacher):
@@ -407,17 +442,16 @@ def make_teacher(
     rate: float,
     period: int = 10,
     gate: RefreshGate | None = None,
+    offload: bool = False,
 ) -> Teacher:
     """Build the teacher that a configuration names, from the student's weights, or its adapter, as they are now."""
     if kind == "live":
         return LiveTeacher()
-    has_adapter = bool(adapter(student))
-    if kind == "frozen":
-        return FrozenAdapterTeacher(student) if has_adapter else FrozenTeacher(student)
-    if kind == "ema":
-        return EMAAdapterTeacher(student, rate) if has_adapter else EMATeacher(student, rate)
-    if kind == "restart":
-        return (RestartAdapterTeacher if has_adapter else RestartTeacher)(student, rate, period)
-    if kind == "gated":
-        return (GatedAdapterTeacher if has_adapter else GatedTeacher)(student, gate or RefreshGate())
-    return TrustRegionAdapterTeacher(student, rate) if has_adapter else TrustRegionTeacher(student, rate)
+    whole, adapted, settings = {
+        "frozen": (FrozenTeacher, FrozenAdapterTeacher, {}),
+        "ema": (EMATeacher, EMAAdapterTeacher, {"rate": rate}),
+        "trust-region": (TrustRegionTeacher, TrustRegionAdapterTeacher, {"rate": rate}),
+        "restart": (RestartTeacher, RestartAdapterTeacher, {"rate": rate, "period": period}),
+        "gated": (GatedTeacher, GatedAdapterTeacher, {"gate": gate or RefreshGate()}),
+    }[kind]
+    return adapted(student, **settings) if adapter(student) else whole(student, offload=offload, **settings)

@@ -1,8 +1,9 @@
 """Trains on fixed rows under DDP or FSDP2, each rank with its own share; run by test_ranks.py.
 
-Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER, where SPLIT is `uneven` (ranks with unequal numbers of rows in the
-loss and of micro-batches), `one-sided` (rank 1 has no row with a teacher at all) or `routed` (likewise, but the rows without are
-reinforced, and the others share the step by the teacher's certainty).
+Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER PRECISION, where SPLIT is `uneven` (ranks with unequal numbers of
+rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a teacher at all) or `routed` (likewise, but the rows
+without are reinforced, and the others share the step by the teacher's certainty). With `uneven` under DDP the teacher is on the
+host.
 """
 
 import sys
@@ -62,19 +63,20 @@ class FixedSRPO(Fixed, SRPO):
 
 
 def main():
-    output, ranks, split, strategy, teacher = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     routed = split == "routed"
     given = {"allocation": Allocation("token", 2.0, None, "teacher-certainty")} if routed else {}
     module = (FixedSRPO if routed else FixedSDPO)(
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher, **LIMITS, **given,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher,
+        teacher_offload=(split, strategy) == ("uneven", "ddp"), **LIMITS, **given,
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=STEPS, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=precision,
         callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
     )  # fmt: skip
     trainer.fit(module, loader(range(STEPS * ranks), 1))

@@ -107,6 +107,34 @@ def test_moments_are_untouched_and_every_parameter_moves_rho_times_as_far(tmp_pa
     torch.testing.assert_close(steps(scaled), torch.tensor(RHO).unsqueeze(1) * steps(plain), rtol=1e-3, atol=rounding)
 
 
+class Resumable(FixedGradients):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["steps"] = self.steps
+
+    def on_load_checkpoint(self, checkpoint):
+        self.steps = checkpoint["steps"]
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"])
+def test_the_state_of_an_8_bit_optimizer_comes_back_bit_for_bit(tmp_path, name):
+    def fit(steps, checkpoint=None):
+        make = lambda p: getattr(bitsandbytes.optim, name)(p, lr=LR)  # noqa: E731
+        module = Resumable(tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=make, **LIMITS)
+        t = trainer(tmp_path, max_steps=steps, callbacks=[Scripted(RHO)])
+        t.fit(module, loader(range(4), 1), ckpt_path=checkpoint)
+        return module, t
+
+    whole, t = fit(4)
+    fit(2)[1].save_checkpoint(tmp_path / "half.ckpt")
+    resumed, u = fit(4, tmp_path / "half.ckpt")
+    assert {torch.uint8} <= {value.dtype for value in moments(t.optimizers[0]).values()}
+    assert len(resumed.path) == 2
+    assert torch.equal(resumed.path[-1], whole.path[-1])
+    theirs = moments(u.optimizers[0])
+    for key, value in moments(t.optimizers[0]).items():
+        assert torch.equal(value, theirs[key]), key
+
+
 def test_equals_a_hand_written_loop_bit_for_bit(tmp_path):
     """AdamW with weight decay, clipping and a schedule that multiplies the current rate."""
     make = lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.1)  # noqa: E731

@@ -2,24 +2,32 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from processes import finish, start_ranks
 
 from pgpo_lightning.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout import TransformersEngine
 
+START = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
 WORKER = Path(__file__).parent / "ranks_worker.py"
 
 
-def run(folder, ranks, split, strategy="one", teacher="ema"):
+def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"):
     output, log = folder / f"out{ranks}", folder / f"log{ranks}"
-    finish(*start_ranks([WORKER, output, ranks, split, strategy, teacher], log, ranks), log=log)
+    finish(*start_ranks([WORKER, output, ranks, split, strategy, teacher, precision], log, ranks), log=log)
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
@@ -46,10 +54,37 @@ def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
     assert (two[0]["weights"] - one["weights"]).abs().mean() < 1e-6
 
 
-def test_a_strategy_that_would_not_exchange_gradients_is_refused():
+@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_two_sharded_processes_equal_one_as_far_as_bf16_tells(tmp_path, precision, kept):
+    (one,), two = (run(tmp_path, n, "uneven", s, precision=precision) for n, s in ((1, "one"), (2, "fsdp2")))
+    assert torch.equal(two[0]["weights"], two[1]["weights"])
+    assert {r["weights"].dtype for r in (one, *two)} == {kept}
+    assert {r["teacher"].dtype for r in (one, *two)} == {torch.float32}
+    (loss, signal, _, _), (ours, our_signal, _, _) = (torch.tensor(r["seen"]).T for r in (one, two[0]))
+    torch.testing.assert_close(ours, loss, rtol=0.01, atol=0)
+    torch.testing.assert_close(our_signal, signal, rtol=0, atol=2e-3)
+    moved, ours_moved = (r["weights"].float() - START.to(kept) for r in (one, two[0]))
+    assert torch.cosine_similarity(ours_moved, moved, dim=0) > 0.98
+    assert moved.norm() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (FSDPStrategy, "got FSDPStrategy: FSDP1 has no weights outside .* Take FSDP2"),
+        # It needs a package to be made, and passes for DDP, of which it is a subclass.
+        (
+            DeepSpeedStrategy,
+            "got DeepSpeedStrategy: its engine keeps gradients .* ddp with bitsandbytes.optim.AdamW8bit",
+        ),
+        (Strategy, "got Strategy: gradients would not be exchanged"),
+    ],
+)
+def test_a_strategy_under_which_steps_would_be_wrong_is_refused(strategy, why):
     module = tiny_sdpo()
-    module._trainer = SimpleNamespace(strategy=FSDPStrategy(), precision_plugin=None, datamodule=None)
-    with pytest.raises(MisconfigurationException, match=r"ModelParallelStrategy \(FSDP2\), but got FSDPStrategy"):
+    strategy = strategy() if strategy is FSDPStrategy else Mock(spec=strategy)
+    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=rf"ModelParallelStrategy \(FSDP2\), but {why}"):
         module.setup("fit")
 
 

@@ -19,6 +19,7 @@ from pgpo_lightning.sizing.memory import GIB, Need, Sharding, gathered_bytes, st
 from pgpo_lightning.sizing.optimizers import optimizer_need, state_bytes
 from pgpo_lightning.sizing.parameters import configuration, count
 from pgpo_lightning.sizing.plan import plan
+from pgpo_lightning.sizing.report import table
 from pgpo_lightning.sizing.rollouts import roomy_tokens
 from pgpo_lightning.sizing.workload import Layout, Lengths, group
 
@@ -340,6 +341,21 @@ def test_what_is_not_understood_is_refused(args, message, capsys):
     with pytest.raises((Exception, SystemExit)) as error:
         main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *args])
     assert re.search(message, f"{error.value} {capsys.readouterr().err}")
+
+
+def test_a_teacher_on_the_host_visits_the_device_for_the_gradients():
+    args = ["--config", str(CONFIGS / "quickstart.yaml"), "--device", "cuda", "--trainer.precision", "bf16-mixed"]
+    args += ["--data.batch_size", "2", "--data.eval_batch_size", "2", "--model.micro_batch_tokens", "1000"]
+    near, far = (plan(command(*args, "--model.teacher_offload", text).run()) for text in ("false", "true"))
+    teacher = near.need.standing["teacher"]
+    assert "teacher" not in far.need.standing
+    assert (near.host, far.host) == (0, teacher)
+    for phase in ("rollouts", "evaluation"):
+        assert near.need.peak(phase) - far.need.peak(phase) == teacher
+    saved = near.need.peak("gradients") - far.need.peak("gradients")
+    assert saved == 2 * far.count.matrices  # the head is tied to the embedding, which stays as it is
+    text = table(far, None)
+    assert f"The teacher's {teacher / GIB:.2f} GiB are in the host's memory" in text
 
 
 def test_strategies_and_precisions():

@@ -133,6 +133,15 @@ def test_ema_weights_come_back_and_differ_from_the_student():
     assert not torch.equal(weights(other.teacher.model), weights(other.model))
 
 
+def test_a_frozen_teacher_is_checked_where_its_state_is_not_loaded():
+    """Under FSDP2 Lightning loads a single file weight by weight, and nothing else of it."""
+    checkpoint = {}
+    tiny_sdpo(teacher_regularization="frozen").on_save_checkpoint(checkpoint)
+    tiny_sdpo(teacher_regularization="frozen").on_load_checkpoint(checkpoint)
+    with pytest.raises(MisconfigurationException, match=r"checkpoint's frozen teacher"):
+        tiny_sdpo(seed=5, teacher_regularization="frozen").on_load_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("kind", ["frozen", "trust-region"])
 def test_a_frozen_teacher_is_checked_on_resume(kind):
     module = tiny_sdpo(teacher_regularization=kind)
@@ -281,6 +290,17 @@ def test_a_resumed_teacher_moves_when_and_as_it_would_have(kind, cut, with_adapt
         outcome(resumed, reward)
     assert torch.equal(weights(resumed.teacher.model), weights(module.teacher.model))
     assert resumed.teacher.get_extra_state() == module.teacher.get_extra_state()
+
+
+@pytest.mark.parametrize("kind", ["restart", "gated"])
+def test_what_a_teacher_counts_comes_back_where_its_state_is_not_loaded(kind):
+    checkpoint, module, other = {}, *(tiny_sdpo(teacher_regularization=kind) for _ in range(2))
+    for reward in (0.0, 0.5):
+        outcome(module, reward)
+    module.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    assert other.teacher.get_extra_state() == module.teacher.get_extra_state()
+    assert other.teacher.steps == 2
 
 
 def test_a_copied_teacher_has_the_students_type():

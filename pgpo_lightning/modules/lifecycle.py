@@ -4,9 +4,17 @@ import warnings
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -22,7 +30,8 @@ from pgpo_lightning.policy import (
 )
 from pgpo_lightning.records import Question
 from pgpo_lightning.sharding import Sharded, Whole
-from pgpo_lightning.teacher import Teacher
+from pgpo_lightning.shards import CheckpointFiles
+from pgpo_lightning.teacher import FrozenTeacher, Teacher
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
 
@@ -49,7 +58,12 @@ class Lifecycle(Evaluation):
         self.training_run = stage == "fit"
         if stage == "fit":
             _check_strategy(self.trainer.strategy)
-        self._check_combination(isinstance(self.trainer.strategy, ModelParallelStrategy))
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        self._check_combination(sharded)
+        if not sharded and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            # What only evaluates needs the student alone.
+            wanted = (lambda _: True) if stage == "fit" else (lambda name: name.startswith("state_dict.model."))
+            self.trainer.strategy.checkpoint_io = CheckpointFiles(wanted)
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
@@ -82,6 +96,8 @@ class Lifecycle(Evaluation):
             theirs = getattr(self.teacher, "model", None)
             mesh = strategy.device_mesh["data_parallel"]
             self.placement = Sharded(self.model, theirs, mesh, self.trainer.precision_plugin)
+            # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
+            self.strict_loading = not isinstance(self.teacher, FrozenTeacher)
 
     def _load(self) -> None:
         given = self.given_model
@@ -186,15 +202,27 @@ class Lifecycle(Evaluation):
 
 def _check_strategy(strategy: Strategy) -> None:
     """Raise unless the steps of this project are right under the strategy."""
-    if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        return
-    if not isinstance(strategy, ModelParallelStrategy):
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # Lightning's DeepSpeed is a kind of DDP
         raise MisconfigurationException(
             f"Expected `trainer.strategy` auto, ddp or {ModelParallelStrategy.__module__}.ModelParallelStrategy (FSDP2), but "
-            f"got {type(strategy).__name__}, under which gradients would not be exchanged between ranks."
+            f"got {strategy.__class__.__name__}: {_why_not(strategy)}."
         )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
     if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise MisconfigurationException(
             f"Expected `tensor_parallel_size` of 1, because no layer is split within itself, but got {size}. Set it, and "
             "`data_parallel_size` to the number of all devices."
         )
+
+
+def _why_not(strategy: Strategy) -> str:
+    if isinstance(strategy, DeepSpeedStrategy):
+        return (
+            "its engine keeps gradients to itself and clips and counts them by itself, so that no step here would see any. "
+            "For sharded weights take FSDP2, for a smaller optimizer alone ddp with bitsandbytes.optim.AdamW8bit"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        return "FSDP1 has no weights outside of the forward pass it wraps, where the loss needs the head. Take FSDP2"
+    return "gradients would not be exchanged between ranks"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 from pgpo_lightning.distillation import Source
 from pgpo_lightning.modules.on_policy import OnPolicyModule
@@ -41,6 +42,7 @@ class SelfTeaching(OnPolicyModule):
             (CGTR: a copy of the student taken when that has become better, `teacher_gate`).
         teacher_update_rate: Of the average (for ``restart`` per step; 1 is a hard copy), or weight of the student in the mixture.
             Default 0.05.
+        teacher_offload: Keep the teacher's own weights in the host's memory; the device gets a copy while gradients are made.
         teacher_period: Steps between two moves of the ``restart`` teacher. Default 10.
         teacher_gate: When the ``gated`` teacher is renewed. Default as in the paper.
         demonstration_choice: ``shared``: one success, drawn at random, is shown to all rows of a group but itself, which is shown
@@ -69,6 +71,7 @@ class SelfTeaching(OnPolicyModule):
         *args: Any,
         teacher_regularization: TeacherRegularization = "ema",
         teacher_update_rate: float | None = None,
+        teacher_offload: bool = False,
         teacher_period: int | None = None,
         teacher_gate: RefreshGate | None = None,
         demonstration_choice: DemonstrationChoice = "shared",
@@ -91,6 +94,9 @@ class SelfTeaching(OnPolicyModule):
             ("ema", "frozen", "live", "trust-region", "restart", "gated"), teacher_regularization=teacher_regularization
         )
         at_least(1, teacher_period=teacher_period)
+        if teacher_offload and (teacher_regularization == "live" or self.lora is not None):
+            why = "an adapter, which is small" if self.lora is not None else "no weights but the student's"
+            raise ValueError(f"Expected no `teacher_offload` with a teacher that has {why}. Set it to false.")
         for name, value, kinds in (
             ("teacher_update_rate", teacher_update_rate, _MOVING),
             ("teacher_period", teacher_period, ("restart",)),
@@ -116,7 +122,7 @@ class SelfTeaching(OnPolicyModule):
                 "Expected `num_generations` to be at least 2 without `include_environment_feedback`, but got 1: no rollout has a "
                 "sibling to learn from, and none may learn from feedback, so that nothing would ever be learnt."
             )
-        self.teacher_regularization = teacher_regularization
+        self.teacher_regularization, self.teacher_offload = teacher_regularization, teacher_offload
         self.reprompt = RepromptBuilder(
             success_reward_threshold=self.success_reward_threshold,
             demonstration_choice=demonstration_choice,
@@ -166,6 +172,13 @@ class SelfTeaching(OnPolicyModule):
                 row.teacher_hidden = hidden
         return sources
 
+    def accumulate_gradients(self, rows: list[Row]) -> float:
+        """See :meth:`OnPolicyModule.accumulate_gradients`. The optimizer's step needs no teacher."""
+        try:
+            return super().accumulate_gradients(rows)
+        finally:
+            self.teacher.release()
+
     def after_update(self) -> None:
         """The teacher follows the student."""
         self.teacher.update(self.model)
@@ -177,22 +190,49 @@ class SelfTeaching(OnPolicyModule):
 
     def make_teacher(self) -> Teacher:
         """Return the self-teacher."""
-        return make_teacher(
-            self.teacher_regularization, self.model, self.teacher_update_rate, self.teacher_period, self.teacher_gate
+        teacher = make_teacher(
+            self.teacher_regularization,
+            self.model,
+            self.teacher_update_rate,
+            self.teacher_period,
+            self.teacher_gate,
+            self.teacher_offload,
         )
+        if self.teacher_offload:  # DDP looks after the weights on its device
+            tensors = (*teacher.named_parameters(), *teacher.named_buffers())
+            self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
+        return teacher
+
+    def _check_combination(self, sharded: bool) -> None:
+        super()._check_combination(sharded)
+        if sharded and self.teacher_offload:
+            raise MisconfigurationException(
+                "Expected no `teacher_offload` with sharded weights, of which each device holds a share only, but got "
+                "ModelParallelStrategy. Set `teacher_offload` to false, or `trainer.strategy` to ddp."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the kind of teacher."""
+        """Add the kind of teacher, and what it keeps beside weights."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["pgpo_lightning"]["teacher"] = self.teacher_regularization
+        # FSDP2 loads a single file weight by weight, and nothing else of a module's state.
+        beside = self.teacher.get_extra_state() if _has_more_than_weights(self.teacher) else None
+        checkpoint["pgpo_lightning"] |= {"teacher": self.teacher_regularization, "teacher_state": beside}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the kind of teacher, or leave its weights aside where only the student is evaluated."""
         super().on_load_checkpoint(checkpoint)
         if self.teacher is None:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
+            if (state := checkpoint.get("state_dict")) is not None:  # sharded weights were loaded before
+                checkpoint["state_dict"] = {
+                    name: value for name, value in state.items() if not name.startswith("teacher.")
+                }
         elif (theirs := checkpoint["pgpo_lightning"]["teacher"]) != self.teacher_regularization:
             raise MisconfigurationException(
                 f"Expected a checkpoint with `teacher_regularization` {self.teacher_regularization}, but it has {theirs}."
             )
+        elif (beside := checkpoint["pgpo_lightning"].get("teacher_state")) is not None:
+            self.teacher.set_extra_state(beside)
+
+
+def _has_more_than_weights(teacher: Teacher | None) -> bool:
+    return teacher is not None and type(teacher).get_extra_state is not nn.Module.get_extra_state

@@ -105,6 +105,7 @@ class PlanCommand(BuildCommand):
             sharding=_sharding(trainer, device),
             device=device,
             adapters=adapters,
+            offload=getattr(module, "teacher_offload", False),
             demonstration=demonstration,
         )
 

@@ -117,6 +117,20 @@ def standing_bytes(
     return parts
 
 
+def visiting_bytes(count: Count, compute: Compute) -> int:
+    """Return the device's copy of a teacher whose weights are on the host (:mod:`pgpo_lightning.offload`).
+
+    Matrices of linear layers in the type of the products, a head that is not tied among them; the rest in its own type.
+
+    Args:
+        count: Of the model.
+        compute: Types.
+    """
+    linear = count.matrices + (0 if count.tied else count.head)
+    narrow = (compute.autocast or compute.teacher).itemsize
+    return linear * narrow + (count.total - linear) * compute.teacher.itemsize
+
+
 def gathered_bytes(
     count: Count, own_teacher: bool, compute: Compute, sharding: Sharding, accumulating: bool
 ) -> dict[str, int]:

@@ -23,6 +23,7 @@ from pgpo_lightning.sizing.memory import (
     sampling_bytes,
     standing_bytes,
     update_need,
+    visiting_bytes,
 )
 from pgpo_lightning.sizing.optimizers import OptimizerNeed, optimizer_need
 from pgpo_lightning.sizing.parameters import Count, count
@@ -66,6 +67,7 @@ class Run:
         sharding: Over devices.
         device: cuda or cpu.
         adapters: What is trained instead of all weights.
+        offload: Whether the teacher's own weights are on the host, with a copy on the device while gradients are made.
         demonstration: Assumed tokens of a demonstration that stands in for a rollout of each group (HAPO); null for none.
     """
 
@@ -89,6 +91,7 @@ class Run:
     sharding: Sharding = Sharding()
     device: str = "cuda"
     adapters: Adapters | None = None
+    offload: bool = False
     demonstration: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class Plan:
         micro_batches: Of one pass over the batch.
         largest: Layout of the largest for student and teacher.
         dry_run: Peaks that the largest was measured at without data.
+        host: Bytes of the host's memory that the teacher takes for each device.
     """
 
     run: Run
@@ -132,6 +136,7 @@ class Plan:
     micro_batches: int
     largest: dict[str, Layout]
     dry_run: dict[str, int]
+    host: int = 0
 
 
 def plan(run: Run, rows: list[Row] | None = None) -> Plan:
@@ -153,6 +158,7 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
     trainable = sum(torch.Size(shape).numel() for shape in shapes)
     optimizer = optimizer_need(run.optimizer, shapes, kind, run.device)
     need = Need(_standing(run, counted, trainable, optimizer, kind, own))
+    host = need.standing.pop("teacher") if run.offload else 0
 
     rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
     learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
@@ -189,6 +195,8 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
         run.config, compute, largest, teachers_run, run.device, accumulating, run.top_k, trains_head
     )
     parts["gathered weights"] = gathered["update"]
+    if run.offload:
+        parts["teacher"] = visiting_bytes(counted, compute)
     if run.passes > 1 and teachers == ["own"]:
         tokens = sum(row.length for row in rows)
         cached = tokens * run.config.get_text_config().hidden_size * compute.teacher.itemsize
@@ -196,7 +204,8 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
     need.phases["gradients"] = parts
     if not accumulating:  # then the backward pass of the only micro-batch makes them
         need.absent["gradients"] = ("gradients",)
-    need.phases["optimizer"] = update_need(counted, compute, optimizer, run.teacher in AVERAGING and own, run.sharding)
+    averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes nothing of the device
+    need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
 
     return Plan(
         run,
@@ -209,6 +218,7 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
         len(batches) * run.updates,
         {n: Layout.of(p) for n, p in (("student", largest.student), ("teacher", largest.teacher)) if p is not None},
         peaks,
+        host,
     )
 
 

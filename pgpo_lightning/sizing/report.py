@@ -31,6 +31,10 @@ def remarks(made: Plan) -> list[str]:
     """Return what stands in the way of such a run, beside its size."""
     run = made.run
     found = []
+    if run.offload:
+        found.append(f"The teacher's {made.host / GIB:.2f} GiB are in the host's memory, for each device.")
+        if run.sharding.kind == "fsdp":
+            found.append("`pgpo fit` refuses `teacher_offload` with sharded weights; set it to false.")
     if run.sharding.kind == "fsdp":
         if made.optimizer.name.startswith("bitsandbytes"):
             found.append("bitsandbytes' optimizers do not work on shards; torchao's do.")
@@ -108,6 +112,7 @@ def content(made: Plan, memory: float | None) -> dict[str, Any]:
         "strategy": run.sharding.kind,
         "device": run.device,
         "standing_bytes": made.need.standing,
+        "host_bytes": made.host,
         "phase_bytes": made.need.phases,
         "absent": {phase: list(parts) for phase, parts in made.need.absent.items()},
         "peak_bytes": made.need.peaks,
