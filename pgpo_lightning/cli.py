@@ -51,6 +51,9 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     if words[:1] in (["-h"], ["--help"]):
         print(HELP, end="")
+    elif not words or (not words[0].startswith("-") and f"\n{words[0]} " not in HELP):
+        print(f"Expected a command, but got {words[0] if words else 'none'}.\n\n{HELP}", end="", file=sys.stderr)
+        sys.exit(2)
     elif words[:1] == ["export"]:
         importlib.import_module("pgpo_lightning.export").main(words[1:])
     elif words[:1] in (["ablate"], ["report"], ["sde"], ["estimator"]):

@@ -265,6 +265,16 @@ def test_two_processes_train_evaluate_and_finish(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step=000002.ckpt").exists()
 
 
+@pytest.mark.parametrize(("words", "got"), [([], "none"), (["train"], "train"), (["fi"], "fi")])
+def test_without_a_known_command_all_of_them_are_listed(words, got, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert f"Expected a command, but got {got}." in told
+    assert "\nprobe " in told
+
+
 def test_help_and_report_do_not_wait_for_lightning():
     code = """import sys
 from pgpo_lightning.cli import main
