@@ -19,8 +19,8 @@ test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/vllm
 
 lint: .venv/ready
-	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks
-	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks
+	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks docs
+	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks docs
 
 # Rebuilds the shipped base model of the toy task.
 toy: .venv/ready
