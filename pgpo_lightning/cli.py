@@ -17,8 +17,6 @@ probe      measures what each context of the teacher is worth, before training
 export     writes a checkpoint for transformers
 ablate     runs a study: arms, seeds, conditions
 report     compares the arms of a study
-sde        holds PGPO against its stochastic differential equations
-estimator  measures bias and spread of the information estimators
 """
 
 
@@ -56,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     elif words[:1] == ["export"]:
         importlib.import_module("pgpo_lightning.export").main(words[1:])
-    elif words[:1] in (["ablate"], ["report"], ["sde"], ["estimator"]):
+    elif words[:1] in (["ablate"], ["report"]):
         importlib.import_module(f"pgpo_lightning.lab.{words[0]}").main(words[1:])
     elif words[:1] == ["probe"]:
         importlib.import_module("pgpo_lightning.probe.command").main(words[1:])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from pgpo_lightning.cli import main
+from benchmarks.theory.command import run
+from benchmarks.theory.estimator import ESTIMATORS, LOGIT, _multiplier, estimator, per_sequence
+from benchmarks.theory.estimator_batches import arranged, design_effect, draw_batches, sequences_for
+from benchmarks.theory.estimator_source import PAIRINGS, STUDENTS, Source, Student
+from benchmarks.theory.estimator_toy import rows_with_teacher, toy_bank, toy_module
+from benchmarks.theory.estimator_views import View, sequence_statistics, token_statistics, views
 from pgpo_lightning.data.toy import questions
-from pgpo_lightning.lab.estimator import ESTIMATORS, LOGIT, _multiplier, estimator, per_sequence
-from pgpo_lightning.lab.estimator_batches import arranged, design_effect, draw_batches, sequences_for
-from pgpo_lightning.lab.estimator_source import PAIRINGS, STUDENTS, Source, Student
-from pgpo_lightning.lab.estimator_toy import rows_with_teacher, toy_bank, toy_module
-from pgpo_lightning.lab.estimator_views import View, sequence_statistics, token_statistics, views
 from pgpo_lightning.statistics import StepStatistics, information
 
 SOURCE = Source(chances=(0.2, 0.5, 0.7), vocabulary=8)
@@ -233,7 +233,7 @@ def test_the_command_writes_a_report(tmp_path, capsys):
         "sensitivities": [1.0],
     }
     words = [word for name, value in (small | lists).items() for word in (f"--{name}", str(value))]
-    main(["estimator", *words, "--output", str(tmp_path / "out")])
+    run(estimator, [*words, "--output", str(tmp_path / "out")])
     assert "nats per token" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "estimator.json").read_text())
     assert [row["view"] for row in content["source_views"]] == [view.name for view in views([5])]  # of 64 tokens
@@ -268,6 +268,6 @@ def test_settings_that_make_no_sense_are_refused(settings, told, tmp_path):
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pgpo_lightning.lab.estimator.toy_bank", None)
+    monkeypatch.setattr("benchmarks.theory.estimator.toy_bank", None)
     with pytest.raises(FileExistsError, match="`output` to be a folder"):
         estimator(output=str(tmp_path / "file"))

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.lab.multiplier_law import multiplier_law, variance_bound
+from benchmarks.theory.command import run
+from benchmarks.theory.multiplier_law import multiplier_law, variance_bound
+from benchmarks.theory.sde import _orders, _quadratic_errors, sde
+from benchmarks.theory.sde_adam import simulate
+from benchmarks.theory.sde_bernoulli import SIGNALS, Bernoulli, Chebyshev, binary_entropy
+from benchmarks.theory.sde_orders import fit_order
+from benchmarks.theory.sde_quadratic import SDES, Quadratic
 from pgpo_lightning.lab.output import write_study
-from pgpo_lightning.lab.sde import _orders, _quadratic_errors, sde
-from pgpo_lightning.lab.sde_adam import simulate
-from pgpo_lightning.lab.sde_bernoulli import SIGNALS, Bernoulli, Chebyshev, binary_entropy
-from pgpo_lightning.lab.sde_orders import fit_order
-from pgpo_lightning.lab.sde_quadratic import SDES, Quadratic
 
 PROBLEM = Quadratic(curvature=0.8, noise=1.3, start=0.7)
 ETAS = [0.2, 0.1, 0.05, 0.025, 0.0125]
@@ -223,7 +223,7 @@ def test_what_adam_makes_of_a_multiplier():
 
 def test_the_command_writes_a_report(tmp_path, capsys):
     words = ["--etas", "[0.2, 0.1, 0.05]", "--steps", "40", "--chains", "8", "--output", str(tmp_path / "out")]
-    main(["sde", *words])
+    run(sde, [*words])
     told = capsys.readouterr().out
     assert "order in the mean is 1.0" in told
     assert "in the mean is -0.037 at eta 0" in told
@@ -269,6 +269,11 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(tmp_pat
     monkeypatch.setattr(Quadratic, "discrete", None)
     with pytest.raises(FileExistsError, match="`output` to be a folder"):
         sde(output=str(tmp_path / "file"))
+
+
+def test_a_setting_that_makes_no_sense_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="error: Expected `chains` to be at least 2"):
+        run(sde, ["--chains", "1", "--output", str(tmp_path / "out")])
 
 
 def test_nothing_is_left_of_a_study_that_cannot_be_drawn(tmp_path):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.theory.sde_quadratic import Quadratic
 from pgpo_lightning.lab.inference import quantile_t
-from pgpo_lightning.lab.sde_quadratic import Quadratic
 
 RULES = ("SGD, update", "SGD, loss", "Adam, update", "Adam, loss")
 """Optimizer, and what rho multiplies."""

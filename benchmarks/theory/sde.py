@@ -1,4 +1,4 @@
-"""The command ``pgpo sde``: discrete PGPO against its stochastic differential equations, where the answer is known.
+"""Discrete PGPO against its stochastic differential equations, where the answer is known.
 
 PGPO's Theorem 2(ii) (arXiv 2606.03620) calls ``d theta = -rho grad L dt + sqrt(eta) Sigma^1/2 dW`` an approximation of weak order
 1. This measures orders, stationary variances and the bound on the variance of rho; ``docs/theory.md`` says what follows.
@@ -7,18 +7,18 @@ PGPO's Theorem 2(ii) (arXiv 2606.03620) calls ``d theta = -rho grad L dt + sqrt(
 import math
 from typing import Any
 
-import jsonargparse
 import numpy as np
 
-from pgpo_lightning.lab import sde_bernoulli, sde_quadratic
+from benchmarks.theory import sde_bernoulli, sde_quadratic
+from benchmarks.theory.command import run
+from benchmarks.theory.multiplier_law import multiplier_law, variance_bound
+from benchmarks.theory.sde_adam import RULES, simulate
+from benchmarks.theory.sde_bernoulli import Bernoulli
+from benchmarks.theory.sde_orders import FLOOR, Order, fit_order
+from benchmarks.theory.sde_pictures import draw
+from benchmarks.theory.sde_quadratic import Quadratic
 from pgpo_lightning.lab.markdown import table
-from pgpo_lightning.lab.multiplier_law import multiplier_law, variance_bound
 from pgpo_lightning.lab.output import output_folder, write_study
-from pgpo_lightning.lab.sde_adam import RULES, simulate
-from pgpo_lightning.lab.sde_bernoulli import Bernoulli
-from pgpo_lightning.lab.sde_orders import FLOOR, Order, fit_order
-from pgpo_lightning.lab.sde_pictures import draw
-from pgpo_lightning.lab.sde_quadratic import Quadratic
 from pgpo_lightning.modules.settings import at_least, positive
 
 NOTES = """\
@@ -349,13 +349,5 @@ def _summary(content: dict[str, Any]) -> str:
     )
 
 
-def main(args: list[str]) -> None:
-    """Run the command: ``pgpo sde [--output sde]``.
-
-    Args:
-        args: Without the program's name.
-    """
-    parser = jsonargparse.ArgumentParser(prog="pgpo sde", description=(sde.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(sde, as_group=False)
-    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
-    sde(**vars(instantiate(parser.parse_args(args))))
+if __name__ == "__main__":
+    run(sde)

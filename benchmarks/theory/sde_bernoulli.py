@@ -25,7 +25,7 @@ Signal = Literal["state", "independent", "shared"]
 has ``shared`` with it, as in PGPO."""
 
 SDE = Literal["paper", "scaled", "matched", "second order", "no noise"]
-"""As in :mod:`pgpo_lightning.lab.sde_quadratic`, with rho at the I of the state; ``matched``: drift and covariance those of the
+"""As in :mod:`benchmarks.theory.sde_quadratic`, with rho at the I of the state; ``matched``: drift and covariance those of the
 product ``rho * gradient``, and ``second order`` on top of that."""
 
 SIGNALS: tuple[Signal, ...] = ("state", "independent", "shared")

@@ -1,4 +1,4 @@
-"""The command ``pgpo estimator``: bias and spread of the information estimators, and what they make of the multiplier.
+"""Bias and spread of the information estimators, and what they make of the multiplier.
 
 On a source whose mutual information is known, and on the toy model's own rollouts; ``docs/theory.md`` says what follows.
 """
@@ -6,24 +6,23 @@ On a source whose mutual information is known, and on the toy model's own rollou
 import math
 from typing import Any, get_args
 
-import jsonargparse
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
-from pgpo_lightning.lab.estimator_batches import (
+from benchmarks.theory.command import run
+from benchmarks.theory.estimator_batches import (
     arranged,
     design_effect,
     draw_batches,
     relative_spread,
     sequences_for,
 )
-from pgpo_lightning.lab.estimator_pictures import draw
-from pgpo_lightning.lab.estimator_report import markdown, summary
-from pgpo_lightning.lab.estimator_source import PAIRINGS, STUDENTS, Array, Pairing, Source, Student
-from pgpo_lightning.lab.estimator_toy import Bank, toy_bank
-from pgpo_lightning.lab.estimator_views import View, sequence_statistics, token_statistics, views
-from pgpo_lightning.lab.multiplier_law import multiplier_law
+from benchmarks.theory.estimator_pictures import draw
+from benchmarks.theory.estimator_report import markdown, summary
+from benchmarks.theory.estimator_source import PAIRINGS, STUDENTS, Array, Pairing, Source, Student
+from benchmarks.theory.estimator_toy import Bank, toy_bank
+from benchmarks.theory.estimator_views import View, sequence_statistics, token_statistics, views
+from benchmarks.theory.multiplier_law import multiplier_law
 from pgpo_lightning.lab.output import output_folder, write_study
 from pgpo_lightning.modules.settings import at_least, positive
 from pgpo_lightning.statistics import Estimator, StepStatistics
@@ -335,15 +334,5 @@ def _multiplier(
     }
 
 
-def main(args: list[str]) -> None:
-    """Run the command: ``pgpo estimator [--output estimator]``.
-
-    Args:
-        args: Without the program's name.
-    """
-    parser = jsonargparse.ArgumentParser(prog="pgpo estimator", description=(estimator.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(estimator, as_group=False)
-    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    estimator(**vars(instantiate(parser.parse_args(args))))
+if __name__ == "__main__":
+    run(estimator)

@@ -1,4 +1,4 @@
-"""The picture of ``pgpo sde``: orders on top, stationary variances and the bound on Var(rho) below."""
+"""The picture of :mod:`benchmarks.theory.sde`: orders on top, stationary variances and the bound on Var(rho) below."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from pgpo_lightning.lab.sde_orders import Order
+from benchmarks.theory.sde_orders import Order
 
 _COLOURS = {"paper": "C3", "scaled": "C0", "matched": "C2", "second order": "C4", "no noise": "0.5"}
 _MARKERS = {"paper": "o", "scaled": "s", "matched": "^", "second order": "d", "no noise": "x"}
@@ -19,7 +19,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     """Draw what ``sde.json`` holds.
 
     Args:
-        content: From :func:`pgpo_lightning.lab.sde.sde`.
+        content: From :func:`benchmarks.theory.sde.sde`.
         path: Of the PNG.
     """
     figure = Figure(figsize=(13, 7.2), layout="constrained")

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.theory.estimator_views import View, token_statistics
 from pgpo_lightning.closed_form import TokenStatistics
 from pgpo_lightning.data.toy import questions
-from pgpo_lightning.lab.estimator_views import View, token_statistics
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.policy import source
 from pgpo_lightning.records import Question, Row

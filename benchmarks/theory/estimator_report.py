@@ -1,4 +1,4 @@
-"""The words of ``pgpo estimator``."""
+"""The words of :mod:`benchmarks.theory.estimator`."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def markdown(content: dict[str, Any]) -> str:
     """Return the report.
 
     Args:
-        content: From :func:`pgpo_lightning.lab.estimator.estimator`.
+        content: From :func:`benchmarks.theory.estimator.estimator`.
     """
     toy, length = content["toy"], content["length"]
     parts = ["# Estimators of information", NOTES, "# A source with known mutual information"]

@@ -1,4 +1,4 @@
-"""The picture of ``pgpo estimator``: bias where the truth is known, spread and honesty on the toy, and the multiplier."""
+"""The picture of :mod:`benchmarks.theory.estimator`: bias where the truth is known, spread and honesty on the toy, and rho."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     """Draw what ``estimator.json`` holds.
 
     Args:
-        content: From :func:`pgpo_lightning.lab.estimator.estimator`.
+        content: From :func:`benchmarks.theory.estimator.estimator`.
         path: Of the PNG.
     """
     figure = Figure(figsize=(13, 7.2), layout="constrained")
