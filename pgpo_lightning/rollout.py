@@ -17,6 +17,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.records import Question, Rollout
+from pgpo_lightning.seeding import derive_seed, uniform
 
 _LOOK_EVERY = 16  # steps between two looks at which responses have ended, on a GPU
 _WORTH_LEAVING = 0.75  # share of responses still going from which on copying their keys and values pays
@@ -31,11 +32,14 @@ class Sampling:
         temperature: Logits are divided by it.
         top_p: Nucleus; 1.0 samples from the whole distribution. Anything else than 1.0 makes the recorded log-probabilities
             those of another distribution than the one sampled from, so it is for evaluation only.
+        seeds: One per question, of all of its responses: samples then depend on neither batch nor rank. Null draws from the
+            global generator of torch.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    seeds: list[int] | None = None
 
 
 class Engine(ABC):
@@ -67,7 +71,7 @@ class Engine(ABC):
             questions: What is asked.
             prompts: Their token ids, in the same order.
             n: Responses per prompt.
-            sampling: How.
+            sampling: How. An engine that ignores its `seeds` makes evaluation depend on the batch size.
 
         Returns:
             ``len(questions) * n`` rollouts, those to one question next to each other.
@@ -105,7 +109,9 @@ class TransformersEngine(Engine):
                 part = slice(start, start + at_once)
                 for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
                     count = min(each, n - done)
-                    rollouts += _decode(model, tokenizer, questions[part], prompts[part], count, sampling)
+                    seeds = None if sampling.seeds is None else sampling.seeds[part]
+                    streams = seeds and [derive_seed(seed, i) for seed in seeds for i in range(done, done + count)]
+                    rollouts += _decode(model, tokenizer, questions[part], prompts[part], count, sampling, streams)
         return rollouts
 
 
@@ -116,9 +122,10 @@ def _decode(
     prompts: list[list[int]],
     n: int,
     sampling: Sampling,
+    streams: list[int] | None,
 ) -> list[Rollout]:
     ends = end_tokens(model, tokenizer)
-    tokens, log_probs = _sample(model, prompts, n, sampling, ends)
+    tokens, log_probs = _sample(model, prompts, n, sampling, ends, streams)
     rollouts = []
     for i, row in enumerate(tokens.tolist()):
         length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
@@ -139,13 +146,20 @@ def _decode(
 
 @torch.no_grad()
 def _sample(
-    model: PreTrainedModel, prompts: list[list[int]], n: int, sampling: Sampling, ends: set[int]
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    n: int,
+    sampling: Sampling,
+    ends: set[int],
+    streams: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return sampled tokens and their log-probabilities, ``(prompts * n, T)`` each, on the CPU.
 
     A loop of its own instead of ``generate``, for three reasons: the prompt is run once for all of its responses; responses
     that have ended leave the batch, where ``generate`` decodes them on until the longest has ended; and the log-probability of a
     token is taken where it is drawn, without keeping logits of all steps. What follows the end of a response is undefined.
+
+    `streams` holds a seed per response; without it torch's global generator is drawn from.
     """
     device = next(model.parameters()).device
     end_ids = torch.tensor(sorted(ends), device=device)
@@ -155,13 +169,14 @@ def _sample(
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
     log_probs = torch.zeros(sampling.max_tokens, total, device=device)
     active = torch.arange(total, device=device)  # the responses that are still in the batch
+    seeds = None if streams is None else torch.tensor(streams, device=device)
     ended = torch.zeros(total, dtype=torch.bool, device=device)
     for step in range(sampling.max_tokens):
         logits = logits.float()
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
-        uniform = torch.rand(total, 1, device=device)[active]
-        token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), uniform)
+        drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
+        token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), drawn[active])
         tokens[step, active] = token
         log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log()
         ended |= torch.isin(token, end_ids)

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+
+_GAMMA, _MIX, _MIX_AGAIN = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
 
 
 def derive_seed(*names: int | str) -> int:
@@ -37,3 +40,33 @@ def seeded(*names: int | str) -> Iterator[random.Random]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def uniform(seeds: Tensor, step: int) -> Tensor:
+    """Return one random number in [0, 1) per seed: a function of (seed, step) alone, bit for bit the same on every device.
+
+    SplitMix64, which is counter-based: its n-th number needs no earlier one. With 24 bits, like ``torch.rand`` in fp32.
+
+    Args:
+        seeds: int64, from :func:`derive_seed`; seeds near each other would give overlapping streams.
+        step: Position in each stream, from 0 on.
+
+    Returns:
+        fp32, of the shape of `seeds`.
+    """
+    state = seeds + _signed(
+        _GAMMA * (step + 1)
+    )  # int64 wraps around, which is the arithmetic modulo 2^64 that is wanted
+    state = (state ^ _shifted(state, 30)) * _signed(_MIX)
+    state = (state ^ _shifted(state, 27)) * _signed(_MIX_AGAIN)
+    return _shifted(state ^ _shifted(state, 31), 40).to(torch.float32) / 2**24
+
+
+def _signed(number: int) -> int:
+    """Return the int64 with the lowest 64 bits of a number."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Shift right as if there was no sign."""
+    return (state >> bits) & (2 ** (64 - bits) - 1)

@@ -141,9 +141,9 @@ class VLLMEngine(Engine):
                 f"Expected a temperature of at least {LOWEST_TEMPERATURE} for vLLM, which silently takes that for anything "
                 f"colder, but got {sampling.temperature}."
             )
-        seeds = torch.randint(
-            2**62, (len(prompts),)
-        ).tolist()  # from the run's own random numbers, one for every prompt
+        # One for every prompt, of its first response; vLLM counts on for the others, within 64 bits.
+        drawn = torch.randint(2**62, (len(prompts),)).tolist() if sampling.seeds is None else sampling.seeds
+        seeds = [seed % 2**62 for seed in drawn]
         ends = end_tokens(model, tokenizer)
         dtype = computes_in(model)
         with _undisturbed(next(model.parameters()).device.type):

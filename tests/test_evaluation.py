@@ -1,6 +1,7 @@
 """Evaluation: scores are those of the samples, random numbers repeat, nothing leaks into training."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -45,6 +46,33 @@ def test_evaluation_repeats_itself_and_depends_on_the_seed(tmp_path):
     other = evaluate(tmp_path / "c", seed=1)[1]
     assert first == again
     assert [a["responses"] for a in first] != [a["responses"] for a in other]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_batch_size_and_order_give_the_same_answers(tmp_path, order):
+    """The shortest and the longest prompts come together, or not: padding differs too."""
+    module = SDPO(tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=3, **LIMITS)
+    asked = questions(20)
+    for i, question in enumerate(asked):
+        question.index = 3 * i  # as if others had been dropped
+    found = []
+    for size in (1, 3, 20):
+        trainer(tmp_path).validate(module, loader(asked[::order], size), verbose=False)
+        found.append((tmp_path / "validation" / "step=000000.jsonl").read_text())
+    assert found[0] == found[1] == found[2]
+
+
+class Whimsical:
+    """A verifier that draws."""
+
+    def __call__(self, question, response):
+        return random.random() + torch.rand(1).item()
+
+
+def test_a_verifier_that_draws_is_the_same_in_every_batch(tmp_path):
+    rewards = [[a["rewards"] for a in evaluate(tmp_path / str(b), Whimsical(), batch=b)[1]] for b in (1, 2, 6)]
+    assert rewards[0] == rewards[1] == rewards[2]
+    assert len({reward for row in rewards[0] for reward in row}) == 30
 
 
 def test_without_answers_there_is_no_majority(tmp_path):

@@ -375,3 +375,33 @@ def test_seeds_are_the_same_on_every_machine_and_differ_between_names():
     )
     assert len({derive_seed(*name) for name in names}) == len(names)
     assert all(0 <= derive_seed(*name) < 2**63 for name in names)
+
+
+# --------------------------------------------------------------------------------------------------- seeds by question
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_with_seeds_a_response_depends_on_its_question_and_number_alone(top_p):
+    prompts, seeds = prompts_of(9, 4, 6, 4, 7), [derive_seed("question", i) for i in range(5)]
+    model = ending_model()
+    whole = responses(generate(model, prompts, n=4, seeds=seeds, top_p=top_p))
+    assert len({tuple(response) for response in whole}) > 15
+    order = [3, 0, 4, 1, 2]
+    turned = responses(generate(model, [prompts[i] for i in order], n=4, seeds=[seeds[i] for i in order], top_p=top_p))
+    assert turned == [response for i in order for response in whole[4 * i : 4 * i + 4]]
+    for limit in (1, 2, 3, 8):  # also several goes for the responses to one prompt
+        assert responses(generate(model, prompts, n=4, seeds=seeds, max_sequences=limit, top_p=top_p)) == whole
+    fewer = responses(generate(model, prompts, n=3, seed=1, seeds=seeds, top_p=top_p))
+    assert fewer == [response for i in range(5) for response in whole[4 * i : 4 * i + 3]]
+    others = responses(generate(model, prompts, n=4, seeds=[seed + 1 for seed in seeds], top_p=top_p))
+    assert others != whole
+
+
+def test_with_seeds_samples_follow_the_distribution():
+    model, (prompt,) = ending_model(), prompts_of(5)
+    expected = distribution(model, prompt)[0].exp()
+    drawn = generate(model, [prompt], n=20_000, seeds=[derive_seed(7)], max_tokens=1)
+    counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=len(TOKENIZER))
+    likely = expected > 0.001
+    deviation = (counts[likely] - 20_000 * expected[likely]) / (20_000 * expected[likely]).sqrt()
+    assert deviation.abs().max() < 4.5

@@ -15,7 +15,7 @@ from pgpo_lightning import vllm_engine
 from pgpo_lightning.handover import checksum, write_weights
 from pgpo_lightning.records import Question
 from pgpo_lightning.rollout import Sampling
-from pgpo_lightning.seeding import seeded
+from pgpo_lightning.seeding import derive_seed, seeded
 from pgpo_lightning.vllm_engine import VLLMEngine, computes_in
 
 EOS = TOKENIZER.eos_token_id
@@ -194,6 +194,19 @@ def test_what_a_server_is_asked_and_how_its_answers_are_read(server, tmp_path):
     ask(engine, model, seed=1)
     assert [path for path, _ in server.calls[:2]] == ["/collective_rpc", "/reset_prefix_cache"]
     assert not {body["seed"] for _, body in server.calls[2:]} & {body["seed"] for body in bodies}
+
+
+def test_a_server_gets_the_seeds_of_the_questions(server):
+    engine, model = VLLMEngine(server=server.url), tiny_model()
+    seeds = [derive_seed("question", i) for i in range(3)]
+    asked = {}
+    for part in ([0, 1, 2], [2], [1, 0]):
+        ask(engine, model, [[7 + i] for i in part], seed=len(part), seeds=[seeds[i] for i in part])
+        for path, body in server.calls:
+            if path == "/v1/completions":
+                asked.setdefault(body["prompt"][0] - 7, set()).add(body["seed"])
+        del server.calls[:]
+    assert asked == {i: {seed % 2**62} for i, seed in enumerate(seeds)}
 
 
 def test_no_server():

@@ -1,6 +1,7 @@
 """Held-out evaluation: avg@k, pass@k, majority@k, lengths, and every answer in a file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from pgpo_lightning.policy import fp32_by_default
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Sampling
-from pgpo_lightning.seeding import seeded
+from pgpo_lightning.seeding import derive_seed, seeded
 
 
 class Evaluation(Acting):
     """The validation and test loops of every module.
 
-    Question i of the split is sampled with the same random numbers in every evaluation of a run, so that a change of the
-    score is a change of the model. Validation before the first step (``num_sanity_val_steps=-1``) is logged as step 0.
+    Question i of the split is sampled with the same random numbers in every evaluation of a run, whatever the batch size and the
+    number of ranks, so that a change of the score is a change of the model. (In another batch logits may differ in their last
+    bits, and that may flip a draw.) Validation before the first step (``num_sanity_val_steps=-1``) is logged as step 0.
     """
 
     eval_samples: int
@@ -47,9 +49,15 @@ class Evaluation(Acting):
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:
         """Answer one batch of questions `eval_samples` times each."""
         k = self.eval_samples
-        with seeded(self.seed, "evaluation", batch_idx, self.global_rank), fp32_by_default():
-            rollouts = self.sample(questions, k, self.eval_sampling)
-            verdicts = self.judge(rollouts)
+        asked = [question.index for question in questions]
+        seeds = [derive_seed(self.seed, "evaluation", index) for index in asked]
+        verdicts = []
+        with fp32_by_default():
+            with seeded(self.seed, "evaluation", *asked):  # for an engine that does not know `seeds`
+                rollouts = self.sample(questions, k, replace(self.eval_sampling, seeds=seeds))
+            for i, index in enumerate(asked):
+                with seeded(self.seed, "verifier", index):  # which may draw too
+                    verdicts += self.judge(rollouts[i * k : (i + 1) * k])
         index = torch.tensor([rollout.question.index for rollout in rollouts], device=self.device)
         reward, length, cut_off = (
             # Lightning's bf16-true makes bf16 the default type, in which a length of 301 is 300.
