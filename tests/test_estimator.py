@@ -76,7 +76,9 @@ def test_a_siblings_feedback_has_no_mutual_information_and_the_estimators_do_not
     assert found.log_ratio < 0
 
 
-@pytest.mark.parametrize(("name", "pairing"), [("bayes", "own"), ("overconfident", "own"), ("prejudiced", "sibling")])
+@pytest.mark.parametrize(
+    ("name", "pairing"), [("calibrated", "own"), ("overconfident", "own"), ("wrong prior", "sibling")]
+)
 def test_simulated_responses_have_the_exact_expectations(name, pairing):
     """Through the library's kernel and the statistics of a step, on the whole vocabulary."""
     n, length = 6000, 6
@@ -149,8 +151,8 @@ def test_an_error_over_sequences_is_too_small_by_the_design_effect():
     table = crossed(4000, 4, 0.2, 0.1)
     drawn = draw_batches(table, 20, 3000, seed=0)
     assert drawn.spread == pytest.approx(math.sqrt(0.0425 / 20), rel=0.06)
-    assert drawn.honesty(drawn.naive) == pytest.approx(math.sqrt(0.0125 / 0.0425), rel=0.06)
-    assert drawn.honesty(drawn.clustered) == pytest.approx(1, rel=0.06)
+    assert drawn.calibration(drawn.naive) == pytest.approx(math.sqrt(0.0125 / 0.0425), rel=0.06)
+    assert drawn.calibration(drawn.clustered) == pytest.approx(1, rel=0.06)
     assert drawn.coverage(drawn.clustered, table.mean()) == pytest.approx(0.94, abs=0.02)
     assert drawn.coverage(drawn.naive, table.mean()) < 0.8
     value, low, high = design_effect(table, 300)
@@ -158,7 +160,7 @@ def test_an_error_over_sequences_is_too_small_by_the_design_effect():
     assert value == pytest.approx(3.4, rel=0.06)
     # One sibling of each question: independent sequences.
     single = draw_batches(table, 80, 2000, seed=0, siblings=1)
-    assert single.honesty(single.naive) == pytest.approx(1, rel=0.06)
+    assert single.calibration(single.naive) == pytest.approx(1, rel=0.06)
     assert single.spread == pytest.approx(math.sqrt(0.05 / 80), rel=0.06)
     # 1 % at alpha 2: sd(I) 0.005, so Q = 0.0425 / 0.005^2.
     assert sequences_for(table, 2.0, 0.01) == pytest.approx(4 * 0.0425 / 0.005**2, rel=0.06)

@@ -73,7 +73,7 @@ def test_both_sdes_are_of_order_one_in_the_mean_and_differ_in_the_variance():
         assert order(kind, "second moment") == pytest.approx(1, abs=0.02)
     assert order("scaled", "variance") == pytest.approx(2, abs=0.02)
     for function in ("mean", "second moment", "variance", "cosine"):
-        assert order("second order", function) == pytest.approx(2, abs=0.03)
+        assert order("order-2 drift", function) == pytest.approx(2, abs=0.03)
 
 
 def test_from_the_minimum_the_mean_is_exact_and_has_no_order():
@@ -172,7 +172,7 @@ def test_orders_with_a_random_multiplier():
 
     assert fit_order(etas, errors("paper", "state")).value == pytest.approx(1, abs=0.03)
     assert fit_order(etas, errors("matched", "shared")).value == pytest.approx(1, abs=0.03)
-    assert fit_order(etas, errors("second order", "shared")).value == pytest.approx(2, abs=0.05)
+    assert fit_order(etas, errors("order-2 drift", "shared")).value == pytest.approx(2, abs=0.05)
     assert fit_order(etas, errors("scaled", "state", "variance")).value == pytest.approx(2, abs=0.05)
     # No order at all: what is left at eta 0 is most of what is there at 0.05.
     large, small = errors("paper", "shared")[1:]

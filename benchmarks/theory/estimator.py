@@ -179,7 +179,7 @@ def _mean(values: Array) -> dict[str, float]:
 
 
 def _source_length(source: Source, length: int, sequences: int, seed: int) -> dict[str, Any]:
-    found = _simulated(source, STUDENTS["bayes"], "own", length, sequences, seed, View())
+    found = _simulated(source, STUDENTS["calibrated"], "own", length, sequences, seed, View())
     row: dict[str, Any] = {"length": length, "truth": source.mutual_information(length) / length}
     for name, values in found.items():
         row[name] = _mean(values) | {"deviation": values.std(ddof=1)}
@@ -189,14 +189,14 @@ def _source_length(source: Source, length: int, sequences: int, seed: int) -> di
 def _source_batches(
     source: Source, length: int, sequences: int, sizes: list[int], draws: int, seed: int
 ) -> list[dict[str, Any]]:
-    found = _simulated(source, STUDENTS["bayes"], "own", length, sequences, seed, View())
+    found = _simulated(source, STUDENTS["calibrated"], "own", length, sequences, seed, View())
     rows = []
     for name, values in found.items():
         table = values[:, None]  # every sequence a question of its own
         for size in sizes:
             drawn = draw_batches(table, size, draws, seed)
             row = {"estimator": name, "sequences": size, "spread": drawn.spread}
-            rows.append(row | {"honesty": drawn.honesty(drawn.naive)})
+            rows.append(row | {"calibration": drawn.calibration(drawn.naive)})
     return rows
 
 
@@ -205,7 +205,7 @@ def _source_views(source: Source, length: int, sequences: int, top_k: list[int],
     whole = None
     rows = []
     for view in looks:
-        found = _simulated(source, STUDENTS["bayes"], "own", length, sequences, seed, view)
+        found = _simulated(source, STUDENTS["calibrated"], "own", length, sequences, seed, view)
         whole = whole or found
         rows.append(_seen(view, found, whole, lambda values: _mean(values)))
     return rows
@@ -270,9 +270,9 @@ def _toy_batches(name: Estimator, table: Array, sizes: list[int], draws: int, se
         drawn = draw_batches(table, size, draws, seed)
         row = {"estimator": name, "questions": size, "sequences": drawn.sequences, "spread": drawn.spread}
         row |= {"bias": float(drawn.values.mean() - truth)}
-        row |= {"honesty": drawn.honesty(drawn.naive), "coverage": drawn.coverage(drawn.naive, truth)}
+        row |= {"calibration": drawn.calibration(drawn.naive), "coverage": drawn.coverage(drawn.naive, truth)}
         row |= {
-            "clustered": drawn.honesty(drawn.clustered),
+            "clustered": drawn.calibration(drawn.clustered),
             "clustered_coverage": drawn.coverage(drawn.clustered, truth),
         }
         rows.append(row)
@@ -285,7 +285,7 @@ def _toy_siblings(table: Array, siblings: int, draws: int, seed: int) -> list[di
     while each >= 1:
         drawn = draw_batches(table, _REFERENCE * siblings // each, draws, seed, each)
         row = {"questions": drawn.questions, "siblings": each, "sequences": drawn.sequences, "spread": drawn.spread}
-        rows.append(row | {"honesty": drawn.honesty(drawn.naive)})
+        rows.append(row | {"calibration": drawn.calibration(drawn.naive)})
         each //= 2
     return rows
 

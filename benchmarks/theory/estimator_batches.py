@@ -39,8 +39,8 @@ class Batches:
         """Standard deviation of the estimate over batches."""
         return float(self.values.std(ddof=1))
 
-    def honesty(self, errors: Array) -> float:
-        """Return a standard error (root of its mean square) over the true spread: 1 is honest, below is too sure."""
+    def calibration(self, errors: Array) -> float:
+        """Return a standard error (root of its mean square) over the true spread: 1 is calibrated, below is overconfident."""
         return float(np.sqrt(np.nanmean(errors**2))) / self.spread
 
     def coverage(self, errors: Array, truth: float) -> float:

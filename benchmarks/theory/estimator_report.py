@@ -8,7 +8,7 @@ NOTES = """\
 Values are nats per token (I over a response is a mean over its tokens). **entropy-difference** is Eq. 8 of PGPO, **kl** is
 KL(teacher||student), **log-ratio** is log T(y) - log S(y) of the sampled tokens. In square brackets: 95 % intervals, on the toy
 over questions. **Error / spread**: a standard error (root of its mean square) over the standard deviation of the estimate over
-batches; 1 is honest, below 1 too sure. *Over sequences* takes all for independent; *over questions*, as logged, does not.
+batches; 1 is calibrated, below 1 overconfident. *Over sequences* assumes independence; *over questions*, as logged, does not.
 **Covered**: batches within 1.96 errors of the bank's mean."""
 
 NAMES = ("entropy-difference", "kl", "log-ratio")
@@ -55,7 +55,7 @@ def markdown(content: dict[str, Any]) -> str:
                     row["estimator"],
                     str(row["sequences"]),
                     f"{row['spread']:.4f}",
-                    f"{row['honesty']:.2f}",
+                    f"{row['calibration']:.2f}",
                 ]
                 for row in content["source_batches"]
             ],
@@ -96,7 +96,7 @@ def markdown(content: dict[str, Any]) -> str:
                     str(row["questions"]),
                     f"{row['sequences']:.0f}",
                     f"{row['spread']:.4f}",
-                    f"{row['honesty']:.2f}",
+                    f"{row['calibration']:.2f}",
                     f"{100 * row['coverage']:.1f} %",
                     f"{row['clustered']:.2f}",
                     f"{100 * row['clustered_coverage']:.1f} %",
@@ -114,7 +114,7 @@ def markdown(content: dict[str, Any]) -> str:
                     str(row["siblings"]),
                     f"{row['sequences']:.0f}",
                     f"{row['spread']:.4f}",
-                    f"{row['honesty']:.2f}",
+                    f"{row['calibration']:.2f}",
                 ]
                 for row in content["toy_siblings"]
             ],
@@ -151,7 +151,7 @@ def markdown(content: dict[str, Any]) -> str:
                 for row in content["multiplier"]
             ],
         ),
-        "![bias, spread and honesty](estimator.png)",
+        "![bias, spread and calibration](estimator.png)",
         f"**{summary(content)}**",
     ]
     return "\n\n".join(parts) + "\n"
@@ -168,7 +168,7 @@ def summary(content: dict[str, Any]) -> str:
     )
     told = (
         f"On the toy I = {_interval(first)} nats per token; at {least['questions']} questions a standard error over sequences is "
-        f"{least['honesty']:.2f} of the true spread, over questions {least['clustered']:.2f} "
+        f"{least['calibration']:.2f} of the true spread, over questions {least['clustered']:.2f} "
         f"(design effect {_interval(first['design_effect'], '.2f')})"
     )
     spread = f"{100 * content['spread']:g} %"

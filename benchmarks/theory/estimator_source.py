@@ -4,7 +4,7 @@ Feedback f is one of m, equally likely. Under feedback f the teacher puts the ne
 with probability p_f, and within its half follows a bigram that does not depend on f. What a response says of f is therefore in
 the number n of its upper tokens, and every expectation is a finite sum over t and n: nothing is simulated where a sum will do.
 
-A student is a mixture of the teachers with weights that follow from the prefix. With the posterior of f (``bayes``) it is the
+A student is a mixture of the teachers with weights from the prefix. With the posterior of f (``calibrated``) it is the
 marginal over feedback, and the sum over a response of E[H(S) - H(T)] is the mutual information I(Y; F) of PGPO's Eq. 8
 (arXiv 2606.03620), by the chain rule. The others are not calibrated.
 """
@@ -40,10 +40,10 @@ class Student:
 
 
 STUDENTS = {
-    "bayes": Student(),
-    "forgetful": Student(trust=0.0),
+    "calibrated": Student(),
+    "ignores the prefix": Student(trust=0.0),
     "overconfident": Student(trust=3.0),
-    "prejudiced": Student(skew=9.0),
+    "wrong prior": Student(skew=9.0),
 }
 """A calibrated student, and three that are not."""
 
@@ -141,7 +141,7 @@ class Source:
 
     def mutual_information(self, length: int) -> float:
         """Return I(Y; F) of responses that the teachers write (nats, of the whole response): at most log m."""
-        return self.expectations(STUDENTS["bayes"], "own", length).information * length
+        return self.expectations(STUDENTS["calibrated"], "own", length).information * length
 
     def sample(self, student: Student, pairing: Pairing, length: int, sequences: int, seed: int) -> Sample:
         """Sample responses as the student does, their feedback, and both distributions.

@@ -27,7 +27,7 @@ matrices on the Bernoulli problem. **Order** is the slope of log |error| over lo
 how far higher orders bend it; *last two*: between the two smallest eta. **At eta 0** is what is left of the error when eta goes
 to 0 (a parabola through the last three). **Relative**: at the smallest eta, to the value under PGPO.
 `paper`: diffusion sqrt(eta) Sigma^1/2; `scaled`: sqrt(eta) rho Sigma^1/2; `matched`: drift and covariance of rho * gradient;
-`second order`: the same with the drift of order 2; `no noise`: the drift alone.
+`order-2 drift`: the same with the drift of order 2; `no noise`: the drift alone.
 Where `bernoulli.rho_min` or `rho_max` bounds rho, its kink leaves errors of about 1e-5 that are the interpolation's: orders are
 not to be read there without more `bernoulli.nodes`."""
 

@@ -24,12 +24,12 @@ Signal = Literal["state", "independent", "shared"]
 """Where I comes from: the ``state`` alone (all feedbacks, no noise); an ``independent`` batch; or the batch that the gradient
 has ``shared`` with it, as in PGPO."""
 
-SDE = Literal["paper", "scaled", "matched", "second order", "no noise"]
+SDE = Literal["paper", "scaled", "matched", "order-2 drift", "no noise"]
 """As in :mod:`benchmarks.theory.sde_quadratic`, with rho at the I of the state; ``matched``: drift and covariance those of the
-product ``rho * gradient``, and ``second order`` on top of that."""
+product ``rho * gradient``, and ``order-2 drift`` on top of that."""
 
 SIGNALS: tuple[Signal, ...] = ("state", "independent", "shared")
-SDES: tuple[SDE, ...] = ("paper", "scaled", "matched", "second order", "no noise")
+SDES: tuple[SDE, ...] = ("paper", "scaled", "matched", "order-2 drift", "no noise")
 
 _MARGIN = 2.0  # of the interval beyond all that steps can reach: twenty standard deviations of the SDEs' noise
 _TAPER = 30  # power of the distance from the centre with which an SDE's noise ends at the interval's ends
@@ -142,7 +142,7 @@ class Bernoulli:
         if kind == "no noise":
             return -rho * mean, 0 * mean
         mean, variance = self.product(theta, signal)
-        if kind == "second order":
+        if kind == "order-2 drift":
             width = 1e-4
             slope = (self.product(theta + width, signal).mean - self.product(theta - width, signal).mean) / (2 * width)
             mean = mean * (1 + eta / 2 * slope)

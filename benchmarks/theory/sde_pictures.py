@@ -10,9 +10,9 @@ from matplotlib.ticker import NullLocator
 
 from benchmarks.theory.sde_orders import Order
 
-_COLOURS = {"paper": "C3", "scaled": "C0", "matched": "C2", "second order": "C4", "no noise": "0.5"}
-_MARKERS = {"paper": "o", "scaled": "s", "matched": "^", "second order": "d", "no noise": "x"}
-_STYLES = {"paper": "-", "scaled": "--", "matched": "-.", "second order": ":", "no noise": ":"}  # some lines coincide
+_COLOURS = {"paper": "C3", "scaled": "C0", "matched": "C2", "order-2 drift": "C4", "no noise": "0.5"}
+_MARKERS = {"paper": "o", "scaled": "s", "matched": "^", "order-2 drift": "d", "no noise": "x"}
+_STYLES = {"paper": "-", "scaled": "--", "matched": "-.", "order-2 drift": ":", "no noise": ":"}  # some lines coincide
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -22,26 +22,26 @@ def draw(content: dict[str, Any], path: Path) -> None:
         content: From :func:`benchmarks.theory.sde.sde`.
         path: Of the PNG.
     """
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    figure = Figure(figsize=(16, 10), layout="constrained")
     ((one, two, three), (four, five, six)) = figure.subplots(2, 3)
     rho, etas = content["rhos"][-1], content["etas"]
-    _errors(one, etas, content["quadratic"], "mean", f"quadratic, ρ = {rho:g}: mean")
-    _errors(two, etas, content["quadratic"], "variance", f"quadratic, ρ = {rho:g}: variance")
-    _errors(three, etas, content["bernoulli"]["shared"], "mean", "Bernoulli, I from the gradient's batch: mean")
+    _errors(one, etas, content["quadratic"], "mean", f"quadratic, ρ = {rho:g}: mean (legend: order, 95 %)")
+    _errors(two, etas, content["quadratic"], "variance", f"quadratic, ρ = {rho:g}: variance (legend: order)")
+    _errors(three, etas, content["bernoulli"]["shared"], "mean", "Bernoulli, I from the batch: mean (legend: order)")
     _stationary(four, content)
     _simulated(five, content)
     _bound(six, content)
     for axis in (one, two, three, four, five, six):
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=75, pil_kwargs={"optimize": True})
+        axis.legend(fontsize=9, framealpha=0.7)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
 
 
 def _errors(axis: Axes, etas: list[float], told: dict[str, Any], function: str, title: str) -> None:
     for kind, functions in told.items():
         row = functions[function]
-        label = f"{kind} {Order(**row['order'])}"
+        label = f"{kind}: {Order(**row['order'])}"
         if np.isnan(row["order"]["value"]):
             axis.plot([], [], " ", label=label)
             continue
@@ -55,9 +55,9 @@ def _errors(axis: Axes, etas: list[float], told: dict[str, Any], function: str, 
             label=label,
         )
     _ticks(axis, etas)
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("step size η; in the legend: order with its 95 % interval", fontsize=8)
-    axis.set_ylabel("|SDE − discrete PGPO|", fontsize=8)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("step size η", fontsize=10)
+    axis.set_ylabel("|SDE − discrete PGPO|", fontsize=10)
 
 
 def _stationary(axis: Axes, content: dict[str, Any]) -> None:
@@ -73,8 +73,8 @@ def _stationary(axis: Axes, content: dict[str, Any]) -> None:
             color=_COLOURS[kind],
             label=f"{kind} SDE",
         )
-    axis.set_title(f"quadratic, η = {content['stationary_eta']:g}: stationary variance (exact)", fontsize=9)
-    axis.set_xlabel("ρ", fontsize=8)
+    axis.set_title(f"quadratic, η = {content['stationary_eta']:g}: stationary variance (exact)", fontsize=11)
+    axis.set_xlabel("ρ", fontsize=10)
     axis.set_ylim(bottom=0)
 
 
@@ -87,8 +87,8 @@ def _simulated(axis: Axes, content: dict[str, Any]) -> None:
         value, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
         at = rhos + (place - (len(rules) - 1) / 2) * width
         axis.errorbar(at, value, [value - low, high - value], marker="o", markersize=3, capsize=2, label=rule)
-    axis.set_title("the same, simulated: optimizer, what ρ multiplies (95 %)", fontsize=9)
-    axis.set_xlabel("ρ", fontsize=8)
+    axis.set_title("the same, simulated: optimizer, what ρ multiplies (95 %)", fontsize=11)
+    axis.set_xlabel("ρ", fontsize=10)
     axis.set_ylim(bottom=0)
 
 
@@ -108,8 +108,8 @@ def _bound(axis: Axes, content: dict[str, Any]) -> None:
         )
         axis.loglog(deviations, [row["bound"] ** 0.5 for row in rows], ":", color=colour)
     _ticks(axis, deviations)
-    axis.set_title("sd of ρ (dotted: its bound α ρ_max sd(I))", fontsize=9)
-    axis.set_xlabel("sd of I over batches (nats)", fontsize=8)
+    axis.set_title("sd of ρ (dotted: its bound α ρ_max sd(I))", fontsize=11)
+    axis.set_xlabel("sd of I over batches (nats)", fontsize=10)
 
 
 def _ticks(axis: Axes, at: list[float]) -> None:

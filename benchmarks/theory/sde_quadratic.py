@@ -8,12 +8,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-SDE = Literal["paper", "scaled", "second order", "no noise"]
+SDE = Literal["paper", "scaled", "order-2 drift", "no noise"]
 """``paper``: diffusion sqrt(eta) Sigma^1/2, as PGPO's Theorem 2(ii) has it (arXiv 2606.03620). ``scaled``: sqrt(eta) rho
-Sigma^1/2. ``second order``: the same with the drift that makes the approximation one of order 2 (Li, Tai and E 2017).
+Sigma^1/2. ``order-2 drift``: the same with the drift that makes the approximation one of order 2 (Li, Tai and E 2017).
 ``no noise``: the paper's drift alone."""
 
-SDES: tuple[SDE, ...] = ("paper", "scaled", "second order", "no noise")
+SDES: tuple[SDE, ...] = ("paper", "scaled", "order-2 drift", "no noise")
 
 
 class Gaussian(NamedTuple):
@@ -84,4 +84,4 @@ class Quadratic:
         if kind == "no noise":
             return rate, 0.0
         # The drift of order 2 is that of L + eta/4 |grad L|^2, with rho L in the place of L.
-        return rate * (1 + eta * rate / 2 if kind == "second order" else 1), eta * (rho * self.noise) ** 2
+        return rate * (1 + eta * rate / 2 if kind == "order-2 drift" else 1), eta * (rho * self.noise) ** 2
