@@ -63,12 +63,6 @@ class Switched(InformationMultiplier):
             super().on_before_optimizer_step(*args)
         self.inside += time.process_time() - start
 
-    def _restore(self, *args: Any) -> None:
-        start = time.process_time()
-        if self.on:
-            super()._restore(*args)
-        self.inside += time.process_time() - start
-
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop the clock."""
         self.steps.append((self.on, time.process_time() - self.start, self.inside))

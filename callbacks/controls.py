@@ -287,12 +287,9 @@ class LossScaledMultiplier(InformationMultiplier):
     `actor/grad_norm` are logged as they are without it. Settings are those of :class:`InformationMultiplier`.
     """
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def apply(self, pl_module: L.LightningModule, optimizer: Optimizer, rho: float) -> None:
         """Scale the gradients, not the learning rate."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        self._restore(optimizer)
-        pl_module.scalars["lr/effective"] = float(optimizer.param_groups[0]["lr"])
-        rho, norm, limit = self.history[-1], pl_module.scalars["actor/grad_norm"], pl_module.max_grad_norm
+        norm, limit = pl_module.scalars["actor/grad_norm"], pl_module.max_grad_norm
         factor = rho * clip_coefficient(rho * norm, limit) / clip_coefficient(norm, limit)
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -9,7 +9,6 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -20,9 +19,10 @@ from pgpo_lightning.statistics import Aggregation, Estimator, StepStatistics, in
 class StepSizeMultiplier(L.Callback):
     """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
 
-    A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back right
-    after the step, before any schedule looks at it. Gradients are not touched, so moments of Adam never see rho. With
-    decoupled weight decay (AdamW) the decay of that step is scaled as well, because PyTorch multiplies it by the rate.
+    A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back by the module
+    right after the step, before any schedule or checkpoint looks at it. Gradients are not touched, so moments of Adam never
+    see rho. With decoupled weight decay (AdamW) the decay of that step is scaled as well, because PyTorch multiplies it by
+    the rate.
 
     Logs `lr/multiplier` (rho) and `lr/effective` beside the module's `lr/base`.
 
@@ -35,8 +35,6 @@ class StepSizeMultiplier(L.Callback):
 
     def __init__(self) -> None:
         self.history: list[float] = []  # rho of every optimizer step so far
-        self._saved: list[float | torch.Tensor] = []
-        self._handles: list[Any] = []
 
     @abstractmethod
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
@@ -76,37 +74,20 @@ class StepSizeMultiplier(L.Callback):
         """Take over what was there before the interruption."""
         self.history = list(state_dict["history"])
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Arrange for the rate to be put back after every step."""
-        self._handles = [optimizer.register_step_post_hook(self._restore) for optimizer in trainer.optimizers]
-
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Scale the learning rate."""
         rho = self.bounded(self.multiplier(pl_module.step_statistics, trainer.global_step))
         self.history.append(rho)
-        # The very objects are kept and put back: dividing by rho again would round, and a tensor would lose its identity.
-        self._saved = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * rho
+        self.apply(pl_module, optimizer, rho)
         pl_module.scalars |= {"lr/multiplier": rho, "lr/effective": float(optimizer.param_groups[0]["lr"])}
 
-    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._saved, strict=False):
-            group["lr"] = rate
-        self._saved = []
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let go of the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def apply(self, pl_module: L.LightningModule, optimizer: Optimizer, rho: float) -> None:
+        """Scale the learning rates. The module puts them back when the step has ended, however it ends."""
+        pl_module.scale_rates(optimizer, rho)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers, with the rate put back if a step was interrupted."""
-        if self._saved:
-            for optimizer in trainer.optimizers:
-                self._restore(optimizer)
-        self.on_train_end(trainer, pl_module)
+        """Put the rates back where a second interrupt came while the module did so."""
+        pl_module.restore_rates()
 
 
 class InformationMultiplier(StepSizeMultiplier):

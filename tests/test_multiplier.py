@@ -3,10 +3,12 @@
 import math
 
 import bitsandbytes
+import lightning as L
 import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, tiny_model, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
 from pgpo_lightning.modules import GRPO, SDPO
@@ -159,21 +161,73 @@ def test_equals_a_hand_written_loop_bit_for_bit(tmp_path):
     assert torch.equal(module.path[-1], torch.cat([p.detach().flatten() for p in weights.parameters()]))
 
 
-def test_an_interrupted_step_leaves_the_base_rate(tmp_path):
-    class Broken(torch.optim.SGD):
-        def step(self, closure=None):
-            closure()
-            raise KeyError("disk full")
+class Failing(torch.optim.SGD):
+    """Its second step ends with whatever it is given, before any weight has moved."""
 
-    multiplier = ConstantMultiplier(1.5)
+    ending: BaseException | None = None
+
+    def step(self, closure=None):
+        closure()
+        if self.ending is not None:
+            assert self.param_groups[0]["lr"] == 1.5 * LR  # the rate that must not stay
+            raise self.ending
+        return super().step()
+
+
+class SavesOnException(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.optimizers[0].ending = self.ending if batch_idx == 1 else None
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("ending", [KeyError("disk full"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("first", ["multiplier", "checkpoint"])
+def test_a_step_that_fails_leaves_the_base_rate_in_optimizer_and_checkpoint(tmp_path, ending, first):
+    saves = SavesOnException(tmp_path / "now.ckpt")
+    saves.ending = ending
+    callbacks = [ConstantMultiplier(1.5), saves]
     module = FixedGradients(
-        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=lambda p: Broken(p, lr=LR), **LIMITS
+        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=lambda p: Failing(p, lr=LR), **LIMITS
     )
-    t = trainer(tmp_path, max_steps=2, callbacks=[multiplier])
-    with pytest.raises(KeyError, match="disk full"):
-        t.fit(module, loader(range(2), 1))
+    t = trainer(tmp_path, max_steps=4, callbacks=callbacks if first == "multiplier" else callbacks[::-1])
+    with pytest.raises((KeyError, KeyboardInterrupt, SystemExit)):
+        t.fit(module, loader(range(4), 1))
+    assert module.steps == 1
     assert t.optimizers[0].param_groups[0]["lr"] == LR
-    assert multiplier._handles == []
+    saved = torch.load(tmp_path / "now.ckpt", weights_only=False)["optimizer_states"][0]["param_groups"][0]
+    assert saved["lr"] == LR
+
+
+def test_a_step_that_the_gradient_scaler_leaves_out_leaves_the_base_rate(tmp_path):
+    class Overflow(L.Callback):
+        """The scaler finds an overflow after the multiplier has been asked."""
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            assert optimizer.param_groups[0]["lr"] == 1.5 * LR
+            state = trainer.precision_plugin.scaler._per_optimizer_states[id(optimizer)]
+            state["found_inf_per_device"] = {torch.device("cpu"): torch.ones(())}
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    module = FixedGradients(tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=OPTIMIZERS["sgd"], **LIMITS)
+    t = trainer(tmp_path, max_steps=2, callbacks=[ConstantMultiplier(1.5), Overflow()], plugins=[plugin])
+    t.fit(module, loader(range(2), 1))
+    assert not module.path[-1].any()  # nothing moved
+    assert [float(rate) for rate in module.rates] == [LR, LR]
+
+
+def test_two_steps_of_a_multiplier_do_not_multiply_each_other(tmp_path):
+    module, optimizer = run(tmp_path, OPTIMIZERS["sgd"], [])
+    module.scale_rates(optimizer, 3.0)
+    module.scale_rates(optimizer, 2.0)  # the first was not put back
+    assert optimizer.param_groups[0]["lr"] == 2 * LR
+    module.restore_rates()
+    module.restore_rates()
+    assert optimizer.param_groups[0]["lr"] == LR
 
 
 def test_two_multipliers_are_refused(tmp_path):

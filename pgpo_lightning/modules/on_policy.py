@@ -188,6 +188,7 @@ class OnPolicyModule(Reporting):
         self.verifier_errors = 0
         self.step_statistics = StepStatistics.empty()
         self.scalars = {}
+        self._rates = []
         self.training_run = True
         self._timing: dict[str, float] = defaultdict(float)
 

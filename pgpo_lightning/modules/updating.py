@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
+from torch.optim import Optimizer
 
 from pgpo_lightning.modules.lifecycle import Lifecycle
 from pgpo_lightning.sharding import Sharded, whole
@@ -21,6 +22,9 @@ class Updating(Lifecycle):
     skipped_in_a_row: int
     scalars: dict[str, float]
     """What the current step reports. Callbacks may add to it."""
+
+    _rates: list[tuple[dict[str, Any], Any]]
+    """Parameter groups and the learning rates that they get back."""
 
     def update(self, loss: float) -> bool:
         """Clip and take one optimizer step, unless loss or gradient are not finite.
@@ -42,7 +46,10 @@ class Updating(Lifecycle):
         rate = float(self.optimizers().param_groups[0]["lr"])
         self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
         if torch.isfinite(torch.tensor([loss, norm])).all():
-            self.optimizers().step()
+            try:
+                self.optimizers().step()
+            finally:
+                self.restore_rates()
             self.optimizers().zero_grad()  # not before the next backward: generation needs the memory
             self.skipped_in_a_row = 0
             return True
@@ -60,6 +67,27 @@ class Updating(Lifecycle):
                 "Lower the learning rate, or raise `max_skipped_steps`. The last checkpoint is good."
             )
         return False
+
+    def scale_rates(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply all learning rates for the rest of the optimizer step that is under way.
+
+        :meth:`update` puts them back, also after an exception, an interrupt, or a step that a gradient scaler leaves out.
+
+        Args:
+            optimizer: Whose rates.
+            factor: At least 0.
+        """
+        self.restore_rates()
+        # The very objects are kept and put back: dividing by the factor would round, and a tensor would lose its identity.
+        self._rates = [(group, group["lr"]) for group in optimizer.param_groups]
+        for group, rate in self._rates:
+            group["lr"] = rate * factor
+
+    def restore_rates(self) -> None:
+        """Undo :meth:`scale_rates`. Does nothing where there is nothing to undo."""
+        for group, rate in self._rates:
+            group["lr"] = rate
+        self._rates = []
 
     def _advance_schedule(self) -> None:
         if (scheduler := self.lr_schedulers()) is not None:
