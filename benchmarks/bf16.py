@@ -47,7 +47,7 @@ def batches(count: int) -> list[torch.Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("toy"))
     encoder = PromptEncoder(tokenizer, False)
     questions = ToyArithmetic().load("train")[: 8 * count]
-    rows = [encoder.question(q) + tokenizer(f"\\boxed{{{q.answer}}}").input_ids for q in questions]
+    rows = [encoder.question(q) + encoder.tokens(f"\\boxed{{{q.answer}}}") for q in questions]
     width = min(map(len, rows))
     return list(torch.tensor([row[-width:] for row in rows]).split(8))
 

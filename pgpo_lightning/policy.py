@@ -101,6 +101,21 @@ def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
+def known_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens a model can read.
+
+    Raises:
+        MisconfigurationException: If it can sample more than that.
+    """
+    rows, logits = (layer.weight.shape[0] for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if logits > rows:
+        raise MisconfigurationException(
+            f"Expected {type(model).__name__} to have an embedding for every token that it can sample, but it has {rows} for "
+            f"{logits}. Save it after `model.resize_token_embeddings({logits})`."
+        )
+    return rows
+
+
 def head(model: PreTrainedModel) -> Head:
     """Return a model's language-model head, with the soft cap or scale that some architectures put behind it."""
     config = model.config.get_text_config()

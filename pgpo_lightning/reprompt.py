@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pgpo_lightning.records import Message, Row
+from pgpo_lightning.records import Message, Rollout, Row
+from pgpo_lightning.thinking import remove_thinking
 
 REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
 FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
-
-_CLOSED_THINKING = re.compile(r"<think>.*?</think>\s*", flags=re.DOTALL)
 
 
 def fill(template: str, **values: str) -> str:
@@ -33,11 +32,6 @@ def check_template(field: str, template: str, placeholders: tuple[str, ...]) -> 
     for name in placeholders:
         if f"{{{name}}}" not in template:
             raise ValueError(f"Expected `{field}` to contain the placeholder {{{name}}}, but got {template!r}.")
-
-
-def remove_thinking(text: str) -> str:
-    """Drop every closed think block and the white space after it."""
-    return _CLOSED_THINKING.sub("", text)
 
 
 DemonstrationChoice = Literal["shared", "independent"]
@@ -98,6 +92,7 @@ class RepromptBuilder:
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
         rng: random.Random,
+        answer: Callable[[Rollout], str] = lambda rollout: remove_thinking(rollout.text),
     ) -> dict[str, float]:
         """Give every row its reprompt, or none if there is neither a demonstration nor feedback (and that is not enough).
 
@@ -111,6 +106,7 @@ class RepromptBuilder:
             tokens: Text to token ids, nothing added.
             text: Token ids to text.
             rng: Source of the choice.
+            answer: A response to its text without thinking.
 
         Returns:
             Shares of rows and groups under the metric names of the reference.
@@ -119,13 +115,17 @@ class RepromptBuilder:
         for row in rows:
             if row.verdict.reward >= self.success_reward_threshold:
                 groups.setdefault(row.rollout.question.index, []).append(row)
+        texts: dict[int, str] = {}
         for successes in groups.values():
             rng.shuffle(successes)
+            for row in successes:
+                without = self.remove_thinking_from_demonstration
+                texts[id(row)] = answer(row.rollout) if without else row.rollout.text
         count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
         fitted: dict[tuple[int, str | None, str | None], tuple[list[int] | None, str | None, bool]] = {}
         for row in rows:
             candidates = self._candidates(row, groups.get(row.rollout.question.index, []))
-            shown = [answer for other in candidates if (answer := self._demonstration(other))]
+            shown = [texts[id(other)] for other in candidates if texts[id(other)].strip()]
             demonstration = None
             if shown:
                 demonstration = shown[0] if self.demonstration_choice == "shared" else rng.choice(shown)
@@ -162,9 +162,6 @@ class RepromptBuilder:
         if self.demonstration_source == "own":
             return [other for other in successes if other is row]
         return [other for other in successes if other is not row or not self.dont_reprompt_on_self_success]
-
-    def _demonstration(self, row: Row) -> str:
-        return remove_thinking(row.rollout.text) if self.remove_thinking_from_demonstration else row.rollout.text
 
     def _feedback(self, row: Row) -> str | None:
         if not self.include_environment_feedback:

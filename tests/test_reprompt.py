@@ -18,8 +18,8 @@ from pgpo_lightning.reprompt import (
     RepromptBuilder,
     check_template,
     fill,
-    remove_thinking,
 )
+from pgpo_lightning.thinking import remove_thinking
 
 DEFAULTS = {
     "success_reward_threshold": 0.5,
@@ -46,7 +46,7 @@ def row(text, reward=0.0, feedback=None, index=0, prompt="Place?", **question):
 def attach(rows, seed=0, tokenizer=TOKENIZER, **settings):
     encoder = PromptEncoder(tokenizer, False)
     builder = RepromptBuilder(**DEFAULTS | settings)
-    return builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, random.Random(seed))
+    return builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, random.Random(seed), encoder.answer)
 
 
 # ------------------------------------------------------------------------------------------------------- exact texts
@@ -235,9 +235,9 @@ def test_feedback_switched_off():
         ("<think>a\nb\n\nc</think>2", "2"),
         ("<think>a</think> x <think>b</think>\ty", "x y"),
         ("<think></think>2", "2"),
-        ("<think>a b 2", "<think>a b 2"),
-        ("<think>a</think> 2 <think>b", "2 <think>b"),
-        ("a</think> 2", "a</think> 2"),
+        ("<think>a</think> 2 <think>b", "2 "),
+        ("a</think> 2", "2"),
+        ("a\n<think>b</think> c</think>\n\n2", "2"),
         ("2 ", "2 "),
     ],
 )
@@ -250,8 +250,9 @@ def test_thinking_is_removed_from_demonstrations(text, left):
     assert rows[0].reprompt == "Place?" + SOLUTION + text + END
 
 
-def test_a_demonstration_that_was_all_thinking_is_none():
-    rows = [row("0"), row("<think>a</think>\n", reward=1.0)]
+@pytest.mark.parametrize("text", ["<think>a</think>\n", "<think>a b 2", "a b</think>", " \n"])
+def test_a_demonstration_that_was_all_thinking_is_none(text):
+    rows = [row("0"), row(text, reward=1.0)]
     scalars = attach(rows)
     assert rows[0].reprompt is None
     assert scalars["self_distillation/success_sample_fraction"] == 0.0

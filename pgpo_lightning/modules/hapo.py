@@ -120,6 +120,7 @@ class HAPO(GRPO):
 
     def verified(self, question: Question, text: str) -> Demonstration | str:
         """Return a text as a demonstration, or why it is none. What is judged is what the student would have answered."""
+        text = self.encoder.thinking.continued(text, self.encoder.question(question))
         ids = [*self.encoder.tokens(text), self.tokenizer.eos_token_id]
         if len(ids) > self.max_response_length:
             return f"it has {len(ids)} tokens, `max_response_length` is {self.max_response_length}"

@@ -24,6 +24,7 @@ from pgpo_lightning.policy import (
     architecture,
     check_architecture,
     check_head,
+    known_tokens,
     load_model,
     recompute_activations,
     shares_prompts,
@@ -102,6 +103,7 @@ class Lifecycle(Evaluation):
     def _load(self) -> None:
         given = self.given_model
         self.model = load_model(given, **self.loading) if isinstance(given, str) else given
+        self.encoder.know_rows(known_tokens(self.model))
         check_head(self.model)
         self._check_positions()
         if self.lora is not None:

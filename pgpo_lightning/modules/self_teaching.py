@@ -49,7 +49,8 @@ class SelfTeaching(OnPolicyModule):
             a second one (the reference's rule; the teacher reads it once for all of them). ``independent``: a draw for every row;
             less correlated, and the teacher's forward pass costs up to twice as much.
         dont_reprompt_on_self_success: Never show a response its own text as demonstration.
-        remove_thinking_from_demonstration: Drop closed think blocks from demonstrations.
+        remove_thinking_from_demonstration: Drop think blocks from demonstrations, also one that the chat template opens. A block
+            that is never closed goes to the end; a response that is all thinking is no demonstration.
         include_environment_feedback: Show feedback, the verifier's or else the question's `privileged_context`.
         environment_feedback_only_without_solution: Show it only where there is no demonstration.
         max_reprompt_len: Longest teacher prompt in tokens. The demonstration is cut to fit, then the feedback; never the
@@ -142,7 +143,7 @@ class SelfTeaching(OnPolicyModule):
         """Give every row that has a demonstration or feedback its teacher's prompt."""
         encoder = self.encoder
         self.teacher.observe(rows)
-        scalars = self.reprompt.attach(rows, encoder.messages, encoder.tokens, encoder.text, rng)
+        scalars = self.reprompt.attach(rows, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer)
         empty = not any(row.reprompt_ids is not None for row in rows)
         if empty and self.num_generations == 1 and self.steps == 0:
             rank_zero_warn(

@@ -20,6 +20,7 @@ import torch
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.probe.contexts import CONTROLS, Context
 from pgpo_lightning.probe.gaps import Table
+from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
 from pgpo_lightning.rollout import Sampling
 from pgpo_lightning.seeding import derive_seed, seeded
@@ -97,7 +98,8 @@ class Prober:
             content = self._part("student", number, {}, lambda n=number: {"answers": self._ask(n)})
             answers = content["answers"]
             of = [question for question in questions for _ in range(self.samples)]
-            rows.append([_row(question, answer) for question, answer in zip(of, answers, strict=True)])
+            encoder = self.module.encoder
+            rows.append([_row(encoder, question, answer) for question, answer in zip(of, answers, strict=True)])
         return rows
 
     def teacher(self, context: Context, rows: list[list[Row]]) -> Measured:
@@ -137,7 +139,7 @@ class Prober:
         if context.control is not None:
             rows = CONTROLS[context.control](rows, builder.success_reward_threshold, module.verifier)
         choice = random.Random(derive_seed(self.seed, "probe", "demonstrations", number))
-        builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, choice)
+        builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, choice, encoder.answer)
         with torch.no_grad(), seeded(self.seed, "probe", "teacher", context.name, number):
             rollouts = self._generate(rows)
             verdicts = iter(module.judge([rollout for rollout in rollouts if rollout is not None]))
@@ -238,7 +240,10 @@ def _answer(rollout: Rollout, verdict: Verdict) -> Answer:
     }
 
 
-def _row(question: Question, answer: Answer) -> Row:
-    """Return a rollout with what reprompts are made of; its tokens are not needed again."""
-    rollout = Rollout(question, [], [], torch.zeros(0), answer["text"], answer["finished"])
+def _row(encoder: PromptEncoder, question: Question, answer: Answer) -> Row:
+    """Return a rollout with what reprompts are made of."""
+    text = answer["text"]
+    rollout = Rollout(
+        question, encoder.question(question), encoder.tokens(text), torch.zeros(0), text, answer["finished"]
+    )
     return Row(rollout, Verdict(answer["reward"], answer["feedback"], answer["answer"]))

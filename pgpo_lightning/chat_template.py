@@ -1,0 +1,149 @@
+"""A check of a tokenizer's chat template: it comes from the Hub, and may loop for ever, raise, or lose the question."""
+
+import json
+import os
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from transformers import PreTrainedTokenizerBase
+
+try:
+    import resource
+except ImportError:  # not on Windows, which has no fork either
+    resource = None  # type: ignore[assignment]
+
+QUESTION = "What is 2 + 3?"
+SECONDS = 10.0
+"""How long a template may take for a conversation of one short question."""
+_ROOM = 1 << 30  # bytes of memory beyond what the process has
+_LONGEST = 1_000_000  # characters
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
+    """Render one short question, within bounds of time and memory, and look at what comes out.
+
+    Args:
+        tokenizer: With a chat template or without one, which is fine.
+        enable_thinking: Handed to the template.
+
+    Raises:
+        MisconfigurationException: If the template does not end, raises, or leaves the question out; names the tokenizer.
+    """
+    if tokenizer.chat_template is None:
+        return
+    if problem := _problem(_Template(tokenizer, enable_thinking)):
+        raise MisconfigurationException(
+            f"Expected the chat template of `{tokenizer.name_or_path}` to render a question, but {problem}. Mend "
+            "`chat_template` in its folder, or set `model.tokenizer` to one with another template."
+        )
+
+
+class _Template:
+    """What a rendered text depends on; equal for equal templates, so that each is checked once in a process."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
+        self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
+        self.key = (str(tokenizer.chat_template), str(tokenizer.special_tokens_map), enable_thinking)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Template) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def render(self) -> str:
+        turns = [{"role": "user", "content": QUESTION}]
+        return self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False, enable_thinking=self.enable_thinking
+        )
+
+
+@lru_cache(maxsize=64)
+def _problem(template: _Template) -> str | None:
+    kind, text = bounded(template.render) if resource is not None else ("text", template.render())
+    if kind == "late":
+        return f"it takes more than {SECONDS:g} seconds"
+    if kind == "memory" or (kind == "text" and len(text) > _LONGEST):
+        return f"it makes more than {_LONGEST} characters of {len(QUESTION)}"
+    if kind == "error":
+        return f"it raises {text}"
+    if kind == "died":
+        return f"the process that renders it died ({text})"
+    if not text.strip():
+        return "it renders nothing"
+    if QUESTION not in text:
+        return f"{QUESTION!r} is not in what it renders, {text[:200]!r}"
+    return None
+
+
+def bounded(render: Callable[[], str]) -> tuple[str, str]:
+    """Run a function in a forked process that ends when its time or memory does.
+
+    A thread cannot be stopped, and an alarm does not interrupt a single operation such as ``10 ** 10 ** 10``. The copy runs plain
+    Python only: no tensor, no accelerator.
+
+    Args:
+        render: To run; returns a text.
+
+    Returns:
+        ``text`` with the text, ``error`` with the exception, ``late``, ``memory``, or ``died`` with the signal.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _answer(render, writing)
+    os.close(writing)
+    received = bytearray()
+    deadline = time.monotonic() + SECONDS
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([reading], [], [], left)[0]:
+                if not (part := os.read(reading, 1 << 16)):
+                    break
+                received += part
+        else:
+            return "late", ""
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)  # it is a zombie at least, whose number nobody else has
+        _, status = os.waitpid(child, 0)
+    if not received:
+        return "died", f"status {status}"
+    kind, text = json.loads(received)
+    return kind, text
+
+
+def _limit(what: int, most: int) -> None:
+    _, hard = resource.getrlimit(what)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, hard))
+
+
+def _answer(render: Callable[[], str], writing: int) -> None:
+    """Write the outcome into a pipe and end this process, whatever happens."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        _limit(resource.RLIMIT_CPU, int(SECONDS) + 1)
+        statm = Path("/proc/self/statm")  # elsewhere than on Linux time is the only bound
+        if statm.exists():
+            _limit(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + _ROOM)
+        try:
+            outcome = ("text", str(render())[: _LONGEST + 1])
+        except MemoryError:
+            outcome = ("memory", "")
+        except BaseException as error:
+            outcome = ("error", f"{type(error).__name__}: {error}"[:500])
+        data = json.dumps(outcome).encode()
+        while data:
+            data = data[os.write(writing, data) :]
+    finally:
+        os._exit(0)
