@@ -1,7 +1,7 @@
 """Multipliers of the step size: rho of PGPO (arXiv 2606.03620, Eq. 9) and its first controls.
 
-Why the step and not the loss: Adam divides by the gradient's own scale, so a loss that is multiplied by rho moves the
-weights hardly any differently.
+The step and not the loss, as in the paper's Algorithm 1. Adam divides by the gradient's own scale, so a *constant* factor of the
+loss cancels. A varying one does not; it weights batches, which a factor of the step does only by 1 - beta1 (docs/theory.md).
 """
 
 import math
