@@ -1,17 +1,16 @@
 """A checkpoint to a folder that transformers opens."""
 
-import importlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import jsonargparse
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
+from pgpo_lightning.checkpoint_file import read_file
+from pgpo_lightning.finding import newest_checkpoint
 from pgpo_lightning.lora import merged, write_adapter
 from pgpo_lightning.policy import resolve_model
 from pgpo_lightning.shards import read_shards
@@ -37,6 +36,7 @@ def export(
         base: Folder or Hub id of the base model that the adapter is merged into; by default where the run had it from.
 
     Raises:
+        DamagedCheckpointError: If it is not whole.
         FileNotFoundError: If there is no checkpoint.
         MisconfigurationException: If the base model is not the one that the adapter was trained on.
         ValueError: If it holds no such weights, or if `lora` or `base` would have no effect.
@@ -45,13 +45,12 @@ def export(
     if not path.exists():
         raise FileNotFoundError(f"Expected a checkpoint or the folder of a run, but {path} does not exist.")
     if path.is_dir() and (path / "checkpoints").is_dir():
-        path = newest_checkpoint(path / "checkpoints")
+        path = newest_checkpoint(path / "checkpoints", resume=False)
     prefix = "model." if weights == "student" else "teacher.model."
     if path.is_dir():
         saved = read_shards(path, lambda name: name.startswith(f"state_dict.{prefix}"))
     else:
-        _know_types(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = read_file(path, mmap=True)
     if "pgpo_lightning" not in saved:
         raise ValueError(f"Expected a checkpoint of this program, but {path} is none.")
     tensors = saved.get("state_dict", {}).items()
@@ -77,15 +76,6 @@ def export(
         model.generation_config = GenerationConfig.from_dict(json.loads(about["generation"]))
         model.save_pretrained(output)
     print(f"{weights} of {path} -> {output}")
-
-
-def _know_types(path: Path) -> None:
-    """Import what lets torch read the state of torchao's optimizers, if the file has such."""
-    if any(name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)):
-        try:
-            importlib.import_module("torchao.optim")
-        except ImportError as error:
-            raise ValueError(f"Expected torchao to be installed, because an optimizer of it is in {path}.") from error
 
 
 def _whole(state: dict[str, Tensor], about: dict[str, Any]) -> PreTrainedModel:

@@ -13,8 +13,8 @@ import pgpo_lightning.data
 import pgpo_lightning.modules
 import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
 from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
-from pgpo_lightning.callbacks.checkpoint import PATTERN, newest_checkpoint
 from pgpo_lightning.data import QuestionData
+from pgpo_lightning.finding import PATTERN, resolve
 from pgpo_lightning.modules import OnPolicyModule
 
 
@@ -82,12 +82,14 @@ class PGPOCommand(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Turn ``--ckpt_path last`` into the newest checkpoint of the folder."""
+        """Find the checkpoint that ``--ckpt_path`` means."""
         config = self.config_init[self.subcommand]
-        if config.get("ckpt_path") == "last":
+        if wanted := config.get("ckpt_path"):
             checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint))
-            config["ckpt_path"] = str(newest_checkpoint(checkpoint.folder(self.trainer)))
-            print(f"{self.subcommand} from {config['ckpt_path']}")
+            found = resolve(str(wanted), checkpoint.folder(self.trainer), resume=self.subcommand == "fit")
+            config["ckpt_path"] = found
+            if found != str(wanted):
+                print(f"{self.subcommand} from {found}")
 
     def before_validate(self) -> None:
         """Find the checkpoint, and say whose score it will be without one."""

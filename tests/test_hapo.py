@@ -17,11 +17,11 @@ from helpers import TOKENIZER, config, half_right, loader, questions, tiny_model
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.callbacks.checkpoint import newest_checkpoint
 from pgpo_lightning.cli import main
 from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.finding import newest_checkpoint
 from pgpo_lightning.hindsight import below, confidence, shaped, to_replace
 from pgpo_lightning.lab.plan import read_lab
 from pgpo_lightning.lab.runs import Run

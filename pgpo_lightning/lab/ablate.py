@@ -23,7 +23,8 @@ from typing import IO
 
 import jsonargparse
 
-from pgpo_lightning.callbacks.checkpoint import PATTERN
+from pgpo_lightning.checkpoint_file import remove
+from pgpo_lightning.finding import look
 from pgpo_lightning.lab.plan import Lab, Planned, Settings, read_lab
 from pgpo_lightning.lab.runs import FILE, Run
 from pgpo_lightning.lab.state import changed, clear, expected_settings, state
@@ -217,8 +218,10 @@ class Launcher:
             self.waiting.remove(run)
         self.done.add(run.name)
         if not self.lab.keep_checkpoints:
-            for checkpoint in (run.folder / "checkpoints").glob(PATTERN):
-                checkpoint.unlink()
+            found, _ = look(run.folder / "checkpoints")
+            for checkpoint in found:
+                if checkpoint.mark is not None:
+                    remove(checkpoint.path)
 
     def _break(self, run: Planned, reason: str) -> None:
         if run in self.waiting:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
-from pgpo_lightning.callbacks.checkpoint import PATTERN
+from pgpo_lightning.finding import PATTERN
 from pgpo_lightning.fitting import PGPOCommand
 from pgpo_lightning.lab.plan import Planned, Settings, leaves
 from pgpo_lightning.lab.runs import FILE

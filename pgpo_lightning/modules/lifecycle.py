@@ -1,10 +1,10 @@
 """What surrounds the steps of every module: loading, checks at start-up, optimizers, checkpoints."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import (
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from pgpo_lightning.checkpoint_io import check_checkpoint, install
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.policy import (
@@ -31,7 +32,6 @@ from pgpo_lightning.policy import (
 )
 from pgpo_lightning.records import Question
 from pgpo_lightning.sharding import Sharded, Whole
-from pgpo_lightning.shards import CheckpointFiles
 from pgpo_lightning.teacher import FrozenTeacher, Teacher
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
@@ -61,10 +61,10 @@ class Lifecycle(Evaluation):
             _check_strategy(self.trainer.strategy)
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         self._check_combination(sharded)
-        if not sharded and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            # What only evaluates needs the student alone.
-            wanted = (lambda _: True) if stage == "fit" else (lambda name: name.startswith("state_dict.model."))
-            self.trainer.strategy.checkpoint_io = CheckpointFiles(wanted)
+        known = install(self.trainer.strategy, evaluates=stage != "fit")
+        path = self.trainer.ckpt_path
+        if known and sharded and path is not None and Path(path).exists():
+            check_checkpoint(Path(path))  # sharded weights do not come through that plug-in
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
@@ -190,12 +190,22 @@ class Lifecycle(Evaluation):
         """Check that the checkpoint belongs here, and take over the counters.
 
         Raises:
-            MisconfigurationException: If it is another module's, another architecture's or another program's.
+            MisconfigurationException: If it is another module's, another architecture's or another program's, or has nothing
+                but weights where a run is to go on.
         """
+        path = self.trainer.ckpt_path if self._trainer is not None else None
+        where = f" ({path})" if path else ""
         mine = checkpoint.get("pgpo_lightning")
         if mine is None or mine["module"] != type(self).__name__:
             theirs = f"{mine['module']}'s" if mine else "another program's"
-            raise MisconfigurationException(f"Expected a checkpoint of {type(self).__name__}, but it is {theirs}.")
+            raise MisconfigurationException(
+                f"Expected a checkpoint of {type(self).__name__}, but it is {theirs}{where}."
+            )
+        if self.training_run and "optimizer_states" not in checkpoint and not self.placement.sharded:
+            raise MisconfigurationException(
+                f"Expected a checkpoint with the optimizer's state to go on from, but it has nothing but weights{where}. Start a "
+                "new run from them: `pgpo export`, and `model` the folder."
+            )
         check_architecture(mine["architecture"], self.model)
         check_identity(mine.get("lora"), self.base_identity)
         for name in COUNTERS:

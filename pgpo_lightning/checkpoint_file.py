@@ -1,0 +1,319 @@
+"""Checkpoint files: written as a stream and all at once, and checked before anything in them is used.
+
+torch writes a CRC-32 of every record into a checkpoint's file, and never looks at it again. It finds flipped bytes wherever the
+file is copied to, so it is what is checked here, at about 2 GB/s.
+"""
+
+import importlib
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing tells a partial file that is being written from one that was left behind
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint that is being written."""
+
+_whole: dict[Path, tuple[int, int, int]] = {}  # files whose checksums were found right, as they were then
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is no checkpoint, is cut short, or has other bytes than were written."""
+
+
+class CheckpointNotSavedError(OSError):
+    """A checkpoint could not be written, for want of room or else."""
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint without a copy of it in memory or in another folder.
+
+    The file appears under its name only when it is whole and on the disk.
+
+    Args:
+        content: What ``torch.save`` takes.
+        path: Of the file. Its folder is made.
+
+    Raises:
+        CheckpointNotSavedError: If it could not be written; what was written of it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(path.parent)
+    partial = path.with_name(path.name + PARTIAL)
+    stream = None
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        with partial.open("wb") as file, claimed(file.fileno()):
+            stream = _Stream(file)
+            torch.save(content, stream)
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        cause = (stream and stream.error) or error  # torch tells of another error than the one that it met
+        if isinstance(cause, OSError):
+            raise not_saved(path, cause, _size(content)) from error
+        raise
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+    if names := unknown_types(path):
+        rank_zero_warn(
+            f"{path} will not be read again, because a callback or a data module keeps {', '.join(names)} in its state. Keep "
+            "numbers, strings, tensors, lists and dicts there."
+        )
+
+
+def not_saved(path: Path, cause: OSError, size: int) -> CheckpointNotSavedError:
+    """Return the error that says what a checkpoint would have needed.
+
+    Args:
+        path: Of the checkpoint.
+        cause: Of the failure.
+        size: Of the checkpoint, in bytes.
+    """
+    error = CheckpointNotSavedError(
+        f"Expected to write a checkpoint of {size:,} bytes into {path.parent}, but got: {cause.strerror or cause}. Earlier "
+        "checkpoints are as they were. Make room there and continue the run, or set `checkpoint.dirpath` to another folder."
+    )
+    error.errno = cause.errno
+    return error
+
+
+class _Stream:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Leave it to the end."""
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is kept."""
+
+
+def _size(content: dict[str, Any]) -> int:
+    counter = _Counter()
+    torch.save(content, counter)  # type: ignore[arg-type]
+    return counter.size
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk, where the system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def claimed(handle: int) -> Iterator[None]:
+    """Show others that an open file or folder is being written; the system ends this with the process, however it ends."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what processes left behind that were killed while they wrote a checkpoint."""
+    for path in folder.glob(f"*.ckpt{PARTIAL}"):
+        if not _is_claimed(path):
+            remove(path)
+
+
+def _is_claimed(path: Path) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+    except OSError:
+        return True
+    return False
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a file or a folder of shards, if it is there."""
+    if path.is_dir():
+        for part in path.iterdir():
+            part.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """Compare all bytes of a checkpoint's file with their checksums; of a file that has not changed since, once.
+
+    Raises:
+        DamagedCheckpointError: If it is not whole; names the file.
+    """
+    if not known(path):
+        with path.open("rb") as file:
+            check_zip(file, str(path))
+        known(path, now=True)
+
+
+def known(path: Path, now: bool = False) -> bool:
+    """Return whether this process found a file's checksums right, and the file has not changed since.
+
+    Args:
+        path: Of the file.
+        now: They were found right just now.
+    """
+    state = path.stat()
+    key = (state.st_size, state.st_mtime_ns, state.st_ino)
+    if now:
+        _whole[path.absolute()] = key
+    return _whole.get(path.absolute()) == key
+
+
+def check_zip(file: IO[bytes], where: str, only: str = "") -> None:
+    """Compare what ``torch.save`` wrote with its checksums.
+
+    Args:
+        file: At any place.
+        where: What it is, for the message.
+        only: How the name of a record ends; by default all are compared.
+
+    Raises:
+        DamagedCheckpointError: If they differ, or it is no such file.
+    """
+    file.seek(0)
+    if file.read(4) != b"PK\x03\x04":
+        raise DamagedCheckpointError(f"Expected a checkpoint, but {where} is none: it does not begin like one.")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = [name for name in archive.namelist() if name.endswith(only)]
+            bad = next((name for name in names if not _is_whole(archive, name)), None)
+    except Exception as error:  # whatever a reader meets in bytes that mean nothing
+        raise DamagedCheckpointError(
+            f"Expected a whole checkpoint, but {where} is cut short or damaged ({error})."
+        ) from None
+    if bad is not None or not names:
+        what = f"the checksum of `{bad}` is wrong" if bad else "it has no records"
+        raise DamagedCheckpointError(f"Expected a checkpoint as it was written, but {where} is damaged: {what}.")
+
+
+def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
+    if archive.getinfo(name).external_attr & 0x10:  # a folder to torch, which would return whatever was in memory
+        return False
+    try:
+        with archive.open(name) as record:
+            while record.read(1 << 22):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
+
+
+def unknown_types(file: Any) -> list[str]:
+    """Return the names in a checkpoint's file that are neither data nor known to torch; nothing is run.
+
+    Those of torchao's optimizers are made known.
+
+    Args:
+        file: A path, or what is open for reading.
+    """
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if any(name.startswith("torchao.") for name in names):
+        with suppress(ImportError):
+            importlib.import_module("torchao.optim")
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return sorted(names)
+
+
+def refuse_code(file: Any, where: str) -> None:
+    """Raise if a checkpoint names anything but data.
+
+    Raises:
+        DamagedCheckpointError: If its table of contents cannot be read.
+        ValueError: If it names code; says which.
+    """
+    try:
+        names = unknown_types(file)
+    except Exception as error:
+        raise DamagedCheckpointError(
+            f"Expected a checkpoint of tensors and plain data, but {where} holds something else ({type(error).__name__})."
+        ) from None
+    if any(name.startswith("torchao.") for name in names):
+        raise ValueError(f"Expected torchao to be installed, because an optimizer of it is in {where}.")
+    if names:
+        raise ValueError(
+            f"Expected nothing but tensors and plain data in {where}, but it names {', '.join(names)}: it may be meant to run "
+            "code. It was not read."
+        )
+
+
+def read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Return what a checkpoint's file holds.
+
+    Args:
+        path: Of the file.
+        map_location: As in ``torch.load``.
+        mmap: Leave tensors in the file until they are used.
+
+    Raises:
+        DamagedCheckpointError: If it is not whole.
+        ValueError: If it holds code, or something else than a checkpoint; names the file.
+    """
+    check_file(path)
+    return _load(path, map_location, mmap)
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Return what :func:`read_file` returns, with tensors that are in the file, unread and unchecked. Costs milliseconds."""
+    with path.open("rb") as file:
+        check_zip(file, str(path), only="data.pkl")
+    return _load(path, "cpu", mmap=True)
+
+
+def _load(path: Path, map_location: Any, mmap: bool) -> dict[str, Any]:
+    refuse_code(str(path), str(path))
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:
+        told = str(error).splitlines() or [""]
+        # torch advises to switch its safety off
+        why = type(error).__name__ if "weights_only" in str(error) else f"{type(error).__name__}: {told[0]}"
+        raise DamagedCheckpointError(f"Expected a checkpoint, but {path} cannot be read ({why}).") from None
+    if not isinstance(content, dict):
+        raise DamagedCheckpointError(f"Expected a checkpoint, but {path} holds a {type(content).__name__}.")
+    return content
