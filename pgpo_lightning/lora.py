@@ -7,16 +7,19 @@ same head. Checkpoints hold the adapter and the fingerprint of what lies under i
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pgpo_lightning.policy import decoder, fingerprint, load_model
 from pgpo_lightning.quantization import Quantization
@@ -72,7 +75,7 @@ def check_settings(model: str | PreTrainedModel, lora: LoRA | None, quantization
 
     Raises:
         ValueError: If settings contradict each other; names the field.
-        MisconfigurationException: If peft is not installed.
+        MisconfigurationException: If peft is not installed, or too old for transformers.
     """
     if lora is None:
         if quantization is not None:
@@ -99,6 +102,11 @@ def check_settings(model: str | PreTrainedModel, lora: LoRA | None, quantization
         raise MisconfigurationException(
             "Expected peft to be installed with `lora`, but it is missing: pip install 'pgpo-lightning[peft]'."
         )
+    if Version(version("peft")) < Version(MIN_PEFT_VERSION):
+        raise MisconfigurationException(
+            f"Expected peft {MIN_PEFT_VERSION} or newer with `lora`, because transformers {version('transformers')} wants that, "
+            f"but peft {version('peft')} is installed. Install versions that go together: pip install 'pgpo-lightning[peft]'."
+        )
 
 
 def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
@@ -110,10 +118,9 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
         seed: Of its random half.
 
     Raises:
-        MisconfigurationException: If `target_modules` does not fit the model, or the adapter to start from does not fit `lora`.
+        MisconfigurationException: If `target_modules` does not fit the model, the adapter to start from does not fit `lora`, or
+            peft refuses for another reason.
     """
-    from peft import LoraConfig
-
     names = [name for name, _ in model.named_modules()]
     wanted = lora.target_modules if isinstance(lora.target_modules, list) else []
     # peft is content if one of the names is found.
@@ -122,12 +129,20 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
             f"Expected `lora.target_modules` to name layers of {type(model).__name__}, but it has no {', '.join(missing)}."
         )
     try:
+        from peft import LoraConfig
+
         with seeded(seed, "lora"):
             model.add_adapter(LoraConfig(**_peft_settings(lora.settings())))
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
+        if "target module" in str(error).lower():
+            raise MisconfigurationException(
+                f"Expected `lora.target_modules` to name linear layers of {type(model).__name__}, but got "
+                f"{lora.target_modules!r}: {error}"
+            ) from error
         raise MisconfigurationException(
-            f"Expected `lora.target_modules` to name linear layers of {type(model).__name__}, but got "
-            f"{lora.target_modules!r}: {error}"
+            f"Expected peft {version('peft')} to put an adapter into {type(model).__name__} of transformers "
+            f"{version('transformers')}, but it does not: {error}. If the versions do not go together: pip install "
+            "'pgpo-lightning[peft]'."
         ) from error
     for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
         if hasattr(layer, "base_layer"):

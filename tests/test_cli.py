@@ -58,6 +58,18 @@ def test_every_overlay_changes_only_what_it_names(overlay, base):
     assert overlay.read_text().startswith("# vs ")
 
 
+def test_an_adapter_leaves_the_rate_of_its_base_alone():
+    """A rate that suits the toy would be ten to a hundred times too high elsewhere."""
+    for base, rate in (("sciknoweval", 1e-5), ("quickstart", 1e-4)):
+        settings = parsed("--config", str(CONFIGS / f"{base}.yaml"), "--config", str(LORA))["model"]["init_args"]
+        assert settings["lora"]["r"] == 8
+        assert settings["optimizer"]["init_args"]["lr"] == rate
+    *_, command = [line for line in LORA.read_text().splitlines() if line.startswith("# Command: pgpo fit ")]
+    args = command.removeprefix("# Command: pgpo fit ").replace("configs/", f"{CONFIGS}/").split()
+    optimizer = parsed(*args)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"]) == (1e-3, 0.01)
+
+
 def built(tmp_path, *args):
     """The callbacks: everything is built, nothing is run."""
     callbacks = []

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from pgpo_lightning.batching import Sequences
 from pgpo_lightning.cli import main
-from pgpo_lightning.lora import LoRA, adapter, write_adapter
+from pgpo_lightning.lora import LoRA, adapter, add_adapter, write_adapter
 from pgpo_lightning.modules import GRPO, SDPO
 from pgpo_lightning.policy import head, source
 from pgpo_lightning.quantization import Quantization
@@ -519,6 +519,24 @@ def test_settings_that_contradict_each_other_are_refused(monkeypatch):
     with pytest.raises(MisconfigurationException, match=r"pip install 'pgpo-lightning\[peft\]'"):
         make("toy", lora=lora())
     make("toy")
+
+
+def test_a_peft_that_is_too_old_for_transformers_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    folder = tmp_path / "peft-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        MisconfigurationException, match=r"Expected peft 0\.\d+\.\d+ or newer.*but peft 0\.1\.0 is installed"
+    ):
+        SDPO("no/such/model", half_right, tokenizer=TOKENIZER, lora=lora(), **LIMITS)
+
+
+def test_what_peft_refuses_for_another_reason_is_not_put_down_to_target_modules():
+    model = tiny_sdpo(lora=lora()).model
+    with pytest.raises(MisconfigurationException, match=r"adapter into Qwen3ForCausalLM.*already exists") as error:
+        add_adapter(model, lora(), seed=0)
+    assert "target_modules" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,14 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from pgpo_lightning.policy import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,3 +38,32 @@ def test_the_top_level_folder_is_no_package_of_its_own():
     result = subprocess.run([sys.executable, "-c", "import callbacks"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
     assert "Import `pgpo_lightning.callbacks`, not `callbacks`" in result.stderr
+
+
+def requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return {
+        name: [Requirement(line) for line in lines] for name, lines in (extras | {"": project["dependencies"]}).items()
+    }
+
+
+def test_the_versions_that_were_tested_are_among_those_that_are_allowed():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    tested = {name.lower(): version for name, version in (line.split("==") for line in lines)}
+    for extra in ("", "peft", "dev"):
+        for requirement in requirements()[extra]:
+            assert requirement.specifier.contains(tested[requirement.name]), requirement
+
+
+def test_versions_that_do_not_go_together_are_not_allowed():
+    allowed = {each.name: each.specifier for each in requirements()[""] + requirements()["peft"]}
+    assert not allowed["transformers"].contains("5.24.0")  # wants peft 0.22
+    assert not allowed["torch"].contains("2.9.1")
+
+
+def test_a_plain_install_loads_a_model_where_lightning_does():
+    """On a GPU Lightning calls `configure_model` inside `with torch.device(...)`, where transformers wants accelerate."""
+    assert "accelerate" in {each.name for each in requirements()[""]}
+    with torch.device("cpu"):
+        assert {parameter.device.type for parameter in load_model("toy").parameters()} == {"cpu"}
