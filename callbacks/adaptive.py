@@ -5,7 +5,7 @@ The first three know nothing of the feedback: they are the rivals that an inform
 
 import math
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -17,10 +17,23 @@ from pgpo_lightning.callbacks.multiplier import InformationMultiplier, StepSizeM
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import (
+    AtLeastOne,
+    Fraction,
+    LowerBound,
+    Multiplier,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    Range,
+    UpperBound,
+    checked,
+)
 from pgpo_lightning.sharding import whole
 from pgpo_lightning.statistics import StepStatistics
 
 
+@checked
 class KLAdaptiveMultiplier(StepSizeMultiplier):
     """Divides rho by 1.5 when a step moved the policy by more than twice the target, multiplies it when by less than half.
 
@@ -36,7 +49,7 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
 
     Args:
         target: KL per token (nats), above 0; see :func:`policy_change`.
-        factor: By how much rho changes at a time, above 1.
+        factor: By how much rho changes at a time, above 1 and at most 10.
         rho_min: Lower bound, above 0 and at most 1. rsl_rl keeps the rate between 1/100 and 10 times its start.
         rho_max: Upper bound, at least 1.
 
@@ -44,14 +57,14 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
         ValueError: If a setting is out of range.
     """
 
-    def __init__(self, target: float = 1e-3, factor: float = 1.5, rho_min: float = 0.01, rho_max: float = 10.0) -> None:
+    def __init__(
+        self,
+        target: Positive = 1e-3,
+        factor: Annotated[float, Range(above=1, most=10)] = 1.5,
+        rho_min: PositiveFraction = 0.01,
+        rho_max: UpperBound = 10.0,
+    ) -> None:
         super().__init__()
-        if not 0 < target < math.inf:
-            raise ValueError(f"Expected `target` to be above 0 and finite, but got {target}.")
-        if not 1 < factor < math.inf:
-            raise ValueError(f"Expected `factor` to be above 1 and finite, but got {factor}.")
-        if not 0 < rho_min <= 1 <= rho_max < math.inf:
-            raise ValueError(f"Expected 0 < `rho_min` <= 1 <= `rho_max`, but got {rho_min} and {rho_max}.")
         self.target, self.factor = target, factor
         self.rho_min, self.rho_max = rho_min, rho_max
         self.rho = 1.0
@@ -125,6 +138,7 @@ def policy_change(module: OnPolicyModule, rows: list[Row]) -> float:
     return sum(total for total, _ in everyone) / sum(count for _, count in everyone)
 
 
+@checked
 class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
     """rho = sqrt(min(1, (ESS / B) / base_ratio)): smaller steps where few sequences carry the batch, never larger ones.
 
@@ -147,19 +161,11 @@ class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
     def __init__(
         self,
         scaling_rule: Literal["sqrt", "linear"] = "sqrt",
-        base_ratio: float = 1.0,
-        clip: float | None = None,
-        rho_min: float = 0.0,
+        base_ratio: PositiveFraction = 1.0,
+        clip: Positive | None = None,
+        rho_min: Fraction = 0.0,
     ) -> None:
         super().__init__()
-        if scaling_rule not in ("sqrt", "linear"):
-            raise ValueError(f"Expected `scaling_rule` to be sqrt or linear, but got {scaling_rule!r}.")
-        if not 0 < base_ratio <= 1:
-            raise ValueError(f"Expected `base_ratio` to lie in (0, 1], but got {base_ratio}.")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"Expected `clip` to be above 0, but got {clip}.")
-        if not 0 <= rho_min <= 1:
-            raise ValueError(f"Expected `rho_min` to lie in [0, 1], but got {rho_min}.")
         self.scaling_rule, self.base_ratio, self.clip, self.rho_min = scaling_rule, base_ratio, clip, rho_min
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
@@ -174,6 +180,7 @@ class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
         return math.sqrt(ratio) if self.scaling_rule == "sqrt" else ratio
 
 
+@checked
 class PolyakMultiplier(StepSizeMultiplier):
     r"""The step after which the loss, were it linear, would be at its optimum, capped.
 
@@ -197,16 +204,12 @@ class PolyakMultiplier(StepSizeMultiplier):
         MisconfigurationException: At start-up, if the loss is no divergence, or the optimizer none of SGD, Adam and AdamW.
     """
 
-    def __init__(self, c: float = 1.0, optimum: float = 0.0, rho_min: float = 0.0, rho_max: float = 2.0) -> None:
+    def __init__(
+        self, c: Positive = 1.0, optimum: NonNegative = 0.0, rho_min: LowerBound = 0.0, rho_max: Multiplier = 2.0
+    ) -> None:
         super().__init__()
-        if not 0 < c < math.inf:
-            raise ValueError(f"Expected `c` to be above 0 and finite, but got {c}.")
-        if not 0 <= optimum < math.inf:
-            raise ValueError(f"Expected `optimum` to be at least 0 and finite, but got {optimum}.")
-        if not 0 <= rho_min <= rho_max < math.inf or rho_max == 0:
-            raise ValueError(
-                f"Expected 0 <= `rho_min` <= `rho_max` and `rho_max` > 0, but got {rho_min} and {rho_max}."
-            )
+        if not rho_min <= rho_max:
+            raise ValueError(f"Expected `rho_min` to be at most `rho_max`, but got {rho_min} and {rho_max}.")
         self.c, self.optimum, self.rho_min, self.rho_max = c, optimum, rho_min, rho_max
         self.loss = self.slope = 0.0
 
@@ -261,6 +264,7 @@ def slope(optimizer: Optimizer) -> float:
     return float(whole(total))
 
 
+@checked
 class AdaptiveInformationMultiplier(InformationMultiplier):
     """PGPO with an alpha that adapts to a wanted dose or a wanted spread of rho.
 
@@ -288,12 +292,12 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
 
     def __init__(
         self,
-        target_mean: float | None = None,
-        target_spread: float | None = None,
-        window: int = 50,
-        warmup: int = 10,
-        sensitivity: float | None = None,
-        sensitivity_max: float = 100.0,
+        target_mean: AtLeastOne | None = None,
+        target_spread: Positive | None = None,
+        window: Annotated[int, Range(least=2)] = 50,
+        warmup: Annotated[int, Range(least=2)] = 10,
+        sensitivity: NonNegative | None = None,
+        sensitivity_max: NonNegative = 100.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(sensitivity=sensitivity, **kwargs)
@@ -301,20 +305,19 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
             raise ValueError(
                 f"Expected one of `target_mean` and `target_spread`, but got {target_mean} and {target_spread}."
             )
-        if target_mean is not None and not 1 <= target_mean < self.rho_max:
+        if target_mean is not None and not target_mean < self.rho_max:
             raise ValueError(
                 f"Expected `target_mean` to be at least 1 and below `rho_max` ({self.rho_max}), but got {target_mean}."
             )
-        if target_spread is not None and not 0 < target_spread < self.rho_max:
+        if target_spread is not None and not target_spread < self.rho_max:
             raise ValueError(
                 f"Expected `target_spread` to be above 0 and below `rho_max` ({self.rho_max}), but got {target_spread}."
             )
-        if not 2 <= warmup <= window:
-            raise ValueError(f"Expected 2 <= `warmup` <= `window`, but got {warmup} and {window}.")
-        if not self.sensitivity <= sensitivity_max < math.inf:
+        if not warmup <= window:
+            raise ValueError(f"Expected `warmup` to be at most `window`, but got {warmup} and {window}.")
+        if not self.sensitivity <= sensitivity_max:
             raise ValueError(
-                f"Expected `sensitivity_max` to be finite and at least `sensitivity` ({self.sensitivity}), but got "
-                f"{sensitivity_max}."
+                f"Expected `sensitivity_max` to be at least `sensitivity` ({self.sensitivity}), but got {sensitivity_max}."
             )
         self.target_mean, self.target_spread = target_mean, target_spread
         self.window, self.warmup, self.sensitivity_max = window, warmup, sensitivity_max

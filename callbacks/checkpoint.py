@@ -14,12 +14,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pgpo_lightning.checkpoint_file import PARTIAL, claimed, not_saved, remove, remove_partials, sync_folder
 from pgpo_lightning.finding import MARK, look
 from pgpo_lightning.ranks import gather
+from pgpo_lightning.settings import Count, Text, checked
 from pgpo_lightning.shards import finish_shards
 
 SUPERSEDED = ".superseded"
 """Ends the name of a checkpoint that the run had written before it was resumed from an earlier one."""
 
 
+@checked
 class ResumeCheckpoint(Checkpoint):
     """Saves the whole state of the run every few steps, after the validation that belongs to the step.
 
@@ -40,11 +42,7 @@ class ResumeCheckpoint(Checkpoint):
         ValueError: If a setting is out of range.
     """
 
-    def __init__(self, every_n_train_steps: int = 10, keep: int | None = 1, dirpath: str | None = None) -> None:
-        if every_n_train_steps < 1 or (keep is not None and keep < 1):
-            raise ValueError(
-                f"Expected `every_n_train_steps` and `keep` to be at least 1, but got {every_n_train_steps} and {keep}."
-            )
+    def __init__(self, every_n_train_steps: Count = 10, keep: Count | None = 1, dirpath: Text | None = None) -> None:
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
         self.dirpath = dirpath

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pgpo_lightning.callbacks.stability import StabilityMonitor
 from pgpo_lightning.collapse import BROKEN_TEACHER, CollapseRules
-from pgpo_lightning.modules.settings import one_of
+from pgpo_lightning.settings import Count, PositiveFraction, checked
 
 
+@checked
 class CollapseGuard(StabilityMonitor):
     """A :class:`StabilityMonitor` that acts when a rule fires.
 
@@ -46,15 +47,10 @@ class CollapseGuard(StabilityMonitor):
         self,
         action: Literal["warn", "stop", "roll-back"] = "stop",
         rules: CollapseRules | None = None,
-        lr_factor: float = 0.5,
-        max_rollbacks: int = 3,
+        lr_factor: PositiveFraction = 0.5,
+        max_rollbacks: Count = 3,
     ) -> None:
         super().__init__(rules)
-        one_of(("warn", "stop", "roll-back"), action=action)
-        if not 0 < lr_factor <= 1:
-            raise ValueError(f"Expected `lr_factor` to lie between 0 and 1, but got {lr_factor}.")
-        if max_rollbacks < 1:
-            raise ValueError(f"Expected `max_rollbacks` to be at least 1, but got {max_rollbacks}.")
         self.action = action
         self.lr_factor = lr_factor
         self.max_rollbacks = max_rollbacks

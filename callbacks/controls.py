@@ -24,12 +24,14 @@ from torch.optim import Optimizer
 from pgpo_lightning.callbacks.multiplier import InformationMultiplier, StepSizeMultiplier
 from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.seeding import derive_seed
+from pgpo_lightning.settings import Decay, Fraction, LowerBound, Seed, Text, checked
 from pgpo_lightning.statistics import StepStatistics
 
 PRIOR_STEPS = 10
 """How many steps of this run weigh as much as what its record lets expect, in :class:`InverseMultiplier`."""
 
 
+@checked
 class RecordedMultiplier(StepSizeMultiplier):
     """What all controls share that are matched to a recorded run. A subclass writes :meth:`arranged`.
 
@@ -43,7 +45,7 @@ class RecordedMultiplier(StepSizeMultiplier):
             not known then, at the first step beyond. If a resumed run meets another record than it began with.
     """
 
-    def __init__(self, run: str, **kwargs: Any) -> None:
+    def __init__(self, run: Text, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.run = run
         recorded = Run.load(run)
@@ -102,6 +104,7 @@ class RecordedMultiplier(StepSizeMultiplier):
             )
 
 
+@checked
 class MatchedConstantMultiplier(RecordedMultiplier):
     """The recorded run's dose at every step: is PGPO more than a larger learning rate?
 
@@ -109,7 +112,7 @@ class MatchedConstantMultiplier(RecordedMultiplier):
         run: The recorded run: its folder, or its ``run.json``.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: Text) -> None:
         super().__init__(run)
 
     def arranged(self) -> list[float]:
@@ -117,6 +120,7 @@ class MatchedConstantMultiplier(RecordedMultiplier):
         return [fmean(self.record)] * len(self.record)
 
 
+@checked
 class MatchedRandomMultiplier(RecordedMultiplier):
     """Draws from the recorded run's own values, independent of the batch: does it matter *when* a step is large?
 
@@ -130,7 +134,7 @@ class MatchedRandomMultiplier(RecordedMultiplier):
         seed: Of the draws. Give every run of a study its own.
     """
 
-    def __init__(self, run: str, seed: int = 0) -> None:
+    def __init__(self, run: Text, seed: Seed = 0) -> None:
         super().__init__(run)
         self.seed = seed
 
@@ -141,6 +145,7 @@ class MatchedRandomMultiplier(RecordedMultiplier):
         return [factor * rho for rho in draws]
 
 
+@checked
 class ShuffledMultiplier(RecordedMultiplier):
     """The recorded run's values, each once, in another order: does it matter *when* a step is large?
 
@@ -149,7 +154,7 @@ class ShuffledMultiplier(RecordedMultiplier):
         seed: Of the order. Give every run of a study its own.
     """
 
-    def __init__(self, run: str, seed: int = 0) -> None:
+    def __init__(self, run: Text, seed: Seed = 0) -> None:
         super().__init__(run)
         self.seed = seed
 
@@ -158,6 +163,7 @@ class ShuffledMultiplier(RecordedMultiplier):
         return random.Random(derive_seed(self.seed, "shuffled")).sample(self.record, len(self.record))
 
 
+@checked
 class ReplayedMultiplier(RecordedMultiplier):
     """The recorded run's values in their order: is PGPO more than a schedule that happens to suit the task?
 
@@ -168,7 +174,7 @@ class ReplayedMultiplier(RecordedMultiplier):
         MisconfigurationException: At start-up, if the record is of the same seed.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: Text) -> None:
         super().__init__(run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -181,6 +187,7 @@ class ReplayedMultiplier(RecordedMultiplier):
         super().on_fit_start(trainer, pl_module)
 
 
+@checked
 class InverseMultiplier(RecordedMultiplier, InformationMultiplier):
     r"""The opposite of PGPO, small steps where the feedback tells much, at the recorded run's dose.
 
@@ -201,7 +208,7 @@ class InverseMultiplier(RecordedMultiplier, InformationMultiplier):
         ValueError: If the record's dose is out of bounds.
     """
 
-    def __init__(self, run: str, rho_min: float | None = 0.0, **kwargs: Any) -> None:
+    def __init__(self, run: Text, rho_min: LowerBound | None = 0.0, **kwargs: Any) -> None:
         super().__init__(run=run, rho_min=rho_min, **kwargs)
         dose = fmean(self.record)
         if not self.bounded(dose) == dose:
@@ -234,6 +241,7 @@ class InverseMultiplier(RecordedMultiplier, InformationMultiplier):
         self.seen = state_dict["seen"]
 
 
+@checked
 class CentredMultiplier(InformationMultiplier):
     """rho = clip(exp(sensitivity * (I - mean)), rho_min, rho_max), with a moving average of I over the steps before.
 
@@ -249,12 +257,8 @@ class CentredMultiplier(InformationMultiplier):
         ValueError: If a setting is out of range.
     """
 
-    def __init__(self, decay: float = 0.9, rho_min: float | None = 0.5, **kwargs: Any) -> None:
+    def __init__(self, decay: Decay = 0.9, rho_min: Fraction | None = 0.5, **kwargs: Any) -> None:
         super().__init__(rho_min=rho_min, **kwargs)
-        if not 0 <= decay < 1:
-            raise ValueError(f"Expected `decay` to lie in [0, 1), but got {decay}.")
-        if rho_min is not None and rho_min > 1:
-            raise ValueError(f"Expected `rho_min` to be at most 1, but got {rho_min}.")
         self.decay = decay
         self.average = self.weight = 0.0  # mean of the information so far: average / weight
 

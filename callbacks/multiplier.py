@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from pgpo_lightning.seeding import derive_seed
+from pgpo_lightning.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
 from pgpo_lightning.statistics import Aggregation, Estimator, StepStatistics, information
 
 
@@ -90,6 +91,7 @@ class StepSizeMultiplier(L.Callback):
         pl_module.restore_rates()
 
 
+@checked
 class InformationMultiplier(StepSizeMultiplier):
     """PGPO: rho = clip(exp(sensitivity * I), rho_min, rho_max), with I the information of the step (Eq. 8 and 9).
 
@@ -109,29 +111,17 @@ class InformationMultiplier(StepSizeMultiplier):
 
     def __init__(
         self,
-        sensitivity: float | None = None,
-        alpha: float | None = None,
-        rho_max: float = 2.0,
-        rho_min: float | None = 1.0,
+        sensitivity: NonNegative | None = None,
+        alpha: NonNegative | None = None,
+        rho_max: UpperBound = 2.0,
+        rho_min: LowerBound | None = 1.0,
         estimator: Estimator = "entropy-difference",
         aggregation: Aggregation = "sequence-mean",
     ) -> None:
         super().__init__()
-        if sensitivity is not None and alpha is not None and sensitivity != alpha:
-            raise ValueError(f"Expected only one of `sensitivity` and `alpha`, but got {sensitivity} and {alpha}.")
-        self.sensitivity = next((value for value in (sensitivity, alpha) if value is not None), 1.0)
-        if not self.sensitivity >= 0:
-            raise ValueError(f"Expected `sensitivity` to be at least 0, but got {self.sensitivity}.")
-        if not rho_max >= 1:
-            raise ValueError(f"Expected `rho_max` to be at least 1, but got {rho_max}.")
-        if rho_min is not None and not 0 <= rho_min <= rho_max:
+        self.sensitivity = either("sensitivity", sensitivity, "alpha", alpha, default=1.0)
+        if rho_min is not None and not rho_min <= rho_max:
             raise ValueError(f"Expected `rho_min` to lie between 0 and `rho_max` ({rho_max}), but got {rho_min}.")
-        if estimator not in ("entropy-difference", "kl", "log-ratio"):
-            raise ValueError(f"Expected `estimator` to be entropy-difference, kl or log-ratio, but got {estimator!r}.")
-        if aggregation not in ("sequence-mean", "token-mean", "sequence-sum"):
-            raise ValueError(
-                f"Expected `aggregation` to be sequence-mean, token-mean or sequence-sum, but got {aggregation!r}."
-            )
         self.rho_max, self.rho_min = rho_max, rho_min
         self.estimator, self.aggregation = estimator, aggregation
         self.signal = information(StepStatistics.empty())
@@ -159,17 +149,19 @@ class InformationMultiplier(StepSizeMultiplier):
             pl_module.scalars["information/used_standard_error"] = self.signal.standard_error
 
 
+@checked
 class ConstantMultiplier(StepSizeMultiplier):
     """The same rho at every step: the control that asks whether PGPO is more than a larger learning rate.
 
     Args:
-        value: At least 0.
+        value: rho; 0.001 to 1000.
+
+    Raises:
+        ValueError: If it is out of range.
     """
 
-    def __init__(self, value: float = 1.0) -> None:
+    def __init__(self, value: Multiplier = 1.0) -> None:
         super().__init__()
-        if not 0 <= value < math.inf:
-            raise ValueError(f"Expected `value` to be at least 0 and finite, but got {value}.")
         self.value = value
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
@@ -177,19 +169,23 @@ class ConstantMultiplier(StepSizeMultiplier):
         return self.value
 
 
+@checked
 class RandomMultiplier(StepSizeMultiplier):
     """A uniform draw per step that knows nothing of the batch: the control for the information in PGPO's rho.
 
     Args:
-        low: Smallest rho, at least 0.
+        low: Smallest rho; 0.001 to 1000.
         high: Largest rho.
         seed: Of the draws; a draw depends on it and on the step alone.
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
-    def __init__(self, low: float = 1.0, high: float = 1.2, seed: int = 0) -> None:
+    def __init__(self, low: Multiplier = 1.0, high: Multiplier = 1.2, seed: Seed = 0) -> None:
         super().__init__()
-        if not 0 <= low <= high < math.inf:
-            raise ValueError(f"Expected 0 <= `low` <= `high`, but got {low} and {high}.")
+        if not low <= high:
+            raise ValueError(f"Expected `low` to be at most `high`, but got {low} and {high}.")
         self.low, self.high, self.seed = low, high, seed
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:

@@ -8,8 +8,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.collapse import DIVERGENCE, TAGS, TEACHER, CollapseRules, alarms, signs
+from pgpo_lightning.settings import checked
 
 
+@checked
 class StabilityMonitor(L.Callback):
     """Logs the signs of a collapse as ``stability/*`` and warns once for every rule that fires, with its reason.
 

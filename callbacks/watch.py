@@ -14,8 +14,10 @@ from pgpo_lightning.callbacks.multiplier import StepSizeMultiplier
 from pgpo_lightning.curves import LAYOUT, draw_stability, read_scalars, series
 from pgpo_lightning.lab.runs import FILE, collect
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import Natural, checked
 
 
+@checked
 class Watch(L.Callback):
     """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture, a summary and a record.
 
@@ -30,11 +32,7 @@ class Watch(L.Callback):
         ValueError: If a setting is negative.
     """
 
-    def __init__(self, texts_every_n_steps: int = 10, texts: int = 3, picture: bool = True) -> None:
-        if texts_every_n_steps < 0 or texts < 0:
-            raise ValueError(
-                f"Expected `texts_every_n_steps` and `texts` to be at least 0, but got {texts_every_n_steps} and {texts}."
-            )
+    def __init__(self, texts_every_n_steps: Natural = 10, texts: Natural = 3, picture: bool = True) -> None:
         self.texts_every_n_steps = texts_every_n_steps
         self.texts = texts
         self.picture = picture

@@ -6,14 +6,17 @@ DW-SDPO (SRPO, arXiv 2604.02288) are of the same kind: they trust the teacher wh
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.settings import AtLeastOne, checked
 
 
+@partial(checked, prefix="allocation.")
 @dataclass(frozen=True)
 class Allocation:
     """Weights of tokens or responses within a step.
@@ -33,18 +36,8 @@ class Allocation:
 
     unit: Literal["token", "sequence"] = "token"
     sensitivity: float = 1.0
-    maximum: float | None = 5.0
+    maximum: AtLeastOne | None = 5.0
     signal: Literal["information", "teacher-certainty"] = "information"
-
-    def __post_init__(self) -> None:
-        if self.signal not in ("information", "teacher-certainty"):
-            raise ValueError(
-                f"Expected `signal` of the allocation to be information or teacher-certainty, but got {self.signal!r}."
-            )
-        if self.unit not in ("token", "sequence"):
-            raise ValueError(f"Expected `unit` of the allocation to be token or sequence, but got {self.unit!r}.")
-        if self.maximum is not None and not self.maximum >= 1:
-            raise ValueError(f"Expected `maximum` of the allocation to be at least 1, but got {self.maximum}.")
 
     def weights(self, tokens: TokenStatistics, lengths: Tensor | None = None) -> Tensor:
         """Return weights, shape ``(n,)``, without gradient, not yet divided by their mean.

@@ -10,10 +10,11 @@ loss, which looks calm in every collapse of the toy task.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median
 
 from pgpo_lightning.curves import Scalars, matching, series
+from pgpo_lightning.settings import AtLeastOne, Count, Fraction, NonNegative, checked
 
 REWARD = "critic/score/mean"
 TEACHER = "self_distillation/reprompt_sample_fraction"
@@ -29,6 +30,7 @@ TAGS = (REWARD, TEACHER, ENTROPY, LENGTH_MEAN, LENGTH_MAX, CUT_OFF, GRADIENT, DI
 """The curves that rules read at every step; beside them the held-out score."""
 
 
+@checked
 @dataclass(frozen=True)
 class CollapseRules:
     """Thresholds of the rules. A threshold of null switches its rule off.
@@ -64,33 +66,21 @@ class CollapseRules:
         ValueError: If a setting is out of range.
     """
 
-    window: int = 7
-    warm_up: int = 3
-    reward_fall: float | None = 0.3
-    teacher_fall: float | None = 0.5
-    score_fall: float | None = 0.5
-    floor: float = 0.05
-    entropy_rise: float | None = 2.0
-    entropy_vanish: float | None = 0.1
-    length_tail: float | None = 3.2
-    length_growth: float = 1.5
-    cut_off_rise: float | None = 0.1
-    gradient_vanish: float | None = 0.05
-    solved: float = 0.9
-    gap_growth: float | None = 3.0
-    broken_teacher: float | None = 0.5
-
-    def __post_init__(self) -> None:
-        shares = ("reward_fall", "teacher_fall", "score_fall", "entropy_vanish", "gradient_vanish", "broken_teacher")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            low = 1.0 if field.name in ("window", "warm_up", "entropy_rise", "length_growth", "gap_growth") else 0.0
-            high = 1.0 if field.name in (*shares, "cut_off_rise") else math.inf
-            if not (low <= value <= high and value < math.inf):
-                bounds = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g} and finite"
-                raise ValueError(f"Expected `{field.name}` to be {bounds}, but got {value}.")
+    window: Count = 7
+    warm_up: Count = 3
+    reward_fall: Fraction | None = 0.3
+    teacher_fall: Fraction | None = 0.5
+    score_fall: Fraction | None = 0.5
+    floor: NonNegative = 0.05
+    entropy_rise: AtLeastOne | None = 2.0
+    entropy_vanish: Fraction | None = 0.1
+    length_tail: NonNegative | None = 3.2
+    length_growth: AtLeastOne = 1.5
+    cut_off_rise: Fraction | None = 0.1
+    gradient_vanish: Fraction | None = 0.05
+    solved: NonNegative = 0.9
+    gap_growth: AtLeastOne | None = 3.0
+    broken_teacher: Fraction | None = 0.5
 
 
 def medians(values: list[float], window: int) -> list[float]:

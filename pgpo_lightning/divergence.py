@@ -6,9 +6,12 @@ All results are in nats. Gradients flow through S, inside the mixture too; T is 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from pgpo_lightning.settings import Positive, PositiveFraction, checked
 
 # exp(60) is far beyond any ratio that matters in fp32; without the bound 0 * exp(large) would be 0 * inf.
 MAX_LOG_RATIO = 60.0
@@ -148,6 +151,7 @@ def clipped_divergence(log_s: Tensor, log_t: Tensor, alpha: float, bound: float)
     return entries.clamp(max=bound).sum(-1)
 
 
+@partial(checked, prefix="softening.")
 @dataclass(frozen=True)
 class Softening:
     """DemoPSD's target: the less the teacher agrees with the student, the nearer the target is to the student.
@@ -163,14 +167,8 @@ class Softening:
         ValueError: If a setting is out of range.
     """
 
-    maximum: float = 0.15
-    sharpness: float = 50.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.maximum <= 1:
-            raise ValueError(f"Expected `maximum` of the softening to lie in (0, 1], but got {self.maximum}.")
-        if not self.sharpness > 0:
-            raise ValueError(f"Expected `sharpness` of the softening to be above 0, but got {self.sharpness}.")
+    maximum: PositiveFraction = 0.15
+    sharpness: Positive = 50.0
 
     def share(self, disagreement: Tensor) -> Tensor:
         """Return a, the student's share of the target, from JSD(S, T) in nats; both of shape ``(...)``."""

@@ -7,9 +7,10 @@ same head. Checkpoints hold the adapter and the fingerprint of what lies under i
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -24,12 +25,14 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from pgpo_lightning.policy import decoder, fingerprint, load_model
 from pgpo_lightning.quantization import Quantization
 from pgpo_lightning.seeding import seeded
+from pgpo_lightning.settings import Count, Filled, Text, checked
 
 _MATRICES = (".lora_A.default.", ".lora_B.default.")
 _WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
+@partial(checked, prefix="lora.")
 @dataclass
 class LoRA:
     """A low-rank adapter ``lora_alpha / r * B A`` beside frozen linear layers, with peft's names.
@@ -49,19 +52,11 @@ class LoRA:
         ValueError: If a setting is out of range; names the field.
     """
 
-    r: int = 16
-    lora_alpha: int = 32
-    target_modules: str | list[str] = "all-linear"
+    r: Count = 16
+    lora_alpha: Count = 32
+    target_modules: Text | Annotated[list[Text], Filled()] = "all-linear"
     use_rslora: bool = False
-    adapter: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"Expected `lora.r` to be at least 1, but got {self.r}.")
-        if self.lora_alpha <= 0:
-            raise ValueError(f"Expected `lora.lora_alpha` to be above 0, but got {self.lora_alpha}.")
-        if not self.target_modules:
-            raise ValueError(f"Expected `lora.target_modules` to name layers, but got {self.target_modules!r}.")
+    adapter: Text | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return what a checkpoint has to agree with: everything but where the adapter came from."""

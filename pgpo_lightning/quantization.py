@@ -2,12 +2,16 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from transformers import BitsAndBytesConfig
 
+from pgpo_lightning.settings import checked
 
+
+@partial(checked, prefix="quantization.")
 @dataclass
 class Quantization:
     """How the frozen base weights are stored. Embeddings, norms and language-model head keep the module's `dtype`.
@@ -26,12 +30,6 @@ class Quantization:
     bnb_4bit_use_double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"Expected `quantization.bits` to be 4 or 8, but got {self.bits!r}.")
-        if self.bnb_4bit_quant_type not in (None, "nf4", "fp4"):
-            raise ValueError(
-                f"Expected `quantization.bnb_4bit_quant_type` to be nf4 or fp4, but got {self.bnb_4bit_quant_type!r}."
-            )
         for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if self.bits == 8 and getattr(self, name):
                 raise ValueError(

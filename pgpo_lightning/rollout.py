@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.records import Question, Rollout
 from pgpo_lightning.seeding import derive_seed, uniform
+from pgpo_lightning.settings import Count, Nucleus, Range, Temperature, checked
 
 _LOOK_EVERY = 16  # steps between two looks at which responses have ended, on a GPU
 _WORTH_LEAVING = 0.75  # share of responses still going from which on copying their keys and values pays
 
 
+@checked
 @dataclass
 class Sampling:
     """How responses are sampled.
@@ -36,10 +38,10 @@ class Sampling:
             global generator of torch.
     """
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seeds: list[int] | None = None
+    max_tokens: Count
+    temperature: Temperature = 1.0
+    top_p: Nucleus = 1.0
+    seeds: list[Annotated[int, Range(most=2**63)]] | None = None
 
 
 class Engine(ABC):
@@ -78,6 +80,7 @@ class Engine(ABC):
         """
 
 
+@checked
 class TransformersEngine(Engine):
     """Samples with the model's own forward pass; the prompt is run once for all of its responses.
 
@@ -86,9 +89,7 @@ class TransformersEngine(Engine):
             keys and values.
     """
 
-    def __init__(self, max_sequences: int | None = None) -> None:
-        if max_sequences is not None and max_sequences < 1:
-            raise ValueError(f"Expected `max_sequences` to be at least 1 or null, but got {max_sequences}.")
+    def __init__(self, max_sequences: Count | None = None) -> None:
         self.max_sequences = max_sequences
 
     def generate(

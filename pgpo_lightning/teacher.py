@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pgpo_lightning.offload import Visit
 from pgpo_lightning.policy import fingerprint, head, source
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import AtLeastOne, Count, checked
 
 TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restart", "gated"]
 
@@ -326,6 +328,7 @@ class RestartAdapterTeacher(Periodic, EMAAdapterTeacher):
     """Restart-and-freeze over an adapter's matrices."""
 
 
+@partial(checked, prefix="teacher_gate.")
 @dataclass(frozen=True)
 class RefreshGate:
     """When the teacher of CGTR becomes a copy of the student (arXiv 2606.03532).
@@ -345,18 +348,11 @@ class RefreshGate:
         ValueError: If a setting is out of range.
     """
 
-    min_steps: int = 30
-    window: int = 5
+    min_steps: Count = 30
+    window: Count = 5
     reward_gain: float = 0.05
-    max_length_ratio: float = 3.2
-    check_every: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("min_steps", "window", "check_every", "max_length_ratio"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(
-                    f"Expected `{name}` of the teacher's gate to be at least 1, but got {getattr(self, name)}."
-                )
+    max_length_ratio: AtLeastOne = 3.2
+    check_every: Count = 5
 
 
 class Outcome(NamedTuple):

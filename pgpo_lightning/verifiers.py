@@ -15,9 +15,10 @@ from functools import lru_cache
 from numbers import Real
 from subprocess import PIPE, Popen
 from threading import Lock
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from pgpo_lightning.records import Question, Verdict
+from pgpo_lightning.settings import Count, Positive, checked
 
 Verifier: TypeAlias = Callable[[Question, str], Verdict | float | tuple[float, str]]
 """A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens)."""
@@ -29,6 +30,7 @@ class VerifierError(RuntimeError):
     """A verifier raised, or returned something that is not a finite reward."""
 
 
+@checked
 class MultipleChoice:
     r"""Compare the chosen option with ``question.answer``: 1.0 if they are the same letter, else 0.0.
 
@@ -51,8 +53,6 @@ class MultipleChoice:
     """
 
     def __init__(self, variant: Variant = "reference", options: str = "ABCD") -> None:
-        if variant not in get_args(Variant):
-            raise ValueError(f"Expected argument `variant` to be one of {get_args(Variant)}, but got {variant!r}.")
         if not re.fullmatch("[A-Z]{2,}", options) or len(set(options)) < len(options):
             raise ValueError(f"Expected argument `options` to be different capital letters, but got {options!r}.")
         self.variant, self.options = variant, options
@@ -86,6 +86,7 @@ class MultipleChoice:
         return max(letters)[1].upper() if letters else None
 
 
+@checked
 class BoxedAnswer:
     r"""Compare the last complete ``\boxed{...}`` with ``question.answer``: 1.0 if they are equal, else 0.0.
 
@@ -106,10 +107,7 @@ class BoxedAnswer:
         Verdict(reward=0.0, feedback='The final answer 48 is wrong.', answer='48')
     """
 
-    def __init__(self, feedback: bool = False, max_chars: int = 200, timeout: float = 3.0) -> None:
-        for name, value in (("max_chars", max_chars), ("timeout", timeout)):
-            if not value > 0:
-                raise ValueError(f"Expected argument `{name}` to be larger than 0, but got {value}.")
+    def __init__(self, feedback: bool = False, max_chars: Count = 200, timeout: Positive = 3.0) -> None:
         self.feedback, self.max_chars, self.timeout = feedback, max_chars, timeout
 
     def __call__(self, question: Question, response: str) -> Verdict:

@@ -21,6 +21,7 @@ from pgpo_lightning.policy import Dtype
 from pgpo_lightning.records import Question, Rollout
 from pgpo_lightning.rollout import Engine, Sampling, end_tokens
 from pgpo_lightning.seeding import seeded
+from pgpo_lightning.settings import Count, Positive, PositiveFraction, Text, checked
 
 FIXED = ("model", "runner", "skip_tokenizer_init", "logprobs_mode", "generation_config")  # arguments of `vllm.LLM`
 LOWEST_TEMPERATURE = 0.01  # below it vLLM samples at another temperature than it is told
@@ -60,6 +61,7 @@ class Sampler(ABC):
         """Give memory away until the next step, if asked to."""
 
 
+@checked
 class VLLMEngine(Engine):
     """Samples with vLLM. Needs the extra ``vllm``; a server needs it on its own machine only.
 
@@ -94,12 +96,12 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        server: str | None = None,
-        server_timeout: float = 240.0,
-        weights_folder: str | None = None,
-        gpu_memory_utilization: float = 0.3,
-        tensor_parallel_size: int = 1,
-        max_model_len: int | None = None,
+        server: Text | None = None,
+        server_timeout: Positive = 240.0,
+        weights_folder: Text | None = None,
+        gpu_memory_utilization: PositiveFraction = 0.3,
+        tensor_parallel_size: Count = 1,
+        max_model_len: Count | None = None,
         enforce_eager: bool = False,
         dtype: Dtype | None = None,
         enable_sleep_mode: bool = False,
@@ -114,7 +116,7 @@ class VLLMEngine(Engine):
             "enable_sleep_mode": enable_sleep_mode,
             "options": options,
         }
-        _check(server, server_timeout, local)
+        _check(server, local)
         self.server, self.server_timeout, self.weights_folder = server, server_timeout, weights_folder
         self.local = local
         self.sampler: Sampler | None = None
@@ -191,15 +193,7 @@ def computes_in(model: PreTrainedModel) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(server: str | None, server_timeout: float, local: dict[str, Any]) -> None:
-    share = local["gpu_memory_utilization"]
-    if not 0 < share <= 1:
-        raise ValueError(f"Expected `gpu_memory_utilization` to be above 0 and at most 1, but got {share}.")
-    for name in ("tensor_parallel_size", "max_model_len"):
-        if local[name] is not None and local[name] < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1, but got {local[name]}.")
-    if server_timeout <= 0:
-        raise ValueError(f"Expected `server_timeout` to be above 0, but got {server_timeout}.")
+def _check(server: str | None, local: dict[str, Any]) -> None:
     ours = {*inspect.signature(VLLMEngine).parameters, *FIXED}
     if taken := sorted(ours & {*(local["options"] or {})}):
         raise ValueError(f"Expected `options` to hold nothing that is set elsewhere, but got {', '.join(taken)}.")

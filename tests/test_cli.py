@@ -145,9 +145,9 @@ def test_a_python_function_with_feedback_as_verifier(tmp_path, monkeypatch):
     ("args", "message"),
     [
         (["--model.divergence_alfa", "0.5"], "divergence_alfa"),
-        (["--model.alpha", "1.5"], r"`divergence_alpha` to lie in \[0, 1\], but got 1.5"),
+        (["--model.alpha", "1.5"], r"`alpha` to lie in \[0, 1\], but got 1.5"),
         (["--model.distillation_add_tail", "true"], "`distillation_topk` with `distillation_add_tail`"),
-        (["--multiplier", "InformationMultiplier", "--multiplier.rho_max", "0.5"], "`rho_max` to be at least 1"),
+        (["--multiplier", "InformationMultiplier", "--multiplier.rho_max", "0.5"], r"`rho_max` to lie in \[1, 1000\]"),
         (["--multiplier", "InformationMultiplier", "--multiplier.sensitivity", "-1"], "`sensitivity` to be at least 0"),
         (["--data.batch_size", "14"], "at least one batch of training questions, 14"),
         (["--model.max_prompt_length", "5"], "max_prompt_length"),
@@ -262,7 +262,7 @@ def test_a_setting_out_of_range_is_told_in_one_line(tmp_path):
     process.join()
     assert process.exitcode == 1
     told = (tmp_path / "log").read_text().strip().splitlines()
-    assert told[-2] == "error: Expected `divergence_alpha` to lie in [0, 1], but got 1.5."
+    assert told[-2] == "error: Expected `alpha` to lie in [0, 1], but got 1.5."
 
 
 def test_two_processes_train_evaluate_and_finish(tmp_path):

@@ -264,8 +264,8 @@ def test_what_needs_information_needs_a_teacher(tmp_path, make):
         ),
         (lambda folder: InverseMultiplier(record(folder), sensitivity=-1.0), "`sensitivity` to be at least 0"),
         (lambda _: CentredMultiplier(decay=1.0), r"`decay` to lie in \[0, 1\), but got 1.0"),
-        (lambda _: CentredMultiplier(rho_min=1.5), "`rho_min` to be at most 1, but got 1.5"),
-        (lambda _: LossScaledMultiplier(rho_max=0.5), "`rho_max` to be at least 1, but got 0.5"),
+        (lambda _: CentredMultiplier(rho_min=1.5), r"`rho_min` to lie in \[0, 1\], but got 1.5"),
+        (lambda _: LossScaledMultiplier(rho_max=0.5), r"`rho_max` to lie in \[1, 1000\], but got 0.5"),
     ],
 )
 def test_bad_settings_name_the_field(tmp_path, make, message):

@@ -372,7 +372,11 @@ def test_where_student_and_teacher_agree_the_softened_loss_is_zero_in_single_pre
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [((0.0, 50.0), "`maximum` of the softening"), ((1.5, 50.0), "`maximum`"), ((0.1, 0.0), "`sharpness`")],
+    [
+        ((0.0, 50.0), "`softening.maximum` to lie in"),
+        ((1.5, 50.0), "`softening.maximum`"),
+        ((0.1, 0.0), "`softening.sharpness`"),
+    ],
 )
 def test_bad_softenings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):

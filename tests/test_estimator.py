@@ -249,11 +249,11 @@ def test_the_command_writes_a_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"lengths": []}, "`lengths` to have at least one"),
+        ({"lengths": []}, "`lengths` not to be empty"),
         ({"toy_lengths": [0]}, r"`toy_lengths\[0\]` to be at least 1"),
         ({"batches": [1]}, r"`batches\[0\]` to be at least 2"),
         ({"top_k": [0]}, r"`top_k\[0\]` to be at least 1"),
-        ({"sensitivities": []}, "`sensitivities` to have at least one"),
+        ({"sensitivities": []}, "`sensitivities` not to be empty"),
         ({"siblings": 1}, "`siblings` to be at least 2"),
         ({"spread": 0.0}, "`spread` to be above 0"),
         ({"rho_min": 3.0}, "`rho_min` to be at most `rho_max`"),

@@ -101,8 +101,8 @@ def test_rows_without_advantage_cost_no_forward_pass(tmp_path):
     ("settings", "message"),
     [
         ({"num_generations": 1}, "`num_generations` of at least 2"),
-        ({"clip_ratio_low": -0.1}, "`clip_ratio_low` to be at least 0"),
-        ({"clip_ratio_low": 1.5}, "`clip_ratio_low` to be at most 1"),
+        ({"clip_ratio_low": -0.1}, r"`clip_ratio_low` to lie in \[0, 1\]"),
+        ({"clip_ratio_low": 1.5}, r"`clip_ratio_low` to lie in \[0, 1\]"),
         ({"clip_ratio_c": 1.1}, "`clip_ratio_c` to exceed"),
         ({"updates_per_batch": 0}, "`updates_per_batch` to be at least 1"),
     ],

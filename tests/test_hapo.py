@@ -477,7 +477,7 @@ def test_measuring_the_gradients_apart_changes_nothing(tmp_path):
         (lambda: ConstantThreshold(-1), "`level` to be above 0"),
         (lambda: StepThreshold(at=0), "`at` to be at least 1"),
         (lambda: SigmoidThreshold(at=3, width=0), "`width` to be above 0"),
-        (lambda: SigmoidThreshold(at=3, width=1, start=-0.5), "`start` to be a threshold of at least 0"),
+        (lambda: SigmoidThreshold(at=3, width=1, start=-0.5), "`start` to be at least 0"),
         (lambda: ProgressThreshold(start=0.2, end=0.3), r"`end` to be at most `start` \(0.2\)"),
         (lambda: ProgressThreshold(decay=1.5), r"`decay` to lie in \[0, 1\]"),
         (lambda: RandomGate(1.5), r"`rate` to lie in \[0, 1\]"),

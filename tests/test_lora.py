@@ -470,8 +470,8 @@ def test_export_settings_without_effect_are_refused(whole, tmp_path):
     ("settings", "message"),
     [
         ({"r": 0}, "Expected `lora.r` to be at least 1, but got 0"),
-        ({"lora_alpha": 0}, "Expected `lora.lora_alpha` to be above 0, but got 0"),
-        ({"target_modules": []}, r"Expected `lora.target_modules` to name layers, but got \[\]"),
+        ({"lora_alpha": 0}, "Expected `lora.lora_alpha` to be at least 1, but got 0"),
+        ({"target_modules": []}, r"Expected `lora.target_modules` not to be empty, but got \[\]"),
         ({"target_modules": ["q_proj", "lm_head"]}, "`lora.target_modules` without embeddings and language-model head"),
         ({"target_modules": ["embed_tokens"]}, "`lora.target_modules` without embeddings and language-model head"),
         ({"target_modules": ["q_proj", "query"]}, "`lora.target_modules` to name layers of Qwen3.*it has no query"),
@@ -542,8 +542,11 @@ def test_what_peft_refuses_for_another_reason_is_not_put_down_to_target_modules(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 2}, "Expected `quantization.bits` to be 4 or 8, but got 2"),
-        ({"bnb_4bit_quant_type": "nf5"}, "Expected `quantization.bnb_4bit_quant_type` to be nf4 or fp4, but got 'nf5'"),
+        ({"bits": 2}, "Expected `quantization.bits` to be one of 4, 8, but got 2"),
+        (
+            {"bnb_4bit_quant_type": "nf5"},
+            "`quantization.bnb_4bit_quant_type` to be one of nf4, fp4 or null, but got 'nf5'",
+        ),
         ({"bits": 8, "bnb_4bit_quant_type": "fp4"}, "Expected no `quantization.bnb_4bit_quant_type` with 8 bits"),
         ({"bits": 8, "bnb_4bit_use_double_quant": True}, "Expected no `quantization.bnb_4bit_use_double_quant` with 8"),
     ],

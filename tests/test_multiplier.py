@@ -294,12 +294,14 @@ def test_random_draws_depend_on_seed_and_step_alone():
     [
         (lambda: InformationMultiplier(sensitivity=-1.0), "`sensitivity` to be at least 0, but got -1.0"),
         (lambda: InformationMultiplier(sensitivity=1.0, alpha=2.0), "only one of `sensitivity` and `alpha`"),
-        (lambda: InformationMultiplier(rho_max=0.9), "`rho_max` to be at least 1, but got 0.9"),
+        (lambda: InformationMultiplier(rho_max=0.9), r"`rho_max` to lie in \[1, 1000\], but got 0.9"),
         (lambda: InformationMultiplier(rho_min=3.0), "`rho_min` to lie between 0 and `rho_max`"),
         (lambda: InformationMultiplier(estimator="entropy"), "`estimator` to be"),
         (lambda: InformationMultiplier(aggregation="mean"), "`aggregation` to be"),
-        (lambda: ConstantMultiplier(-0.1), "`value` to be at least 0"),
-        (lambda: RandomMultiplier(2.0, 1.0), "`low` <= `high`"),
+        (lambda: ConstantMultiplier(-0.1), r"`value` to lie in \[0.001, 1000\], but got -0.1"),
+        (lambda: ConstantMultiplier(0.0), r"`value` to lie in \[0.001, 1000\], but got 0.0"),
+        (lambda: ConstantMultiplier(1e30), r"`value` to lie in \[0.001, 1000\], but got 1e\+30"),
+        (lambda: RandomMultiplier(2.0, 1.0), "`low` to be at most `high`"),
     ],
 )
 def test_bad_settings_name_the_field(make, message):

@@ -262,7 +262,7 @@ def same(module):
     ("base", "settings", "message"),
     [
         (SDPO, {"entry_clip": 0.0}, "`entry_clip` to be above 0"),
-        (SDPO, {"question_weight_exponent": -1.0}, "`question_weight_exponent` to be at least 0"),
+        (SDPO, {"question_weight_exponent": -1.0}, r"`question_weight_exponent` to lie in \[0, 10\]"),
         (
             SDPO,
             {"question_weight_exponent": 0.5, "num_generations": 1},
@@ -276,7 +276,7 @@ def same(module):
         (SDPO, {"teacher_period": 5}, "no `teacher_period` with the ema teacher"),
         (SRPO, {"question_weight_exponent": 0.5}, "no `question_weight_exponent` with SRPO"),
         (SRPO, {"num_generations": 1}, "`num_generations` of at least 2"),
-        (SRPO, {"clip_ratio_low": 2.0}, "`clip_ratio_low` to be at most 1"),
+        (SRPO, {"clip_ratio_low": 2.0}, r"`clip_ratio_low` to lie in \[0, 1\]"),
         (RLSD, {"mixing": 1.5}, r"`mixing` to lie in \[0, 1\]"),
         (RLSD, {"evidence_clip": -0.1}, r"`evidence_clip` to lie in \[0, 1\]"),
         (RLSD, {"mixing_steps": 0}, "`mixing_steps` to be at least 1"),
@@ -300,5 +300,5 @@ def test_settings_of_other_modules_are_unknown():
 
 
 def test_the_signal_of_the_allocation_is_checked():
-    with pytest.raises(ValueError, match="`signal` of the allocation to be information or teacher-certainty"):
+    with pytest.raises(ValueError, match=r"`allocation.signal` to be one of information, teacher-certainty"):
         Allocation(signal="student")

@@ -307,7 +307,7 @@ def test_fewer_sequences_at_once_than_samples_of_a_prompt():
 
 
 def test_at_least_one_sequence():
-    with pytest.raises(ValueError, match="`max_sequences` to be at least 1 or null, but got 0"):
+    with pytest.raises(ValueError, match="`max_sequences` to be at least 1, but got 0"):
         TransformersEngine(0)
 
 

@@ -258,8 +258,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
             {"num_generations": 1, "include_environment_feedback": False},
             "`num_generations` to be at least 2 without `include_environment_feedback`, but got 1",
         ),
-        ({"temperature": 0.0}, "`temperature` to be above 0"),
-        ({"eval_top_p": 1.5}, "`eval_top_p` to be at most 1"),
+        ({"temperature": 0.0}, r"`temperature` to lie in \[0.0001, 100\]"),
+        ({"eval_top_p": 1.5}, r"`eval_top_p` to lie in \[0.001, 1\]"),
         ({"loss_agg_mode": "mean"}, "`loss_agg_mode` to be one of"),
         ({"on_verifier_error": "ignore"}, "`on_verifier_error` to be one of"),
         ({"max_skipped_steps": -1}, "`max_skipped_steps` to be at least 0"),
@@ -397,9 +397,9 @@ def test_information_weights_of_no_sensitivity_change_nothing():
 
 
 def test_settings_of_the_allocation_are_checked():
-    with pytest.raises(ValueError, match="`unit` of the allocation to be token or sequence, but got 'row'"):
+    with pytest.raises(ValueError, match=r"`allocation.unit` to be one of token, sequence, but got 'row'"):
         Allocation("row")
-    with pytest.raises(ValueError, match="`maximum` of the allocation to be at least 1"):
+    with pytest.raises(ValueError, match=r"`allocation.maximum` to be at least 1"):
         Allocation(maximum=0.5)
 
 

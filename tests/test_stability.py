@@ -389,7 +389,7 @@ def test_a_lowered_rate_stays_lowered(name, tensor):
     ("settings", "message"),
     [
         ({"action": "pray"}, "Expected `action` to be one of warn, stop, roll-back, but got 'pray'"),
-        ({"lr_factor": 0.0}, "Expected `lr_factor` to lie between 0 and 1, but got 0.0"),
+        ({"lr_factor": 0.0}, r"Expected `lr_factor` to lie in \(0, 1\], but got 0.0"),
         ({"max_rollbacks": 0}, "Expected `max_rollbacks` to be at least 1, but got 0"),
     ],
 )

@@ -318,7 +318,7 @@ def test_all_ranks_see_the_same_outcome(monkeypatch):
 
 @pytest.mark.parametrize("name", ["min_steps", "window", "check_every", "max_length_ratio"])
 def test_the_gates_settings_are_checked(name):
-    with pytest.raises(ValueError, match=f"`{name}` of the teacher's gate to be at least 1, but got 0"):
+    with pytest.raises(ValueError, match=f"`teacher_gate.{name}` to be at least 1, but got 0"):
         RefreshGate(**{name: 0})
 
 

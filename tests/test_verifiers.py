@@ -275,7 +275,7 @@ class TestBoxedAnswer:
 
     @pytest.mark.parametrize("argument", [{"max_chars": 0}, {"timeout": 0.0}, {"timeout": math.nan}])
     def test_arguments(self, argument):
-        with pytest.raises(ValueError, match=f"`{next(iter(argument))}` to be larger than 0, but got"):
+        with pytest.raises(ValueError, match=f"`{next(iter(argument))}` to be (at least 1|above 0).*, but got"):
             BoxedAnswer(**argument)
 
 

@@ -24,8 +24,8 @@ EOS = TOKENIZER.eos_token_id
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gpu_memory_utilization": 0}, "`gpu_memory_utilization` to be above 0 and at most 1, but got 0"),
-        ({"gpu_memory_utilization": 1.5}, r"`gpu_memory_utilization` to be above 0 and at most 1, but got 1\.5"),
+        ({"gpu_memory_utilization": 0}, r"`gpu_memory_utilization` to lie in \(0, 1\], but got 0"),
+        ({"gpu_memory_utilization": 1.5}, r"`gpu_memory_utilization` to lie in \(0, 1\], but got 1\.5"),
         ({"tensor_parallel_size": 0}, "`tensor_parallel_size` to be at least 1, but got 0"),
         ({"max_model_len": 0}, "`max_model_len` to be at least 1, but got 0"),
         ({"server_timeout": 0}, "`server_timeout` to be above 0, but got 0"),

@@ -4,7 +4,7 @@ On a source whose mutual information is known, and on the toy model's own rollou
 """
 
 import math
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from benchmarks.theory.estimator_toy import Bank, toy_bank
 from benchmarks.theory.estimator_views import View, sequence_statistics, token_statistics, views
 from benchmarks.theory.multiplier_law import multiplier_law
 from pgpo_lightning.lab.output import output_folder, write_study
-from pgpo_lightning.modules.settings import at_least, positive
+from pgpo_lightning.settings import Count, Filled, LowerBound, Positive, Range, Seed, Text, UpperBound, checked
 from pgpo_lightning.statistics import Estimator, StepStatistics
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
@@ -33,23 +33,27 @@ ERRORS = 1.96  # standard errors of a 95 % interval
 _REFERENCE = 32  # questions of a step in the paper's experiments
 
 
+Pair = Annotated[int, Range(least=2)]
+
+
+@checked
 def estimator(
-    output: str = "estimator",
+    output: Text = "estimator",
     source: Source = Source(),  # noqa: B008
-    lengths: list[int] = [4, 8, 16, 32, 64],  # noqa: B006  (shown by --help, never changed)
-    source_length: int = 32,
-    sequences: int = 4096,
-    questions: int = 512,
-    siblings: int = 8,
-    toy_lengths: list[int] = [1, 2, 4, 8, 16, 32],  # noqa: B006
-    batches: list[int] = [4, 8, 16, 32, 64, 128],  # noqa: B006
-    top_k: list[int] = [100, 20, 5],  # noqa: B006
-    sensitivities: list[float] = [0.5, 1.0, 1.5, 8.0],  # noqa: B006
-    rho_min: float = 1.0,
-    rho_max: float = 2.0,
-    spread: float = 0.01,
-    draws: int = 4000,
-    seed: int = 0,
+    lengths: Annotated[list[Count], Filled()] = [4, 8, 16, 32, 64],  # noqa: B006  (shown by --help, never changed)
+    source_length: Count = 32,
+    sequences: Pair = 4096,
+    questions: Count = 512,
+    siblings: Pair = 8,
+    toy_lengths: Annotated[list[Count], Filled()] = [1, 2, 4, 8, 16, 32],  # noqa: B006
+    batches: Annotated[list[Pair], Filled()] = [4, 8, 16, 32, 64, 128],  # noqa: B006
+    top_k: list[Count] = [100, 20, 5],  # noqa: B006
+    sensitivities: Annotated[list[Positive], Filled()] = [0.5, 1.0, 1.5, 8.0],  # noqa: B006
+    rho_min: LowerBound = 1.0,
+    rho_max: UpperBound = 2.0,
+    spread: Positive = 0.01,
+    draws: Pair = 4000,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Measure bias and spread of the information estimators and of the multiplier made from them.
 
@@ -80,11 +84,7 @@ def estimator(
         FileExistsError: If `output` is a file.
     """
     folder = output_folder(output)
-    _check(source, lengths, toy_lengths, batches, top_k, sensitivities)
-    at_least(1, source_length=source_length, questions=questions, rho_max=rho_max)
-    at_least(2, sequences=sequences, siblings=siblings, draws=draws)
-    at_least(0, rho_min=rho_min)
-    positive(spread=spread)
+    _check(source)
     if rho_min > rho_max:
         raise ValueError(f"Expected `rho_min` to be at most `rho_max` ({rho_max:g}), but got {rho_min:g}.")
     bounds = rho_min, rho_max
@@ -117,21 +117,7 @@ def estimator(
     return plain
 
 
-def _check(
-    source: Source,
-    lengths: list[int],
-    toy_lengths: list[int],
-    batches: list[int],
-    top_k: list[int],
-    sensitivities: list[float],
-) -> None:
-    for name, values in (("lengths", lengths), ("toy_lengths", toy_lengths), ("batches", batches), ("top_k", top_k)):
-        at_least(2 if name == "batches" else 1, **{f"{name}[{i}]": value for i, value in enumerate(values)})
-        if not values and name != "top_k":
-            raise ValueError(f"Expected `{name}` to have at least one number, but got [].")
-    positive(**{f"sensitivities[{i}]": value for i, value in enumerate(sensitivities)})
-    if not sensitivities:
-        raise ValueError("Expected `sensitivities` to have at least one number, but got [].")
+def _check(source: Source) -> None:
     if len(source.chances) < 2 or not all(0 < p < 1 for p in source.chances):
         raise ValueError(
             f"Expected `source.chances` to be at least two numbers between 0 and 1, but got {source.chances}."

@@ -7,8 +7,9 @@ multiplier of the *gradient*, before the moments, gives it rho_j. ``docs/theory.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.theory.command import run
 from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.lab.output import output_folder, write_study
-from pgpo_lightning.modules.settings import at_least, positive
+from pgpo_lightning.settings import Count, Multiplier, NonNegative, Positive, Range, Text, checked
 
 Array = NDArray[np.float64]
 BETA2, EPSILON = 0.999, 1e-8  # Adam's
@@ -89,6 +90,7 @@ CASES = {
 """AdamW's moments, single batches and a perfect signal unless the name says otherwise."""
 
 
+@partial(checked, prefix="problem.")
 @dataclass(frozen=True)
 class Problem:
     """A quadratic whose optimum is 0. Half of the batches pull to a wrong optimum instead.
@@ -104,14 +106,14 @@ class Problem:
         low: rho where it is low.
     """
 
-    dimensions: int = 20
-    steps: int = 400
-    rate: float = 0.01
+    dimensions: Count = 20
+    steps: Count = 400
+    rate: Positive = 0.01
     start: float = 1.5
     wrong: float = 3.0
-    noise: float = 1.0
-    high: float = 2.0
-    low: float = 1.0
+    noise: NonNegative = 1.0
+    high: Multiplier = 2.0
+    low: Multiplier = 1.0
 
 
 def draws(problem: Problem, case: Case, seeds: list[int]) -> tuple[Array, Array, Array]:
@@ -197,7 +199,10 @@ def predicted(case: Case, full: Outcome) -> float | None:
     return 0.5 * (full.mean**2 - (full.mean + share * full.shift) ** 2)
 
 
-def momentum(output: str = "momentum", seeds: int = 60, problem: Problem = Problem()) -> dict[str, Any]:
+@checked
+def momentum(
+    output: Text = "momentum", seeds: Annotated[int, Range(least=2)] = 60, problem: Problem = Problem()
+) -> dict[str, Any]:
     """Measure what a multiplier that recognises misleading batches gains, by what it multiplies and how much momentum there is.
 
     Args:
@@ -211,9 +216,6 @@ def momentum(output: str = "momentum", seeds: int = 60, problem: Problem = Probl
     Raises:
         ValueError: If a setting is out of range.
     """
-    at_least(2, seeds=seeds)
-    at_least(1, **{"problem.dimensions": problem.dimensions, "problem.steps": problem.steps})
-    positive(**{"problem.rate": problem.rate, "problem.high": problem.high, "problem.low": problem.low})
     folder = output_folder(output)
     numbers = list(range(seeds))
     full = outcome(problem, Case(momentum=0.0), numbers)

@@ -5,7 +5,7 @@ PGPO's Theorem 2(ii) (arXiv 2606.03620) calls ``d theta = -rho grad L dt + sqrt(
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from benchmarks.theory.sde_pictures import draw
 from benchmarks.theory.sde_quadratic import Quadratic
 from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.lab.output import output_folder, write_study
-from pgpo_lightning.modules.settings import at_least, positive
+from pgpo_lightning.settings import Filled, Positive, Range, Seed, Text, UpperBound, checked
 
 NOTES = """\
 **Errors** are SDE minus discrete PGPO at the horizon, without sampling error: closed forms on the quadratic, powers of transfer
@@ -32,22 +32,23 @@ Where `bernoulli.rho_min` or `rho_max` bounds rho, its kink leaves errors of abo
 not to be read there without more `bernoulli.nodes`."""
 
 
+@checked
 def sde(
-    output: str = "sde",
-    etas: list[float] = [0.2, 0.1, 0.05, 0.025, 0.0125],  # noqa: B006  (shown by --help, never changed)
-    rhos: list[float] = [1.0, 1.5, 2.0],  # noqa: B006
-    horizon: float = 1.0,
+    output: Text = "sde",
+    etas: list[Positive] = [0.2, 0.1, 0.05, 0.025, 0.0125],  # noqa: B006  (shown by --help, never changed)
+    rhos: Annotated[list[Positive], Filled()] = [1.0, 1.5, 2.0],  # noqa: B006
+    horizon: Positive = 1.0,
     quadratic: Quadratic = Quadratic(),  # noqa: B008
-    stationary_eta: float = 0.05,
+    stationary_eta: Positive = 0.05,
     bernoulli: Bernoulli = Bernoulli(),  # noqa: B008
-    bernoulli_horizon: float = 4.0,
+    bernoulli_horizon: Positive = 4.0,
     information: float = 0.07,
-    deviations: list[float] = [0.005, 0.02, 0.08],  # noqa: B006
-    sensitivities: list[float] = [0.5, 1.0, 1.5, 8.0],  # noqa: B006
-    rho_max: float = 2.0,
-    steps: int = 6000,
-    chains: int = 400,
-    seed: int = 0,
+    deviations: Annotated[list[Positive], Filled()] = [0.005, 0.02, 0.08],  # noqa: B006
+    sensitivities: Annotated[list[Positive], Filled()] = [0.5, 1.0, 1.5, 8.0],  # noqa: B006
+    rho_max: UpperBound = 2.0,
+    steps: Annotated[int, Range(least=2)] = 6000,
+    chains: Annotated[int, Range(least=2)] = 400,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Measure how well the SDEs of PGPO describe it.
 
@@ -77,15 +78,6 @@ def sde(
     """
     folder = output_folder(output)
     _check(etas, rhos, horizon, bernoulli_horizon, quadratic, bernoulli, stationary_eta)
-    for name, values in (("deviations", deviations), ("sensitivities", sensitivities)):
-        if not values:
-            raise ValueError(f"Expected `{name}` to have at least one number, but got [].")
-    if not math.isfinite(information):
-        raise ValueError(f"Expected `information` to be a number, but got {information}.")
-    positive(**{f"deviations[{i}]": value for i, value in enumerate(deviations)})
-    positive(**{f"sensitivities[{i}]": value for i, value in enumerate(sensitivities)})
-    at_least(1, rho_max=rho_max)
-    at_least(2, chains=chains, steps=steps)
     content = {
         "etas": etas,
         "rhos": rhos,
@@ -116,20 +108,10 @@ def _check(
     bernoulli: Bernoulli,
     stationary_eta: float,
 ) -> None:
-    positive(horizon=horizon, bernoulli_horizon=bernoulli_horizon, stationary_eta=stationary_eta)
-    positive(**{"quadratic.curvature": quadratic.curvature, "quadratic.noise": quadratic.noise})
-    positive(**{f"etas[{i}]": eta for i, eta in enumerate(etas)}, **{f"rhos[{i}]": r for i, r in enumerate(rhos)})
-    at_least(1, **{"bernoulli.batch": bernoulli.batch, "bernoulli.rho_max": bernoulli.rho_max})
-    at_least(0, **{"bernoulli.sensitivity": bernoulli.sensitivity, "bernoulli.rho_min": bernoulli.rho_min})
     if bernoulli.rho_min is not None and bernoulli.rho_min > bernoulli.rho_max:
         raise ValueError(
             f"Expected `bernoulli.rho_min` to be at most `bernoulli.rho_max` ({bernoulli.rho_max:g}), but got "
             f"{bernoulli.rho_min:g}."
-        )
-    at_least(16, **{"bernoulli.nodes": bernoulli.nodes})
-    if bernoulli.batch > 32:
-        raise ValueError(
-            f"Expected `bernoulli.batch` to be at most 32, for all outcomes are listed, but got {bernoulli.batch}."
         )
     if len(set(etas)) < max(3, len(etas)):
         raise ValueError(f"Expected `etas` to be at least three different step sizes, each once, but got {etas}.")

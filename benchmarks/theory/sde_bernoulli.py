@@ -13,10 +13,13 @@ a small matrix, whose power is the exact law after N steps. An SDE becomes such 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pgpo_lightning.settings import LowerBound, NonNegative, Range, UpperBound, checked
 
 Array = NDArray[np.float64]
 
@@ -48,13 +51,14 @@ def binary_entropy(p: Array) -> Array:
     return -p * np.log(p) - (1 - p) * np.log1p(-p)
 
 
+@partial(checked, prefix="bernoulli.")
 @dataclass(frozen=True)
 class Bernoulli:
     """The problem.
 
     Attributes:
         teachers: Probabilities of a yes under the two feedbacks.
-        batch: B, feedbacks per step.
+        batch: B, feedbacks per step; at most 32, because all outcomes are listed.
         sensitivity: PGPO's alpha.
         rho_min: Lower bound of rho; None keeps everything smooth, which is what theorems on order ask for.
         rho_max: Upper bound. I is at most ln 2 here, so 2 binds only for a sensitivity above 1.
@@ -64,12 +68,12 @@ class Bernoulli:
     """
 
     teachers: tuple[float, float] = (0.9, 0.3)
-    batch: int = 4
-    sensitivity: float = 1.0
-    rho_min: float | None = None
-    rho_max: float = 2.0
+    batch: Annotated[int, Range(least=1, most=32)] = 4
+    sensitivity: NonNegative = 1.0
+    rho_min: LowerBound | None = None
+    rho_max: UpperBound = 2.0
     start: float = -2.0
-    nodes: int = 96
+    nodes: Annotated[int, Range(least=16)] = 96
 
     @property
     def information(self) -> float:

@@ -6,7 +6,10 @@ The iterates and every linear SDE beside them are Gaussian, so their mean and va
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
+
+from pgpo_lightning.settings import Positive, checked
 
 SDE = Literal["paper", "scaled", "order-2 drift", "no noise"]
 """``paper``: diffusion sqrt(eta) Sigma^1/2, as PGPO's Theorem 2(ii) has it (arXiv 2606.03620). ``scaled``: sqrt(eta) rho
@@ -33,6 +36,7 @@ class Gaussian(NamedTuple):
         return {"mean": m, "second moment": m * m + v, "variance": v, "cosine": math.exp(-v / 2) * math.cos(m)}
 
 
+@partial(checked, prefix="quadratic.")
 @dataclass(frozen=True)
 class Quadratic:
     """The problem.
@@ -43,8 +47,8 @@ class Quadratic:
         start: theta at time 0.
     """
 
-    curvature: float = 1.0
-    noise: float = 1.0
+    curvature: Positive = 1.0
+    noise: Positive = 1.0
     start: float = 1.0
 
     def discrete(self, rho: float, eta: float, steps: int) -> Gaussian:

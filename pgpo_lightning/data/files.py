@@ -7,8 +7,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pgpo_lightning.data.questions import SPLITS, QuestionData
 from pgpo_lightning.data.rows import Columns, Row, read_rows
 from pgpo_lightning.records import Question
+from pgpo_lightning.settings import Text, checked
 
 
+@checked
 class FileQuestions(QuestionData):
     r"""Questions from your own files or from the Hub.
 
@@ -39,18 +41,18 @@ class FileQuestions(QuestionData):
 
     def __init__(
         self,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        dataset: str | None = None,
-        dataset_config: str | None = None,
-        train_split: str = "train",
-        validation_split: str | None = None,
-        test_split: str | None = None,
-        prompt_column: str = "prompt",
-        answer_column: str = "answer",
-        system_column: str = "system",
-        privileged_context_column: str = "privileged_context",
+        train: Text | None = None,
+        validation: Text | None = None,
+        test: Text | None = None,
+        dataset: Text | None = None,
+        dataset_config: Text | None = None,
+        train_split: Text = "train",
+        validation_split: Text | None = None,
+        test_split: Text | None = None,
+        prompt_column: Text = "prompt",
+        answer_column: Text = "answer",
+        system_column: Text = "system",
+        privileged_context_column: Text = "privileged_context",
         prompt_suffix: str = "",
         **kwargs: Any,
     ) -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from pgpo_lightning.data.sampler import ResumableSampler
 from pgpo_lightning.records import Question
+from pgpo_lightning.settings import Count, Seed, checked
 
 SPLITS = ("train", "validation", "test")
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
@@ -31,6 +32,7 @@ class QuestionLoader(DataLoader):
         """Do nothing."""
 
 
+@checked
 class QuestionData(L.LightningDataModule):
     """Base of all data sets: a subclass says how to :meth:`load` a split, everything else is here.
 
@@ -44,22 +46,20 @@ class QuestionData(L.LightningDataModule):
         seed: Seed of the order of the training questions.
         limit_train: Use only the first so many training questions.
         limit_val: Use only the first so many validation questions. The test split is always complete.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
     """
 
     def __init__(
         self,
-        batch_size: int = 32,
-        eval_batch_size: int = 32,
-        seed: int = 0,
-        limit_train: int | None = None,
-        limit_val: int | None = None,
+        batch_size: Count = 32,
+        eval_batch_size: Count = 32,
+        seed: Seed = 0,
+        limit_train: Count | None = None,
+        limit_val: Count | None = None,
     ) -> None:
         super().__init__()
-        numbers = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        limits = {"limit_train": limit_train, "limit_val": limit_val}
-        for name, value in (numbers | {key: limit for key, limit in limits.items() if limit is not None}).items():
-            if value < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.data.rows import Columns, read_rows
 from pgpo_lightning.records import Question
+from pgpo_lightning.settings import Text, checked
 
 Domain = Literal["biology", "chemistry", "material", "physics"]
 
@@ -74,6 +75,7 @@ def to_question(row: dict[str, Any], source: str = "") -> Question:
     )
 
 
+@checked
 class SciKnowEval(QuestionData):
     """Multiple-choice science questions of one domain; the validation and the test split are the same questions.
 
@@ -87,10 +89,8 @@ class SciKnowEval(QuestionData):
         ValueError: If the domain is unknown.
     """
 
-    def __init__(self, domain: Domain = "chemistry", path: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, domain: Domain = "chemistry", path: Text | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if domain not in get_args(Domain):
-            raise ValueError(f"Expected `domain` to be one of {', '.join(get_args(Domain))}, but got {domain!r}.")
         self.domain = domain
         self.path = path
         self._hub: dict[str, list[Question]] | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.data.toy_hard import hard as is_hard
 from pgpo_lightning.records import Question
+from pgpo_lightning.settings import checked
 
 BASE_MODEL = Path(__file__).parent.parent / "assets" / "toy"
 """Folder of the shipped base model and its tokenizer, in the format of transformers."""
@@ -109,6 +110,7 @@ def questions(split: str, domains: Sequence[str] | None = None, hard: bool = Fal
     ]
 
 
+@checked
 class ToyArithmetic(QuestionData):
     """The embedded arithmetic task as a data module. The column `solution` holds the worked solution of each question.
 

@@ -6,11 +6,10 @@ learning rate (constant), the same multipliers without their batches (random, sh
 (inverse).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -18,11 +17,13 @@ from pgpo_lightning.lab import measures
 from pgpo_lightning.lab.inference import Table
 from pgpo_lightning.lab.measures import MEASURES, Measure
 from pgpo_lightning.lab.runs import Run
+from pgpo_lightning.settings import Natural, Positive, Range, checked
 
 CONTROLS = ("constant", "random", "shuffled", "replayed", "inverse")
 """Names of the arms with the dose of an information arm, before its suffix."""
 
 
+@checked
 @dataclass(frozen=True)
 class Design:
     """What is compared with what, and what counts as an answer.
@@ -46,17 +47,11 @@ class Design:
     controls: tuple[str, ...] = CONTROLS
     decisive: tuple[str, ...] = ("constant",)
     measure: Measure = "final"
-    margin: float = 0.02
-    collapse: float = 0.5
-    draws: int = 2000
+    margin: Positive = 0.02
+    collapse: Annotated[float, Range(above=0, below=1)] = 0.5
+    draws: Natural = 2000
 
     def __post_init__(self) -> None:
-        if not 0 < self.margin < math.inf:
-            raise ValueError(f"Expected `margin` to be greater than 0, but got {self.margin}.")
-        if not 0 < self.collapse < 1:
-            raise ValueError(f"Expected `collapse` to lie between 0 and 1, but got {self.collapse}.")
-        if self.measure not in MEASURES:
-            raise ValueError(f"Expected `measure` to be one of {', '.join(MEASURES)}, but got {self.measure!r}.")
         if not self.decisive or not set(self.decisive) <= set(self.controls):
             raise ValueError(
                 f"Expected `decisive` to be among `controls` ({', '.join(self.controls)}), but got {list(self.decisive)}."

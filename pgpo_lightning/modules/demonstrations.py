@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from pgpo_lightning.modules.settings import at_least, one_of
 from pgpo_lightning.records import Question
+from pgpo_lightning.settings import Count, Text, checked
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Demonstrations(ABC):
         """Take it over."""
 
 
+@checked
 class ColumnDemonstrations(Demonstrations):
     """Worked solutions in a column of the data; each is put to the run's own verifier when training starts.
 
@@ -73,8 +74,7 @@ class ColumnDemonstrations(Demonstrations):
         ValueError: If `on_rejected` is neither.
     """
 
-    def __init__(self, column: str = "solution", on_rejected: Literal["drop", "raise"] = "drop") -> None:
-        one_of(("drop", "raise"), on_rejected=on_rejected)
+    def __init__(self, column: Text = "solution", on_rejected: Literal["drop", "raise"] = "drop") -> None:
         self.column = column
         self.on_rejected = on_rejected
         self._verified: dict[tuple[int, str], Demonstration | str] = {}
@@ -120,6 +120,7 @@ class ColumnDemonstrations(Demonstrations):
         return self._verified[key]
 
 
+@checked
 class SuccessBuffer(Demonstrations):
     """The run's own earlier successes on the same question. It needs no data, and knows nothing where nothing ever succeeded.
 
@@ -135,9 +136,7 @@ class SuccessBuffer(Demonstrations):
 
     keeps_successes = True
 
-    def __init__(self, size: int = 3, choice: Literal["newest", "random"] = "newest") -> None:
-        at_least(1, size=size)
-        one_of(("newest", "random"), choice=choice)
+    def __init__(self, size: Count = 3, choice: Literal["newest", "random"] = "newest") -> None:
         self.size = size
         self.choice = choice
         self.kept: dict[int, list[tuple[Tensor, float]]] = {}

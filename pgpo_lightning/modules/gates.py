@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.hindsight import below, confidence
 from pgpo_lightning.lab.runs import Run
-from pgpo_lightning.modules.settings import one_of, positive
+from pgpo_lightning.settings import Count, Fraction, NonNegative, Positive, PositiveFraction, Text, checked
 
 
 class Group(NamedTuple):
@@ -29,17 +29,6 @@ class Decision(NamedTuple):
 
     open: bool
     confidence: float
-
-
-def unit(**settings: float) -> None:
-    """Raise if a setting lies outside of [0, 1].
-
-    Raises:
-        ValueError: Names the field.
-    """
-    for name, value in settings.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"Expected `{name}` to lie in [0, 1], but got {value}.")
 
 
 class Threshold(ABC):
@@ -68,6 +57,7 @@ class Threshold(ABC):
         """Take it over."""
 
 
+@checked
 class ConstantThreshold(Threshold):
     """The same throughout; the paper's experiments have 0.8.
 
@@ -78,8 +68,7 @@ class ConstantThreshold(Threshold):
         ValueError: If it is not above 0.
     """
 
-    def __init__(self, level: float = 0.8) -> None:
-        positive(level=level)
+    def __init__(self, level: Positive = 0.8) -> None:
         self.level = level
 
     def value(self, step: int) -> float:
@@ -87,6 +76,7 @@ class ConstantThreshold(Threshold):
         return self.level
 
 
+@checked
 class StepThreshold(Threshold):
     """One level before a step, another from it on.
 
@@ -99,10 +89,7 @@ class StepThreshold(Threshold):
         ValueError: If a level is below 0, or `at` below 1.
     """
 
-    def __init__(self, at: int, start: float = 0.8, end: float = 0.1) -> None:
-        _levels(start, end)
-        if at < 1:
-            raise ValueError(f"Expected `at` to be at least 1, but got {at}.")
+    def __init__(self, at: Count, start: NonNegative = 0.8, end: NonNegative = 0.1) -> None:
         self.start, self.end, self.at = start, end, at
 
     def value(self, step: int) -> float:
@@ -110,6 +97,7 @@ class StepThreshold(Threshold):
         return self.start if step < self.at else self.end
 
 
+@checked
 class SigmoidThreshold(Threshold):
     """From one level to another: end + (start - end) / (1 + exp((step - at) / width)).
 
@@ -125,9 +113,7 @@ class SigmoidThreshold(Threshold):
         ValueError: If a level is below 0, or `width` is not above 0.
     """
 
-    def __init__(self, at: float, width: float, start: float = 0.8, end: float = 0.0) -> None:
-        _levels(start, end)
-        positive(width=width)
+    def __init__(self, at: float, width: Positive, start: NonNegative = 0.8, end: NonNegative = 0.0) -> None:
         self.start, self.end, self.at, self.width = start, end, at, width
 
     def value(self, step: int) -> float:
@@ -136,6 +122,7 @@ class SigmoidThreshold(Threshold):
         return self.end + (self.start - self.end) / (1 + math.exp(distance))
 
 
+@checked
 class ProgressThreshold(Threshold):
     """Falls as rollouts succeed more often: start - slope * (average success rate - reference), within [end, start].
 
@@ -154,15 +141,12 @@ class ProgressThreshold(Threshold):
 
     def __init__(
         self,
-        start: float = 0.8,
-        end: float = 0.1,
-        slope: float = 1.0,
-        reference: float | None = None,
-        decay: float = 0.9,
+        start: NonNegative = 0.8,
+        end: NonNegative = 0.1,
+        slope: Positive = 1.0,
+        reference: Fraction | None = None,
+        decay: Fraction = 0.9,
     ) -> None:
-        _levels(start, end)
-        positive(slope=slope)
-        unit(decay=decay, **({} if reference is None else {"reference": reference}))
         if end > start:
             raise ValueError(f"Expected `end` to be at most `start` ({start}), but got {end}.")
         self.start, self.end, self.slope, self.reference, self.decay = start, end, slope, reference, decay
@@ -189,12 +173,6 @@ class ProgressThreshold(Threshold):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them over."""
         self.first, self.average = state_dict["first"], state_dict["average"]
-
-
-def _levels(start: float, end: float) -> None:
-    for name, level in (("start", start), ("end", end)):
-        if not 0 <= level < math.inf:
-            raise ValueError(f"Expected `{name}` to be a threshold of at least 0, but got {level}.")
 
 
 class Gate(ABC):
@@ -228,6 +206,7 @@ class Gate(ABC):
         """Take it over."""
 
 
+@checked
 class ConfidenceGate(Gate):
     """Open where the Beta posterior of a question's success rate lies below the threshold.
 
@@ -245,15 +224,11 @@ class ConfidenceGate(Gate):
 
     def __init__(
         self,
-        threshold: float | Threshold = 0.8,
+        threshold: Positive | Threshold = 0.8,
         posterior: Literal["mean", "draw"] = "mean",
-        memory: float | None = None,
+        memory: PositiveFraction | None = None,
     ) -> None:
-        one_of(("mean", "draw"), posterior=posterior)
-        if memory is not None and not 0 < memory <= 1:
-            raise ValueError(f"Expected `memory` to lie in (0, 1] or to be null, but got {memory}.")
         if not isinstance(threshold, Threshold):
-            positive(threshold=threshold)
             threshold = ConstantThreshold(threshold)
         self.threshold = threshold
         self.posterior = posterior
@@ -299,6 +274,7 @@ class ConfidenceGate(Gate):
         self.seen = dict(state_dict["seen"])
 
 
+@checked
 class RandomGate(Gate):
     """Open for a group at random, whatever its successes: a control.
 
@@ -309,8 +285,7 @@ class RandomGate(Gate):
         ValueError: If it lies outside of [0, 1].
     """
 
-    def __init__(self, rate: float) -> None:
-        unit(rate=rate)
+    def __init__(self, rate: Fraction) -> None:
         self.fixed = rate
 
     def rate(self, step: int) -> float:
@@ -325,6 +300,7 @@ class RandomGate(Gate):
         ]
 
 
+@checked
 class MatchedRandomGate(RandomGate):
     """Open at random as often as a recorded run's gate was in the same step: does it matter *which* groups get a demonstration?
 
@@ -340,9 +316,8 @@ class MatchedRandomGate(RandomGate):
             began with.
     """
 
-    def __init__(self, run: str, match: Literal["open", "injected"] = "open") -> None:
+    def __init__(self, run: Text, match: Literal["open", "injected"] = "open") -> None:
         super().__init__(0.0)
-        one_of(("open", "injected"), match=match)
         self.match = match
         curve = "hapo/gate_open" if match == "open" else "hapo/injected_groups"
         steps, rates = Run.load(run).curves.get(curve, [[], []])

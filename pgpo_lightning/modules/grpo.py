@@ -8,8 +8,8 @@ from torch import Tensor
 from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.modules.on_policy import OnPolicyModule
-from pgpo_lightning.modules.settings import at_least
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import Fraction, NonNegative, Positive, checked
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool, correction: int = 1) -> Tensor:
@@ -57,6 +57,7 @@ def clipped_policy_loss(
     return loss
 
 
+@checked
 class GRPO(OnPolicyModule):
     """Reinforces the better responses of each group.
 
@@ -77,15 +78,12 @@ class GRPO(OnPolicyModule):
         self,
         *args: Any,
         norm_adv_by_std_in_grpo: bool = False,
-        clip_ratio_low: float = 0.2,
-        clip_ratio_high: float = 0.28,
-        clip_ratio_c: float | None = 3.0,
+        clip_ratio_low: Fraction = 0.2,
+        clip_ratio_high: NonNegative = 0.28,
+        clip_ratio_c: Positive | None = 3.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        at_least(0, clip_ratio_low=clip_ratio_low, clip_ratio_high=clip_ratio_high)
-        if clip_ratio_low > 1:
-            raise ValueError(f"Expected `clip_ratio_low` to be at most 1, but got {clip_ratio_low}.")
         if clip_ratio_c is not None and clip_ratio_c <= 1 + clip_ratio_high:
             raise ValueError(f"Expected `clip_ratio_c` to exceed 1 + `clip_ratio_high`, but got {clip_ratio_c}.")
         if self.num_generations < 2:

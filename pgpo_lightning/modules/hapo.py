@@ -19,13 +19,14 @@ from pgpo_lightning.hindsight import Choice, shaped, to_replace
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, Demonstrations
 from pgpo_lightning.modules.gates import ConfidenceGate, Decision, Gate, Group
 from pgpo_lightning.modules.grpo import GRPO
-from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
+from pgpo_lightning.settings import Natural, Positive, checked
 from pgpo_lightning.sharding import whole
 from pgpo_lightning.verifiers import VerifierError, grade
 
 
+@checked
 class HAPO(GRPO):
     """GRPO with demonstrations where the student has few successes.
 
@@ -56,17 +57,13 @@ class HAPO(GRPO):
         ties: Choice = "first",
         demonstration_advantage: bool = True,
         confidence_weight: bool = False,
-        shaping: float = 0.1,
+        shaping: Positive = 0.1,
         norm_adv_by_std_in_grpo: bool = True,
         std: Literal["sample", "population"] = "sample",
-        gradient_parts_every_n_steps: int = 0,
+        gradient_parts_every_n_steps: Natural = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo, **kwargs)
-        one_of(("first", "random"), ties=ties)
-        one_of(("sample", "population"), std=std)
-        positive(shaping=shaping)
-        at_least(0, gradient_parts_every_n_steps=gradient_parts_every_n_steps)
         if std == "population" and not norm_adv_by_std_in_grpo:
             raise ValueError(
                 "Expected `norm_adv_by_std_in_grpo` with `std` population, but got false: it would have no effect."

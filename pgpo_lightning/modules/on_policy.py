@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -22,7 +22,6 @@ from pgpo_lightning.distillation import Source, TokenStatistics, linear_distilla
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, check_settings
 from pgpo_lightning.modules.reports import Reporting
-from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import (
     Dtype,
     checked_tokenizer,
@@ -36,6 +35,7 @@ from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Row
 from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
 from pgpo_lightning.seeding import seeded
+from pgpo_lightning.settings import Count, Natural, Nucleus, Positive, Range, Seed, Temperature, checked
 from pgpo_lightning.sharding import Whole
 from pgpo_lightning.statistics import StepStatistics
 from pgpo_lightning.teacher import Teacher
@@ -44,6 +44,7 @@ from pgpo_lightning.verifiers import Verifier
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
 
+@checked
 class OnPolicyModule(Reporting):
     """Trains a language model on its own samples, one optimizer step (or a few) per batch of questions.
 
@@ -56,11 +57,11 @@ class OnPolicyModule(Reporting):
         num_generations: Rollouts per question.
         max_prompt_length: Longest prompt in tokens; longer ones are dropped from the data, counted and reported.
         max_response_length: Longest response in tokens.
-        temperature: Of the rollouts; logits of student and teacher are divided by it too.
+        temperature: Of the rollouts, 0.0001 to 100; logits of student and teacher are divided by it too.
         enable_thinking: Thinking mode of the chat template.
         eval_samples: k of avg@k, pass@k and majority@k.
         eval_temperature: Temperature in evaluation.
-        eval_top_p: Nucleus in evaluation.
+        eval_top_p: Nucleus in evaluation, 0.001 to 1.
         optimizer: From parameters to an optimizer.
         scheduler: From an optimizer to a schedule, stepped once per batch.
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
@@ -101,26 +102,26 @@ class OnPolicyModule(Reporting):
         verifier: Verifier,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         engine: Engine | None = None,
-        num_generations: int = 8,
-        max_prompt_length: int = 2048,
-        max_response_length: int = 8192,
-        temperature: float = 1.0,
+        num_generations: Count = 8,
+        max_prompt_length: Count = 2048,
+        max_response_length: Count = 8192,
+        temperature: Temperature = 1.0,
         enable_thinking: bool = False,
-        eval_samples: int = 16,
-        eval_temperature: float = 0.6,
-        eval_top_p: float = 0.95,
+        eval_samples: Count = 16,
+        eval_temperature: Temperature = 0.6,
+        eval_top_p: Nucleus = 0.95,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01),
         scheduler: LRSchedulerCallable | None = None,
-        max_grad_norm: float | None = 1.0,
-        updates_per_batch: int = 1,
-        num_iterations: int = 1,
-        micro_batch_tokens: int = 16384,
+        max_grad_norm: Annotated[float, Range(least=1e-6, most=1e6)] | None = 1.0,
+        updates_per_batch: Count = 1,
+        num_iterations: Count = 1,
+        micro_batch_tokens: Count = 16384,
         loss_agg_mode: LossAggregation = "seq-mean-token-mean",
-        is_clip: float | None = 2.0,
-        max_sampler_gap: float | None = 0.1,
+        is_clip: Positive | None = 2.0,
+        max_sampler_gap: Positive | None = 0.1,
         success_reward_threshold: float = 0.5,
         on_verifier_error: Literal["raise", "zero"] = "raise",
-        max_skipped_steps: int = 5,
+        max_skipped_steps: Natural = 5,
         gradient_checkpointing: bool = False,
         dtype: Dtype = "float32",
         attn_implementation: str | None = None,
@@ -128,20 +129,9 @@ class OnPolicyModule(Reporting):
         trust_remote_code: bool = False,
         lora: LoRA | None = None,
         quantization: Quantization | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        at_least(1, num_generations=num_generations, max_prompt_length=max_prompt_length)
-        at_least(1, max_response_length=max_response_length, eval_samples=eval_samples)
-        at_least(1, updates_per_batch=updates_per_batch, num_iterations=num_iterations)
-        at_least(1, micro_batch_tokens=micro_batch_tokens)
-        at_least(0, max_skipped_steps=max_skipped_steps)
-        positive(temperature=temperature, eval_temperature=eval_temperature, eval_top_p=eval_top_p)
-        positive(max_grad_norm=max_grad_norm, is_clip=is_clip, max_sampler_gap=max_sampler_gap)
-        one_of(("seq-mean-token-mean", "token-mean"), loss_agg_mode=loss_agg_mode)
-        one_of(("raise", "zero"), on_verifier_error=on_verifier_error)
-        if eval_top_p > 1:
-            raise ValueError(f"Expected `eval_top_p` to be at most 1, but got {eval_top_p}.")
         check_settings(model, lora, quantization)
         self.automatic_optimization = False
         self.verifier = verifier

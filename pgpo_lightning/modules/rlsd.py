@@ -9,8 +9,8 @@ from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.modules.grpo import GRPO, clipped_policy_loss
 from pgpo_lightning.modules.self_teaching import SelfTeaching, apart
-from pgpo_lightning.modules.settings import at_least
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import Count, Fraction, checked
 from pgpo_lightning.teacher import TeacherRegularization
 
 
@@ -32,6 +32,7 @@ def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bo
     return advantages * ((1 - mixing) + mixing * evidence.clamp(1 - bound, 1 + bound))
 
 
+@checked
 class RLSD(SelfTeaching, GRPO):
     """GRPO whose advantages are spread over a response's tokens by what the self-teacher makes of them.
 
@@ -52,11 +53,11 @@ class RLSD(SelfTeaching, GRPO):
     def __init__(
         self,
         *args: Any,
-        mixing: float = 0.5,
-        mixing_steps: int | None = 50,
-        evidence_clip: float = 0.2,
+        mixing: Fraction = 0.5,
+        mixing_steps: Count | None = 50,
+        evidence_clip: Fraction = 0.2,
         teacher_regularization: TeacherRegularization = "restart",
-        teacher_update_rate: float | None = None,
+        teacher_update_rate: Fraction | None = None,
         **kwargs: Any,
     ) -> None:
         if teacher_regularization == "restart" and teacher_update_rate is None:
@@ -67,10 +68,6 @@ class RLSD(SelfTeaching, GRPO):
             teacher_update_rate=teacher_update_rate,
             **kwargs,
         )
-        for name, value in (("mixing", mixing), ("evidence_clip", evidence_clip)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"Expected `{name}` to lie in [0, 1], but got {value}.")
-        at_least(1, mixing_steps=mixing_steps)
         self.mixing = mixing
         self.mixing_steps = mixing_steps
         self.evidence_clip = evidence_clip

@@ -5,7 +5,7 @@ self-teacher; token by token the student is pulled towards it, on the very respo
 """
 
 import random
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.divergence import Divergence, Softening
 from pgpo_lightning.modules.self_teaching import SelfTeaching
-from pgpo_lightning.modules.settings import at_least, either, positive
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import Count, Fraction, Positive, Range, checked, either
 
 
 def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor:
@@ -43,6 +43,7 @@ def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor
     return torch.where((rates > 0) & (rates < 1), (rates * (1 - rates)).pow(exponent) / mean, 0.0)
 
 
+@checked
 class SDPO(SelfTeaching):
     """Distils the feedback-conditioned self-teacher into the student.
 
@@ -61,7 +62,7 @@ class SDPO(SelfTeaching):
         allocation: Weights of tokens or responses by their information or the teacher's certainty (DW-SDPO), of mean 1; null
             for equal weights.
         question_weight_exponent: Weigh questions by their success rate p: ``(p (1 - p))^exponent``, of mean 1
-            (:func:`question_weights`; the paper of SC-SDPO has 0.5). Divisors of the loss stay what they are. Null for equal
+            (:func:`question_weights`; SC-SDPO has 0.5; 0 to 10). Divisors of the loss stay what they are. Null for equal
             weights.
         entry_clip: Bound, in nats, of what a single vocabulary entry adds to the divergence of a token
             (:func:`~pgpo_lightning.divergence.clipped_divergence`; 0.05 in OPSD). Null for none.
@@ -74,21 +75,19 @@ class SDPO(SelfTeaching):
     def __init__(
         self,
         *args: Any,
-        divergence_alpha: float | None = None,
-        alpha: float | None = None,
+        divergence_alpha: Fraction | None = None,
+        alpha: Fraction | None = None,
         full_logit_distillation: bool = True,
-        distillation_topk: int | None = None,
+        distillation_topk: Count | None = None,
         distillation_add_tail: bool | None = None,
         allocation: Allocation | None = None,
-        question_weight_exponent: float | None = None,
-        entry_clip: float | None = None,
+        question_weight_exponent: Annotated[float, Range(least=0, most=10)] | None = None,
+        entry_clip: Positive | None = None,
         softening: Softening | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.divergence_alpha = either("divergence_alpha", divergence_alpha, "alpha", alpha, default=0.5)
-        if not 0 <= self.divergence_alpha <= 1:
-            raise ValueError(f"Expected `divergence_alpha` to lie in [0, 1], but got {self.divergence_alpha}.")
         if not full_logit_distillation and self.divergence_alpha != 1:
             raise ValueError(
                 "Expected `divergence_alpha` 1 with `full_logit_distillation` false, because sampled tokens only give the "
@@ -103,9 +102,6 @@ class SDPO(SelfTeaching):
                 raise ValueError(f"Expected no `{name}` with `full_logit_distillation` false: it would have no effect.")
         if distillation_add_tail is not None and distillation_topk is None:
             raise ValueError("Expected `distillation_topk` with `distillation_add_tail`: without it there is no tail.")
-        at_least(1, distillation_topk=distillation_topk)
-        positive(entry_clip=entry_clip)
-        at_least(0, question_weight_exponent=question_weight_exponent)
         if softening is not None:
             if self.divergence_alpha != 1:
                 raise ValueError(

@@ -10,7 +10,6 @@ from torch import nn
 
 from pgpo_lightning.distillation import Source
 from pgpo_lightning.modules.on_policy import OnPolicyModule
-from pgpo_lightning.modules.settings import at_least, one_of
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -20,6 +19,7 @@ from pgpo_lightning.reprompt import (
     DemonstrationSource,
     RepromptBuilder,
 )
+from pgpo_lightning.settings import Count, Fraction, checked
 from pgpo_lightning.teacher import RefreshGate, Teacher, TeacherRegularization, make_teacher
 
 _MOVING = ("ema", "trust-region", "restart")
@@ -30,6 +30,7 @@ def apart(rows: list[Row]) -> list[list[Row]]:
     return [[row for row in rows if (row.reprompt_ids is not None) == taught] for taught in (True, False)]
 
 
+@checked
 class SelfTeaching(OnPolicyModule):
     """Shows the model what came of its own responses, so that it can teach itself.
 
@@ -71,16 +72,16 @@ class SelfTeaching(OnPolicyModule):
         self,
         *args: Any,
         teacher_regularization: TeacherRegularization = "ema",
-        teacher_update_rate: float | None = None,
+        teacher_update_rate: Fraction | None = None,
         teacher_offload: bool = False,
-        teacher_period: int | None = None,
+        teacher_period: Count | None = None,
         teacher_gate: RefreshGate | None = None,
         demonstration_choice: DemonstrationChoice = "shared",
         dont_reprompt_on_self_success: bool = True,
         remove_thinking_from_demonstration: bool = True,
         include_environment_feedback: bool = True,
         environment_feedback_only_without_solution: bool = True,
-        max_reprompt_len: int = 10240,
+        max_reprompt_len: Count = 10240,
         reprompt_template: str = REPROMPT_TEMPLATE,
         solution_template: str = SOLUTION_TEMPLATE,
         feedback_template: str = FEEDBACK_TEMPLATE,
@@ -89,12 +90,6 @@ class SelfTeaching(OnPolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        one_of(("shared", "independent"), demonstration_choice=demonstration_choice)
-        one_of(("siblings", "own", "none"), demonstration_source=demonstration_source)
-        one_of(
-            ("ema", "frozen", "live", "trust-region", "restart", "gated"), teacher_regularization=teacher_regularization
-        )
-        at_least(1, teacher_period=teacher_period)
         if teacher_offload and (teacher_regularization == "live" or self.lora is not None):
             why = "an adapter, which is small" if self.lora is not None else "no weights but the student's"
             raise ValueError(f"Expected no `teacher_offload` with a teacher that has {why}. Set it to false.")
@@ -108,8 +103,6 @@ class SelfTeaching(OnPolicyModule):
                     f"Expected no `{name}` with the {teacher_regularization} teacher: it would have no effect."
                 )
         self.teacher_update_rate = 0.05 if teacher_update_rate is None else teacher_update_rate
-        if not 0 <= self.teacher_update_rate <= 1:
-            raise ValueError(f"Expected `teacher_update_rate` to lie in [0, 1], but got {teacher_update_rate}.")
         self.teacher_period = 10 if teacher_period is None else teacher_period
         self.teacher_gate = teacher_gate
         if max_reprompt_len <= self.max_prompt_length:

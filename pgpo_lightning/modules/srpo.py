@@ -11,8 +11,10 @@ from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.modules.sdpo import SDPO
 from pgpo_lightning.modules.self_teaching import apart
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import checked
 
 
+@checked
 class SRPO(SDPO, GRPO):
     """SDPO's loss for failed responses that have a teacher, GRPO's for all others.
 

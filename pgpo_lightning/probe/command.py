@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal
 
 import jsonargparse
 import lightning as L
@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 from pgpo_lightning.building import BuildCommand
 from pgpo_lightning.lab.output import output_folder
 from pgpo_lightning.modules.self_teaching import SelfTeaching
-from pgpo_lightning.modules.settings import at_least, one_of, positive
 from pgpo_lightning.policy import fp32_by_default
 from pgpo_lightning.probe.calibration import PROBE, Scale, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
@@ -32,6 +31,7 @@ from pgpo_lightning.probe.report import calibration_content, calibration_report,
 from pgpo_lightning.records import Question
 from pgpo_lightning.reprompt import RepromptBuilder
 from pgpo_lightning.rollout import Sampling
+from pgpo_lightning.settings import Count, Nucleus, Range, Temperature, Text, check, checked
 
 QUESTIONS = 128
 
@@ -95,12 +95,11 @@ class ProbeCommand(BuildCommand):
             )
         samples = module.num_generations if config.samples is None else config.samples
         temperature = module.temperature if config.temperature is None else config.temperature
-        at_least(2, questions=config.questions)
-        at_least(1, samples=samples)
-        positive(temperature=temperature, top_p=config.top_p)
-        if config.top_p > 1:
-            raise ValueError(f"Expected `top_p` to be at most 1, but got {config.top_p}.")
-        one_of(("train", "validation"), split=config.split)
+        check("questions", config.questions, Annotated[int, Range(least=2)])
+        check("samples", samples, Count)
+        check("temperature", temperature, Temperature)
+        check("top_p", config.top_p, Nucleus)
+        check("split", config.split, Literal["train", "validation"])
         asked = contexts(config.contexts, config.templates, config.controls, module.reprompt)
         folder = output_folder(config.output)
         questions = self._questions(config.split, config.questions)
@@ -170,13 +169,14 @@ def save(content: dict[str, Any], folder: Path) -> None:
     print("\n" + report.split("## How to read it")[0].strip() + f"\n\nreport: {folder / 'probe.md'}")
 
 
+@checked
 def calibrate(
     runs: list[str],
-    gaps: str | None = None,
+    gaps: Text | None = None,
     scale: Scale = "all",
     predict: list[float] | None = None,
     extrapolate: bool = False,
-    output: str = "runs/calibration",
+    output: Text = "runs/calibration",
 ) -> dict[str, Any]:
     """Fit the line from gaps before training to gains of training, and tell how well each run is foretold by the others.
 
@@ -196,7 +196,6 @@ def calibrate(
         FileExistsError: If `output` is a file.
     """
     folder = output_folder(output)
-    one_of(get_args(Scale), scale=scale)
     found = points([Path(path) for path in runs], None if gaps is None else Path(gaps), scale)
     line = fit(np.array([point.gap.mean() for point in found]), np.array([point.gain.mean() for point in found]))
     wanted = [(f"g = {gap:g}", gap, True) for gap in predict or []]

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo_lightning.batching import Share
-from pgpo_lightning.modules.settings import at_least, one_of
 from pgpo_lightning.records import Row
+from pgpo_lightning.settings import Range, checked, one_of
 from pgpo_lightning.sizing import flops
 from pgpo_lightning.sizing.adapters import Adapters
 from pgpo_lightning.sizing.dry_run import Compute
@@ -42,6 +42,7 @@ AVERAGING = ("ema", "restart")
 """Teachers whose weights are fp32."""
 
 
+@checked
 @dataclass(frozen=True)
 class Run:
     """Everything about a run that its memory and its operations depend on.
@@ -76,8 +77,8 @@ class Run:
     optimizer: Callable[[Any], torch.optim.Optimizer]
     teacher: str
     lengths: Lengths
-    questions: int
-    samples: int
+    questions: Annotated[int, Range(least=1)]
+    samples: Annotated[int, Range(least=1)]
     longest_response: int
     at_once: int | None = None
     micro_batch_tokens: int = 16384
@@ -89,15 +90,13 @@ class Run:
     eval_samples: int = 1
     nucleus: bool = False
     sharding: Sharding = Sharding()
-    device: str = "cuda"
+    device: Literal["cuda", "cpu"] = "cuda"
     adapters: Adapters | None = None
     offload: bool = False
     demonstration: int | None = None
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
-        one_of(("cuda", "cpu"), device=self.device)
-        at_least(1, questions=self.questions, samples=self.samples)
 
     @property
     def share(self) -> Share:

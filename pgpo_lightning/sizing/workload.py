@@ -7,10 +7,12 @@ import torch
 
 from pgpo_lightning.batching import Sequences, Share, SharedSequences, micro_batches
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
+from pgpo_lightning.settings import Count, Decay, checked
 
 Packed = Sequences | SharedSequences
 
 
+@checked
 @dataclass(frozen=True)
 class Lengths:
     """Assumed tokens of prompts and responses.
@@ -24,17 +26,11 @@ class Lengths:
         longest: No response is longer.
     """
 
-    prompt: int
-    reprompt: int
-    response: int
-    spread: float = 0.0
-    longest: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.spread < 1:
-            raise ValueError(f"Expected `spread` to lie in [0, 1), but got {self.spread}.")
-        if min(self.prompt, self.reprompt, self.response) < 1:
-            raise ValueError(f"Expected lengths of at least 1 token, but got {self}.")
+    prompt: Count
+    reprompt: Count
+    response: Count
+    spread: Decay = 0.0
+    longest: Count | None = None
 
     def rows(self, questions: int, samples: int, independent: bool = False) -> list[Row]:
         """Make the rows of a step, all with a teacher.
