@@ -79,6 +79,8 @@ class RecordedMultiplier(StepSizeMultiplier):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the number of steps with the record's."""
+        super().on_fit_start(trainer, pl_module)
+        self.__dict__.pop("sequence", None)  # the seed may be another than before
         steps = trainer.estimated_stepping_batches * getattr(pl_module, "updates_per_batch", 1)
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
         if steps < 0 or steps == math.inf:  # not known
@@ -131,16 +133,16 @@ class MatchedRandomMultiplier(RecordedMultiplier):
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
-        seed: Of the draws. Give every run of a study its own.
+        seed: Of the draws; null takes the module's.
     """
 
-    def __init__(self, run: Text, seed: Seed = 0) -> None:
+    def __init__(self, run: Text, seed: Seed | None = None) -> None:
         super().__init__(run)
         self.seed = seed
 
     def arranged(self) -> list[float]:
         """Return the draws, rescaled."""
-        draws = random.Random(derive_seed(self.seed, "matched random")).choices(self.record, k=len(self.record))
+        draws = random.Random(derive_seed(self.draw_seed, "matched random")).choices(self.record, k=len(self.record))
         factor = fmean(self.record) / fmean(draws)
         return [factor * rho for rho in draws]
 
@@ -151,16 +153,16 @@ class ShuffledMultiplier(RecordedMultiplier):
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
-        seed: Of the order. Give every run of a study its own.
+        seed: Of the order; null takes the module's.
     """
 
-    def __init__(self, run: Text, seed: Seed = 0) -> None:
+    def __init__(self, run: Text, seed: Seed | None = None) -> None:
         super().__init__(run)
         self.seed = seed
 
     def arranged(self) -> list[float]:
         """Return a permutation of the record."""
-        return random.Random(derive_seed(self.seed, "shuffled")).sample(self.record, len(self.record))
+        return random.Random(derive_seed(self.draw_seed, "shuffled")).sample(self.record, len(self.record))
 
 
 @checked

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from pgpo_lightning.seeding import derive_seed
+from pgpo_lightning.seeding import derive_seed, global_seed
 from pgpo_lightning.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
 from pgpo_lightning.statistics import Aggregation, Estimator, StepStatistics, information
 
@@ -33,6 +33,9 @@ class StepSizeMultiplier(L.Callback):
 
     rho_min: float | None = 0.0
     rho_max: float | None = None
+    seed: int | None = None
+    """Of the draws of a subclass that draws; null takes the module's."""
+    _seed_of_module: int | None = None
 
     def __init__(self) -> None:
         self.history: list[float] = []  # rho of every optimizer step so far
@@ -66,6 +69,16 @@ class StepSizeMultiplier(L.Callback):
                 f"Expected one step-size multiplier, but got {' and '.join(active)}. Keep it under `multiplier` and out of "
                 "`trainer.callbacks`."
             )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take note of the module's seed."""
+        self._seed_of_module = getattr(pl_module, "seed", None)
+
+    @property
+    def draw_seed(self) -> int:
+        """The seed that draws are made from: one's own, else the module's."""
+        known = self._seed_of_module if self.seed is None else self.seed
+        return global_seed() if known is None else known
 
     def state_dict(self) -> dict[str, Any]:
         """Return rho of every step so far; a subclass with a state adds its own."""
@@ -176,13 +189,13 @@ class RandomMultiplier(StepSizeMultiplier):
     Args:
         low: Smallest rho; 0.001 to 1000.
         high: Largest rho.
-        seed: Of the draws; a draw depends on it and on the step alone.
+        seed: Of the draws, which depend on it and on the step alone; null takes the module's.
 
     Raises:
         ValueError: If a setting is out of range.
     """
 
-    def __init__(self, low: Multiplier = 1.0, high: Multiplier = 1.2, seed: Seed = 0) -> None:
+    def __init__(self, low: Multiplier = 1.0, high: Multiplier = 1.2, seed: Seed | None = None) -> None:
         super().__init__()
         if not low <= high:
             raise ValueError(f"Expected `low` to be at most `high`, but got {low} and {high}.")
@@ -190,4 +203,4 @@ class RandomMultiplier(StepSizeMultiplier):
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
         """Return this step's draw."""
-        return self.low + (self.high - self.low) * derive_seed(self.seed, "multiplier", step) / 2**63
+        return self.low + (self.high - self.low) * derive_seed(self.draw_seed, "multiplier", step) / 2**63

@@ -24,7 +24,8 @@ class BuildCommand(PGPOCommand):
         return {"fit": PGPOCommand.subcommands()["fit"]}
 
     def _set_seed(self) -> None:
-        """Nothing is drawn from global generators."""
+        """Leave global generators alone: nothing is drawn from them."""
+        self.seed = self.checked_seed()
 
     def adapt(self, model: Any) -> None:
         """Change the settings of the module, a namespace with `class_path` and `init_args`, before it is built."""
@@ -39,6 +40,8 @@ class BuildCommand(PGPOCommand):
             self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
+        if self.model.given_seed is None:
+            self.model.given_seed = self.seed
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""

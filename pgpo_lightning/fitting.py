@@ -61,9 +61,22 @@ class PGPOCommand(LightningCLI):
         parser.add_lightning_class_args(StepSizeMultiplier, "multiplier", subclass_mode=True, required=False)
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Watch, "watch")
-        # One seed for everything: sampling, data order, evaluation.
-        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=_one_seed)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_one_seed)
+
+    def _set_seed(self) -> None:
+        """Seed everything; module, data and multiplier take this seed unless they were given one of their own."""
+        self.checked_seed()
+        super()._set_seed()
+
+    def checked_seed(self) -> int:
+        """Return `seed_everything`.
+
+        Raises:
+            ValueError: If it is no number.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, bool):
+            raise ValueError(f"Expected `seed_everything` to be a number, but got {seed}.")
+        return seed
 
     def _parse_ckpt_path(self) -> None:
         """Leave settings alone: Lightning would let those in a checkpoint override configuration and flags."""
@@ -99,9 +112,3 @@ class PGPOCommand(LightningCLI):
             print(f"{self.subcommand} of {model} as it is, before any training: no `--ckpt_path` was given")
 
     before_test = before_validate
-
-
-def _one_seed(seed: int | bool) -> int:
-    if isinstance(seed, bool):
-        raise ValueError(f"Expected `seed_everything` to be a number, but got {seed}.")
-    return seed

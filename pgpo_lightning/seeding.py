@@ -5,6 +5,7 @@ what the uninterrupted one would have drawn, and no generator state has to be sa
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_GLOBAL_SEED = "PL_GLOBAL_SEED"
 _GAMMA, _MIX, _MIX_AGAIN = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
+
+
+def global_seed() -> int:
+    """Return the seed that ``lightning.seed_everything`` was last given, in this process or the one that started it, else 0.
+
+    Raises:
+        ValueError: If ``PL_GLOBAL_SEED``, where Lightning keeps it, holds no whole number.
+    """
+    text = os.environ.get(_GLOBAL_SEED, "0")
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"Expected a whole number in the variable {_GLOBAL_SEED}, but got {text!r}. Unset it."
+        ) from None
+
+
+def has_global_seed() -> bool:
+    """Whether ``lightning.seed_everything`` was called."""
+    return _GLOBAL_SEED in os.environ
 
 
 def derive_seed(*names: int | str) -> int:

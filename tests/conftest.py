@@ -6,6 +6,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test(monkeypatch):
+    """Lightning keeps its seed in a variable of the process."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # so that what a test sets is undone behind it
+    monkeypatch.delenv("PL_GLOBAL_SEED")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from pgpo_lightning.data.sampler import ResumableSampler
 from pgpo_lightning.records import Question
+from pgpo_lightning.seeding import global_seed
 from pgpo_lightning.settings import Count, Seed, checked
 
 SPLITS = ("train", "validation", "test")
@@ -37,13 +38,13 @@ class QuestionData(L.LightningDataModule):
     """Base of all data sets: a subclass says how to :meth:`load` a split, everything else is here.
 
     A batch is a list of :class:`~pgpo_lightning.records.Question`. The order of the training questions is a function
-    of ``seed`` and the epoch, and the position in it is saved in checkpoints, so a resumed run sees the questions that
+    of the seed and the epoch, and the position in it is saved in checkpoints, so a resumed run sees the questions that
     the uninterrupted run would have seen.
 
     Args:
         batch_size: Training questions per device and optimizer step.
         eval_batch_size: Validation and test questions per device and step.
-        seed: Seed of the order of the training questions.
+        seed: Seed of the order of the training questions; null takes the module's.
         limit_train: Use only the first so many training questions.
         limit_val: Use only the first so many validation questions. The test split is always complete.
 
@@ -55,7 +56,7 @@ class QuestionData(L.LightningDataModule):
         self,
         batch_size: Count = 32,
         eval_batch_size: Count = 32,
-        seed: Seed = 0,
+        seed: Seed | None = None,
         limit_train: Count | None = None,
         limit_val: Count | None = None,
     ) -> None:
@@ -148,7 +149,7 @@ class QuestionData(L.LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         questions = self.questions["train"]
         consumed = 0 if self.sampler is None else self.sampler.consumed
-        self.sampler = ResumableSampler(len(questions), self.batch_size, self.seed, rank, world_size, consumed)
+        self.sampler = ResumableSampler(len(questions), self.batch_size, self._order_seed(), rank, world_size, consumed)
         if self._restored is not None:
             self._restore(self._restored, self.sampler)
         # No workers: there is nothing to read, and they would run ahead of the position that is saved.
@@ -207,6 +208,12 @@ class QuestionData(L.LightningDataModule):
         # Counted per rank: the same steps are other numbers of questions if there are now more or fewer devices.
         sampler.consumed = state["consumed"] * sampler.batch_size // state["batch_size"]
         self._restored = None
+
+    def _order_seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        theirs = getattr(getattr(self.trainer, "lightning_module", None), "seed", None)
+        return global_seed() if theirs is None else theirs
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

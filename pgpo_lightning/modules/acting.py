@@ -3,11 +3,14 @@
 from typing import Literal
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.prompts import PromptEncoder
+from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Engine, Sampling
+from pgpo_lightning.seeding import global_seed, has_global_seed
 from pgpo_lightning.sharding import Whole
 from pgpo_lightning.verifiers import Verifier, VerifierError, grade
 
@@ -24,6 +27,47 @@ class Acting(L.LightningModule):
     on_verifier_error: Literal["raise", "zero"]
     verifier_errors: int
     placement: Whole
+    given_seed: int | None
+    _decided_seed: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """The seed of every random choice of the run: the module's own, else Lightning's as it was when a Trainer started."""
+        own = self.given_seed if self._decided_seed is None else self._decided_seed
+        return global_seed() if own is None else own
+
+    def decide_seed(self) -> None:
+        """Take Lightning's seed for good, if the module has none of its own.
+
+        Raises:
+            MisconfigurationException: If ranks have different seeds.
+        """
+        self._decided_seed = None
+        seeds = gather(self.seed)
+        if len(set(seeds)) > 1:
+            raise MisconfigurationException(
+                f"Expected every rank to have the same seed, but got {', '.join(map(str, seeds))}. Call "
+                "`lightning.seed_everything` in every process, or set `seed`."
+            )
+        self._decided_seed = seeds[0]
+
+    def take_over_seed(self, saved: int | None) -> None:
+        """Go on with the seed of a checkpoint.
+
+        Args:
+            saved: Of the checkpoint; null if it is of a version that did not save it.
+
+        Raises:
+            MisconfigurationException: If this run was given another one.
+        """
+        if saved is None or saved == self.seed:
+            return
+        if self.given_seed is not None or has_global_seed():
+            raise MisconfigurationException(
+                f"Expected the seed of the checkpoint, {saved}, but got {self.seed}: the run would not be the one that was "
+                f"interrupted. Set `seed_everything` to {saved}, or start a new run from the checkpoint's weights."
+            )
+        self._decided_seed = saved
 
     def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
         """Sample `n` responses to every question from the student as it is now."""

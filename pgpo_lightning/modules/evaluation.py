@@ -26,7 +26,6 @@ class Evaluation(Acting):
 
     eval_samples: int
     eval_sampling: Sampling
-    seed: int
     steps: int
     success_reward_threshold: float
 

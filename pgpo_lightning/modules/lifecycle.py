@@ -57,6 +57,7 @@ class Lifecycle(Evaluation):
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is computed, and drop prompts that are too long."""
         self.training_run = stage == "fit"
+        self.decide_seed()
         if stage == "fit":
             _check_strategy(self.trainer.strategy)
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
@@ -183,6 +184,7 @@ class Lifecycle(Evaluation):
             "lora": self.base_identity,
             "generation": self.model.generation_config.to_json_string(use_diff=True),
             "tokenizer": self.tokenizer.name_or_path,
+            "seed": self.seed,
             **{name: getattr(self, name) for name in COUNTERS},
         }
 
@@ -208,6 +210,8 @@ class Lifecycle(Evaluation):
             )
         check_architecture(mine["architecture"], self.model)
         check_identity(mine.get("lora"), self.base_identity)
+        if self.training_run:  # what only evaluates may draw other samples
+            self.take_over_seed(mine.get("seed"))
         for name in COUNTERS:
             setattr(self, name, mine[name])
 

@@ -87,7 +87,8 @@ class OnPolicyModule(Reporting):
         trust_remote_code: Run Python code that comes with model or tokenizer.
         lora: Train an adapter and leave the model's weights as they are; null for training all weights. Needs peft.
         quantization: Store the weights under the adapter in 4 or 8 bits; null for `dtype`.
-        seed: Of every random choice of the run. The command line sets it from ``seed_everything``.
+        seed: Of every random choice of the run: sampling, adapters, evaluation. Null takes the one that
+            ``lightning.seed_everything`` (on the command line `seed_everything`) was given, else 0, when a Trainer starts.
 
     Raises:
         ValueError: If a setting is out of range or contradicts another; names the field.
@@ -129,7 +130,7 @@ class OnPolicyModule(Reporting):
         trust_remote_code: bool = False,
         lora: LoRA | None = None,
         quantization: Quantization | None = None,
-        seed: Seed = 0,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         check_settings(model, lora, quantization)
@@ -155,7 +156,7 @@ class OnPolicyModule(Reporting):
         self.on_verifier_error = on_verifier_error
         self.max_skipped_steps = max_skipped_steps
         self.gradient_checkpointing = gradient_checkpointing
-        self.seed = seed
+        self.given_seed = seed
 
         self.model: PreTrainedModel | None = None
         self.teacher: Teacher | None = None
