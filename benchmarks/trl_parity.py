@@ -245,7 +245,7 @@ def evaluate(out: Path) -> None:
         for step in (0, *SAVED):
             policy = module(SDPO, folder / f"step-{step:04d}" if step else TOY, seed)
             scores = trainer(folder / "evaluations").validate(policy, datamodule=toy_data(), verbose=False)[0]
-            results.append({name.removeprefix("val/"): value for name, value in scores.items()} | {"step": step})
+            results.append({name.removeprefix("validate/"): value for name, value in scores.items()} | {"step": step})
         append(folder / "evaluation.jsonl", *results)
 
 

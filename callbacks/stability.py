@@ -84,8 +84,7 @@ class StabilityMonitor(L.Callback):
         k = pl_module.eval_samples
         # Lightning throws away what is logged before the first step, so the scores come from where they were computed.
         for name in ("avg", "pass"):
-            value = float(pl_module._metrics[name].compute())
-            self.curves.setdefault(f"val/{name}@{k}", {})[pl_module.steps] = value
+            self.curves.setdefault(f"val/{name}@{k}", {})[pl_module.steps] = pl_module.held_out.scores[name]
         passed = list(self.curves[f"val/pass@{k}"].values())
         if passed[0] > 0:
             self._log(trainer, pl_module.steps, {"pass_of_first": passed[-1] / passed[0]}, always=True)

@@ -15,6 +15,7 @@ import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs n
 from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.finding import PATTERN, resolve
+from pgpo_lightning.held_out import told
 from pgpo_lightning.modules import OnPolicyModule
 
 
@@ -82,11 +83,13 @@ class PGPOCommand(LightningCLI):
         """Leave settings alone: Lightning would let those in a checkpoint override configuration and flags."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Log to TensorBoard in the run's own folder, and drop an absent multiplier."""
+        """Log training to TensorBoard in the run's own folder, and drop an absent multiplier."""
         config = self._get(self.config_init, "trainer")
         folder = config.get("default_root_dir") or "runs/unnamed"
         if config.get("logger") is None:
-            kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
+            # One evaluation is no curve, and in the run's folder it would be part of the run's log.
+            fits = self.subcommand == "fit"
+            kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="") if fits else False
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not None]
         endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
@@ -112,3 +115,10 @@ class PGPOCommand(LightningCLI):
             print(f"{self.subcommand} of {model} as it is, before any training: no `--ckpt_path` was given")
 
     before_test = before_validate
+
+    def after_validate(self) -> None:
+        """Print the scores with their standard errors, and where the answers are."""
+        if self.trainer.is_global_zero and self.model.held_out is not None:
+            print(f"\n{told(self.model.held_out, self.model.eval_samples)}\nanswers: {self.model.held_out.path}")
+
+    after_test = after_validate

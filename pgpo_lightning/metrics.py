@@ -1,11 +1,13 @@
 r"""Metrics over several samples per question: avg@k, pass@k, majority@k, lengths.
 
 They group samples by the index of the question, so neither the order of the samples matters nor how they are spread over
-ranks, and a question that a distributed sampler repeats to even out the ranks counts once.
+ranks, and a question that a distributed sampler repeats to even out the ranks counts once. Where its samples are repeated too,
+leave them out before: as further samples they would count in pass@k and the majority.
 """
 
 import hashlib
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -24,13 +26,13 @@ class PerQuestionMean(Metric):
     .. math:: \frac{1}{|Q|} \sum_{q \in Q} \frac{1}{n_q} \sum_{i=1}^{n_q} v_{q,i}
 
     ``update`` takes ``question`` (``(N,)``, int64, which question each sample belongs to) and ``value`` (``(N,)``);
-    ``compute`` returns a scalar, NaN before the first update.
+    ``compute`` returns a scalar, NaN before the first update. A subclass writes :meth:`per_question`.
 
     Example:
         >>> metric = PerQuestionMean()
         >>> metric.update(torch.tensor([7, 7, 9]), torch.tensor([0.0, 1.0, 1.0]))
-        >>> metric.compute()
-        tensor(0.7500)
+        >>> metric.compute(), metric.standard_error()
+        (tensor(0.7500), tensor(0.2500))
     """
 
     is_differentiable = False
@@ -59,11 +61,27 @@ class PerQuestionMean(Metric):
 
     def compute(self) -> Tensor:
         """Return the mean over questions."""
+        scores = self.per_question()
+        mean = math.fsum(scores) / len(scores) if scores else math.nan
+        return torch.tensor(mean, dtype=torch.float32, device=self.device)
+
+    def standard_error(self) -> Tensor:
+        r"""Return the standard error of the mean, clustered by question: NaN with fewer than two.
+
+        Samples of one question are alike, so what varies independently is the questions' scores :math:`s_q`:
+        :math:`\sqrt{\operatorname{Var}(s_q) / |Q|}`. Of this process's samples: exchange them first if there are others.
+        """
+        scores = self.per_question()
+        error = math.sqrt(statistics.variance(scores) / len(scores)) if len(scores) > 1 else math.nan
+        return torch.tensor(error, dtype=torch.float32, device=self.device)
+
+    def per_question(self) -> list[float]:
+        """Return the score of every question."""
         question, value = self._gathered("question").to(torch.int64), self._gathered("value")
         unique, group, count = question.unique(return_inverse=True, return_counts=True)
         total = torch.zeros(len(unique), dtype=torch.float64, device=value.device)
         total.index_add_(0, group, value.double())  # (questions,)
-        return (total / count).mean().float()
+        return (total / count).tolist()
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all ranks."""
@@ -80,9 +98,6 @@ class PerQuestionMean(Metric):
     def _gathered(self, name: str) -> Tensor:
         state = getattr(self, name)
         return torch.zeros(0, device=self.device) if isinstance(state, list) and not state else dim_zero_cat(state)
-
-    def _mean(self, scores: list[float]) -> Tensor:
-        return torch.tensor(math.fsum(scores) / len(scores) if scores else math.nan, device=self.device)
 
     def _samples(self, *names: str) -> dict[int, list[tuple[Any, ...]]]:
         """Return the samples of each question in the order of their arrival."""
@@ -119,7 +134,7 @@ class PassAtK(PerQuestionMean):
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``k`` is smaller than 1, or, in ``compute``, if a question has fewer than ``k`` samples.
+        ValueError: If ``k`` is smaller than 1, or, in ``per_question``, if a question has fewer than ``k`` samples.
 
     Example:
         >>> metric = PassAtK(k=2)
@@ -137,8 +152,8 @@ class PassAtK(PerQuestionMean):
         self.k = k
         self.threshold = threshold
 
-    def compute(self) -> Tensor:
-        """Return the mean over questions."""
+    def per_question(self) -> list[float]:
+        """Return the score of every question."""
         scores = []
         threshold = torch.tensor(self.threshold, dtype=torch.float32).item()  # rounded as the values were
         for question, samples in self._samples("value").items():
@@ -147,7 +162,7 @@ class PassAtK(PerQuestionMean):
                 raise ValueError(f"Expected at least k={self.k} samples of question {question}, but got {n}.")
             # Integers are exact: no rounding where the two binomials are huge or nearly equal.
             scores.append((math.comb(n, self.k) - math.comb(failures, self.k)) / math.comb(n, self.k))
-        return self._mean(scores)
+        return scores
 
 
 class MajorityAtK(PerQuestionMean):
@@ -182,14 +197,14 @@ class MajorityAtK(PerQuestionMean):
         votes = [_NO_ANSWER if answer is None else _stable_hash(answer) for answer in answers]
         self.answer.append(torch.tensor(votes, dtype=torch.int64, device=value.device))
 
-    def compute(self) -> Tensor:
-        """Return the mean over questions."""
+    def per_question(self) -> list[float]:
+        """Return the score of every question."""
         scores = []
         for samples in self._samples("answer", "value").values():
             votes = Counter(answer for answer, _ in samples if answer != _NO_ANSWER)
             winner = max(votes, key=votes.__getitem__, default=None)  # the first of equals
             scores.append(next((value for answer, value in samples if answer == winner), 0.0))
-        return self._mean(scores)
+        return scores
 
 
 def _stable_hash(text: str) -> int:

@@ -1,5 +1,6 @@
 """A run that is killed and resumed is bit for bit the run that was not."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -110,7 +111,8 @@ def test_resuming_where_there_is_no_checkpoint_is_an_error(tmp_path):
 def test_settings_of_the_command_line_win_over_those_of_the_checkpoint(whole, tmp_path):
     checkpoint = str(whole / "checkpoints" / "step=000006.ckpt")
     main(["validate", "--config", config(tmp_path / "run"), "--ckpt_path", checkpoint, "--model.eval_samples", "3"])
-    assert "val/avg@3" in read_scalars(tmp_path / "run")
+    (record,) = (tmp_path / "run" / "validate").glob("step=000006-*.json")
+    assert json.loads(record.read_text())["samples"] == 3
 
 
 def test_a_checkpoint_of_another_module_or_architecture_is_refused(whole, tmp_path):

@@ -21,6 +21,7 @@ MADE = (
     "hparams.yaml",
     "events.out.tfevents.*",
     "validation/step=*.jsonl",
+    "validation/step=*.partial",
     "checkpoints/*.partial",
     "stability.png",
     "summary.json",

@@ -1,17 +1,20 @@
 """Held-out evaluation: avg@k, pass@k, majority@k, lengths, and every answer in a file."""
 
+import hashlib
 import json
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
-from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK
+from pgpo_lightning.held_out import SCORES, HeldOut, at, result_line, score
 from pgpo_lightning.modules.acting import Acting
 from pgpo_lightning.policy import fp32_by_default
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Question, Rollout, Verdict
+from pgpo_lightning.ranks import on_first_rank
+from pgpo_lightning.records import Question
 from pgpo_lightning.rollout import Sampling
 from pgpo_lightning.seeding import derive_seed, seeded
 
@@ -22,109 +25,99 @@ class Evaluation(Acting):
     Question i of the split is sampled with the same random numbers in every evaluation of a run, whatever the batch size and the
     number of ranks, so that a change of the score is a change of the model. (In another batch logits may differ in their last
     bits, and that may flip a draw.) Validation before the first step (``num_sanity_val_steps=-1``) is logged as step 0.
+
+    Answers of training's own validation are written to ``validation/step=<step>.jsonl`` in the folder of the log. Those of
+    ``Trainer.validate`` and ``Trainer.test`` are logged as ``validate/*`` and ``test/*`` and go to folders of these names. Their
+    file names differ wherever model, questions or sampling do; a record (``.json``) beside each says what was evaluated how.
     """
 
     eval_samples: int
     eval_sampling: Sampling
     steps: int
     success_reward_threshold: float
+    held_out: HeldOut | None = None
+    """The last evaluation."""
 
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""
-        k = self.eval_samples
-        metrics = {
-            "avg": AvgAtK(),
-            "pass": PassAtK(k, threshold=self.success_reward_threshold),
-            "maj": MajorityAtK(),
-            "length": MeanLength(),
-            "cut_off": CutOffShare(),
-        }
-        # A plain attribute: as registered modules the metrics would enter checkpoints. On the device, where ranks exchange them.
-        object.__setattr__(self, "_metrics", {name: metric.to(self.device) for name, metric in metrics.items()})
-        self._results: list[dict[str, Any]] = []
+        self._results: list[tuple[int, bytes]] = []
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:
-        """Answer one batch of questions `eval_samples` times each."""
+        """Answer one batch of questions `eval_samples` times each.
+
+        Raises:
+            ValueError: If two of them have one `index`: data that did not come through our data module.
+        """
         k = self.eval_samples
         asked = [question.index for question in questions]
+        if len(set(asked)) < len(asked):
+            raise ValueError("Expected held-out questions with different `index`: scores are means over questions.")
         seeds = [derive_seed(self.seed, "evaluation", index) for index in asked]
-        verdicts = []
         with fp32_by_default():
             with seeded(self.seed, "evaluation", *asked):  # for an engine that does not know `seeds`
                 rollouts = self.sample(questions, k, replace(self.eval_sampling, seeds=seeds))
-            for i, index in enumerate(asked):
-                with seeded(self.seed, "verifier", index):  # which may draw too
-                    verdicts += self.judge(rollouts[i * k : (i + 1) * k])
-        index = torch.tensor([rollout.question.index for rollout in rollouts], device=self.device)
-        reward, length, cut_off = (
-            # Lightning's bf16-true makes bf16 the default type, in which a length of 301 is 300.
-            torch.tensor(values, dtype=torch.float32, device=self.device)
-            for values in (
-                [verdict.reward for verdict in verdicts],
-                [len(rollout.response_ids) for rollout in rollouts],
-                [not rollout.finished for rollout in rollouts],
-            )
-        )
-        self._metrics["avg"].update(index, reward)
-        self._metrics["pass"].update(index, reward)
-        self._metrics["maj"].update(index, reward, [verdict.answer for verdict in verdicts])
-        self._metrics["length"].update(index, length)
-        self._metrics["cut_off"].update(index, cut_off)
-        for i, question in enumerate(questions):
-            mine = slice(i * k, (i + 1) * k)
-            self._results.append(_result(question, rollouts[mine], verdicts[mine]))
+            for i, question in enumerate(questions):
+                mine = rollouts[i * k : (i + 1) * k]
+                with seeded(self.seed, "verifier", question.index):  # which may draw too
+                    verdicts = self.judge(mine)
+                self._results.append((question.index, result_line(question, mine, verdicts)))
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores and write the answers."""
-        self._finish("val", "validation")
+        self._finish()
 
-    def on_test_epoch_end(self) -> None:
-        """Log the scores and write the answers."""
-        self._finish("test", "test")
+    on_test_epoch_end = on_validation_epoch_end
 
-    def _finish(self, prefix: str, folder: str) -> None:
-        k = self.eval_samples
-        computed = {name: float(metric.compute()) for name, metric in self._metrics.items()}
-        scores = {
-            f"{prefix}/avg@{k}": computed["avg"],
-            f"{prefix}/pass@{k}": computed["pass"],
-            f"{prefix}/length": computed["length"],
-            f"{prefix}/cut_off": computed["cut_off"],
+    def _finish(self) -> None:
+        command = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}.get(self.trainer.state.fn)
+        log_dir = self.trainer.log_dir  # a collective: every rank has to ask
+        folder = None if log_dir is None or self.trainer.fast_dev_run else Path(log_dir) / (command or "validation")
+        file = None if folder is None else folder / f"step={self.steps:06d}.jsonl"
+        lines = (line for _, line in sorted(self._results, key=lambda result: result[0]))
+        name = None if command is None else partial(self._record, command)
+        use = partial(score, k=self.eval_samples, threshold=self.success_reward_threshold, file=file, name=name)
+        self.held_out = on_first_rank(lines, use)
+        self._results = []
+        self._log_scores(command or "val")
+
+    def _log_scores(self, prefix: str) -> None:
+        """Log the scores, those of `validate` under that name: under training's the log of a run would hold them as its own."""
+        k, found = self.eval_samples, self.held_out
+        scores = {f"{prefix}/{at(name, k)}": value for name, value in found.scores.items()}
+        errors = {
+            f"{prefix}_standard_error/{at(name, k)}": found.errors[name] for name in SCORES if name in found.errors
         }
-        results = {result["index"]: result for part in gather(self._results) for result in part}
-        # Without answers to vote on there is no majority, rather than one of zero.
-        if any(answer is not None for result in results.values() for answer in result["answers"]):
-            scores[f"{prefix}/maj@{k}"] = computed["maj"]
         if self.trainer.sanity_checking:
             # Lightning throws away what is logged here; it is the score of the base model.
-            if self.logger is not None:
-                self.logger.log_metrics(scores, step=0)
-        else:
-            self.log_dict({**scores, "step": float(self.steps)})
-            self.log("score", scores[f"{prefix}/avg@{k}"], prog_bar=True, logger=False)
-        log_dir = self.trainer.log_dir  # a collective: every rank has to ask
-        if self.trainer.is_global_zero and log_dir is not None:
-            path = Path(log_dir) / folder / f"step={self.steps:06d}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(results[index], ensure_ascii=False) for index in sorted(results)]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for logger in self.trainer.loggers:
+                logger.log_metrics(scores | errors, step=0)
+            return
+        self.log_dict({**scores, **errors, "step": float(self.steps)})
+        self.log("score", found.scores["avg"], prog_bar=True, logger=False)
 
-
-def _result(question: Question, rollouts: list[Rollout], verdicts: list[Verdict]) -> dict[str, Any]:
-    rewards = [verdict.reward for verdict in verdicts]
-    return {
-        "index": question.index,
-        "source": question.source,
-        "prompt": question.prompt,
-        "gold": question.answer,
-        "avg": sum(rewards) / len(rewards),
-        "rewards": rewards,
-        "answers": [verdict.answer for verdict in verdicts],
-        "lengths": [len(rollout.response_ids) for rollout in rollouts],
-        "finished": [rollout.finished for rollout in rollouts],
-        "responses": [rollout.text for rollout in rollouts],
-    }
+    def _record(self, command: str, found: HeldOut) -> Path:
+        """Write what was evaluated how; return a name for the answers that no other evaluation has."""
+        model: Any = getattr(self, "given_model", None)
+        settings = {
+            "command": command,
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "checkpoint": None if self.trainer.ckpt_path is None else str(self.trainer.ckpt_path),
+            "step": self.steps,
+            "seed": self.seed,
+            "samples": self.eval_samples,
+            "temperature": self.eval_sampling.temperature,
+            "top_p": self.eval_sampling.top_p,
+            "max_tokens": self.eval_sampling.max_tokens,
+            "questions": found.questions,
+            "questions_sha256": found.sha256,
+        }
+        which = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        path = found.path.with_name(f"{found.path.stem}-{which}.jsonl")
+        errors = {name: error if math.isfinite(error) else None for name, error in found.errors.items()}
+        content = {**settings, "scores": found.scores, "standard_errors": errors}
+        path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return path
