@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-vllm lint toy clean
+.PHONY: quickstart test test-slow test-vllm lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -12,6 +12,10 @@ quickstart: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# What takes minutes, with what it finds out: every architecture of transformers against its own logits.
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow -rA
 
 # With the real engine, on a CPU. An environment of its own, because vLLM wants other versions: 3.4 GB with PyTorch's CPU build,
 # for which `pip` has to know the index (PIP_EXTRA_INDEX_URL).

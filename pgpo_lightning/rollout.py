@@ -1,24 +1,19 @@
 """Rollouts: what an engine is, and the one that samples with transformers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TopPLogitsWarper,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
+from pgpo_lightning.decoding import Way
+from pgpo_lightning.policy import evaluating
 from pgpo_lightning.records import Question, Rollout
 from pgpo_lightning.seeding import derive_seed, uniform
 from pgpo_lightning.settings import Count, Nucleus, Range, Temperature, checked
+from pgpo_lightning.soundness import way_to_sample
 
 _LOOK_EVERY = 16  # steps between two looks at which responses have ended, on a GPU
 _WORTH_LEAVING = 0.75  # share of responses still going from which on copying their keys and values pays
@@ -44,6 +39,10 @@ class Sampling:
     seeds: list[Annotated[int, Range(most=2**63)]] | None = None
 
 
+class NotFiniteError(RuntimeError):
+    """The model gave NaN or infinity where a token was to be drawn."""
+
+
 class Engine(ABC):
     """Samples responses from the current student.
 
@@ -52,6 +51,17 @@ class Engine(ABC):
     """
 
     has_weights = False
+
+    def prepare(self, model: PreTrainedModel, longest: int) -> None:  # noqa: B027
+        """Find out at start-up whether and how the student can be sampled from. Called before weights are sharded.
+
+        Args:
+            model: The student.
+            longest: Most tokens of prompt and response together.
+
+        Raises:
+            MisconfigurationException: If it cannot; names the architecture.
+        """
 
     @abstractmethod
     def generate(
@@ -84,6 +94,9 @@ class Engine(ABC):
 class TransformersEngine(Engine):
     """Samples with the model's own forward pass; the prompt is run once for all of its responses.
 
+    How is found by trying, once for every model: prompts side by side; only those of one length, where padding would reach a
+    recurrent state; or without a cache, where the model has none that is right.
+
     Args:
         max_sequences: Most responses decoded at the same time. The whole step at once is fastest; less saves memory for
             keys and values.
@@ -91,6 +104,10 @@ class TransformersEngine(Engine):
 
     def __init__(self, max_sequences: Count | None = None) -> None:
         self.max_sequences = max_sequences
+
+    def prepare(self, model: PreTrainedModel, longest: int) -> None:
+        """See :meth:`Engine.prepare`."""
+        way_to_sample(model, longest)
 
     def generate(
         self,
@@ -104,16 +121,31 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.generate`."""
         limit = self.max_sequences or max(1, len(questions)) * n
         at_once, each = max(1, limit // n), min(n, limit)
-        rollouts: list[Rollout] = []
-        with _evaluating(model):
-            for start in range(0, len(questions), at_once):
-                part = slice(start, start + at_once)
-                for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
-                    count = min(each, n - done)
-                    seeds = None if sampling.seeds is None else sampling.seeds[part]
-                    streams = seeds and [derive_seed(seed, i) for seed in seeds for i in range(done, done + count)]
-                    rollouts += _decode(model, tokenizer, questions[part], prompts[part], count, sampling, streams)
-        return rollouts
+        way = way_to_sample(model, max(map(len, prompts), default=1) + sampling.max_tokens)
+        found: list[list[Rollout]] = [[] for _ in questions]
+        with evaluating(model):
+            for places in _side_by_side(prompts, way):
+                for start in range(0, len(places), at_once):
+                    part = places[start : start + at_once]
+                    asked, theirs = [questions[i] for i in part], [prompts[i] for i in part]
+                    for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
+                        count = min(each, n - done)
+                        seeds = None if sampling.seeds is None else [sampling.seeds[i] for i in part]
+                        streams = seeds and [derive_seed(seed, i) for seed in seeds for i in range(done, done + count)]
+                        rollouts = _decode(model, tokenizer, asked, theirs, count, sampling, way, streams)
+                        for k, i in enumerate(part):
+                            found[i] += rollouts[k * count : (k + 1) * count]
+        return [rollout for rollouts in found for rollout in rollouts]
+
+
+def _side_by_side(prompts: list[list[int]], way: Way) -> list[list[int]]:
+    """Return places of prompts that may stand in one batch."""
+    if way.padding:
+        return [list(range(len(prompts)))]
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    return list(by_length.values())
 
 
 def _decode(
@@ -123,10 +155,11 @@ def _decode(
     prompts: list[list[int]],
     n: int,
     sampling: Sampling,
+    way: Way,
     streams: list[int] | None,
 ) -> list[Rollout]:
     ends = end_tokens(model, tokenizer)
-    tokens, log_probs = _sample(model, prompts, n, sampling, ends, streams)
+    tokens, log_probs = _sample(model, prompts, n, sampling, ends, way, streams)
     rollouts = []
     for i, row in enumerate(tokens.tolist()):
         length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
@@ -152,6 +185,7 @@ def _sample(
     n: int,
     sampling: Sampling,
     ends: set[int],
+    way: Way,
     streams: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return sampled tokens and their log-probabilities, ``(prompts * n, T)`` each, on the CPU.
@@ -161,45 +195,59 @@ def _sample(
     token is taken where it is drawn, without keeping logits of all steps. What follows the end of a response is undefined.
 
     `streams` holds a seed per response; without it torch's global generator is drawn from.
+
+    Raises:
+        NotFiniteError: If the model gave none to draw from.
     """
     device = next(model.parameters()).device
     end_ids = torch.tensor(sorted(ends), device=device)
     nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
-    cache, mask, position, logits = _prefill(model, prompts, n, sampling.max_tokens, device)
-    width, total = max(map(len, prompts)), len(prompts) * n
+    decoding = way.start(model, prompts, n, sampling.max_tokens)
+    total = len(prompts) * n
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
     log_probs = torch.zeros(sampling.max_tokens, total, device=device)
     active = torch.arange(total, device=device)  # the responses that are still in the batch
     seeds = None if streams is None else torch.tensor(streams, device=device)
     ended = torch.zeros(total, dtype=torch.bool, device=device)
+    looked = 0
     for step in range(sampling.max_tokens):
-        logits = logits.float()
+        logits = decoding.logits.float()
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
         drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
         token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), drawn[active])
         tokens[step, active] = token
-        log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log()
+        log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0.0)
         ended |= torch.isin(token, end_ids)
-        position = position + 1
-        if device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1:  # looking makes the host wait for the device
+        last = step + 1 == sampling.max_tokens
+        if last or _looks(device, step):
+            _check_finite(log_probs, looked, step)
+            looked = step + 1
             going = (~ended).nonzero().squeeze(1)
-            if not len(going):
-                return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()
+            if last or not len(going):
+                break
             if len(going) <= _WORTH_LEAVING * len(active):
-                cache.batch_select_indices(going)
-                token, position, active, ended = token[going], position[going], active[going], ended[going]
-                mask = mask if mask is None else mask[going]
-        if step + 1 < sampling.max_tokens:
-            logits = model(
-                input_ids=token.unsqueeze(1),
-                attention_mask=None if mask is None else mask[:, : width + step + 1],
-                position_ids=position.unsqueeze(1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-    return tokens.T.cpu(), log_probs.T.cpu()
+                decoding.keep(going)
+                token, active, ended = token[going], active[going], ended[going]
+        decoding.append(token)
+    return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()
+
+
+def _looks(device: torch.device, step: int) -> bool:
+    """Tell whether to look at what was drawn, which makes the host wait for the device."""
+    return device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1
+
+
+def _check_finite(log_probs: Tensor, first: int, last: int) -> None:
+    """Raise if a token from step `first` to `last` was drawn from logits that are not finite."""
+    bad = ~log_probs[first : last + 1].isfinite()
+    if bad.any():
+        step = int(bad.any(1).nonzero()[0])
+        raise NotFiniteError(
+            f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
+            "NaN or infinity among them. Either weights are not finite any more (go back to a checkpoint, and lower the learning "
+            "rate), or float16 overflows: set `dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
+        )
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -211,80 +259,11 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = weights.cumsum(-1)
     # 1 - u lies in (0, 1]: no token of probability zero can be the first to reach it.
-    return torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
-
-
-def _prefill(
-    model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int, device: torch.device
-) -> tuple[DynamicCache, Tensor | None, Tensor, Tensor]:
-    """Run each prompt once, and repeat what it leaves for `n` responses.
-
-    Returns:
-        The cache; a mask ``(prompts * n, longest + max_tokens)``, or ``None`` if there is no padding; the position of the last
-        token of every prompt, ``(prompts * n,)``; and the logits behind it, ``(prompts * n, V)``.
-    """
-    width = max(len(prompt) for prompt in prompts)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    mask = None
-    if min(map(len, prompts)) < width:  # on the left, so that all responses begin at the same place
-        mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
-    positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
-    logits = model(
-        input_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device),
-        attention_mask=None if mask is None else mask[:, :width],
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(n)
-    mask = mask if mask is None else mask.repeat_interleave(n, dim=0)
-    return cache, mask, (lengths - 1).repeat_interleave(n), logits.repeat_interleave(n, dim=0)
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room to grow. The layer it replaces copies all of them for every token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.room: dict[str, Tensor] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of the newest tokens and return all."""
-        if self.get_seq_length() == 0:
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        before, after = old.size(-2), old.size(-2) + new.size(-2)
-        room = self.room.get(name)
-        # Repeating or selecting responses makes tensors that are not in the room any more.
-        if room is None or room.data_ptr() != old.data_ptr() or room.size(-2) < after:
-            room = self.room[name] = old.new_empty(*old.shape[:-2], after + max(32, after // 4), old.size(-1))
-            room[..., :before, :] = old
-        room[..., before:after, :] = new
-        return room[..., :after, :]
+    place = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
+    return place.clamp(max=weights.size(-1) - 1)  # NaN is behind all
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return every token that ends a response: the model's own, which may be several, and the tokenizer's."""
     own = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model into evaluation mode, and back.
-
-    In training mode gradient checkpointing silently drops the cache, and from the second token on the samples are wrong.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import tiny
 from helpers import TOKENIZER, random_rows, tiny_model
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -34,11 +35,11 @@ from pgpo_lightning.policy import (
     load_tokenizer,
     recompute_activations,
     resolve_model,
-    shares_prompts,
     source,
 )
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.records import Question, Row
+from pgpo_lightning.soundness import shares_prompts
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -136,6 +137,58 @@ def test_check_head_finds_a_bias_that_is_not_in_the_embedding():
     model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits + bias))
     with pytest.raises(MisconfigurationException, match="differ by"):
         check_head(model)
+
+
+def test_the_decoder_is_found_where_it_has_another_name():
+    model = tiny("llama4_text")
+    assert model.get_decoder() is model  # what transformers finds
+    assert decoder(model) is model.model
+    check_head(model)
+
+
+@pytest.mark.parametrize("name", ["modernbert-decoder", "roberta", "inkling_text"])
+def test_a_head_that_does_more_is_refused_in_one_line(name):
+    model = tiny(name)
+    with pytest.raises(MisconfigurationException, match=rf"logits of {type(model).__name__} .* not supported") as error:
+        check_head(model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [TypeError("unexpected\nargument"), AttributeError("no attribute 'x'")])
+def test_what_cannot_even_be_run_is_refused_in_one_line(fault):
+    model = tiny_model()
+
+    def fail(*_):
+        raise fault
+
+    model.model.register_forward_pre_hook(fail)
+    with pytest.raises(
+        MisconfigurationException, match=rf"Qwen3ForCausalLM .* ended in {type(fault).__name__}: "
+    ) as error:
+        check_head(model)
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is fault
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(MisconfigurationException, match="Expected finite logits from Qwen3ForCausalLM"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "recurrent_gemma", "xlstm"])
+def test_scales_and_caps_by_their_other_names(name):
+    key = {"falcon_h1": "lm_head_multiplier", "recurrent_gemma": "logits_soft_cap", "xlstm": "output_logit_soft_cap"}[
+        name
+    ]
+    model = tiny(name, **{key: 0.37})
+    bare = model.get_output_embeddings()(decoder(model)(token_ids(1, 5) % 96, use_cache=False).last_hidden_state)
+    assert (
+        head(model)(decoder(model)(token_ids(1, 5) % 96, use_cache=False).last_hidden_state) - bare
+    ).abs().max() > 0.1
+    check_head(model)
 
 
 # ------------------------------------------------------------------------------------------------------------ identity

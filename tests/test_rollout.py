@@ -13,8 +13,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from pgpo_lightning.policy import recompute_activations
 from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling, TransformersEngine
+from pgpo_lightning.rollout import NotFiniteError, Sampling, TransformersEngine
 from pgpo_lightning.seeding import derive_seed, seeded
+from pgpo_lightning.soundness import way_to_sample
 
 EOS = TOKENIZER.eos_token_id
 
@@ -101,6 +102,7 @@ def test_mode_and_gradient_checkpointing_change_nothing(training, checkpointing)
 @pytest.mark.parametrize("training", [False, True])
 def test_mode_and_settings_come_back_after_an_exception(training):
     model = ending_model().train(training)
+    way_to_sample(model, 64)
     settings = model.generation_config
     calls = []
 
@@ -276,7 +278,8 @@ def test_several_end_tokens(with_tokenizers_own):
 
 
 def watched(model):
-    """Collect the sizes of all batches that the model sees."""
+    """Collect the sizes of all batches that the model sees while it samples."""
+    way_to_sample(model, 64)
     sizes = []
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(kwargs["input_ids"].size(0)), with_kwargs=True
@@ -309,6 +312,61 @@ def test_fewer_sequences_at_once_than_samples_of_a_prompt():
 def test_at_least_one_sequence():
     with pytest.raises(ValueError, match="`max_sequences` to be at least 1, but got 0"):
         TransformersEngine(0)
+
+
+# ---------------------------------------------------------------------------------------------------- not finite logits
+
+
+class Breaking(nn.Module):
+    """Spoils the logits of one row from a token on."""
+
+    def __init__(self, model, at, value):
+        super().__init__()
+        self.calls, self.at, self.value = 0, at, value
+        model.register_forward_hook(self.spoil)
+
+    def spoil(self, _, __, output):
+        if self.calls >= self.at:
+            output.logits[1, -1, 7] = self.value
+        self.calls += 1
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("look", [1, 16])
+def test_logits_that_are_not_finite_are_an_error_that_says_so(value, at, top_p, look, monkeypatch):
+    monkeypatch.setattr("pgpo_lightning.rollout._looks", lambda device, step: step % look == look - 1)
+    model = ending_model(-30.0)  # nothing ends
+    way_to_sample(model, 64)
+    Breaking(model, at, value)
+    # The first of the passes is over the prompts, whose rows are repeated.
+    expected = (
+        rf"Expected finite logits, but token {at + 1} of {2 if at == 0 else 1} out of 4 responses .* lower the learning"
+    )
+    with pytest.raises(NotFiniteError, match=expected):
+        generate(model, prompts_of(5, 9), n=2, top_p=top_p)
+
+
+def test_logits_of_minus_infinity_are_tokens_that_are_never_drawn():
+    model = ending_model()
+
+    def forbid(_, __, output):
+        output.logits[..., 6:50] = -float("inf")
+
+    model.register_forward_hook(forbid)
+    rollouts = generate(model, prompts_of(5, 9), n=20)
+    assert not {*range(6, 50)} & {token for ids in responses(rollouts) for token in ids}
+    assert all(rollout.log_probs.isfinite().all() for rollout in rollouts)
+
+
+def test_what_is_not_finite_behind_the_end_of_a_response_is_nobodys_business(monkeypatch):
+    model = ending_model(30.0)
+    way_to_sample(model, 64)
+    monkeypatch.setattr("pgpo_lightning.rollout._looks", lambda *_: False)  # as on a GPU: they stay in the batch
+    Breaking(model, 1, float("nan"))
+    rollouts = generate(model, prompts_of(5, 9), n=2)
+    assert responses(rollouts) == [[EOS]] * 4
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Verdict
-from pgpo_lightning.rollout import Engine, Sampling
+from pgpo_lightning.rollout import Engine, NotFiniteError, Sampling
 from pgpo_lightning.seeding import global_seed, has_global_seed
 from pgpo_lightning.sharding import Whole
 from pgpo_lightning.verifiers import Verifier, VerifierError, grade
@@ -25,6 +25,7 @@ class Acting(L.LightningModule):
     verifier: Verifier
     max_prompt_length: int
     on_verifier_error: Literal["raise", "zero"]
+    steps: int
     verifier_errors: int
     placement: Whole
     given_seed: int | None
@@ -70,7 +71,12 @@ class Acting(L.LightningModule):
         self._decided_seed = saved
 
     def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
-        """Sample `n` responses to every question from the student as it is now."""
+        """Sample `n` responses to every question from the student as it is now.
+
+        Raises:
+            ValueError: If a prompt is too long.
+            NotFiniteError: If the student's logits are not finite; names the step.
+        """
         prompts = [self.encoder.question(question) for question in questions]
         for question, prompt in zip(questions, prompts, strict=True):
             if len(prompt) > self.max_prompt_length:  # data that did not come through our data module
@@ -78,8 +84,11 @@ class Acting(L.LightningModule):
                     f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
                     f"{question.source or f'question {question.index}'} has {len(prompt)}."
                 )
-        with self.placement.generation():
-            return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
+        try:
+            with self.placement.generation():
+                return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"At step {self.steps}: {error}") from error
 
     def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
         """Return the verifier's verdict on every rollout.

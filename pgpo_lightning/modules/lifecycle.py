@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pgpo_lightning.checkpoint_io import check_checkpoint, install
+from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.policy import (
@@ -27,11 +28,12 @@ from pgpo_lightning.policy import (
     check_head,
     known_tokens,
     load_model,
+    positions,
     recompute_activations,
-    shares_prompts,
 )
 from pgpo_lightning.records import Question
 from pgpo_lightning.sharding import Sharded, Whole
+from pgpo_lightning.soundness import check_padding, shares_prompts
 from pgpo_lightning.teacher import FrozenTeacher, Teacher
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
@@ -47,6 +49,7 @@ class Lifecycle(Evaluation):
     lora: LoRA | None
     base_identity: dict[str, Any] | None
     gradient_checkpointing: bool
+    divergence: Divergence | None
     max_response_length: int
     updates_per_batch: int
     training_run: bool
@@ -104,15 +107,19 @@ class Lifecycle(Evaluation):
     def _load(self) -> None:
         given = self.given_model
         self.model = load_model(given, **self.loading) if isinstance(given, str) else given
-        self.encoder.know_rows(known_tokens(self.model))
         check_head(self.model)
+        self.encoder.know_rows(known_tokens(self.model))
         self._check_positions()
+        self._check_top_k()
         if self.lora is not None:
             self._add_adapter(self.lora)
         if self.gradient_checkpointing:
             recompute_activations(self.model)
         self.model.train()
-        self.shares_prompts = shares_prompts(self.model)
+        longest = self.longest_prompt + self.max_response_length
+        check_padding(self.model, longest)
+        self.shares_prompts = shares_prompts(self.model, longest)
+        self.engine.prepare(self.model, longest)
 
     def make_teacher(self) -> Teacher | None:
         """Return what the student is compared with, made from its weights as they are now."""
@@ -130,13 +137,20 @@ class Lifecycle(Evaluation):
         return self.max_prompt_length
 
     def _check_positions(self) -> None:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        needed = self.longest_prompt + self.max_response_length
-        if positions is not None and needed > positions:
+        there, needed = positions(self.model.config), self.longest_prompt + self.max_response_length
+        if there is not None and needed > there:
             raise MisconfigurationException(
-                f"Expected prompt and response to fit into the model's {positions} positions, but the limits allow "
+                f"Expected prompt and response to fit into the model's {there} positions, but the limits allow "
                 f"{self.longest_prompt} + {self.max_response_length} tokens. Lower `max_response_length`, "
                 "`max_prompt_length` or `max_reprompt_len`."
+            )
+
+    def _check_top_k(self) -> None:
+        wanted, vocabulary = self.divergence and self.divergence.top_k, len(self.model.get_output_embeddings().weight)
+        if wanted is not None and wanted > vocabulary:
+            raise MisconfigurationException(
+                f"Expected `distillation_topk` to be at most the {vocabulary} tokens of the model, but got {wanted}. Set it to "
+                "null for the full vocabulary."
             )
 
     def configure_optimizers(self) -> Any:

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from pgpo_lightning.decoding import Cached
 from pgpo_lightning.policy import decoder, recompute_activations
-from pgpo_lightning.rollout import _prefill
 from pgpo_lightning.sizing.counter import LiveBytes
 from pgpo_lightning.sizing.parameters import with_layers
 from pgpo_lightning.sizing.workload import Packed
@@ -135,7 +135,8 @@ def prefill_peaks(
     with _fake(compute) as (counter, _):
         model = _model(config, compute.student, compute).eval()
         with counter, _autocast(compute), torch.no_grad():
-            cache, *_, logits = _prefill(model, [[0] * n for n in prompts], samples, new_tokens, torch.device("cpu"))
+            decoding = Cached(model, [[0] * n for n in prompts], samples, new_tokens)
+        cache, logits = decoding.cache, decoding.logits
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         kind = cache.layers[0].keys
         return {

@@ -1,0 +1,169 @@
+"""Logits of the next token while responses grow, by the ways in which models can give them."""
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run while responses grow.
+
+    Attributes:
+        cache: Whether it keeps what it has seen; if not, every token takes a pass over all that came before.
+        padding: Whether prompts of different lengths may stand side by side.
+    """
+
+    cache: bool
+    padding: bool
+
+    def start(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> "Decoding":
+        """Run each prompt once, for `n` responses of at most `max_tokens` tokens."""
+        return Cached(model, prompts, n, max_tokens) if self.cache else Uncached(model, prompts, n)
+
+
+WAYS = (Way(cache=True, padding=True), Way(cache=True, padding=False), Way(cache=False, padding=True))
+"""From the fastest to the one that every causal model has."""
+
+
+class Decoding(ABC):
+    """Responses to some prompts while they grow, those to one prompt next to each other.
+
+    Attributes:
+        logits: Of the next token of every response, shape ``(responses, V)``.
+    """
+
+    logits: Tensor
+
+    @abstractmethod
+    def append(self, tokens: Tensor) -> None:
+        """Add a token to each response, ``(responses,)``, and set the logits behind it."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the responses, given by their places. Their logits are undefined until the next token."""
+
+
+class Cached(Decoding):
+    """Keeps keys and values, or whatever state the layers of the model have.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Token ids.
+        n: Responses per prompt.
+        max_tokens: Most tokens of a response.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> None:
+        self.model = model
+        self.known = inspect.signature(model.forward).parameters
+        device = next(model.parameters()).device
+        self.width = width = max(map(len, prompts))
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.cache = DynamicCache(config=model.config)
+        self.cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        self.mask = None
+        if min(map(len, prompts)) < width:  # on the left, so that all responses begin at the same place
+            self.mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
+        logits = self._run(ids, positions)
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        self.position = lengths - 1
+        self._select(rows)
+        self.logits = logits[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        """See :meth:`Decoding.append`."""
+        self.width += 1
+        self.position = self.position + 1
+        self.logits = self._run(tokens.unsqueeze(1), self.position.unsqueeze(1))
+
+    def keep(self, rows: Tensor) -> None:
+        """See :meth:`Decoding.keep`."""
+        self._select(rows)
+
+    def _select(self, rows: Tensor) -> None:
+        # Not `batch_select_indices`: layers with a recurrent state have none, or one that forgets that state.
+        self.cache.reorder_cache(rows)
+        self.position = self.position[rows]
+        self.mask = self.mask if self.mask is None else self.mask[rows]
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {
+            "attention_mask": None if self.mask is None else self.mask[:, : self.width],
+            "position_ids": positions,
+            "cache_params" if "cache_params" in self.known else "past_key_values": self.cache,
+            "logits_to_keep": 1,
+        }
+        inputs = {name: value for name, value in inputs.items() if name in self.known}
+        return self.model(input_ids=ids, use_cache=True, **inputs).logits[:, -1]
+
+
+class Uncached(Decoding):
+    """Runs the whole sequence for every token: slow, and right for every causal model.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Token ids.
+        n: Responses per prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], n: int) -> None:
+        self.model = model
+        device = next(model.parameters()).device
+        longest = max(map(len, prompts))
+        self.ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        logits = self._run()
+        self.ids, self.lengths, self.logits = (x.repeat_interleave(n, dim=0) for x in (self.ids, self.lengths, logits))
+
+    def append(self, tokens: Tensor) -> None:
+        """See :meth:`Decoding.append`."""
+        self.ids = torch.nn.functional.pad(self.ids, (0, 1)).scatter(1, self.lengths.unsqueeze(1), tokens.unsqueeze(1))
+        self.lengths = self.lengths + 1
+        self.logits = self._run()
+
+    def keep(self, rows: Tensor) -> None:
+        """See :meth:`Decoding.keep`."""
+        self.ids, self.lengths = self.ids[rows], self.lengths[rows]
+
+    def _run(self) -> Tensor:
+        ends, which = (self.lengths - 1).unique(return_inverse=True)
+        few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        inputs = {"logits_to_keep": ends} if few else {}
+        logits = self.model(input_ids=self.ids, use_cache=False, **inputs).logits
+        place = which if few else self.lengths - 1
+        return logits[torch.arange(len(logits), device=logits.device), place]
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room to grow. The layer it replaces copies all of them for every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of the newest tokens and return all."""
+        if self.get_seq_length() == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        before, after = old.size(-2), old.size(-2) + new.size(-2)
+        room = self.room.get(name)
+        # Repeating or selecting responses makes tensors that are not in the room any more.
+        if room is None or room.data_ptr() != old.data_ptr() or room.size(-2) < after:
+            room = self.room[name] = old.new_empty(*old.shape[:-2], after + max(32, after // 4), old.size(-1))
+            room[..., :before, :] = old
+        room[..., before:after, :] = new
+        return room[..., :after, :]
