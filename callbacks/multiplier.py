@@ -54,12 +54,15 @@ class StepSizeMultiplier(L.Callback):
         """Return rho within [rho_min, rho_max].
 
         Raises:
-            RuntimeError: If it is not a number.
+            RuntimeError: If it is not a number, or infinite, or below 0.
         """
-        if math.isnan(rho):
-            raise RuntimeError(f"Expected {type(self).__name__} to return a number, but got nan.")
-        rho = rho if self.rho_min is None else max(rho, self.rho_min)
-        return rho if self.rho_max is None else min(rho, self.rho_max)
+        bounded = rho if self.rho_min is None else max(rho, self.rho_min)
+        bounded = bounded if self.rho_max is None else min(bounded, self.rho_max)
+        if math.isnan(rho) or not 0 <= bounded < math.inf:
+            raise RuntimeError(
+                f"Expected {type(self).__name__} to return a number that is finite and at least 0, but got {rho}."
+            )
+        return bounded
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second multiplier: they would put back each other's rates."""

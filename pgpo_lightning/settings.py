@@ -81,6 +81,15 @@ class Filled:
         return "not empty"
 
 
+@dataclass(frozen=True, repr=False)
+class Unlimited:
+    """A number that was measured and not set: of any size, and finite or not."""
+
+    def __repr__(self) -> str:
+        """Return it as ``--help`` shows it."""
+        return "any"
+
+
 Count = Annotated[int, Range(least=1)]
 Natural = Annotated[int, Range(least=0)]
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
@@ -91,6 +100,7 @@ PositiveFraction = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 AtLeastOne = Annotated[float, Range(least=1)]
 Text = Annotated[str, Filled()]
+Measured = Annotated[float, Unlimited()]
 
 Temperature = Annotated[float, Range(least=1e-4, most=100)]
 """Colder, float32 does not resolve the log-probabilities any more; hotter, every token is as likely as any other."""
@@ -261,6 +271,8 @@ def _fault_of_union(value: Any, members: tuple[Any, ...]) -> _Fault | None:
 def _fault_of_number(value: Any, kind: type, limits: tuple[Any, ...]) -> _Fault | None:
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         return _Fault("", _expected(kind), value, True)
+    if any(isinstance(limit, Unlimited) for limit in limits):
+        return None
     ranges = [limit for limit in limits if isinstance(limit, Range)]
     try:
         finite = math.isfinite(value)

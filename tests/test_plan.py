@@ -1,5 +1,6 @@
 """A study's file, and the runs that it means."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -98,8 +99,17 @@ def test_placeholders_become_folders_and_runs_wait_for_them(tmp_path):
         ({"seeds": [1, -1]}, "`seeds` to be their number"),
         ({"seeds": [1, 1]}, "every one of `seeds` once"),
         ({"processes": 0}, "`processes` to be at least 1"),
-        ({"processes": "two"}, "`processes` to be of type int"),
-        ({"keep_checkpoints": 1}, "`keep_checkpoints` to be of type bool"),
+        ({"processes": -1}, "`processes` to be at least 1, but got -1"),
+        ({"processes": 1.5}, "`processes` to be a whole number, but got 1.5"),
+        ({"seeds": "3"}, "`seeds` to be their number or a list"),
+        ({"seeds": [0, "1"]}, "`seeds` to be their number or a list"),
+        ({"seeds": [2**40]}, r"`seeds\[0\]` to lie in"),
+        ({"seeds": 10**9}, "`seeds` to be at most 10000"),
+        ({"folder": 3}, "`folder` to be a text, but got 3"),
+        ({"folder": " "}, "`folder` not to be empty"),
+        ({"settings": {"a": datetime.date(2026, 1, 2)}}, "texts, numbers, lists and mappings, but .*date"),
+        ({"processes": "two"}, "`processes` to be a whole number, but got 'two'"),
+        ({"keep_checkpoints": 1}, "`keep_checkpoints` to be true or false, but got 1"),
         ({"arms": {}}, "`arms` to map names"),
         ({"arms": {"a/b": {}}}, r"names in `arms`.*'a/b'"),
         ({"arms": {0.5: {}}}, r"in quotes.*0\.5"),
@@ -128,7 +138,19 @@ def test_both_may_say_the_same(tmp_path):
     assert lab(tmp_path, conditions={"c": {"x.y": 1}}, arms={"a": {"x": {"y": 1, "z": 2}}}).runs()
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "there is no"), ("3", "settings of a study, but got 3")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no"),
+        ("3", "settings of a study, but got 3"),
+        ("a: [1", "lab.yaml to be YAML in UTF-8, but .*line 1"),
+        ("a: 2026-99-99", "lab.yaml to be YAML in UTF-8, but month must be"),
+        ("a: &a {b: *a}", "lab.yaml to hold texts, numbers, lists and mappings, but .*[Cc]ircular"),
+        ("? [1, 2]\n: 3", "lab.yaml to be YAML|lab.yaml to hold"),
+        ("a: " + "[" * 5000, "lab.yaml to be YAML in UTF-8"),
+    ],
+    ids=range(7),
+)
 def test_a_file_that_is_none_is_named(tmp_path, text, message):
     if text:
         (tmp_path / "lab.yaml").write_text(text)

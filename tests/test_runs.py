@@ -1,5 +1,8 @@
 """The record that a run leaves for a study."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from pgpo_lightning.lab.runs import Run, collect, load_runs, write_runs
@@ -48,6 +51,60 @@ def test_a_broken_record_is_named(tmp_path, text, message):
     (tmp_path / "all.jsonl").write_text("\n" + text)
     with pytest.raises(ValueError, match=r"all\.jsonl:2"):
         load_runs([tmp_path / "all.jsonl"])
+
+
+WRONG = [
+    ({"seed": "0"}, "`seed` to be a whole number, but got '0'"),
+    ({"seed": -1}, "`seed` to lie in"),
+    ({"seed": True}, "`seed` to be a whole number, but got True"),
+    ({"steps": 2.5}, "`steps` to be a whole number, but got 2.5"),
+    ({"steps": None}, "`steps` to be a whole number, but got null"),
+    ({"samples": 0}, "`samples` to be at least 1"),
+    ({"arm": ["a"]}, "`arm` to be a text, but got ['a']"),
+    ({"study": 3}, "`study` to be a text, but got 3"),
+    ({"seconds": "3"}, "`seconds` to be a number, but got '3'"),
+    ({"curves": []}, "`curves` to be a mapping, but got []"),
+    ({"curves": {"a": [[0, 1]]}}, "`curves['a']` to be two lists of one length"),
+    ({"curves": {"a": [[0, 1], [0.5]]}}, "`curves['a']` to be two lists of one length"),
+    ({"curves": {"a": [[0, "1"], [0.5, 0.5]]}}, "`curves['a'][0][1]` to be a number, but got '1'"),
+    ({"curves": {"a": [[1, 0], [0.5, 0.5]]}}, "steps of `curves['a']` to be whole numbers that rise"),
+    ({"curves": {"a": [[float("nan")], [0.5]]}}, "steps of `curves['a']` to be whole numbers that rise"),
+    ({"curves": {"a": [[10**400], [0.5]]}}, "int too large"),
+    ({"questions": {"0": 1.0}}, "`questions['0']` to be a list, but got 1.0"),
+    ({"questions": {"0": [None]}}, "`questions['0'][0]` to be a number, but got null"),
+    ({"questions": {"first": [1.0]}}, "keys of `questions` to be steps, but got 'first'"),
+    ({"rho": [1.0, "x"]}, "`rho[1]` to be a number, but got 'x'"),
+    ({"rho": {}}, "`rho` to be a list, but got {}"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG, ids=range(len(WRONG)))
+def test_a_record_of_wrong_types_is_one_line_with_file_and_field(tmp_path, fields, message):
+    text = json.dumps(asdict(run()) | fields)
+    with pytest.raises(ValueError, match=r"in the record here\.json") as caught:
+        Run.parse(text, "here.json")
+    assert message in str(caught.value)
+
+
+def test_records_keep_numbers_of_any_size(tmp_path):
+    kept = run(curves={"actor/grad_norm": [[1], [1e300]], "val/avg@4": [[0], [float("nan")]]}, rho=[1e-30])
+    kept.save(tmp_path / "run.json")
+    assert Run.load(tmp_path).curves["actor/grad_norm"] == [[1], [1e300]]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff{}", b"[" * 100_000, b'{"seed": ' + b"1" * 5000 + b"}", b"null", b"nan"]
+)
+def test_a_file_that_is_no_record_is_one_line_with_its_name(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"Expected .*run\.json"):
+        load_runs([tmp_path])
+
+
+def test_a_folder_with_the_name_of_a_record_is_named(tmp_path):
+    (tmp_path / "a" / "run.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"there is no .*run\.json"):
+        load_runs([tmp_path])
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

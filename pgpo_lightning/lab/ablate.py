@@ -28,13 +28,15 @@ from pgpo_lightning.finding import look
 from pgpo_lightning.lab.plan import Lab, Planned, Settings, read_lab
 from pgpo_lightning.lab.runs import FILE, Run
 from pgpo_lightning.lab.state import changed, clear, expected_settings, state
+from pgpo_lightning.settings import Count, Text, checked
 
 PROGRAM = [sys.executable, "-m", "pgpo_lightning.cli"]
 POLL = 0.2  # seconds
 SHOWN = 10  # lines of a log, names of runs
 
 
-def ablate(config: str, dry_run: bool = False, processes: int | None = None) -> None:
+@checked
+def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) -> None:
     """Make the runs of a study that are missing.
 
     Args:
@@ -47,8 +49,6 @@ def ablate(config: str, dry_run: bool = False, processes: int | None = None) -> 
         SystemExit: If a run broke (1), or the command was stopped.
     """
     lab = read_lab(config)
-    if processes is not None and processes < 1:
-        raise ValueError(f"Expected `processes` to be at least 1, but got {processes}.")
     runs = lab.runs()
     expected = expected_settings(runs)
     for run in runs:

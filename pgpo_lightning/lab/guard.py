@@ -18,6 +18,7 @@ from pgpo_lightning.curves import Scalars, series
 from pgpo_lightning.lab.inference import exact_share
 from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.lab.runs import Run, load_runs
+from pgpo_lightning.settings import PositiveFraction, Seed, Text, checked
 
 ANY = "any rule"
 
@@ -213,13 +214,14 @@ def _spread(values: list[int]) -> str:
     return f"{median(values):g} ({values[0]} to {values[-1]})" if values else ""
 
 
+@checked
 def guard(
-    runs: list[str],
+    runs: list[Text],
     rules: CollapseRules | None = None,
-    below: float = 0.5,
+    below: PositiveFraction = 0.5,
     when: When = "any",
-    healthy: float = 0.9,
-    seeds: list[int] | None = None,
+    healthy: PositiveFraction = 0.9,
+    seeds: list[Seed] | None = None,
     each: bool = False,
 ) -> list[Row]:
     """Print how well the rules tell collapsing runs from healthy ones.

@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+
+from pgpo_lightning.settings import Count, Filled, Seed, Text, check, checked, shown
 
 Settings = dict[str, Any]
 """Settings of ``pgpo fit`` as nested mappings."""
 
 NAME = re.compile(r"\w[\w.=+-]*")
 """Names of conditions and arms: they are names of folders, and stand in placeholders."""
+
+MOST_SEEDS = 10_000
+"""A larger number of seeds is a seed that should stand in a list."""
 
 PLACEHOLDER = re.compile(r"\{run:(?P<arm>[^:{}]+)(?P<next>:next)?\}|\{seed\}")
 
@@ -62,6 +67,7 @@ class Planned:
         return ["fit", *given, *seed, *folder, *more]
 
 
+@checked
 @dataclass(frozen=True)
 class Lab:
     """A study: every arm under every condition with every seed.
@@ -82,18 +88,16 @@ class Lab:
         ValueError: If a setting is missing, contradicts another or cannot be; names it.
     """
 
-    base: tuple[str, ...]
+    base: Annotated[tuple[Text, ...], Filled()]
     folder: Path
-    seeds: tuple[int, ...]
+    seeds: Annotated[tuple[Seed, ...], Filled()]
     arms: dict[str, Settings]
     conditions: dict[str, Settings] = field(default_factory=lambda: {"base": {}})
     settings: Settings = field(default_factory=dict)
-    processes: int = 1
+    processes: Count = 1
     keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise ValueError(f"Expected `processes` to be at least 1, but got {self.processes}.")
         for condition, given in self.conditions.items():
             for arm, settings in self.arms.items():
                 if contrary := contradiction(given, settings):
@@ -159,9 +163,20 @@ def read_lab(path: str | Path) -> Lab:
     """
     if not Path(path).is_file():
         raise ValueError(f"Expected `config` to be the file of a study, but there is no {path}.")
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # among them text that is not UTF-8, dates that are none
+        raise ValueError(f"Expected {path} to be YAML in UTF-8, but {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {path} to hold the settings of a study, but got {content!r}.")
+        raise ValueError(f"Expected {path} to hold the settings of a study, but got {shown(content)}.")
+    try:
+        json.dumps(content)
+    except (TypeError, ValueError, RecursionError) as error:  # such as a date, or a mapping that contains itself
+        raise ValueError(f"Expected {path} to hold texts, numbers, lists and mappings, but {error}.") from None
     known = [f.name for f in fields(Lab)]
     if unknown := [str(key) for key in content if key not in known]:
         raise ValueError(f"Expected {path} to have the keys {', '.join(known)}, but got `{'`, `'.join(unknown)}`.")
@@ -172,9 +187,7 @@ def read_lab(path: str | Path) -> Lab:
         given[key] = _named(key, given[key])
     if "settings" in given:
         given["settings"] = _allowed("`settings`", given["settings"])
-    for key, kind in (("processes", int), ("keep_checkpoints", bool)):
-        if key in given and type(given[key]) is not kind:
-            raise ValueError(f"Expected `{key}` to be of type {kind.__name__}, but got {given[key]!r}.")
+    check("folder", given["folder"], Text)
     return Lab(
         **given | {"base": _base(given["base"]), "folder": Path(given["folder"]), "seeds": _seeds(given["seeds"])}
     )
@@ -282,6 +295,8 @@ def _base(given: Any) -> tuple[str, ...]:
 
 
 def _seeds(given: Any) -> tuple[int, ...]:
+    if type(given) is int and given > MOST_SEEDS:
+        raise ValueError(f"Expected `seeds` to be at most {MOST_SEEDS}, but got {shown(given)}.")
     seeds = list(range(given)) if type(given) is int else given
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ValueError(f"Expected `seeds` to be their number or a list of numbers from 0 on, but got {given!r}.")

@@ -5,29 +5,31 @@ It reads the records that runs leave and nothing else; the same records give the
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jsonargparse
 
 from pgpo_lightning.lab.analysis import analyse
 from pgpo_lightning.lab.markdown import conclude, markdown
 from pgpo_lightning.lab.measures import Measure
-from pgpo_lightning.lab.output import plain
+from pgpo_lightning.lab.output import output_folder, plain
 from pgpo_lightning.lab.pictures import draw_curves, draw_forest, draw_multipliers
 from pgpo_lightning.lab.runs import load_runs, write_runs
 from pgpo_lightning.lab.studies import CONTROLS, Design, studies
+from pgpo_lightning.settings import Positive, Range, Text, checked
 
 
+@checked
 def report(
-    runs: list[str],
-    output: str = "report",
-    baseline: str = "sdpo",
-    information: list[str] | str = "pgpo*",
-    controls: list[str] | str = list(CONTROLS),  # noqa: B006  (shown by --help, never changed)
-    decisive: list[str] | str = "constant",
+    runs: list[Text],
+    output: Text = "report",
+    baseline: Text = "sdpo",
+    information: list[Text] | Text = "pgpo*",
+    controls: list[Text] | Text = list(CONTROLS),  # noqa: B006  (shown by --help, never changed)
+    decisive: list[Text] | Text = "constant",
     measure: Measure = "final",
-    margin: float = 0.02,
-    collapse: float = 0.5,
+    margin: Positive = 0.02,
+    collapse: Annotated[float, Range(above=0, below=1)] = 0.5,
 ) -> dict[str, Any]:
     """Compare the arms of one or more studies: does information help beyond its dose?
 
@@ -52,14 +54,15 @@ def report(
 
     Raises:
         ValueError: If there are no runs, if those of a study cannot be compared, or if a setting is out of range.
+        FileExistsError: If `output` is a file.
     """
+    folder = output_folder(output)
     design = Design(
         baseline, _names(information), _names(controls), _names(decisive), measure, margin=margin, collapse=collapse
     )
     records = load_runs([Path(path) for path in runs])
     content = analyse(records, design)
     content["conclusion"] = conclude(content)
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     groups = studies(records, design)
     draw_curves(groups, design, folder / "curves.png")

@@ -4,9 +4,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pgpo_lightning.curves import Scalars, series
+from pgpo_lightning.settings import Count, Measured, Natural, Seed, check, shown
 
 FILE = "run.json"
 
@@ -54,14 +55,14 @@ class Run:
 
     study: str
     arm: str
-    seed: int
-    steps: int
-    samples: int
-    seconds: float
-    cpu_seconds: float
-    curves: dict[str, list[list[float]]]
-    questions: dict[str, list[float]]
-    rho: list[float] = field(default_factory=list)
+    seed: Seed
+    steps: Natural
+    samples: Count
+    seconds: Measured
+    cpu_seconds: Measured
+    curves: dict[str, list[list[Measured]]]
+    questions: dict[str, list[Measured]]
+    rho: list[Measured] = field(default_factory=list)
 
     @property
     def scores(self) -> tuple[list[int], list[float]]:
@@ -91,7 +92,7 @@ class Run:
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"Expected the record of a finished run, but there is no {path}.")
-        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+        return cls.parse(_read(path), str(path))
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Run":
@@ -106,12 +107,19 @@ class Run:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also of integers with more digits than Python reads
             raise ValueError(f"Expected {where} to be JSON, but {error}.") from None
         names = {f.name for f in fields(cls)}
         if not isinstance(content, dict) or set(content) != names:
             got = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"Expected {where} to hold the record of a run with {sorted(names)}, but got {got}.")
+        hints = get_type_hints(cls, include_extras=True)
+        try:
+            for name, value in content.items():
+                check(name, value, hints[name])
+            _check_points(content["curves"], content["questions"])
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{str(error).removesuffix('.')}, in the record {where}.") from None
         return cls(**content)
 
 
@@ -130,7 +138,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
     runs: dict[tuple[str, str, int], Run] = {}
     for path in map(Path, paths):
         if path.suffix == ".jsonl" and path.is_file():
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            lines = enumerate(_read(path).splitlines(), start=1)
             found = [Run.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
         elif path.is_dir():
             found = [Run.load(file) for file in sorted(path.rglob(FILE))]
@@ -176,6 +184,27 @@ def collect(folder: Path, scalars: Scalars, **known: Any) -> Run:
         questions=questions,
         **known,
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {path} to be text in UTF-8, but {error}.") from None
+
+
+def _check_points(curves: dict[str, list[list[float]]], questions: dict[str, list[float]]) -> None:
+    for tag, curve in curves.items():
+        if len(curve) != 2 or len(curve[0]) != len(curve[1]):
+            raise ValueError(
+                f"Expected `curves[{tag!r}]` to be two lists of one length, steps and values, but got {shown(curve)}."
+            )
+        if any(not float(step).is_integer() or step < 0 for step in curve[0]) or curve[0] != sorted(set(curve[0])):
+            raise ValueError(
+                f"Expected the steps of `curves[{tag!r}]` to be whole numbers that rise, but got {shown(curve[0])}."
+            )
+    if wrong := [step for step in questions if not (step.isascii() and step.isdigit())]:
+        raise ValueError(f"Expected the keys of `questions` to be steps, but got {shown(wrong[0])}.")
 
 
 def _points(scalars: Scalars, tag: str) -> list[list[float]]:

@@ -22,6 +22,7 @@ from pgpo_lightning.checkpoint_io import check_checkpoint, install
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
 from pgpo_lightning.modules.evaluation import Evaluation
+from pgpo_lightning.modules.rates import check_optimizer, check_rates
 from pgpo_lightning.policy import (
     architecture,
     check_architecture,
@@ -161,10 +162,12 @@ class Lifecycle(Evaluation):
                 f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
                 "does not. torchao.optim.AdamW8bit is an 8-bit optimizer that does."
             )
+        check_optimizer(optimizer)
         self._check_rounding(optimizer)
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
+        check_rates(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise MisconfigurationException(
                 "Expected a `scheduler` that depends on the step alone, but got ReduceLROnPlateau: it needs a metric."

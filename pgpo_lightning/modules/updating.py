@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 
 from pgpo_lightning.modules.lifecycle import Lifecycle
+from pgpo_lightning.modules.rates import check_rates
 from pgpo_lightning.sharding import Sharded, whole
 
 
@@ -95,6 +96,7 @@ class Updating(Lifecycle):
                 # It goes by batches, and the first may have been skipped.
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
                 scheduler.step()
+            check_rates(self.optimizers(use_pl_optimizer=False))
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         if last:

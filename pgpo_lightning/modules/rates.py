@@ -1,0 +1,67 @@
+"""Checks of the optimizer that was built: its class may be anybody's, so that its settings are read off its parameter groups."""
+
+from numbers import Real
+from typing import Annotated
+
+from torch.optim import Optimizer
+
+from pgpo_lightning.settings import Decay, NonNegative, Range, check, shown
+
+HIGHEST_RATE = 10.0
+"""Adam and its kin move every weight by about `lr` in every step, and the weights of language models are far below 1."""
+
+SETTINGS = {
+    "lr": Annotated[float, Range(above=0, most=HIGHEST_RATE)],
+    "weight_decay": Annotated[float, Range(least=0, most=HIGHEST_RATE)],
+    "momentum": Decay,
+    "dampening": NonNegative,
+    "betas": Annotated[float, Range(least=0, below=1)],
+}
+"""What is checked where a group has it, beside `eps` and `maximize`."""
+
+EPS = Range(above=0, most=1)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise if the optimizer would learn nothing, learn the opposite, or leave the numbers that float32 has.
+
+    Args:
+        optimizer: As it was built, before a schedule or a multiplier has changed its rates.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    for group in optimizer.param_groups:
+        if group.get("maximize"):
+            raise ValueError(
+                "Expected `optimizer.maximize` to be false, because the loss is to become smaller, but got true. Leave it out."
+            )
+        for name, hint in SETTINGS.items():
+            value = group.get(name)
+            for i, each in enumerate(value if isinstance(value, (tuple, list)) else [value]):
+                if each is not None:
+                    check(
+                        f"optimizer.{name}{f'[{i}]' if isinstance(value, (tuple, list)) else ''}", _number(each), hint
+                    )
+        eps = group.get("eps")  # of Adafactor it is a pair, with a null in it
+        if isinstance(eps, Real) and not EPS.holds(eps):
+            raise ValueError(f"Expected `optimizer.eps` {EPS.text}, but got {shown(eps)}.")
+
+
+def check_rates(optimizer: Optimizer) -> None:
+    """Raise if a schedule made a learning rate that no step should be taken with. 0 is one: a warm-up may begin there.
+
+    Raises:
+        ValueError: Names the schedule.
+    """
+    for group in optimizer.param_groups:
+        rate = _number(group["lr"])
+        if not (isinstance(rate, Real) and 0 <= rate <= HIGHEST_RATE):
+            raise ValueError(
+                f"Expected `scheduler` to make learning rates from 0 to {HIGHEST_RATE:g}, but got {shown(rate)}."
+            )
+
+
+def _number(value: object) -> object:
+    """Return the number in a tensor, which some optimizers keep their rate in."""
+    return value.item() if hasattr(value, "item") else value
