@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -250,7 +251,9 @@ def _fault(value: Any, hint: Any, limits: tuple[Any, ...] = ()) -> _Fault | None
         return _fault_of_number(value, hint, limits)
     if not _is_of_kind(value, hint):
         return _Fault("", _expected(hint), value, True)
-    if any(isinstance(limit, Filled) for limit in limits) and not (value.strip() if isinstance(value, str) else value):
+    if any(isinstance(limit, Filled) for limit in limits) and not (
+        value.strip() if isinstance(value, str) else value or isinstance(value, PathLike)
+    ):
         return _Fault("", "not to be empty", value, False)
     return _fault_inside(value, origin, get_args(hint))
 
@@ -318,6 +321,8 @@ def _is_of_kind(value: Any, hint: Any) -> bool:
         return callable(value)
     if kind is Sequence and isinstance(value, str):
         return False
+    if kind is str:
+        return isinstance(value, (str, PathLike))  # from Python a file is a Path as well
     if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return True
     return isinstance(value, kind)

@@ -275,9 +275,9 @@ def test_runs_that_agree_to_the_letter_are_noted():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"margin": 0.0}, "`margin` to be greater than 0"),
-        ({"margin": math.nan}, "`margin` to be greater than 0"),
-        ({"collapse": 1.0}, "`collapse` to lie between 0 and 1"),
+        ({"margin": 0.0}, "`margin` to be above 0"),
+        ({"margin": math.nan}, "`margin` to be above 0"),
+        ({"collapse": 1.0}, r"`collapse` to lie in \(0, 1\)"),
         ({"decisive": ("constnat",)}, r"`decisive` to be among `controls` \(constant, random"),
         ({"decisive": ()}, "`decisive` to be among"),
         ({"measure": "last"}, "`measure` to be one of final, best, area"),

@@ -40,7 +40,7 @@ GOOD = [
     ([], list[Count]),
     (print, Callable[[int], int]),
     (object(), Any),
-    (Path("x"), str | Path),
+    (Path("x"), Text),
     (0.0, float),
 ]
 
