@@ -12,12 +12,13 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from pgpo_lightning.run_settings import Remembers
 from pgpo_lightning.seeding import derive_seed, global_seed
 from pgpo_lightning.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
 from pgpo_lightning.statistics import Aggregation, Estimator, StepStatistics, information
 
 
-class StepSizeMultiplier(L.Callback):
+class StepSizeMultiplier(Remembers, L.Callback):
     """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
 
     A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back by the module

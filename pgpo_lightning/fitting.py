@@ -16,11 +16,16 @@ from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.finding import PATTERN, resolve
 from pgpo_lightning.held_out import told
+from pgpo_lightning.lab.configurations import RESUMED, configurations, without_checkpoint
 from pgpo_lightning.modules import OnPolicyModule
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration beside the log; a second run may not write into the folder of a first."""
+    """Writes the resolved configuration beside the log; a second run may not write into the folder of a first.
+
+    A resumed run leaves ``config.yaml`` as it is. If its own configuration differs from the last one, it writes
+    ``config.resumed-at-step=N.yaml`` once its settings have been accepted.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.log_dir and not trainer.fast_dev_run:
@@ -33,7 +38,18 @@ class _SaveConfig(SaveConfigCallback):
                     "`--trainer.default_root_dir`."
                 )
             self.overwrite = True
-            super().setup(trainer, pl_module, stage)
+            if not taken:
+                super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what a resumed run has differently."""
+        if trainer.is_global_zero and trainer.ckpt_path and trainer.log_dir and not self.already_saved:
+            now = self.parser.dump(self.config, skip_none=False)
+            if without_checkpoint(now) != without_checkpoint(
+                configurations(Path(trainer.log_dir))[-1].read_text("utf-8")
+            ):
+                path = Path(trainer.log_dir) / RESUMED.format(step=pl_module.steps)
+                path.write_text(now, encoding="utf-8")
 
 
 class PGPOCommand(LightningCLI):

@@ -549,7 +549,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
     other = settings_of(
         tmp_path / "cut", 6, **(model | {"gate": {"class_path": "RandomGate", "init_args": {"rate": 1}}})
     )
-    with pytest.raises(MisconfigurationException, match="Expected `gate` of the class ConfidenceGate"):
+    with pytest.raises(MisconfigurationException, match=r"`model.gate` is {.*RandomGate.* was {.*ConfidenceGate"):
         main([*other, "--ckpt_path", "last"])
 
 

@@ -90,10 +90,10 @@ def test_of_its_own_it_keeps_what_was_written_last(tmp_path):
 
 
 def test_another_runs_file_of_the_same_name_is_not_overwritten(tmp_path):
-    first = fit(tmp_path, 1, [ResumeCheckpoint(1, dirpath=tmp_path / "shared")])
+    first = fit(tmp_path, 1, [ResumeCheckpoint(1, dirpath=str(tmp_path / "shared"))])
     path = tmp_path / "shared" / "step=000001.ckpt"
     before = path.read_bytes()
-    fit(tmp_path, 1, [ResumeCheckpoint(1, dirpath=tmp_path / "shared")])
+    fit(tmp_path, 1, [ResumeCheckpoint(1, dirpath=str(tmp_path / "shared"))])
     assert names(path.parent) == ["step=000001-1.ckpt", path.name]
     assert path.read_bytes() == before
     assert isinstance(first.strategy.checkpoint_io, CheckpointFiles)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from pgpo_lightning.data.sampler import ResumableSampler
 from pgpo_lightning.records import Question
+from pgpo_lightning.run_settings import Remembers
 from pgpo_lightning.seeding import global_seed
 from pgpo_lightning.settings import Count, Seed, checked
 
@@ -34,7 +35,7 @@ class QuestionLoader(DataLoader):
 
 
 @checked
-class QuestionData(L.LightningDataModule):
+class QuestionData(Remembers, L.LightningDataModule):
     """Base of all data sets: a subclass says how to :meth:`load` a split, everything else is here.
 
     A batch is a list of :class:`~pgpo_lightning.records.Question`. The order of the training questions is a function

@@ -11,10 +11,9 @@ import yaml
 
 from pgpo_lightning.finding import PATTERN
 from pgpo_lightning.fitting import PGPOCommand
+from pgpo_lightning.lab.configurations import CONFIG, configurations
 from pgpo_lightning.lab.plan import Planned, Settings, leaves
 from pgpo_lightning.lab.runs import FILE
-
-CONFIG = "config.yaml"
 
 MADE = (
     CONFIG,
@@ -117,24 +116,25 @@ def expected_settings(runs: list[Planned]) -> dict[str, Settings]:
 def changed(run: Planned, expected: Settings) -> str | None:
     """Return what is wrong if a run was made with other settings than are expected.
 
-    Its own ``config.yaml`` knows. What only one of both knows is passed over: a setting that a newer version added does not make
-    old runs invalid. The record that a run read may be of another seed, and in another place, than it would be today: a study
-    can be moved, and seeds added.
+    Its own ``config.yaml`` knows, and the configurations that it was resumed with. What only one of both knows is passed over: a
+    setting that a newer version added does not make old runs invalid. The record that a run read may be of another seed, and
+    in another place, than it would be today: a study can be moved, and seeds added.
     """
-    try:
-        recorded = yaml.safe_load((run.folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        recorded = None
-    if not isinstance(recorded, dict):
-        return f"Expected {run.folder} to have the settings of the run in {CONFIG}, but they cannot be read. Delete the folder."
-    for key, old, new in _differences(recorded, expected):
-        if key not in FREE and not key.startswith(("watch.", "checkpoint.")):
-            old, new = _comparable(old, run.seed), _comparable(new, run.seed)
-            if old != new:
-                return (
-                    f"Expected the run in {run.folder} to be the one that is planned, but its `{key}` is {old}, and planned is "
-                    f"{new}. Choose another `folder` for the study, or delete the run's."
-                )
+    for path in configurations(run.folder):
+        try:
+            recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            recorded = None
+        if not isinstance(recorded, dict):
+            return f"Expected {path} to have the settings of the run, but they cannot be read. Delete the folder."
+        for key, old, new in _differences(recorded, expected):
+            if key not in FREE and not key.startswith(("watch.", "checkpoint.")):
+                old, new = _comparable(old, run.seed), _comparable(new, run.seed)
+                if old != new:
+                    return (
+                        f"Expected the run in {run.folder} to be the one that is planned, but its `{key}` is {old}, and planned "
+                        f"is {new}. Choose another `folder` for the study, or delete the run's."
+                    )
     return None
 
 

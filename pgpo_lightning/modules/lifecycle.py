@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from pgpo_lightning.checkpoint_io import check_checkpoint, install
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
-from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.modules.rates import check_optimizer, check_rates
+from pgpo_lightning.modules.resuming import Resuming
 from pgpo_lightning.policy import (
     architecture,
     check_architecture,
@@ -40,7 +40,7 @@ from pgpo_lightning.teacher import FrozenTeacher, Teacher
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
 
 
-class Lifecycle(Evaluation):
+class Lifecycle(Resuming):
     """Lightning's hooks around training, none of which knows the objective."""
 
     given_model: str | PreTrainedModel
@@ -73,6 +73,10 @@ class Lifecycle(Evaluation):
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
+        if stage == "fit":
+            self.collect_settings()
+            if known and path is not None and Path(path).exists():
+                self.compare_early(Path(path))
 
     def _check_combination(self, sharded: bool) -> None:
         name = type(self.engine).__name__
@@ -164,9 +168,9 @@ class Lifecycle(Evaluation):
             )
         check_optimizer(optimizer)
         self._check_rounding(optimizer)
-        if self.make_scheduler is None:
+        scheduler = self.describe_optimizer(optimizer)
+        if scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
         check_rates(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise MisconfigurationException(
@@ -202,6 +206,7 @@ class Lifecycle(Evaluation):
             "generation": self.model.generation_config.to_json_string(use_diff=True),
             "tokenizer": self.tokenizer.name_or_path,
             "seed": self.seed,
+            "settings": self.settings,
             **{name: getattr(self, name) for name in COUNTERS},
         }
 
@@ -220,13 +225,15 @@ class Lifecycle(Evaluation):
             raise MisconfigurationException(
                 f"Expected a checkpoint of {type(self).__name__}, but it is {theirs}{where}."
             )
+        check_architecture(mine["architecture"], self.model)
+        if self.training_run:
+            self.compare(mine)
+        check_identity(mine.get("lora"), self.base_identity)
         if self.training_run and "optimizer_states" not in checkpoint and not self.placement.sharded:
             raise MisconfigurationException(
                 f"Expected a checkpoint with the optimizer's state to go on from, but it has nothing but weights{where}. Start a "
                 "new run from them: `pgpo export`, and `model` the folder."
             )
-        check_architecture(mine["architecture"], self.model)
-        check_identity(mine.get("lora"), self.base_identity)
         if self.training_run:  # what only evaluates may draw other samples
             self.take_over_seed(mine.get("seed"))
         for name in COUNTERS:

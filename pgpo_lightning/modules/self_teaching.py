@@ -10,6 +10,8 @@ from torch import nn
 
 from pgpo_lightning.distillation import Source
 from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.modules.resuming import check_start
+from pgpo_lightning.policy import fingerprint
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -20,7 +22,7 @@ from pgpo_lightning.reprompt import (
     RepromptBuilder,
 )
 from pgpo_lightning.settings import Count, Fraction, checked
-from pgpo_lightning.teacher import RefreshGate, Teacher, TeacherRegularization, make_teacher
+from pgpo_lightning.teacher import FrozenTeacher, RefreshGate, Teacher, TeacherRegularization, make_teacher
 
 _MOVING = ("ema", "trust-region", "restart")
 
@@ -67,6 +69,8 @@ class SelfTeaching(OnPolicyModule):
     """
 
     has_teacher = True
+    start: str | None = None
+    """Fingerprint of the weights that the teacher keeps outside of checkpoints, if it does."""
 
     def __init__(
         self,
@@ -192,6 +196,8 @@ class SelfTeaching(OnPolicyModule):
             self.teacher_gate,
             self.teacher_offload,
         )
+        if isinstance(teacher, FrozenTeacher):
+            self.start = fingerprint(self.model)
         if self.teacher_offload:  # DDP looks after the weights on its device
             tensors = (*teacher.named_parameters(), *teacher.named_buffers())
             self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
@@ -210,7 +216,11 @@ class SelfTeaching(OnPolicyModule):
         super().on_save_checkpoint(checkpoint)
         # FSDP2 loads a single file weight by weight, and nothing else of a module's state.
         beside = self.teacher.get_extra_state() if _has_more_than_weights(self.teacher) else None
-        checkpoint["pgpo_lightning"] |= {"teacher": self.teacher_regularization, "teacher_state": beside}
+        checkpoint["pgpo_lightning"] |= {
+            "teacher": self.teacher_regularization,
+            "teacher_state": beside,
+            "start": self.start,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the kind of teacher, or leave its weights aside where only the student is evaluated."""
@@ -224,7 +234,8 @@ class SelfTeaching(OnPolicyModule):
             raise MisconfigurationException(
                 f"Expected a checkpoint with `teacher_regularization` {self.teacher_regularization}, but it has {theirs}."
             )
-        elif (beside := checkpoint["pgpo_lightning"].get("teacher_state")) is not None:
+        check_start(checkpoint["pgpo_lightning"].get("start"), self.start)
+        if self.teacher is not None and (beside := checkpoint["pgpo_lightning"].get("teacher_state")) is not None:
             self.teacher.set_extra_state(beside)
 
 

@@ -1,0 +1,29 @@
+"""The configurations that a run had: the one that it began with, and those that it was resumed with."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = "config.yaml"
+RESUMED = "config.resumed-at-step={step}.yaml"
+
+
+def configurations(folder: Path) -> list[Path]:
+    """Return the files with a run's configurations, in the order in which they held."""
+    later = [
+        (int(match[1]), path)
+        for path in folder.glob(RESUMED.format(step="*"))
+        if (match := re.search(r"=(\d+)", path.name))
+    ]
+    return [folder / CONFIG, *(path for _, path in sorted(later))]
+
+
+def without_checkpoint(text: str) -> Any:
+    """Return a configuration but for where it was resumed from; ``None`` if it cannot be read."""
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return {name: value for name, value in config.items() if name != "ckpt_path"} if isinstance(config, dict) else None
