@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.callbacks.multiplier import StepSizeMultiplier
 from pgpo_lightning.curves import LAYOUT, draw_stability, read_scalars, series
+from pgpo_lightning.data.questions import QuestionData
+from pgpo_lightning.identity import training_sha256
 from pgpo_lightning.lab.runs import FILE, collect
 from pgpo_lightning.records import Row
 from pgpo_lightning.settings import Natural, checked
@@ -91,6 +93,9 @@ class Watch(L.Callback):
         collect(
             folder,
             scalars,
+            train=training_sha256(data.questions["train"])
+            if isinstance(data := trainer.datamodule, QuestionData)
+            else None,
             seed=pl_module.seed,
             steps=pl_module.steps,
             samples=pl_module.eval_samples,

@@ -1,9 +1,8 @@
 """What held-out answers are scored as: from a line per question to scores with standard errors, and one file."""
 
-import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 import torch
 
+from pgpo_lightning.identity import joint_sha256, question_sha256
 from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
 from pgpo_lightning.records import Question, Rollout, Verdict
 
@@ -23,7 +23,7 @@ class HeldOut:
         scores: By name: `avg`, `pass`, `maj` (only if there were answers to vote on), `length` (tokens), `cut_off`.
         errors: Their standard errors, clustered by question; NaN for a single question.
         questions: How many were asked.
-        sha256: Of the questions in their order, see :func:`joint_sha256`.
+        sha256: Of the questions in their order, see :func:`~pgpo_lightning.identity.joint_sha256`.
         path: The file of the answers, if they were written.
     """
 
@@ -57,22 +57,6 @@ def told(held_out: HeldOut, k: int) -> str:
     """
     scores = [f"{at(n, k)} {held_out.scores[n]:.3f} ± {held_out.errors[n]:.3f}" for n in SCORES if n in held_out.scores]
     return f"{', '.join(scores)} ({held_out.questions} questions)"
-
-
-def question_sha256(question: Question) -> str:
-    """Return what identifies a question: a hash of its messages, system message included, and its gold answer."""
-    text = json.dumps([question.messages(), question.answer], default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def joint_sha256(hashes: Iterable[str]) -> str:
-    """Return what identifies several questions in their order, from the hashes of each.
-
-    Example:
-        >>> joint_sha256(["a", "b"]) == joint_sha256(["b", "a"])
-        False
-    """
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def result_line(question: Question, rollouts: list[Rollout], verdicts: list[Verdict]) -> bytes:

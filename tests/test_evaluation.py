@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from processes import finish, start_ranks
 
 from pgpo_lightning.cli import main
+from pgpo_lightning.data import ToyArithmetic
+from pgpo_lightning.identity import joint_sha256, question_sha256, training_sha256
 from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.records import Verdict
@@ -174,6 +176,12 @@ def test_validate_and_test_leave_the_record_of_training_as_it_was(tmp_path, caps
     main(["fit", *there, *last])
     whole, cut = Run.load(tmp_path / "whole"), Run.load(folder)
     assert cut.questions == whole.questions
+    assert cut.data == whole.data
+    asked = [ToyArithmetic().load("train")[:13], ToyArithmetic().load("validation")[:8]]
+    assert whole.data == {
+        "train": training_sha256(asked[0]),
+        "validation": joint_sha256(map(question_sha256, asked[1])),
+    }
     assert {tag: curve for tag, curve in cut.curves.items() if tag.startswith("val/")} == {
         tag: curve for tag, curve in whole.curves.items() if tag.startswith("val/")
     }

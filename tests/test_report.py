@@ -41,6 +41,22 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(f"pgpo_lightning.lab.report.{name}", lambda *args: None)
 
 
+def test_runs_with_other_held_out_questions_are_not_compared():
+    """Of equal number: as unlike as apples and pears."""
+    known = [tiny(0, "sdpo", data={"validation": "a" * 64}), tiny(0, "pgpo-1", data={"validation": "b" * 64})]
+    message = "same held-out questions, but got those with sha256 bbbbbbbbbbbb in s/pgpo-1/0; those .* aaaaaaaaaaaa in s/sdpo/0"
+    with pytest.raises(ValueError, match=message) as error:
+        studies(known, FAST)
+    assert "\n" not in str(error.value)
+    known[1].data["validation"] = "a" * 64
+    (same,) = analyse(known, FAST)["studies"]
+    old = tiny(1, "sdpo")
+    (mixed,) = analyse([*known, old], FAST)["studies"]
+    note = "1 of 3 runs were recorded without what identifies their held-out questions: for these only the number"
+    assert any(told.startswith(note) for told in mixed["notes"])
+    assert not any("identifies" in told for told in same["notes"])
+
+
 def study_of(content, number=0):
     return content["studies"][number]
 

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+from pgpo_lightning.identity import joint_sha256
 from pgpo_lightning.lab.runs import Run, collect, load_runs, write_runs
 
 
@@ -107,6 +109,13 @@ def test_a_folder_with_the_name_of_a_record_is_named(tmp_path):
         load_runs([tmp_path])
 
 
+def test_records_of_older_versions_come_back_without_what_identifies_their_questions():
+    for name in ("runs", "low"):
+        found = load_runs([Path(__file__).parent.parent / "docs" / "findings" / f"{name}.jsonl"])
+        assert len(found) > 20
+        assert {len(run.data) for run in found} == {0}
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is none"):
         load_runs([tmp_path])
@@ -115,9 +124,22 @@ def test_a_folder_without_runs_is_named(tmp_path):
 def test_the_record_takes_what_studies_need_from_curves_and_answers(tmp_path):
     folder = tmp_path / "lr=1e-4" / "pgpo" / "seed=3"
     (folder / "validation").mkdir(parents=True)
-    (folder / "validation" / "step=000002.jsonl").write_text('{"avg": 0.333333333}\n{"avg": 1.0}\n')
+    answers = folder / "validation" / "step=000002.jsonl"
+    answers.write_text('{"avg": 0.333333333}\n{"avg": 1.0}\n')
     scalars = {"val/avg@4": {2: 0.66666}, "actor/grad_norm": {2: 1.0, 1: float("nan")}, "timing_s/step": {1: 9.0}}
     made = collect(folder, scalars, seed=3, steps=2, samples=4, seconds=1.0, cpu_seconds=1.0, rho=[1.5])
     assert (made.study, made.arm, made.rho) == ("lr=1e-4", "pgpo", [1.5])
     assert made.curves == {"val/avg@4": [[2], [0.66666]], "actor/grad_norm": [[2], [1.0]]}
     assert made.questions == {"2": [0.33333, 1.0]}
+    assert made.data == {}  # the answers are of a version without hashes
+
+    known = {"seed": 3, "steps": 2, "samples": 4, "seconds": 1.0, "cpu_seconds": 1.0}
+    answers.write_text('{"avg": 0.5, "sha256": "a"}\n{"avg": 1.0, "sha256": "b"}\n')
+    one = collect(folder, scalars, train="t", **known).data
+    assert one == {"train": "t", "validation": joint_sha256(["a", "b"])}
+    (folder / "validation" / "step=000004.jsonl").write_text(answers.read_text())
+    assert collect(folder, scalars, train="t", **known).data == one
+    (folder / "validation" / "step=000006.jsonl").write_text(
+        '{"avg": 0.5, "sha256": "a"}\n{"avg": 1.0, "sha256": "c"}\n'
+    )
+    assert collect(folder, scalars, **known).data["validation"] not in (one["validation"], joint_sha256(["a", "c"]))

@@ -296,6 +296,12 @@ def _notes(study: Study, design: Design) -> list[str]:
             f"Before the first step the arms answer differently with the same seed ({', '.join(map(str, different))}): other "
             "held-out questions, another model, or another machine. Pairs then share less."
         )
+    runs = [run for arm in study.arms.values() for run in arm.runs]
+    if 0 < (unknown := sum("validation" not in run.data for run in runs)) < len(runs):
+        notes.append(
+            f"{unknown} of {len(runs)} runs were recorded without what identifies their held-out questions: for these only "
+            "the number of questions was compared."
+        )
     if study.steps[-1] < study.first.steps:
         notes.append(
             f"No run was evaluated after its last step, {study.first.steps}: `final` is the score after step {study.steps[-1]}."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pgpo_lightning.curves import Scalars, series
+from pgpo_lightning.identity import joint_sha256
 from pgpo_lightning.settings import Count, Measured, Natural, Seed, check, shown
 
 FILE = "run.json"
@@ -51,6 +52,8 @@ class Run:
         questions: For each evaluation, its step (as text) to the mean reward of every held-out question, in order of the
             questions' index.
         rho: The multiplier of every optimizer step; empty without a multiplier.
+        data: Split to a hash of its questions in their order, as they were used (:mod:`pgpo_lightning.identity`): ``train`` and
+            ``validation``. Empty in records of versions that did not keep it.
     """
 
     study: str
@@ -63,6 +66,7 @@ class Run:
     curves: dict[str, list[list[Measured]]]
     questions: dict[str, list[Measured]]
     rho: list[Measured] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)
 
     @property
     def scores(self) -> tuple[list[int], list[float]]:
@@ -110,7 +114,7 @@ class Run:
         except (ValueError, RecursionError) as error:  # also of integers with more digits than Python reads
             raise ValueError(f"Expected {where} to be JSON, but {error}.") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
+        if not isinstance(content, dict) or set(content) | {"data"} != names:
             got = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"Expected {where} to hold the record of a run with {sorted(names)}, but got {got}.")
         hints = get_type_hints(cls, include_extras=True)
@@ -160,7 +164,7 @@ def write_runs(runs: list[Run], path: str | Path) -> None:
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def collect(folder: Path, scalars: Scalars, **known: Any) -> Run:
+def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: Any) -> Run:
     """Make the record of the run in `folder` from its curves and its held-out answers.
 
     Study and arm are the names of the two folders above; a folder that is not inside a study is an arm of its own.
@@ -168,20 +172,27 @@ def collect(folder: Path, scalars: Scalars, **known: Any) -> Run:
     Args:
         folder: With ``validation/step=*.jsonl``.
         scalars: Its curves.
+        train: Hash of the training questions, if it is known.
         known: The other fields of :class:`Run`.
     """
     kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
-    questions = {}
+    questions, asked = {}, set()
     for file in sorted((folder / "validation").glob("step=*.jsonl")):
         with file.open(encoding="utf-8") as lines:
             results = [json.loads(line) for line in lines]
         questions[str(int(file.stem.removeprefix("step=")))] = [_short(r["avg"]) for r in results]
+        asked.add(joint_sha256(r["sha256"] for r in results) if all("sha256" in r for r in results) else "")
+    data = {} if train is None else {"train": train}
+    if asked and "" not in asked:
+        # Evaluations that did not ask the same questions are like those of no other run.
+        data["validation"] = asked.pop() if len(asked) == 1 else joint_sha256(sorted(asked))
     place = folder.resolve()
     return Run(
         study=place.parent.parent.name,
         arm=place.parent.name,
         curves={tag: _points(scalars, tag) for tag in kept},
         questions=questions,
+        data=data,
         **known,
     )
 

@@ -164,6 +164,8 @@ class Study:
 def studies(runs: list[Run], design: Design) -> list[Study]:
     """Group runs, in every study first the baseline, then information arms, their controls, and all others.
 
+    Of runs whose records are of a version that did not keep which questions were held out, only the number is compared.
+
     Args:
         runs: Of one or more studies.
         design: For the names of the arms.
@@ -181,6 +183,8 @@ def studies(runs: list[Run], design: Design) -> list[Study]:
         _check(
             study, members, "number of held-out questions", lambda run: sorted({len(q) for q in run.questions.values()})
         )
+        identified = [run for run in members if "validation" in run.data]
+        _check(study, identified, "held-out questions", lambda run: f"those with sha256 {run.data['validation'][:12]}")
         _check(study, members, "number of samples per question", lambda run: run.samples)
         if broken := [run for run in members if not run.questions or not np.isfinite(measures.answers(run)).all()]:
             raise ValueError(f"Expected a finite score of every held-out question, but got none in {_names(broken)}.")

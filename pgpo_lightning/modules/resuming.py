@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pgpo_lightning.checkpoint_io import peek_checkpoint
-from pgpo_lightning.data.identity import training_sha256
+from pgpo_lightning.identity import training_sha256
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.resumed_optimizer import check_optimizer, describe_optimizer, take_effect
 from pgpo_lightning.run_settings import Plain, Remembers, check_settings, settings, tokenizer_identity

@@ -197,6 +197,12 @@ def _point(name: str, context: str, runs: list[Run], probe: dict[str, Any], sour
         collapsed |= collapse_step([0, 1], table[[0, -1]].mean(axis=1)) is not None
     if len({len(gain) for gain in gains}) > 1:
         raise ValueError(f"Expected all runs of {name} to have the same held-out questions, but their numbers differ.")
+    known = {sha: run.seed for run in runs if (sha := run.data.get("validation"))}
+    if len(known) > 1:
+        raise ValueError(
+            f"Expected all runs of {name} to have the same held-out questions, but those of "
+            f"{' and '.join(f'seed={seed}' for seed in known.values())} differ."
+        )
     row = next(row for row in probe["contexts"] if row["name"] == context)
     settings = probe["settings"]
     key = "by_question" if scale == "all" else "by_question_failed"
@@ -204,6 +210,8 @@ def _point(name: str, context: str, runs: list[Run], probe: dict[str, Any], sour
     if not np.isfinite(gap).all():
         raise ValueError(f"Expected `{key}` of {context} in {source} to be numbers, but some are not.")
     held_out = settings["split"] == "validation" and len(gap) == len(gains[0])
+    if known and "joint_sha256" in settings:  # not of versions that did not keep it
+        held_out = settings["joint_sha256"] in known
     steps = tuple(run.steps for run in runs)
     return Point(
         name,

@@ -150,7 +150,7 @@ def measure(prober: Prober, asked: list[Context], settings: dict[str, Any]) -> d
     failed = (student < threshold).mean()
     score = ratio(student.mean(axis=1), np.ones(len(student)), draws)
     return {
-        "settings": prober.settings | settings,
+        "settings": prober.settings | settings | {"joint_sha256": prober.joint_sha256},
         "student": {"score": vars(score), "failed": float(failed)},
         "contexts": [
             summary(context, measured[context.name], gaps[context.name], gaps.get("sibling"), draws)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgpo_lightning.identity import joint_sha256, question_sha256
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.probe.contexts import CONTROLS, Context
 from pgpo_lightning.probe.gaps import Table
@@ -77,6 +78,7 @@ class Prober:
         self.seed = seed
         self.folder = folder
         self.chunks = [questions[start : start + chunk] for start in range(0, len(questions), chunk)]
+        self.joint_sha256 = joint_sha256(map(question_sha256, questions))  # as records of runs have it
         asked = json.dumps(
             [[q.index, q.messages(), q.answer, q.privileged_context, q.columns] for q in questions], default=str
         )
