@@ -35,6 +35,9 @@ PRIOR_STEPS = 10
 class RecordedMultiplier(StepSizeMultiplier):
     """What all controls share that are matched to a recorded run. A subclass writes :meth:`arranged`.
 
+    The record has a multiplier for every optimizer step that was taken. Steps that the recorded run left out because no rollout
+    was in the loss are entered behind them with the record's mean, because this run may take as many more.
+
     Args:
         run: The recorded run: its folder, or its ``run.json``.
         kwargs: Of the next class, where a subclass has two.
@@ -49,11 +52,12 @@ class RecordedMultiplier(StepSizeMultiplier):
         super().__init__(**kwargs)
         self.run = run
         recorded = Run.load(run)
-        self.record, self.recorded_seed = recorded.rho, recorded.seed
+        self.record, self.recorded_seed = list(recorded.rho), recorded.seed
         if not self.record:
             raise ValueError(f"Expected `run` to be a run with a multiplier, but {run} has none.")
         if bad := [rho for rho in self.record if not 0 < rho < math.inf]:
             raise ValueError(f"Expected `run` to have finite multipliers above 0, but {run} has {bad[0]}.")
+        self.record += [fmean(self.record)] * recorded.steps_without_signal
 
     def arranged(self) -> list[float]:
         """Return rho of every step, made from the record alone."""
@@ -81,7 +85,7 @@ class RecordedMultiplier(StepSizeMultiplier):
         """Compare the number of steps with the record's."""
         super().on_fit_start(trainer, pl_module)
         self.__dict__.pop("sequence", None)  # the seed may be another than before
-        steps = trainer.estimated_stepping_batches * getattr(pl_module, "updates_per_batch", 1)
+        steps = trainer.estimated_stepping_batches * pl_module.updates_per_batch * pl_module.num_iterations
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
         if steps < 0 or steps == math.inf:  # not known
             return

@@ -39,7 +39,7 @@ class StepSizeMultiplier(Remembers, L.Callback):
     _seed_of_module: int | None = None
 
     def __init__(self) -> None:
-        self.history: list[float] = []  # rho of every optimizer step so far
+        self.history: list[float] = []  # rho of every optimizer step that was taken so far
 
     @abstractmethod
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
@@ -48,7 +48,7 @@ class StepSizeMultiplier(Remembers, L.Callback):
         Args:
             statistics: One row per sequence in the loss, of all ranks. Must decide alone: a value that differed between
                 ranks would make their weights drift apart.
-            step: Optimizer steps taken so far; the same after a resume.
+            step: Optimizer steps taken so far, without those that were left out; the same after a resume.
         """
 
     def bounded(self, rho: float) -> float:
@@ -94,7 +94,9 @@ class StepSizeMultiplier(Remembers, L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Scale the learning rate."""
-        rho = self.bounded(self.multiplier(pl_module.step_statistics, trainer.global_step))
+        rho = self.bounded(
+            self.multiplier(pl_module.step_statistics, trainer.global_step - pl_module.steps_without_signal)
+        )
         self.history.append(rho)
         self.apply(pl_module, optimizer, rho)
         pl_module.scalars |= {"lr/multiplier": rho, "lr/effective": float(optimizer.param_groups[0]["lr"])}

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pgpo_lightning.collapse import DIVERGENCE, TAGS, TEACHER, CollapseRules, alarms, signs
+from pgpo_lightning.collapse import TAGS, CollapseRules, alarms, signs
 from pgpo_lightning.settings import checked
 
 
@@ -50,12 +50,11 @@ class StabilityMonitor(L.Callback):
     ) -> None:
         """Log the signs of this step, and warn."""
         now = pl_module.steps
-        reported = trainer.callback_metrics  # of all ranks together, so that every rank decides alike
+        # Of all ranks together, so that every rank decides alike. Not Lightning's metrics, which go on reporting the last
+        # divergence in steps that have none.
         for tag in TAGS:
-            # Lightning goes on reporting the last divergence in steps that have none.
-            stale = tag == DIVERGENCE and not reported.get(TEACHER, 1.0)
-            if tag in reported and not stale:
-                self.curves.setdefault(tag, {})[now] = float(reported[tag])
+            if tag in pl_module.reported:
+                self.curves.setdefault(tag, {})[now] = pl_module.reported[tag]
         found = alarms(self.curves, now, self.rules)
         told = {**signs(self.curves, now, self.rules), "alarms": float(len(found))}
         self._log(trainer, now, told)

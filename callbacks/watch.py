@@ -129,7 +129,7 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         `base`, `last` and `best` hold the evaluation scores before the first step (null if there was no such evaluation), at
         the last evaluation and at the one with the best avg@k, each with its step; `final` those after the last step (null if
         the run was not evaluated there); `multiplier` mean and standard deviation of rho over steps (null without a
-        multiplier).
+        multiplier); `steps_without_signal` optimizer steps that were left out because no rollout was in the loss.
     """
     at, scores = series(scalars, f"val/avg@{k}")
     best = at[scores.index(max(scores))] if scores else None
@@ -141,8 +141,10 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         return {"step": step, **{tag.removeprefix("val/"): scalars[tag][step] for tag in sorted(tags)}}
 
     _, rho = series(scalars, "lr/multiplier")
+    _, without = series(scalars, "actor/steps_without_signal")
     return {
         "steps": steps,
+        "steps_without_signal": int(without[-1]) if without else 0,
         "seconds": round(seconds, 1),
         "base": evaluation(0 if 0 in at else None),
         "last": evaluation(at[-1] if at else None),
@@ -165,6 +167,8 @@ def before_after(summary: dict[str, Any]) -> str:
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     if rho := summary["multiplier"]:
         lines[-1] += f", multiplier {rho['mean']:.3f} ± {rho['std']:.3f}"
+    if summary["steps_without_signal"]:
+        lines[-1] += f", {summary['steps_without_signal']} optimizer steps left out: no rollout was in the loss"
     return "\n".join(lines)
 
 

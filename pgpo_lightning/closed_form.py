@@ -27,7 +27,7 @@ class TokenStatistics(NamedTuple):
     """One value per response token, each of shape ``(N,)``, fp32 (fp64 for fp64 hidden states).
 
     Teacher values are NaN without a teacher. Entropies, `kl` (teacher from student) and log-probabilities are in nats, over the
-    full vocabulary.
+    full vocabulary. `plain` is the divergence as it is without entry clip and softening.
     """
 
     divergence: Tensor
@@ -36,6 +36,7 @@ class TokenStatistics(NamedTuple):
     entropy_student: Tensor
     entropy_teacher: Tensor
     kl: Tensor
+    plain: Tensor
 
     def __getitem__(self, part: slice) -> "TokenStatistics":  # type: ignore[override]
         """Return the statistics of some tokens."""
@@ -105,16 +106,17 @@ def rows(
     log_p_student, entropy_student = a.gather(-1, at).squeeze(-1), -dot(q, a)
     nothing = torch.full_like(log_p_student, torch.nan)
     if teacher_logits is None:
-        statistics = TokenStatistics(nothing, log_p_student, nothing, entropy_student, nothing, nothing)
+        statistics = TokenStatistics(nothing, log_p_student, nothing, entropy_student, nothing, nothing, nothing)
         return Rows(a, q, None, None, None, 0.0), statistics
     b = log_normalised(teacher_logits, normalisers[1], into_b)
     p = torch.exp(b, out=into_p)
     log_p_teacher, entropy_teacher = b.gather(-1, at).squeeze(-1), -dot(p, b)
     value, inner, mean, outer = nothing, None, None, None
+    plain: Tensor | None = None  # where it is not the value
     scale: float | Tensor = 0.0
     partial = which is not None and which.partial(a.size(-1))
     if partial:
-        value, outer = top_k_gradient(a, b, which)
+        value, plain, outer = top_k_gradient(a, b, which)
         scale = 1.0
     ratio = b.sub_(a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     kl = dot(p, ratio)
@@ -125,6 +127,7 @@ def rows(
             inner, mean, scale = ratio, dot(q, ratio), -1.0
             value = -mean
             if which.softening is not None:
+                plain = value
                 log_m = torch.exp(ratio, out=into_x).add_(1).mul_(0.5).log_()  # over q
                 rest = 1 - which.softening.share(0.5 * (kl - dot(p, log_m) - dot(q, log_m)))
                 # The normaliser of T^(1-a) S^a, from T/S: where they agree, nothing cancels.
@@ -135,7 +138,8 @@ def rows(
             inner = torch.exp(ratio, out=into_x).mul_(which.alpha).add_(1 - which.alpha).log_()
             mean, scale = dot(q, inner), -(1 - which.alpha)
             value = which.alpha * (kl - dot(p, inner)) + scale * mean
-    statistics = TokenStatistics(value, log_p_student, log_p_teacher, entropy_student, entropy_teacher, kl)
+    statistics = TokenStatistics(value, log_p_student, log_p_teacher, entropy_student, entropy_teacher, kl,
+                                 value.clone() if plain is None else plain)  # fmt: skip
     return Rows(a, q, inner, mean, outer, scale), statistics
 
 

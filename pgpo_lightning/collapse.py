@@ -8,7 +8,6 @@ What is *not* a rule: short responses, because self-distillation is meant to sho
 loss, which looks calm in every collapse of the toy task.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -24,9 +23,10 @@ LENGTH_MAX = "response_length/max"
 CUT_OFF = "response_length/clip_ratio"
 GRADIENT = "actor/grad_norm"
 DIVERGENCE = "self_distillation/divergence"
+BOUND = "self_distillation/divergence_bound"
 SCORE = "val/avg@*"
 
-TAGS = (REWARD, TEACHER, ENTROPY, LENGTH_MEAN, LENGTH_MAX, CUT_OFF, GRADIENT, DIVERGENCE)
+TAGS = (REWARD, TEACHER, ENTROPY, LENGTH_MEAN, LENGTH_MAX, CUT_OFF, GRADIENT, DIVERGENCE, BOUND)
 """The curves that rules read at every step; beside them the held-out score."""
 
 
@@ -58,9 +58,10 @@ class CollapseRules:
         solved: ... and the reward is below this: where all is solved, no gradient is needed.
         gap_growth: ``teacher-gap``: the divergence between student and teacher is above this multiple of its start. It
             should shrink as the student learns.
-        broken_teacher: ``broken-teacher``: the divergence of the very first step is above this share of ln 2. Then student and
-            teacher still have the same weights; ln 2 is the largest Jensen-Shannon divergence there is, that of
-            distributions with nothing in common. Fires at once, without median and warm-up: no other step can tell.
+        broken_teacher: ``broken-teacher``: the divergence of the very first step is above this share of the largest there is,
+            that of distributions with nothing in common: ln 2 for the Jensen-Shannon divergence with alpha 0.5, the entropy of
+            alpha for others. Student and teacher still have the same weights then. Fires at once, without median and warm-up: no
+            other step can tell. A KL divergence has no largest value, so the rule is silent there; `gap_growth` is not.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -242,12 +243,17 @@ def teacher_gap(history: History) -> str | None:
 
 def broken_teacher(history: History) -> str | None:
     """With the same weights, the teacher says something else entirely."""
-    share, (steps, values) = history.rules.broken_teacher, history.points(DIVERGENCE)
-    if share is None or steps[:1] != [1] or values[0] <= share * math.log(2):
+    share, (steps, values), (_, bounds) = (
+        history.rules.broken_teacher,
+        history.points(DIVERGENCE),
+        history.points(BOUND),
+    )
+    if share is None or steps[:1] != [1] or not bounds or values[0] <= share * bounds[0]:
         return None
     return (
-        f"the divergence from the teacher was {values[0]:.3g} nats a token at the first step, above {share:g} of ln 2: with the "
-        "same weights on both sides that is a teacher that reads the wrong tokens, template or weights"
+        f"the divergence from the teacher was {values[0]:.3g} nats a token at the first step, above {share:g} of its largest "
+        f"value {bounds[0]:.3g}: with the same weights on both sides that is a teacher that reads the wrong tokens, template or "
+        "weights"
     )
 
 
@@ -300,7 +306,8 @@ def signs(scalars: Scalars, now: int, rules: CollapseRules) -> dict[str, float]:
     Returns:
         `reward_of_best`, `teacher_of_best`: smoothed, over their best; `entropy_of_start`, `gradient_of_start`,
         `gap_of_start`: smoothed, over their start; `length_tail`: longest over mean response, smoothed; `cut_off_rise`:
-        since the start; `divergence_of_ln2`: at the first step, over ln 2; `score_of_best`: at the last evaluation.
+        since the start; `divergence_of_bound`: at the first step, over its largest value, if it has one; `score_of_best`: at
+        the last evaluation.
     """
     history = History(scalars, now, rules)
     found: dict[str, float] = {}
@@ -314,9 +321,9 @@ def signs(scalars: Scalars, now: int, rules: CollapseRules) -> dict[str, float]:
         found["length_tail"] = tail[-1]
     if cut := history.smooth(CUT_OFF):
         found["cut_off_rise"] = cut[-1] - history.start(CUT_OFF)
-    steps, values = history.points(DIVERGENCE)
-    if steps[:1] == [1]:
-        found["divergence_of_ln2"] = values[0] / math.log(2)
+    (steps, values), (_, bounds) = history.points(DIVERGENCE), history.points(BOUND)
+    if steps[:1] == [1] and bounds:
+        found["divergence_of_bound"] = values[0] / bounds[0]
     _, scores = history.scores()
     if scores and max(scores) > 0:
         found["score_of_best"] = scores[-1] / max(scores)

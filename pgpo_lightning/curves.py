@@ -25,7 +25,8 @@ LAYOUT = {
     "stability": {
         "score": ["Multiline", ["critic/score/mean", "val/avg@.*", "val/pass@.*"]],
         "entropy": ["Multiline", ["rollout/neg_log_prob", "actor/entropy", "self_distillation/teacher_entropy"]],
-        "divergence": ["Multiline", ["self_distillation/divergence_(success|failure)"]],
+        "divergence": ["Multiline", ["self_distillation/divergence_(success|failure|bound)"]],
+        "objective": ["Multiline", ["self_distillation/objective"]],
         "gradient norm": ["Multiline", ["actor/grad_norm"]],
         "rows with a teacher": ["Multiline", ["self_distillation/(reprompt_sample|success_group)_fraction"]],
         "groups with a demonstration": ["Multiline", ["hapo/(gate_open|injected_groups|all_failed)"]],

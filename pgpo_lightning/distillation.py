@@ -171,7 +171,8 @@ class _Statistics(torch.autograd.Function):
         statistics, _ = over.run(hidden, head_weight)
         ctx.save_for_backward(hidden, head_weight)
         ctx.over = over
-        ctx.mark_non_differentiable(statistics.log_p_teacher, statistics.entropy_teacher, statistics.kl)
+        data = (statistics.log_p_teacher, statistics.entropy_teacher, statistics.kl, statistics.plain)
+        ctx.mark_non_differentiable(*data)
         ctx.set_materialize_grads(False)
         return tuple(statistics)
 
@@ -247,7 +248,7 @@ class _Chunks:
         device, n, vocabulary = hidden.device, self.targets.numel(), head_weight.size(0)
         product = self.product
         like = {"dtype": product.wide, "device": device}
-        statistics = TokenStatistics(*torch.full((6, n), torch.nan, **like).unbind())
+        statistics = TokenStatistics(*torch.full((len(TokenStatistics._fields), n), torch.nan, **like).unbind())
         d_hidden = torch.zeros(hidden.shape, **like) if wanted[0] else None
         d_head = torch.zeros(head_weight.shape, **like) if wanted[1] else None
         fused = (device.type == "cuda" and _compiles(device.type)) if self.compiled is None else self.compiled

@@ -5,6 +5,7 @@ Notation of the SDPO paper (arXiv 2601.20802): S is the student, T the teacher. 
 All results are in nats. Gradients flow through S, inside the mixture too; T is expected to carry none.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -199,6 +200,13 @@ class Divergence:
     add_tail: bool = True
     entry_clip: float | None = None
     softening: Softening | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """The largest value (nats), that of distributions with nothing in common; ``None`` for the KLs, which have none."""
+        if self.alpha in (0.0, 1.0):
+            return None
+        return -(self.alpha * math.log(self.alpha) + (1 - self.alpha) * math.log1p(-self.alpha))
 
     def partial(self, vocabulary: int) -> bool:
         """Whether it is a sum over something else than all tokens as they are."""

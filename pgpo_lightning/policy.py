@@ -189,16 +189,18 @@ def positions(config: PretrainedConfig) -> int | None:
 
 @contextmanager
 def evaluating(model: PreTrainedModel, training: bool = False) -> Iterator[None]:
-    """Put the model into evaluation mode (or training mode), and back.
+    """Put the model into evaluation mode (or training mode); afterwards every part of it is back in its own.
 
-    In training mode gradient checkpointing silently drops the cache, and from the second token on samples would be wrong.
+    In training mode dropout acts, and gradient checkpointing silently drops the cache: from the second token on samples would be
+    wrong.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def source(model: PreTrainedModel, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:

@@ -60,8 +60,14 @@ def rollout_scalars(rows: list[Row], threshold: float) -> dict[str, float]:
     }
 
 
-def loss_scalars(statistics: StepStatistics, threshold: float) -> dict[str, float]:
-    """Return what the rows in the loss say. Entries that no row speaks for are left out."""
+def loss_scalars(statistics: StepStatistics, threshold: float, bound: float | None = None) -> dict[str, float]:
+    """Return what the rows in the loss say. Entries that no row speaks for are left out.
+
+    Args:
+        statistics: Of one optimizer step.
+        threshold: Rewards from here on count as success.
+        bound: The largest value that the divergence can have (nats), if there is one.
+    """
     successful = statistics.reward >= threshold
     taught = statistics.has_teacher.bool()
     weight = statistics.weight
@@ -81,9 +87,11 @@ def loss_scalars(statistics: StepStatistics, threshold: float) -> dict[str, floa
         signal: Information = information(statistics)
         scalars |= {
             "self_distillation/teacher_entropy": mean(statistics.entropy_teacher, taught),
-            "self_distillation/divergence": mean(statistics.loss, taught),
-            "self_distillation/divergence_success": mean(statistics.loss, taught & successful),
-            "self_distillation/divergence_failure": mean(statistics.loss, taught & ~successful),
+            "self_distillation/objective": mean(statistics.loss, taught),
+            "self_distillation/divergence": mean(statistics.divergence, taught),
+            "self_distillation/divergence_success": mean(statistics.divergence, taught & successful),
+            "self_distillation/divergence_failure": mean(statistics.divergence, taught & ~successful),
+            "self_distillation/divergence_bound": math.nan if bound is None else bound,
             "information/mean": signal.value,
             "information/standard_error": signal.standard_error,
             "information/kl": information(statistics, "kl").value,

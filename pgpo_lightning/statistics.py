@@ -32,6 +32,7 @@ class StepStatistics:
         sampler_log_ratio: log S(y) - log sampler(y) of the sampled tokens (nats): 0 if trainer and sampler agree.
         sampler_gap: |log S(y) - log sampler(y)| of the sampled tokens (nats), which does not cancel within a sequence.
         loss: The objective's loss before importance weights.
+        divergence: Between student and teacher (nats), whatever the objective makes of it.
         weight: The importance weight.
         length: Response tokens.
         reward: The verifier's score.
@@ -46,6 +47,7 @@ class StepStatistics:
     sampler_log_ratio: Tensor
     sampler_gap: Tensor
     loss: Tensor
+    divergence: Tensor
     weight: Tensor
     length: Tensor
     reward: Tensor
@@ -66,6 +68,7 @@ class StepStatistics:
         lengths: Tensor,
         rewards: Tensor,
         questions: Tensor,
+        has_teacher: bool,
     ) -> "StepStatistics":
         """Average per-token values over each sequence.
 
@@ -77,6 +80,7 @@ class StepStatistics:
             lengths: Tokens of each sequence, shape ``(sequences,)``; they sum to N.
             rewards: Scores, shape ``(sequences,)``.
             questions: Numbers of their questions, shape ``(sequences,)``.
+            has_teacher: Whether a teacher was run over these sequences.
         """
         order = torch.arange(len(lengths), device=lengths.device)
         sequence = order.repeat_interleave(lengths, output_size=weight.numel())  # known, so no wait for the device
@@ -93,10 +97,11 @@ class StepStatistics:
             sampler_log_ratio=mean(tokens.log_p_student - sampler_log_p),
             sampler_gap=mean((tokens.log_p_student - sampler_log_p).abs()),
             loss=mean(loss),
+            divergence=mean(tokens.plain),
             weight=mean(weight),
             length=lengths.float(),
             reward=rewards.float(),
-            has_teacher=(~mean(tokens.entropy_teacher).isnan()).float(),
+            has_teacher=torch.full_like(lengths, has_teacher, dtype=torch.float32),
             question=questions.float(),
         )
 

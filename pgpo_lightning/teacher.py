@@ -17,7 +17,7 @@ from pgpo_lightning.batching import Sequences
 from pgpo_lightning.distillation import Head, Source
 from pgpo_lightning.lora import adapter, copy_adapter, decoder_with
 from pgpo_lightning.offload import Visit
-from pgpo_lightning.policy import fingerprint, head, source
+from pgpo_lightning.policy import evaluating, fingerprint, head, source
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.settings import AtLeastOne, Count, checked
@@ -58,6 +58,12 @@ class Teacher(nn.Module):
         """Free what was made for :meth:`sources` alone. Called when the gradients of an optimizer step are there."""
 
 
+def live(student: PreTrainedModel, sequences: Sequences, weight: float = 1.0) -> Source:
+    """Return what the student says as a teacher: without dropout, which would be another teacher for every token."""
+    with evaluating(student):
+        return source(student, sequences, weight)
+
+
 class LiveTeacher(Teacher):
     """The student itself, seeing the feedback. Holds no copy of the weights."""
 
@@ -66,7 +72,7 @@ class LiveTeacher(Teacher):
     @torch.no_grad()
     def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
-        return [source(student, sequences)]
+        return [live(student, sequences)]
 
 
 class OwnWeights(Teacher):
@@ -206,7 +212,7 @@ class TrustRegionTeacher(FrozenTeacher):
     @torch.no_grad()
     def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
-        return [self.own(sequences, 1 - self.rate), source(student, sequences, self.rate)]
+        return [self.own(sequences, 1 - self.rate), live(student, sequences, self.rate)]
 
 
 class FrozenAdapterTeacher(Teacher):
@@ -232,13 +238,9 @@ class FrozenAdapterTeacher(Teacher):
         return head(student)
 
     def _hidden_states(self, student: PreTrainedModel, sequences: Sequences) -> Tensor:
-        was_training = student.training
-        student.eval()  # dropout would be another teacher for every token
-        try:
+        with evaluating(student):
             mine = dict(self.model.named_parameters())
             return sequences.hidden_states(decoder_with(student, mine), student.config)
-        finally:
-            student.train(was_training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenAdapterTeacher":
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # as EMATeacher: keep fp32
@@ -284,7 +286,7 @@ class TrustRegionAdapterTeacher(FrozenAdapterTeacher):
     def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
         start = Source(self._hidden_states(student, sequences), head(student), 1 - self.rate)
-        return [start, source(student, sequences, self.rate)]
+        return [start, live(student, sequences, self.rate)]
 
 
 class Periodic(Teacher):

@@ -10,8 +10,11 @@ from torch import Tensor
 from pgpo_lightning.divergence import MAX_LOG_RATIO, Divergence
 
 
-def _pointwise(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor]:
-    """Return the divergence of (log-)distributions ``(n, K)`` and u = d divergence / d log q, ignoring normalisation."""
+def _pointwise(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the divergence of (log-)distributions ``(n, K)`` and u = d divergence / d log q, ignoring normalisation.
+
+    Between them the divergence with unbounded summands, ``None`` where it is the same.
+    """
     alpha = which.alpha
     d = (b - a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rest: Tensor | None = None  # of a summand, where u is one part of it
@@ -27,18 +30,19 @@ def _pointwise(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor]
         u = log_m_over_q.mul(a.exp()).mul_(-(1 - alpha))
         entries, rest = u, d.sub_(log_m_over_q).mul_(b.exp()).mul_(alpha)
     if which.entry_clip is None:
-        return entries.sum(-1) if rest is None else entries.sum(-1) + rest.sum(-1), u
+        return entries.sum(-1) if rest is None else entries.sum(-1) + rest.sum(-1), None, u
     entries = entries if rest is None else rest.add_(u)
-    return entries.clamp(max=which.entry_clip).sum(-1), u.masked_fill_(entries > which.entry_clip, 0.0)
+    plain = entries.sum(-1)
+    return entries.clamp(max=which.entry_clip).sum(-1), plain, u.masked_fill_(entries > which.entry_clip, 0.0)
 
 
-def clipped_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor]:
+def clipped_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the divergence with bounded contributions of all tokens, and its gradient; see :func:`top_k_gradient`."""
-    value, u = _pointwise(a, b, which)
-    return value, u.sub_(a.exp().mul_(u.sum(-1, keepdim=True)))
+    value, plain, u = _pointwise(a, b, which)
+    return value, plain, u.sub_(a.exp().mul_(u.sum(-1, keepdim=True)))
 
 
-def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor]:
+def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return a divergence that is not plainly over all tokens, and its gradient with respect to the student's logits.
 
     Args:
@@ -47,7 +51,7 @@ def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Ten
         which: Which divergence, with ``top_k < V`` or bounded summands.
 
     Returns:
-        Shapes ``(n,)`` and ``(n, V)``.
+        The divergence, ``(n,)``; the same with unbounded summands, ``None`` where none is bounded; the gradient, ``(n, V)``.
     """
     if which.top_k is None or which.top_k >= a.size(-1):
         return clipped_gradient(a, b, which)
@@ -56,15 +60,15 @@ def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Ten
     if not which.add_tail:
         # Renormalised, the buckets are a softmax of the kept logits alone.
         a_kept, b_kept = a_kept.log_softmax(-1), b_kept.log_softmax(-1)
-        value, u = _pointwise(a_kept, b_kept, which)
+        value, plain, u = _pointwise(a_kept, b_kept, which)
         gradient = torch.zeros_like(a)
-        return value, gradient.scatter_(-1, kept, u - a_kept.exp() * u.sum(-1, keepdim=True))
+        return value, plain, gradient.scatter_(-1, kept, u - a_kept.exp() * u.sum(-1, keepdim=True))
     lowest = torch.finfo(a.dtype).min
     a_tail = a.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
     b_tail = b.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
-    value, u = _pointwise(torch.cat([a_kept, a_tail], -1), torch.cat([b_kept, b_tail], -1), which)
+    value, plain, u = _pointwise(torch.cat([a_kept, a_tail], -1), torch.cat([b_kept, b_tail], -1), which)
     total = u.sum(-1, keepdim=True)
     # A tail token j has d log(tail)/dz_j = q_j / Q; every kept one its own logarithm. All share the normaliser.
     share = (u[:, -1:] / a_tail.exp().clamp(min=torch.finfo(a.dtype).tiny)) - total
     gradient = a.exp().mul_(share)
-    return value, gradient.scatter_(-1, kept, u[:, :-1] - a_kept.exp() * total)
+    return value, plain, gradient.scatter_(-1, kept, u[:, :-1] - a_kept.exp() * total)

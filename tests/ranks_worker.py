@@ -2,7 +2,8 @@
 
 Usage: ranks_worker.py OUTPUT RANKS SPLIT STRATEGY TEACHER PRECISION, where SPLIT is `uneven` (ranks with unequal numbers of
 rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a teacher at all) or `routed` (likewise, but the rows
-without are reinforced, and the others share the step by the teacher's certainty). With `uneven` under DDP the teacher is on the
+without are reinforced, and the others share the step by the teacher's certainty) or `updates` (two optimizer steps per batch,
+each on half of the questions). With `uneven` under DDP the teacher is on the
 host.
 """
 
@@ -17,6 +18,7 @@ from helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_mod
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from pgpo_lightning.allocation import Allocation  # noqa: E402
+from pgpo_lightning.batching import shares  # noqa: E402
 from pgpo_lightning.callbacks import InformationMultiplier  # noqa: E402
 from pgpo_lightning.modules import SDPO, SRPO  # noqa: E402
 from pgpo_lightning.sharding import whole  # noqa: E402
@@ -32,7 +34,7 @@ STRATEGIES = {
 
 def rows_of(step, split):
     rows = random_rows(ROWS, seed=step)
-    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7]}[split]
+    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "updates": [4, 6]}[split]
     for i in masked:
         rows[i].reprompt_ids = None
         rows[i].advantage = 0.75 if i % 2 else -0.25
@@ -46,12 +48,16 @@ class Fixed:
         rows = rows_of(self.steps, self.split)
         share = ROWS // self.trainer.world_size
         self.scalars = {}
-        loss = self.accumulate_gradients(rows[self.global_rank * share : (self.global_rank + 1) * share])
-        self.update(loss)
+        mine = rows[self.global_rank * share : (self.global_rank + 1) * share]
+        if self.trainer.world_size == 1 and self.split == "updates":  # the shares that two ranks have together
+            mine = [row for question in (0, 2, 1, 3) for row in rows if row.rollout.question.index == question]
+        for part in shares(mine, 2 if self.split == "updates" else 1):
+            loss = self.accumulate_gradients(part)
+            self.update(loss)
+            signal = information(self.step_statistics)
+            self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
         self.after_update()
         self.steps += 1
-        signal = information(self.step_statistics)
-        self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
 
 
 class FixedSDPO(Fixed, SDPO):
@@ -75,7 +81,7 @@ def main():
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=STEPS, logger=False,
+        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=precision,
         callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
     )  # fmt: skip

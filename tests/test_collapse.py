@@ -10,11 +10,13 @@ import torch
 from helpers import questions
 
 from pgpo_lightning.collapse import RULES, TAGS, CollapseRules, alarms, medians, signs
+from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lab.runs import CURVES
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.records import Row
 from pgpo_lightning.verifiers import BoxedAnswer
 
+LN2 = math.log(2)
 RUN = {
     "critic/score/mean": [0.5] * 10,
     "self_distillation/reprompt_sample_fraction": [0.9] * 10,
@@ -24,6 +26,7 @@ RUN = {
     "response_length/clip_ratio": [0.0] * 10,
     "actor/grad_norm": [0.2] * 10,
     "self_distillation/divergence": [0.02] * 10,
+    "self_distillation/divergence_bound": [math.log(2)] * 10,
 }
 
 
@@ -177,7 +180,8 @@ def test_curves_that_are_missing_empty_or_not_numbers_are_silent():
         assert signs(scalars, 9, CollapseRules()) == {}
     zeros = {tag: dict.fromkeys(range(1, 9), 0.0) for tag in RUN} | {"val/avg@8": {0: 0.0, 8: 0.0}}
     assert alarms(zeros, 9, CollapseRules()) == {}
-    assert signs(zeros, 9, CollapseRules()) == {"cut_off_rise": 0.0, "divergence_of_ln2": 0.0}
+    zeros["self_distillation/divergence_bound"] = {1: math.log(2)}
+    assert signs(zeros, 9, CollapseRules()) == {"cut_off_rise": 0.0, "divergence_of_bound": 0.0}
 
 
 def test_signs_are_what_rules_compare():
@@ -194,7 +198,7 @@ def test_signs_are_what_rules_compare():
             "gap_of_start": 2.0,
             "length_tail": 2.5,
             "cut_off_rise": 0.2,
-            "divergence_of_ln2": 0.02 / math.log(2),
+            "divergence_of_bound": 0.02 / math.log(2),
             "score_of_best": 0.75,
         }
     )
@@ -208,12 +212,24 @@ def test_the_median_runs():
 # --------------------------------------------------------------------------------------------- a broken teacher
 
 
+def first(step, value, bound=LN2):
+    found = {"self_distillation/divergence": {step: value}}
+    return found if bound is None else found | {"self_distillation/divergence_bound": {step: bound}}
+
+
 def test_a_broken_teacher_is_told_by_the_first_step_alone():
-    first = lambda step, value: {"self_distillation/divergence": {step: value}}  # noqa: E731
     assert list(alarms(first(1, 0.35), 1, CollapseRules())) == ["broken-teacher"]
     assert alarms(first(1, 0.34), 1, CollapseRules()) == {}
     assert alarms(first(2, 0.35), 2, CollapseRules()) == {}
     assert alarms(first(1, 0.35), 1, CollapseRules(broken_teacher=None)) == {}
+
+
+def test_what_is_a_broken_teacher_depends_on_the_largest_divergence_there_is():
+    assert alarms(first(1, 5.0, None), 1, CollapseRules()) == {}  # a KL has none
+    bound = Divergence(0.1).bound
+    assert bound == pytest.approx(0.3251, abs=1e-4)
+    assert alarms(first(1, 0.16, bound), 1, CollapseRules()) == {}
+    assert "above 0.5 of its largest value 0.325" in alarms(first(1, 0.17, bound), 1, CollapseRules())["broken-teacher"]
 
 
 @pytest.mark.parametrize("broken", ["none", "shifted", "other weights"])
@@ -244,8 +260,8 @@ def test_the_toy_model_and_its_teacher_broken_in_two_ways(broken):
             dataclasses.replace(s, hidden=s.hidden.roll(1, 0)) for s in whole(*given)
         ]
     _, statistics, _ = module._micro_batch(rows, 1 / len(rows))
-    divergence = statistics.loss.mean().item()
-    fired = alarms({"self_distillation/divergence": {1: divergence}}, 1, CollapseRules())
+    divergence = statistics.divergence.mean().item()
+    fired = alarms(first(1, divergence), 1, CollapseRules())
     assert bool(fired) == (broken != "none"), divergence
 
 

@@ -174,7 +174,7 @@ def test_a_batch_is_estimated_as_a_training_step_does():
     table = arranged(values, question, 4)
     assert np.isnan(table[2]).all()
     zeros = torch.zeros(6)
-    fields = [torch.from_numpy(values), zeros, *[zeros] * 6, zeros + 1, zeros, zeros + 1, torch.from_numpy(question)]
+    fields = [torch.from_numpy(values), zeros, *[zeros] * 7, zeros + 1, zeros, zeros + 1, torch.from_numpy(question)]
     told = information(StepStatistics(*fields))
 
     class Everything:

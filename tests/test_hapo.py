@@ -383,7 +383,7 @@ def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage
     module = HAPO(tiny_model(), half_right, tokenizer=TOKENIZER, **HAPO_LIMITS)
     log_p = torch.tensor([0.1, 0.1]).log().requires_grad_()
     zero = torch.zeros(2)
-    tokens = TokenStatistics(zero, log_p, zero, zero, zero, zero)
+    tokens = TokenStatistics(zero, log_p, zero, zero, zero, zero, zero)
     assert tokens.log_p_student is log_p
     given = TokenInputs(
         torch.tensor([0.0, -9.0]), zero + 1, torch.tensor([2.646, 2.646]), None, False, torch.tensor([True, False])

@@ -38,6 +38,7 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("one-sided", "ddp", "ema"),
         ("uneven", "fsdp2", "trust-region"),
         ("one-sided", "fsdp2", "ema"),
+        ("updates", "ddp", "ema"),
         ("routed", "ddp", "restart"),
         ("routed", "fsdp2", "gated"),
     ],
@@ -48,7 +49,9 @@ def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
     assert torch.equal(two[0]["teacher"], two[1]["teacher"])
     assert two[0]["seen"] == two[1]["seen"]
     torch.testing.assert_close(torch.tensor(two[0]["seen"]), torch.tensor(one["seen"]), rtol=1e-3, atol=1e-6)
-    assert len({rho for *_, rho in one["seen"]}) == 3, "the multiplier must move for the comparison to mean anything"
+    assert len({rho for *_, rho in one["seen"]}) == len(one["seen"]), (
+        "the multiplier must move for the comparison to mean anything"
+    )
     # Adam divides by the gradient's size, so a rounding difference of a tiny gradient can show: compare in the mean too.
     torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=0, atol=3e-4)
     assert (two[0]["weights"] - one["weights"]).abs().mean() < 1e-6

@@ -132,7 +132,7 @@ def test_the_monitor_logs_its_signs_and_agrees_with_the_log(tmp_path):
     } <= signs
     assert sorted(scalars["stability/alarms"]) == [1, 2, 3, 4]
     assert sorted(scalars["stability/pass_of_first"]) == [0, 2, 4]
-    assert scalars["stability/divergence_of_ln2"][4] == pytest.approx(
+    assert scalars["stability/divergence_of_bound"][4] == pytest.approx(
         scalars["self_distillation/divergence"][1] / math.log(2), rel=1e-5
     )
     seen = final(folder, 4)["callbacks"]["StabilityMonitor"]["curves"]

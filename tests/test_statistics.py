@@ -20,6 +20,7 @@ def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None, qu
         sampler_log_ratio=zeros,
         sampler_gap=zeros,
         loss=zeros,
+        divergence=zeros,
         weight=zeros + 1,
         length=torch.tensor(length),
         reward=zeros,
@@ -110,7 +111,7 @@ def test_mutual_information_of_a_known_case():
 
 def test_from_tokens_averages_each_sequence():
     values = torch.arange(5.0)
-    tokens = TokenStatistics(values, values, values + 1, values, values * 0, values)
+    tokens = TokenStatistics(values, values, values + 1, values, values * torch.nan, values, values)
     r = StepStatistics.from_tokens(
         tokens,
         values,
@@ -119,6 +120,7 @@ def test_from_tokens_averages_each_sequence():
         torch.tensor([2, 3]),
         torch.tensor([1.0, 0.0]),
         torch.tensor([7, 4]),
+        has_teacher=True,  # though its entropy is no number, as in a step whose loss is not finite
     )
     assert r.entropy_student.tolist() == [0.5, 3.0]
     assert r.log_ratio.tolist() == [1.0, 1.0]
@@ -127,3 +129,4 @@ def test_from_tokens_averages_each_sequence():
     assert r.length.tolist() == [2.0, 3.0]
     assert r.has_teacher.tolist() == [1.0, 1.0]
     assert r.question.tolist() == [7.0, 4.0]
+    assert r.divergence.tolist() == [0.5, 3.0]

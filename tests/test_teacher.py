@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from pgpo_lightning import teacher
 from pgpo_lightning.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import head
+from pgpo_lightning.policy import head, source
 from pgpo_lightning.teacher import RefreshGate
 
 
@@ -329,3 +329,30 @@ def test_the_gates_settings_are_checked(name):
 def test_settings_of_another_teacher_are_refused(kind, name, value):
     with pytest.raises(ValueError, match=f"no `{name}` with the {kind} teacher"):
         SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, teacher_regularization=kind, **{name: value}, **LIMITS)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["live", "trust-region"])
+def test_a_teacher_with_the_students_weights_has_no_dropout(kind, checkpointing):
+    """The student keeps its own, in the mode that each of its parts had."""
+    module = tiny_sdpo(
+        model=tiny_model(attention_dropout=0.5), teacher_regularization=kind, gradient_checkpointing=checkpointing
+    )
+    module.model.model.layers[0].eval()  # as a user may freeze a part
+    modes = [part.training for part in module.model.modules()]
+    assert 0 < sum(modes) < len(modes)
+    rows = random_rows(4)
+    sequences = module.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
+    one, two = (torch.cat([s.hidden for s in module.teacher.sources(module.model, sequences)]) for _ in range(2))
+    assert torch.equal(one, two)
+    assert [part.training for part in module.model.modules()] == modes
+    student = [source(module.model, sequences).hidden for _ in range(2)]
+    assert not torch.equal(*student)
+
+
+def test_log_probabilities_of_the_policy_have_no_dropout():
+    module = tiny_sdpo(model=tiny_model(attention_dropout=0.5))
+    rows = random_rows(4)
+    one, two = (torch.cat([values for _, values in module.policy_log_probs(rows, rows)]) for _ in range(2))
+    assert torch.equal(one, two)
+    assert module.model.training

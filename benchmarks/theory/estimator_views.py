@@ -74,4 +74,4 @@ def sequence_statistics(tokens: TokenStatistics, lengths: Tensor, first: int | N
         tokens = tokens[place < first]
         lengths = lengths.clamp(max=first)
     zeros, rewards, apart = torch.zeros_like(tokens.kl), torch.zeros(len(lengths)), torch.arange(len(lengths))
-    return StepStatistics.from_tokens(tokens, zeros, tokens.log_p_student, zeros, lengths, rewards, apart)
+    return StepStatistics.from_tokens(tokens, zeros, tokens.log_p_student, zeros, lengths, rewards, apart, True)

@@ -15,6 +15,7 @@ FILE = "run.json"
 CURVES = (
     "actor/entropy",
     "actor/grad_norm",
+    "actor/steps_without_signal",
     "critic/score/mean",
     "hapo/closed_success",
     "hapo/gate_open",
@@ -30,6 +31,7 @@ CURVES = (
     "response_length/mean",
     "rollout/neg_log_prob",
     "self_distillation/divergence",
+    "self_distillation/divergence_bound",
     "self_distillation/reprompt_sample_fraction",
     "self_distillation/teacher_entropy",
 )
@@ -51,7 +53,7 @@ class Run:
         curves: Tag to ``[steps, values]``; finite values only, five significant digits.
         questions: For each evaluation, its step (as text) to the mean reward of every held-out question, in order of the
             questions' index.
-        rho: The multiplier of every optimizer step; empty without a multiplier.
+        rho: The multiplier of every optimizer step that was taken; empty without a multiplier.
         data: Split to a hash of its questions in their order, as they were used (:mod:`pgpo_lightning.identity`): ``train`` and
             ``validation``. Empty in records of versions that did not keep it.
     """
@@ -73,6 +75,12 @@ class Run:
         """Steps and values of the held-out avg@k, that of the base model first."""
         steps, values = self.curves.get(f"val/avg@{self.samples}", [[], []])
         return [int(step) for step in steps], list(values)
+
+    @property
+    def steps_without_signal(self) -> int:
+        """Optimizer steps that were left out because no rollout was in the loss."""
+        _, values = self.curves.get("actor/steps_without_signal", [[], []])
+        return int(values[-1]) if values else 0
 
     def save(self, path: str | Path) -> None:
         """Write the run as JSON, all at once: a reader never meets half a file."""

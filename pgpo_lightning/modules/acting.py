@@ -27,6 +27,10 @@ class Acting(L.LightningModule):
     on_verifier_error: Literal["raise", "zero"]
     steps: int
     verifier_errors: int
+    """Responses that the verifier failed on, of all ranks and up to the last step or evaluation."""
+
+    _new_verifier_errors: int
+    """Of this rank, since then."""
     placement: Whole
     given_seed: int | None
     _decided_seed: int | None = None
@@ -103,6 +107,11 @@ class Acting(L.LightningModule):
             except VerifierError:
                 if self.on_verifier_error == "raise":
                     raise
-                self.verifier_errors += 1
+                self._new_verifier_errors += 1
                 verdicts.append(Verdict(0.0))
         return verdicts
+
+    def count_verifier_errors(self) -> None:
+        """Add what has failed since the last time, on all ranks; every rank has to call it."""
+        self.verifier_errors += sum(gather(self._new_verifier_errors))
+        self._new_verifier_errors = 0

@@ -73,6 +73,7 @@ class Evaluation(Acting):
     on_test_epoch_end = on_validation_epoch_end
 
     def _finish(self) -> None:
+        self.count_verifier_errors()
         command = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}.get(self.trainer.state.fn)
         log_dir = self.trainer.log_dir  # a collective: every rank has to ask
         folder = None if log_dir is None or self.trainer.fast_dev_run else Path(log_dir) / (command or "validation")

@@ -8,6 +8,7 @@ from torch import Tensor
 from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics
 from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.settings import Fraction, NonNegative, Positive, checked
 
@@ -104,7 +105,8 @@ class GRPO(OnPolicyModule):
             for row, log_probs in self.policy_log_probs(sampled, rows):
                 row.old_log_probs = log_probs.cpu()
         groups = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
-        return {"critic/advantages/std": advantages.std().item(), "critic/informative_groups": groups}
+        everyone = torch.cat(gather(advantages))
+        return {"critic/advantages/std": everyone.std().item(), "critic/informative_groups": groups}
 
     def in_loss(self, row: Row) -> bool:
         """Whether the row has an advantage: without one it has no gradient either."""

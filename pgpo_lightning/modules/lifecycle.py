@@ -37,7 +37,7 @@ from pgpo_lightning.sharding import Sharded, Whole
 from pgpo_lightning.soundness import check_padding, shares_prompts
 from pgpo_lightning.teacher import FrozenTeacher, Teacher
 
-COUNTERS = ("steps", "skipped", "skipped_in_a_row", "verifier_errors")
+COUNTERS = ("steps", "skipped", "skipped_in_a_row", "steps_without_signal", "verifier_errors")
 
 
 class Lifecycle(Resuming):
@@ -237,7 +237,7 @@ class Lifecycle(Resuming):
         if self.training_run:  # what only evaluates may draw other samples
             self.take_over_seed(mine.get("seed"))
         for name in COUNTERS:
-            setattr(self, name, mine[name])
+            setattr(self, name, mine.get(name, 0))
 
 
 def _check_strategy(strategy: Strategy) -> None:

@@ -25,6 +25,7 @@ from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.policy import (
     Dtype,
     checked_tokenizer,
+    evaluating,
     fp32_by_default,
     load_tokenizer,
     source,
@@ -63,16 +64,18 @@ class OnPolicyModule(Reporting):
         eval_temperature: Temperature in evaluation.
         eval_top_p: Nucleus in evaluation, 0.001 to 1.
         optimizer: From parameters to an optimizer.
-        scheduler: From an optimizer to a schedule, stepped once per batch.
+        scheduler: From an optimizer to a schedule, stepped once per batch, also where no optimizer step was taken.
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         updates_per_batch: Optimizer steps per batch, each on its share of the questions. Lightning's `max_steps` counts
-            optimizer steps; curves, checkpoints and schedule count batches.
+            optimizer steps, those that are left out because no rollout of any rank is in the loss included; curves,
+            checkpoints and schedule count batches.
         num_iterations: Passes over each batch, each with `updates_per_batch` optimizer steps. A teacher that stands still
             within a batch is run in the first one only.
         micro_batch_tokens: Most padded tokens of one forward pass. A prompt that several rows share counts, and is run, once.
-        loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the step, those
-            without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over
-            all tokens in the loss.
+        loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step,
+            those without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over all tokens in the
+            loss of the optimizer step. Both are over all ranks and micro-batches, and with `updates_per_batch` over the share
+            of the batch that the step is on, as in verl.
         is_clip: Upper bound of the importance weight between trainer and sampler; null for no weight.
         max_sampler_gap: Stop the run when trainer and sampler differ by more than this in the log-probability of a sampled token
             (mean size, nats per token, first update of a batch); null never stops.
@@ -176,7 +179,8 @@ class OnPolicyModule(Reporting):
         self.steps = 0  # batches trained on; unlike Lightning's global_step it counts skipped optimizer steps too
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self.verifier_errors = 0
+        self.steps_without_signal = 0
+        self.verifier_errors = self._new_verifier_errors = 0
         self.step_statistics = StepStatistics.empty()
         self.scalars = {}
         self._rates = []
@@ -200,9 +204,13 @@ class OnPolicyModule(Reporting):
                 rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
                 self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("update_actor"):
-                updated, seen = False, []
+                updated, seen, missed = False, [], []
                 learned = [row.replaced_by or row for row in rows]  # a demonstration may stand in for a failure
                 for share in [*shares(learned, self.updates_per_batch)] * self.num_iterations:
+                    if not any(gather(any(self.in_loss(row) for row in share))):
+                        missed.append(share)
+                        self.leave_out()
+                        continue
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
                     if not seen:  # later updates find a policy that has moved
                         self.scalars |= check_sampler(self.step_statistics, self.max_sampler_gap, self.steps)
@@ -214,7 +222,8 @@ class OnPolicyModule(Reporting):
                     row.teacher_hidden = None
                 self._advance_schedule()
         self.steps += 1
-        self.report(rows, StepStatistics.concatenate(seen))
+        self.tell_of_missing_signal(missed)
+        self.report(rows, seen[0] if seen else StepStatistics.empty())
 
     @abstractmethod
     def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
@@ -250,6 +259,11 @@ class OnPolicyModule(Reporting):
 
     divergence: Divergence | None = None
     """Which divergence between student and teacher the objective asks for, if any."""
+
+    @property
+    def measured(self) -> Divergence | None:
+        """Which divergence is reported: that of the objective, or what an objective without one names."""
+        return self.divergence
 
     @abstractmethod
     def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
@@ -329,18 +343,20 @@ class OnPolicyModule(Reporting):
 
         student, teacher = source(self.model, sequences), self.teacher_sources(rows) if given.taught else []
         if allocation is not None and allocation.unit == "sequence":
-            tokens = linear_statistics(student, teacher, sequences.targets, self.divergence, self.temperature)
+            tokens = linear_statistics(student, teacher, sequences.targets, self.measured, self.temperature)
             loss = weighted(tokens, slice(None)) @ allocation.weights(tokens, sequences.lengths)
             tokens = TokenStatistics(*(values.detach() for values in tokens))
         else:
             loss, tokens = linear_distillation(
-                student, teacher, sequences.targets, weighted, self.divergence, self.temperature
+                student, teacher, sequences.targets, weighted, self.measured, self.temperature
             )
         values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
         questions = torch.tensor([row.rollout.question.index for row in rows], device=self.device)
         lengths = sequences.lengths
-        statistics = StepStatistics.from_tokens(tokens, values, given.sampler, weight, lengths, rewards, questions)
+        statistics = StepStatistics.from_tokens(
+            tokens, values, given.sampler, weight, lengths, rewards, questions, bool(teacher)
+        )
         if given.demonstration is not None:  # statistics are of what the student sampled
             own = [i for i, row in enumerate(rows) if not row.demonstration]
             statistics = StepStatistics.from_table(statistics.table()[own])
@@ -361,7 +377,7 @@ class OnPolicyModule(Reporting):
 
     @torch.no_grad()
     def policy_log_probs(self, rows: list[Row], batch: list[Row]) -> list[tuple[Row, Tensor]]:
-        """Return rows with the log-probabilities of their response tokens under the student as it is now.
+        """Return rows with the log-probabilities of their response tokens under the student as it is now, without dropout.
 
         Args:
             rows: Whose responses; there may be none.
@@ -371,9 +387,12 @@ class OnPolicyModule(Reporting):
             Every row with a tensor of shape ``(len(response_ids),)``, in nats.
         """
         found: list[tuple[Row, Tensor]] = []
-        for group in self.passes(rows, batch, lambda row: [row.rollout.prompt_ids]):
-            parts = self.placement.inside(partial(self._log_probs, group.rows))
-            found += zip(group.rows, parts, strict=True) if group.counts else ()
+        if not any(gather(len(rows))):
+            return found
+        with evaluating(self.model):
+            for group in self.passes(rows, batch, lambda row: [row.rollout.prompt_ids]):
+                parts = self.placement.inside(partial(self._log_probs, group.rows))
+                found += zip(group.rows, parts, strict=True) if group.counts else ()
         return found
 
     def _log_probs(self, rows: list[Row]) -> tuple[Tensor, ...]:

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.updating import Updating
+from pgpo_lightning.no_signal import Outcomes, explain
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.reporting import loss_scalars, rollout_scalars
@@ -19,6 +22,14 @@ class Reporting(Updating):
     has_teacher = False
     """Whether the objective compares the student with a teacher, so that there is information to measure."""
 
+    num_generations: int
+
+    measured: Divergence | None
+    """Which divergence between student and teacher is reported."""
+
+    reported: dict[str, float]
+    """What the last step reported, of all ranks together."""
+
     last_rows: list[Row]
     """This rank's rows of the last step, for callbacks that show texts."""
 
@@ -30,25 +41,55 @@ class Reporting(Updating):
         yield
         self._timing[f"timing_s/{phase}"] = time.perf_counter() - start
 
+    def tell_of_missing_signal(self, missed: list[list[Row]]) -> None:
+        """Warn when an optimizer step is left out for the first time, and every tenth time.
+
+        Args:
+            missed: This rank's rows of every update of the batch that was left out.
+        """
+        now, before = self.steps_without_signal, self.steps_without_signal - len(missed)
+        if not missed or (before and now // 10 == before // 10):
+            return
+        rows = [row for share in missed for row in share if not row.demonstration]
+        seen = Outcomes.join(gather(Outcomes.of(rows)))
+        why = explain(
+            seen,
+            self.success_reward_threshold,
+            self.max_response_length,
+            self.num_generations,
+            self.has_teacher,
+        )
+        rank_zero_warn(
+            f"Step {self.steps}: no rollout is in the loss, so no optimizer step was taken ({now} so far). {why}"
+        )
+
     def report(self, rows: list[Row], statistics: StepStatistics) -> None:
         """Log the step; every value is that of all ranks together.
 
-        With several updates per batch the statistics are those of all of them, loss, gradient norm and rates of the last.
+        With several updates per batch the statistics are those of the first, whose policy is the one that the batch was sampled
+        from, as Eq. 8 of PGPO wants it; loss, gradient norm and rates are those of the last.
 
         Args:
             rows: This rank's rollouts.
-            statistics: Of the sequences in the loss, of all updates and ranks.
+            statistics: Of the sequences in the loss of the first update, of all ranks.
         """
-        shared = gather(self.scalars)
-        scalars = {name: sum(each[name] for each in shared) / len(shared) for name in self.scalars}
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+        shared = gather((self.scalars, self._timing, memory))
+        scalars = {name: sum(each[0][name] for each in shared) / len(shared) for name in self.scalars}
         scalars |= rollout_scalars(rows, self.success_reward_threshold)
-        scalars |= loss_scalars(statistics, self.success_reward_threshold)
-        scalars |= self._timing
-        scalars["perf/tokens_per_s"] = scalars["response_length/total"] / self._timing["timing_s/step"]
+        bound = None if self.measured is None else self.measured.bound
+        scalars |= loss_scalars(statistics, self.success_reward_threshold, bound)
+        scalars |= {
+            name: max(each[1][name] for each in shared) for name in self._timing
+        }  # the others wait for the slowest
+        scalars["perf/tokens_per_s"] = scalars["response_length/total"] / scalars["timing_s/step"]
         scalars["actor/skipped_steps"] = float(self.skipped)
-        scalars["rollout/verifier_errors"] = float(sum(gather(self.verifier_errors)))
-        if self.device.type == "cuda":
-            scalars["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        scalars["actor/steps_without_signal"] = float(self.steps_without_signal)
+        self.count_verifier_errors()
+        scalars["rollout/verifier_errors"] = float(self.verifier_errors)
+        if memory is not None:
+            scalars["perf/max_memory_allocated_gb"] = max(each[2] for each in shared)
+        self.reported = scalars
         # Not through self.log: within an epoch it goes on reporting the last value of a curve that has no value now, such as
         # the divergence of failed responses in a step without any.
         every = self.trainer.log_every_n_steps  # 0 means never

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.grpo import GRPO, clipped_policy_loss
 from pgpo_lightning.modules.self_teaching import SelfTeaching, apart
 from pgpo_lightning.records import Row
@@ -76,6 +77,11 @@ class RLSD(SelfTeaching, GRPO):
     def current_mixing(self) -> float:
         """The weight of the teacher's evidence at this step."""
         return self.mixing if self.mixing_steps is None else self.mixing * max(0.0, 1 - self.steps / self.mixing_steps)
+
+    @property
+    def measured(self) -> Divergence:
+        """The Jensen-Shannon divergence; the objective has none of its own."""
+        return Divergence(0.5)
 
     def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
         """Give every row its advantage and, if it has a demonstration or feedback, its teacher's prompt."""

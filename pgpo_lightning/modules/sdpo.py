@@ -126,6 +126,11 @@ class SDPO(SelfTeaching):
                 self.divergence_alpha, distillation_topk, distillation_add_tail is not False, entry_clip, softening
             )
 
+    @property
+    def measured(self) -> Divergence:
+        """The objective's, or the reverse KL, whose gradient that of sampled tokens is on average."""
+        return self.divergence or Divergence(1.0)
+
     def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
         """Give every row that has a demonstration or feedback its teacher's prompt, and every question its weight."""
         scalars = super().prepare_rows(rows, rng)

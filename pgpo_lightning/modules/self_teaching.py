@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from pgpo_lightning.distillation import Source
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.resuming import check_start
 from pgpo_lightning.policy import fingerprint
+from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -141,13 +141,7 @@ class SelfTeaching(OnPolicyModule):
         encoder = self.encoder
         self.teacher.observe(rows)
         scalars = self.reprompt.attach(rows, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer)
-        empty = not any(row.reprompt_ids is not None for row in rows)
-        if empty and self.num_generations == 1 and self.steps == 0:
-            rank_zero_warn(
-                "Nothing is learnt in the first step: with `num_generations` 1 no rollout has a sibling to learn from, and there "
-                "is no feedback either. Set `num_generations` to 2 or more, or give feedback: from the verifier, or as the "
-                "questions' `privileged_context`."
-            )
+        empty = not any(gather(any(row.reprompt_ids is not None for row in rows)))
         scalars["self_distillation/empty_target_batch"] = float(empty)
         return scalars
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from pgpo_lightning.modules.lifecycle import Lifecycle
 from pgpo_lightning.modules.rates import check_rates
 from pgpo_lightning.sharding import Sharded, whole
+from pgpo_lightning.statistics import StepStatistics
 
 
 class Updating(Lifecycle):
@@ -21,6 +22,9 @@ class Updating(Lifecycle):
     steps: int
     skipped: int
     skipped_in_a_row: int
+    steps_without_signal: int
+    """Optimizer steps that were left out because no row of any rank was in the loss."""
+    step_statistics: StepStatistics
     scalars: dict[str, float]
     """What the current step reports. Callbacks may add to it."""
 
@@ -68,6 +72,20 @@ class Updating(Lifecycle):
                 "Lower the learning rate, or raise `max_skipped_steps`. The last checkpoint is good."
             )
         return False
+
+    def leave_out(self) -> None:
+        """Take no optimizer step where no row of any rank is in the loss, and count it.
+
+        Weights, momentum and weight decay stay out of it. Lightning's `max_steps` counts it, so that a run without any signal
+        ends too.
+        """
+        rate = float(self.optimizers().param_groups[0]["lr"])
+        self.scalars = {"actor/pg_loss": 0.0, "actor/grad_norm": 0.0, "lr/base": rate} | self.scalars
+        self.step_statistics = StepStatistics.empty()
+        self.steps_without_signal += 1
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
 
     def scale_rates(self, optimizer: Optimizer, factor: float) -> None:
         """Multiply all learning rates for the rest of the optimizer step that is under way.
