@@ -1,5 +1,8 @@
 """Half precision with a gradient scaler: steps that overflow are skipped, the rest are those of full precision."""
 
+import platform
+import warnings
+
 import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
@@ -122,3 +125,21 @@ def test_narrow_weights_leave_random_numbers_and_statistics_wide(tmp_path, preci
     assert log_probs.dtype == torch.float32
     assert (log_probs != log_probs.bfloat16()).double().mean() > 0.9
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_narrow_products_on_a_cpu_that_cannot_multiply_them_are_told_of_once(tmp_path):
+    fast = platform.machine() not in ("x86_64", "AMD64") or any(
+        getattr(torch.cpu, name)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    told = []
+    for precision, dtype in (("bf16-mixed", "float32"), ("32-true", "bfloat16"), ("32-true", "float32")):
+        module = SDPO("toy", half_right, num_generations=2, dtype=dtype, **LIMITS)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                trainer(tmp_path, precision=precision, limit_test_batches=1).test(
+                    module, loader(questions(1), 1), verbose=False
+                )
+        told.append([str(each.message) for each in caught if "are slow on this CPU" in str(each.message)])
+    assert [len(each) for each in told] == ([0, 0, 0] if fast else [1, 1, 0])
+    assert fast or "Products in bfloat16" in told[0][0]

@@ -23,6 +23,7 @@ from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
 from pgpo_lightning.modules.rates import check_optimizer, check_rates
 from pgpo_lightning.modules.resuming import Resuming
+from pgpo_lightning.narrow import warn_of_slow_products
 from pgpo_lightning.policy import (
     architecture,
     check_architecture,
@@ -57,6 +58,7 @@ class Lifecycle(Resuming):
     """False if the module only evaluates, which needs no teacher."""
     teacher: Teacher | None
     placement: Whole
+    _warned_of_speed = False
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is computed, and drop prompts that are too long."""
@@ -70,6 +72,10 @@ class Lifecycle(Resuming):
         path = self.trainer.ckpt_path
         if known and sharded and path is not None and Path(path).exists():
             check_checkpoint(Path(path))  # sharded weights do not come through that plug-in
+        if not self._warned_of_speed:
+            self._warned_of_speed = True
+            precision, device = str(self.trainer.precision), self.trainer.strategy.root_device
+            warn_of_slow_products(precision, self.loading["dtype"], device)
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)

@@ -107,6 +107,7 @@ class PlanCommand(BuildCommand):
             adapters=adapters,
             offload=getattr(module, "teacher_offload", False),
             demonstration=demonstration,
+            keep=self._get(self.config, "checkpoint").keep,
         )
 
 
@@ -185,7 +186,7 @@ def _sharding(trainer: Any, device: str) -> Sharding:
                 f"Expected `trainer.strategy.init_args.tensor_parallel_size` to be 1, but got {tensor}: only weights are "
                 "sharded here, not the computation."
             )
-        return Sharding(devices, "fsdp")
+        return Sharding(devices, "fsdp", one_file=not arguments.get("save_distributed_checkpoint", True))
     raise ValueError(f"Expected `trainer.strategy` to be auto, ddp or ModelParallelStrategy, but got {name}.")
 
 

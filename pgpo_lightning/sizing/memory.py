@@ -43,10 +43,12 @@ class Sharding:
         devices: That take part in a step.
         kind: ``single``; ``ddp``: everybody holds everything, and the buckets in which gradients are exchanged; ``fsdp``:
             everybody holds an equal share of weights, gradients, optimizer state and teacher, and gathers what it computes with.
+        one_file: Whether the first rank gathers the shares for a checkpoint.
     """
 
     devices: int = 1
     kind: str = "single"
+    one_file: bool = False
 
     @property
     def shards(self) -> int:

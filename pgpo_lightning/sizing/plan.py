@@ -27,6 +27,7 @@ from pgpo_lightning.sizing.memory import (
 )
 from pgpo_lightning.sizing.optimizers import OptimizerNeed, optimizer_need
 from pgpo_lightning.sizing.parameters import Count, count
+from pgpo_lightning.sizing.saving import MOVING, Saving, saving
 from pgpo_lightning.sizing.workload import Layout, Lengths, group, with_demonstrations
 
 TEACHERS = {
@@ -70,6 +71,7 @@ class Run:
         adapters: What is trained instead of all weights.
         offload: Whether the teacher's own weights are on the host, with a copy on the device while gradients are made.
         demonstration: Assumed tokens of a demonstration that stands in for a rollout of each group (HAPO); null for none.
+        keep: Checkpoints that are kept; null for all.
     """
 
     config: PretrainedConfig
@@ -94,6 +96,7 @@ class Run:
     adapters: Adapters | None = None
     offload: bool = False
     demonstration: int | None = None
+    keep: int | None = 1
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -122,6 +125,7 @@ class Plan:
         micro_batches: Of one pass over the batch.
         largest: Layout of the largest for student and teacher.
         dry_run: Peaks that the largest was measured at without data.
+        saving: What a checkpoint takes.
         host: Bytes of the host's memory that the teacher takes for each device.
     """
 
@@ -135,6 +139,7 @@ class Plan:
     micro_batches: int
     largest: dict[str, Layout]
     dry_run: dict[str, int]
+    saving: Saving
     host: int = 0
 
 
@@ -217,6 +222,7 @@ def plan(run: Run, rows: list[Row] | None = None) -> Plan:
         len(batches) * run.updates,
         {n: Layout.of(p) for n, p in (("student", largest.student), ("teacher", largest.teacher)) if p is not None},
         peaks,
+        _saving(run, trainable, shapes, optimizer, kind),
         host,
     )
 
@@ -231,9 +237,25 @@ def _standing(
     parts = standing_bytes(counted.total, trainable, 0, state, run.compute, run.sharding, gradient=kind.itemsize)
     adapters = -(-trainable * kind.itemsize // run.sharding.shards)
     parts["weights"] += adapters
-    second = run.teacher in (*AVERAGING, "gated")  # adapter, fp32
+    second = "own" in TEACHERS[run.teacher]  # adapter, fp32
     parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if second else 0
     return parts
+
+
+def _saving(
+    run: Run, trainable: int, shapes: list[tuple[int, ...]], optimizer: OptimizerNeed, kind: torch.dtype
+) -> Saving:
+    teacher = torch.float32 if run.adapters is not None else run.compute.teacher
+    saved = "own" in TEACHERS[run.teacher] if run.adapters is not None else run.teacher in MOVING
+    return saving(
+        weights=trainable * kind.itemsize,
+        teacher=trainable * teacher.itemsize * saved,
+        state=optimizer.state,
+        largest=max(torch.Size(shape).numel() for shape in shapes) * max(kind.itemsize, teacher.itemsize),
+        device=run.device,
+        gathered=run.sharding.one_file,
+        keep=run.keep,
+    )
 
 
 def _sampled(run: Run, rows: list[Row]) -> Sampled:

@@ -29,8 +29,16 @@ def verdict(made: Plan, memory: float) -> str:
 
 def remarks(made: Plan) -> list[str]:
     """Return what stands in the way of such a run, beside its size."""
-    run = made.run
-    found = []
+    run, saved = made.run, made.saving
+    room = (
+        ""
+        if saved.disk is None
+        else f", {saved.disk / GIB:.2f} GiB with those that are kept (`checkpoint.keep` {run.keep})"
+    )
+    found = [
+        f"A checkpoint takes {saved.size / GIB:.2f} GiB in the run's folder{room}; while it is written, "
+        f"{saved.host / GIB:.2f} GiB of the host's memory."
+    ]
     if run.offload:
         found.append(f"The teacher's {made.host / GIB:.2f} GiB are in the host's memory, for each device.")
         if run.sharding.kind == "fsdp":
@@ -113,6 +121,7 @@ def content(made: Plan, memory: float | None) -> dict[str, Any]:
         "device": run.device,
         "standing_bytes": made.need.standing,
         "host_bytes": made.host,
+        "saving_bytes": asdict(made.saving),
         "phase_bytes": made.need.phases,
         "absent": {phase: list(parts) for phase, parts in made.need.absent.items()},
         "peak_bytes": made.need.peaks,

@@ -1,0 +1,48 @@
+"""A warning of narrow types where they cost time: on a CPU without instructions for them."""
+
+import platform
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+_FAST = {
+    "bfloat16": ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+    "float16": ("_is_amx_fp16_supported",),
+}
+"""What torch knows of x86 processors; of others it does not say."""
+
+
+def narrow_type(precision: str, dtype: str) -> str | None:
+    """Return the narrow type that products are computed in, if any.
+
+    Args:
+        precision: Of Lightning's trainer, such as ``bf16-mixed``.
+        dtype: Of the weights, as the module was given it.
+
+    Example:
+        >>> [narrow_type(*pair) for pair in (("bf16-mixed", "float32"), ("32-true", "float16"), ("32-true", "float32"))]
+        ['bfloat16', 'float16', None]
+    """
+    for name, short in (("bfloat16", "bf16-"), ("float16", "16-")):
+        if precision.startswith(short) or (precision.startswith("32") and dtype == name):
+            return name
+    return None
+
+
+def warn_of_slow_products(precision: str, dtype: str, device: torch.device) -> None:
+    """Warn if products are to be computed in a type that this CPU has no instructions for.
+
+    Args:
+        precision: See :func:`narrow_type`.
+        dtype: See :func:`narrow_type`.
+        device: Where.
+    """
+    narrow = narrow_type(precision, dtype)
+    if device.type != "cpu" or narrow is None:
+        return
+    if platform.machine() not in ("x86_64", "AMD64") or any(getattr(torch.cpu, name, bool)() for name in _FAST[narrow]):
+        return
+    rank_zero_warn(
+        f"Products in {narrow} are slow on this CPU, which has no instructions for them: a step takes several times as long as "
+        "in float32. Set `trainer.precision` to 32-true and `dtype` to float32, or use a GPU."
+    )
