@@ -158,12 +158,13 @@ def check_head(model: PreTrainedModel) -> None:
             f"Expected {name} to give its hidden states and then its logits as other causal language models do, but trying it "
             f"ended in {type(error).__name__}: {' '.join(str(error).split())}. This architecture is not supported."
         ) from error
-    if not theirs.isfinite().any():
+    size = theirs[theirs.isfinite()].abs()  # minus infinity keeps tokens from being drawn
+    if theirs.isnan().any() or not len(size):
         raise MisconfigurationException(
-            f"Expected finite logits from {name}, but there are none: its weights are damaged, or `dtype` is too narrow. "
-            "Set `dtype` to float32, or load the model anew."
+            f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `dtype` is too narrow. Set "
+            "`dtype` to float32, or load the model anew."
         )
-    if not torch.allclose(ours, theirs, atol=tolerance * theirs.abs().max().item() + 1e-6):
+    if not torch.allclose(ours, theirs, atol=tolerance * size.max().item() + 1e-6):
         raise MisconfigurationException(
             f"Expected the logits of {name} to be its output embedding applied to its last hidden state, "
             f"but they differ by {apart:.3g}. This architecture is not supported: "

@@ -274,7 +274,8 @@ def _spans(config: PretrainedConfig, longest: int) -> list[int]:
         settings["window_of_rope"] = rope.get("original_max_position_embeddings") or settings.get(
             "original_max_position_embeddings", settings.get("max_position_embeddings")
         )
-    found = set()
+    recurrent = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers)
+    found = {64} if recurrent and longest > 64 else set()  # tokens that kernels of linear attention take at once
     for name, value in settings.items():
         if _SPANS.search(name):
             values = value if isinstance(value, list) else [value]

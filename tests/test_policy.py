@@ -170,11 +170,24 @@ def test_what_cannot_even_be_run_is_refused_in_one_line(fault):
     assert error.value.__cause__ is fault
 
 
-def test_weights_that_are_not_finite_are_named():
-    model = tiny_model()
+@pytest.mark.parametrize("where", [slice(None), 7])
+def test_weights_that_are_not_finite_are_named(where):
+    model = tiny_model(tie_word_embeddings=False)
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
+        model.lm_head.weight[where] = float("nan")
     with pytest.raises(MisconfigurationException, match="Expected finite logits from Qwen3ForCausalLM"):
+        check_head(model)
+
+
+def test_tokens_that_are_never_drawn_hide_nothing():
+    model = tiny_model()
+
+    def forbid(_, __, output):
+        output.logits[..., 7] = -float("inf")
+        output.logits[..., 8] += 0.1
+
+    model.register_forward_hook(forbid)
+    with pytest.raises(MisconfigurationException, match="differ by"):
         check_head(model)
 
 

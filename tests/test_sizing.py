@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_config
 from helpers import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
@@ -78,6 +79,14 @@ def test_layers_of_different_shapes_are_refused():
 
     with pytest.raises(ValueError, match="Expected `model` to be a decoder whose layers have equal shapes, but gpt2"):
         count(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64))
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1", "qwen3_5_text", "lfm2"])
+def test_layers_with_a_recurrent_state_are_refused(name):
+    with pytest.raises(
+        ValueError, match=f"attention in all of its layers, but {name} has layers with a recurrent state"
+    ):
+        count(tiny_config(name))
 
 
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj")])

@@ -89,6 +89,20 @@ def test_training_and_sampling_give_the_log_probabilities_of_the_model(name):
         assert not shares_prompts(model)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid", "bamba"])
+def test_padding_and_prompts_longer_than_what_a_kernel_takes_at_once(name):
+    """64 tokens in linear attention, `chunk_size` in Mamba; 150 of padding stand before the shortest prompt."""
+    model = tiny(name, **({"mamba_chunk_size": 64} if name == "bamba" else {}))
+    pairs = pairs_of((150, 9), (3, 12), (64, 5), (65, 80))
+    right = [own(model, *pair) for pair in pairs]
+    for made, expected in zip(trained(model, pairs, "never"), right, strict=True):
+        torch.testing.assert_close(made, expected, rtol=0, atol=2e-4)
+    assert way_to_sample(model, 300) == WAYS[0]
+    for rollout in sampled(model, lengths=(150, 3, 64, 70), n=2):
+        expected = own(model, rollout.prompt_ids, rollout.response_ids)
+        torch.testing.assert_close(rollout.log_probs, expected, rtol=0, atol=2e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_no_architecture_of_transformers_is_silently_wrong():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pgpo_lightning.policy import decoder, resolve_model
 
@@ -76,8 +76,13 @@ def count(config: PretrainedConfig) -> Count:
     """Count a model's parameters on the meta device.
 
     Raises:
-        ValueError: If it is no decoder of equal layers.
+        ValueError: If it is no decoder of equal layers with attention.
     """
+    if any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers):
+        raise ValueError(
+            f"Expected `model` to have attention in all of its layers, but {config.model_type} has layers with a recurrent "
+            "state: what it needs cannot be foretold."
+        )
     model = skeleton(config)
     layers = getattr(decoder(model), "layers", None)
     kinds = (
