@@ -251,9 +251,7 @@ def _fault(value: Any, hint: Any, limits: tuple[Any, ...] = ()) -> _Fault | None
         return _fault_of_number(value, hint, limits)
     if not _is_of_kind(value, hint):
         return _Fault("", _expected(hint), value, True)
-    if any(isinstance(limit, Filled) for limit in limits) and not (
-        value.strip() if isinstance(value, str) else value or isinstance(value, PathLike)
-    ):
+    if any(isinstance(limit, Filled) for limit in limits) and not (value.strip() if isinstance(value, str) else value):
         return _Fault("", "not to be empty", value, False)
     return _fault_inside(value, origin, get_args(hint))
 

@@ -74,6 +74,15 @@ def test_a_schedule_that_leaves_the_range_is_refused(factor):
         check_rates(optimizer)
 
 
+def test_settings_that_the_class_does_not_take_are_told_with_what_it_says():
+    module = tiny_sdpo(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=None))
+    with pytest.raises(ValueError, match="class of `optimizer` takes, but it says: '<=' not supported"):
+        module.configure_optimizers()
+    module = tiny_sdpo(optimizer=lambda p: torch.optim.AdamW(p, lr=-1.0))
+    with pytest.raises(ValueError, match=r"class of `optimizer` takes, but it says: Invalid learning rate: -1.0"):
+        module.configure_optimizers()
+
+
 def test_a_module_checks_what_it_was_given():
     module = tiny_sdpo(optimizer=lambda p: torch.optim.AdamW(p, lr=1e6))
     with pytest.raises(ValueError, match=r"`optimizer\.lr`"):

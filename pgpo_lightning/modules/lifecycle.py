@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pgpo_lightning.checkpoint_io import check_checkpoint, install
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
-from pgpo_lightning.modules.rates import check_optimizer, check_rates
+from pgpo_lightning.modules.rates import build_optimizer, check_rates
 from pgpo_lightning.modules.resuming import Resuming
 from pgpo_lightning.narrow import warn_of_slow_products
 from pgpo_lightning.policy import (
@@ -166,13 +166,12 @@ class Lifecycle(Resuming):
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule; the module itself steps the schedule, once per batch."""
-        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        optimizer = build_optimizer(self.make_optimizer, [p for p in self.model.parameters() if p.requires_grad])
         if self.placement.sharded and type(optimizer).__module__.startswith("bitsandbytes"):
             raise MisconfigurationException(
                 f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
                 "does not. torchao.optim.AdamW8bit is an 8-bit optimizer that does."
             )
-        check_optimizer(optimizer)
         self._check_rounding(optimizer)
         scheduler = self.describe_optimizer(optimizer)
         if scheduler is None:

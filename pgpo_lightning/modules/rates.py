@@ -3,6 +3,8 @@
 from numbers import Real
 from typing import Annotated
 
+from lightning.pytorch.cli import OptimizerCallable
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pgpo_lightning.settings import Decay, NonNegative, Range, check, shown
@@ -20,6 +22,24 @@ SETTINGS = {
 """What is checked where a group has it, beside `eps` and `maximize`."""
 
 EPS = Range(above=0, most=1)
+
+
+def build_optimizer(make: OptimizerCallable, parameters: list[Parameter]) -> Optimizer:
+    """Return the optimizer of these parameters, with settings that have been checked.
+
+    Args:
+        make: From parameters to an optimizer.
+        parameters: What is trained.
+
+    Raises:
+        ValueError: If its class does not take its settings, or :func:`check_optimizer` does not.
+    """
+    try:
+        optimizer = make(parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected settings that the class of `optimizer` takes, but it says: {error}.") from error
+    check_optimizer(optimizer)
+    return optimizer
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
