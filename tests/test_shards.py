@@ -11,8 +11,9 @@ from helpers import config
 from test_resume import assert_same, final
 from torch.distributed.checkpoint import save
 
+from pgpo_lightning.checkpoint_file import DamagedCheckpointError
 from pgpo_lightning.cli import main
-from pgpo_lightning.shards import INDEX, REST, read_shards
+from pgpo_lightning.shards import CHECKSUM, INDEX, REST, check_shards, finish_shards, read_shards
 
 
 def cut_up(checkpoint, folder):
@@ -105,3 +106,42 @@ def test_state_whose_types_belong_to_a_package_needs_the_package(tmp_path, monke
             shutil.rmtree(tmp_path / "torchao" / "__pycache__", ignore_errors=True)
             with pytest.raises(ValueError, match="Expected torchao to be installed"):
                 main(["export", str(path), str(tmp_path / "out")])
+
+
+def flip(path, text=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if text is None else content.index(text)] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_part_is_found(shards):
+    finish_shards(shards)
+    check_shards(shards)
+    for path in sorted(shards.iterdir()):
+        good = path.read_bytes()
+        flip(path)
+        with pytest.raises(DamagedCheckpointError, match=str(path if path.name != CHECKSUM else shards / INDEX)):
+            check_shards(shards)
+        path.write_bytes(good)
+    check_shards(shards)
+    (shards / CHECKSUM).unlink()
+    check_shards(shards)  # written by another callback, or an older version
+
+
+def test_shards_are_cut_short_or_hold_code(run, shards, tmp_path, capfd):
+    write_shards({"state_dict": {"a": torch.ones(2)}, "optimizer_0": Evil()}, tmp_path / "evil")
+    with pytest.raises(ValueError, match=r"nothing but tensors .*distcp, but it names builtins.print"):
+        read_shards(tmp_path / "evil")
+    assert "stranger" not in capfd.readouterr().out
+    (part,) = shards.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-300])
+    with pytest.raises(DamagedCheckpointError, match=rf"{part} is (cut short|none)"):
+        main(["export", str(shards), str(tmp_path / "out")])
+    with pytest.raises(DamagedCheckpointError, match=rf"{part} is (cut short|none)"):
+        main(["fit", "--config", config(tmp_path / "c", steps=3), "--ckpt_path", str(shards)])
+
+
+def write_shards(content, folder):
+    with pytest.warns(UserWarning, match="single process"):
+        save(content, checkpoint_id=folder)
+    torch.save({"pgpo_lightning": {"steps": 1}}, folder / REST)
