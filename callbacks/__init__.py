@@ -23,6 +23,7 @@ from pgpo_lightning.callbacks.controls import (
     ReplayedMultiplier,
     ShuffledMultiplier,
 )
+from pgpo_lightning.callbacks.interruption import Interruption
 from pgpo_lightning.callbacks.multiplier import (
     ConstantMultiplier,
     InformationMultiplier,
@@ -39,6 +40,7 @@ __all__ = [
     "ConstantMultiplier",
     "EffectiveSampleSizeMultiplier",
     "InformationMultiplier",
+    "Interruption",
     "InverseMultiplier",
     "KLAdaptiveMultiplier",
     "LossScaledMultiplier",

@@ -58,6 +58,11 @@ class ResumeCheckpoint(Checkpoint):
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     @property
+    def newest(self) -> Path | None:
+        """The file that this process wrote last, on the rank that writes; None before."""
+        return self._mine[-1] if self._mine and self._saved >= 0 else None
+
+    @property
     def best_model_path(self) -> str:
         """That of a ModelCheckpoint beside this one, where Lightning asks this one for it; empty without one."""
         return next((callback.best_model_path for callback in self._beside if callback.best_model_path), "")

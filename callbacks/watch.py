@@ -17,6 +17,7 @@ from pgpo_lightning.identity import training_sha256
 from pgpo_lightning.lab.runs import FILE, collect
 from pgpo_lightning.records import Row
 from pgpo_lightning.settings import Natural, checked
+from pgpo_lightning.stopping import Stopped
 
 
 @checked
@@ -75,7 +76,15 @@ class Watch(L.Callback):
         writer.add_text("rollouts", text, pl_module.steps)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the curves and write the summary."""
+        """Draw the curves, write the summary and the record."""
+        self._conclude(trainer, pl_module, ended=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Draw the curves and write the summary of a run that was asked to end, and is to go on later."""
+        if isinstance(exception, Stopped) and trainer.state.fn == "fit" and pl_module.steps:
+            self._conclude(trainer, pl_module, ended=False)
+
+    def _conclude(self, trainer: L.Trainer, pl_module: L.LightningModule, ended: bool) -> None:
         log_dir = trainer.log_dir  # a collective: every rank has to ask
         writer = _writer(trainer)
         if writer is None:
@@ -90,19 +99,20 @@ class Watch(L.Callback):
         summary = summarise(scalars, pl_module.steps, seconds, pl_module.eval_samples)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
-        collect(
-            folder,
-            scalars,
-            train=training_sha256(data.questions["train"])
-            if isinstance(data := trainer.datamodule, QuestionData)
-            else None,
-            seed=pl_module.seed,
-            steps=pl_module.steps,
-            samples=pl_module.eval_samples,
-            seconds=round(seconds, 2),
-            cpu_seconds=round(cpu_seconds, 2),
-            rho=multipliers[0].history if multipliers else [],
-        ).save(folder / FILE)
+        if ended:  # the record says that a run is complete
+            collect(
+                folder,
+                scalars,
+                train=training_sha256(data.questions["train"])
+                if isinstance(data := trainer.datamodule, QuestionData)
+                else None,
+                seed=pl_module.seed,
+                steps=pl_module.steps,
+                samples=pl_module.eval_samples,
+                seconds=round(seconds, 2),
+                cpu_seconds=round(cpu_seconds, 2),
+                rho=multipliers[0].history if multipliers else [],
+            ).save(folder / FILE)
         curves = f"curves:  {picture}\n" if self.picture else ""
         print(f"\n{before_after(summary)}\n\n{curves}summary: {folder / 'summary.json'}")
 

@@ -3,9 +3,11 @@
 import importlib
 import logging
 import os
-import re
+import shlex
 import sys
 import warnings
+
+from pgpo_lightning.stopping import Stopped
 
 HELP = """pgpo COMMAND, and pgpo COMMAND --help
 
@@ -44,8 +46,10 @@ def main(args: list[str] | None = None) -> None:
         args: Without the program's name; by default those of the process.
     """
     _quiet()
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's verifiers and multipliers stand in the working folder, as with `python -m`
+    # A user's verifiers and multipliers stand in the working folder, as with `python -m`. Not "": while a configuration in
+    # another folder is read, that is the working folder.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     words = sys.argv[1:] if args is None else args
     if words[:1] in (["-h"], ["--help"]):
         print(HELP, end="")
@@ -65,28 +69,43 @@ def main(args: list[str] | None = None) -> None:
 
 
 def program() -> None:
-    """Run the command line as a program: what a user can mend is one line, not a traceback."""
+    """Run the command line as a program: what a user can mend is one line, all else a traceback in the run's folder."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(_ended("stopped by SIGINT", 130))
+    except Stopped as stop:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+            _ended(f"{stop}{_how_to_go_on(stop)}", stop.status)
+        sys.exit(stop.status)
     except Exception as error:
-        if os.environ.get("PGPO_TRACEBACK") or not _can_be_mended(error):
+        if os.environ.get("PGPO_TRACEBACK"):
             raise
-        sys.exit(f"error: {_told(error)}\n(PGPO_TRACEBACK=1 shows where)")
+        from pgpo_lightning.errors import report
+
+        sys.exit(report(error, getattr(error, "run_folder", None)))
 
 
-def _can_be_mended(error: Exception) -> bool:
-    # Here, because they bring all of Lightning along.
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from pgpo_lightning.verifiers import VerifierError
-
-    return isinstance(error, (ValueError, OSError, MisconfigurationException, VerifierError))
+def _ended(text: str, status: int) -> int:
+    print(f"\n{text}", file=sys.stderr)
+    return status
 
 
-def _told(error: Exception) -> str:
-    """Return what a class said about its arguments, out of the list of all that jsonargparse tried."""
-    said = re.search(r"^ *- (Expected .*`.*)$", str(error), re.MULTILINE)
-    return said[1] if said else str(error)
+def _how_to_go_on(stop: Stopped) -> str:
+    """Return the command that goes on from where the run was stopped, if it was training."""
+    words = sys.argv[1:]
+    if not words or words[0] != "fit":
+        return ""
+    if stop.saved is None:
+        return ", before there was anything to save"
+    kept, skip = [], False
+    for word in words:
+        if not skip and not word.startswith("--ckpt_path="):
+            skip = word == "--ckpt_path"
+            kept += [] if skip else [word]
+        else:
+            skip = False
+    return f". Go on with\n  {shlex.join(['pgpo', *kept, '--ckpt_path', 'last'])}"
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def newest_checkpoint(folder: Path, resume: bool = True) -> Path:
     others = any(folder.glob(PATTERN))
     what = f"those in {folder} are of another program" if others else f"there is none in {folder}"
     raise FileNotFoundError(
-        f"Expected a checkpoint `{PATTERN}` to resume from, but there is none: {what}. Start without `--ckpt_path`."
+        f"Expected a checkpoint `{PATTERN}` to resume from, but there is none: {what}. "
+        "`--ckpt_path last-or-new` starts anew."
     )
 
 

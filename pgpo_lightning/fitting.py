@@ -12,16 +12,21 @@ import pgpo_lightning.callbacks
 import pgpo_lightning.data
 import pgpo_lightning.modules
 import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
-from pgpo_lightning.callbacks import ResumeCheckpoint, StepSizeMultiplier, Watch
+from pgpo_lightning.callbacks import Interruption, ResumeCheckpoint, StepSizeMultiplier, Watch
 from pgpo_lightning.data import QuestionData
-from pgpo_lightning.finding import PATTERN, resolve
+from pgpo_lightning.finding import resolve
 from pgpo_lightning.held_out import told
 from pgpo_lightning.lab.configurations import RESUMED, configurations, without_checkpoint
 from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.run_folder import Lock, clear, state, steps_made
+from pgpo_lightning.stopping import SIGNALS
+
+OR_NEW = "last-or-new"
+"""Value of `--ckpt_path`: from the newest checkpoint if there is one, else from the beginning."""
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration beside the log; a second run may not write into the folder of a first.
+    """Writes the resolved configuration beside the log; :meth:`PGPOCommand.open_folder` has seen to it that it may.
 
     A resumed run leaves ``config.yaml`` as it is. If its own configuration differs from the last one, it writes
     ``config.resumed-at-step=N.yaml`` once its settings have been accepted.
@@ -30,13 +35,6 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.log_dir and not trainer.fast_dev_run:
             taken = trainer.strategy.broadcast((Path(trainer.log_dir) / self.config_filename).exists())
-            if taken and not self.config.get("ckpt_path"):
-                resumable = any((Path(trainer.log_dir) / "checkpoints").glob(PATTERN))
-                way = "Continue it with `--ckpt_path last`" if resumable else "It has no checkpoint: delete the folder"
-                raise FileExistsError(
-                    f"Expected a folder without a run, but {trainer.log_dir} holds one. {way}, or choose another "
-                    "`--trainer.default_root_dir`."
-                )
             self.overwrite = True
             if not taken:
                 super().setup(trainer, pl_module, stage)
@@ -107,11 +105,84 @@ class PGPOCommand(LightningCLI):
             fits = self.subcommand == "fit"
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="") if fits else False
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
-        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not None]
+        callbacks = [callback for callback in trainer.callbacks if callback is not None]
+        if not any(isinstance(callback, Interruption) for callback in callbacks):
+            callbacks.append(Interruption(continues=self.config[self.subcommand].get("ckpt_path") == OR_NEW))
+        trainer.callbacks = callbacks
         endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
         if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and endless:
             bar._get_train_description = "Epoch {:<4}".format  # Lightning would write "Epoch 0/-2"
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, in a folder that no other run writes to."""
+        folder, lock = None, None
+        SIGNALS.listen()
+        try:
+            if subcommand == "fit" and self.trainer.log_dir and not self.trainer.fast_dev_run:
+                folder = Path(self.trainer.log_dir)
+                if self.trainer.is_global_zero:
+                    lock = Lock(folder)
+                try:
+                    goes_on = self.open_folder(folder)
+                except Exception:
+                    if lock is not None:
+                        lock.release(refused=True)
+                    folder = None
+                    raise
+                if not goes_on:
+                    return
+                if lock is not None:
+                    lock.sign()
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            error.run_folder = folder  # for the traceback
+            raise
+        finally:
+            SIGNALS.release()
+            if lock is not None:
+                lock.release()
+
+    def open_folder(self, folder: Path) -> bool:
+        """Find out what to start from, and clear away what a run left that came to nothing.
+
+        Args:
+            folder: Of the run.
+
+        Returns:
+            Whether there is anything to do.
+
+        Raises:
+            FileExistsError: If the folder holds a run that is not to be continued.
+            FileNotFoundError: If there is no checkpoint to continue from.
+        """
+        config = self.config_init[self.subcommand]
+        given = config.get("ckpt_path")
+        checkpoints = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint)).folder(self.trainer)
+        how = state(folder, checkpoints)
+        if how == "finished" and given == OR_NEW:
+            steps, limit = steps_made(folder), self.trainer.max_steps
+            if limit == -1 or steps >= limit:
+                print(f"Nothing to do: the run in {folder} has made all of its {steps} steps.")
+                return False
+        if given == OR_NEW:
+            config["ckpt_path"] = given = "last" if how in ("started", "finished") else None
+            fresh = how in ("failed", "begun")
+        else:
+            fresh = how == "failed" and given is None
+        if how != "new" and given is None and not fresh:
+            way = "Continue it with `--ckpt_path last`"
+            if how == "begun":
+                way = f"It has no checkpoint yet: start it anew with `--ckpt_path {OR_NEW}`"
+            raise FileExistsError(
+                f"Expected a folder without a run, but {folder} holds one. {way}, or choose another `--trainer.default_root_dir`."
+            )
+        if fresh and self.trainer.is_global_zero:
+            print(
+                f"The run in {folder} ended before {'a checkpoint' if how == 'begun' else 'its first step'}: started anew."
+            )
+            clear(folder)
+        return True
 
     def before_fit(self) -> None:
         """Find the checkpoint that ``--ckpt_path`` means."""
@@ -125,6 +196,10 @@ class PGPOCommand(LightningCLI):
 
     def before_validate(self) -> None:
         """Find the checkpoint, and say whose score it will be without one."""
+        if self.config_init[self.subcommand].get("ckpt_path") == OR_NEW:
+            raise ValueError(
+                f"Expected `--ckpt_path last` or a file for {self.subcommand}, but got {OR_NEW}, which is for fit."
+            )
         self.before_fit()
         if not self.config_init[self.subcommand].get("ckpt_path"):
             model = self.model.given_model if isinstance(self.model.given_model, str) else "the model"

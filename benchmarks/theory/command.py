@@ -7,6 +7,8 @@ from typing import Any
 import jsonargparse
 from transformers.utils import logging as transformers_logging
 
+from pgpo_lightning.errors import report
+
 
 def run(note: Callable[..., Any], args: list[str] | None = None) -> None:
     """Call a function with arguments from the command line.
@@ -16,7 +18,7 @@ def run(note: Callable[..., Any], args: list[str] | None = None) -> None:
         args: Without the program's name; by default those of the process.
 
     Raises:
-        SystemExit: With the message, if the function raises a ValueError or an OSError.
+        SystemExit: With what is to be told of an error of the function.
     """
     parser = jsonargparse.ArgumentParser(description=(note.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(note, as_group=False)
@@ -25,5 +27,5 @@ def run(note: Callable[..., Any], args: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     try:
         note(**vars(instantiate(parser.parse_args(args))))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(report(error, None))

@@ -27,7 +27,8 @@ from pgpo_lightning.checkpoint_file import remove
 from pgpo_lightning.finding import look
 from pgpo_lightning.lab.plan import Lab, Planned, Settings, read_lab
 from pgpo_lightning.lab.runs import FILE, Run
-from pgpo_lightning.lab.state import changed, clear, expected_settings, state
+from pgpo_lightning.lab.state import changed, expected_settings, state
+from pgpo_lightning.run_folder import clear
 from pgpo_lightning.settings import Count, Text, checked
 
 PROGRAM = [sys.executable, "-m", "pgpo_lightning.cli"]
@@ -182,7 +183,7 @@ class Launcher:
                 self._break(run, change)
                 return
             if how == "begun":
-                clear(run)
+                clear(run.folder)
             start = log.tell()
             process = subprocess.Popen(  # noqa: S603  (our own program)
                 [*PROGRAM, *run.arguments(*_resume(how))],

@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
@@ -11,22 +10,10 @@ import yaml
 
 from pgpo_lightning.finding import PATTERN
 from pgpo_lightning.fitting import PGPOCommand
-from pgpo_lightning.lab.configurations import CONFIG, configurations
+from pgpo_lightning.lab.configurations import configurations
 from pgpo_lightning.lab.plan import Planned, Settings, leaves
 from pgpo_lightning.lab.runs import FILE
-
-MADE = (
-    CONFIG,
-    "hparams.yaml",
-    "events.out.tfevents.*",
-    "validation/step=*.jsonl",
-    "validation/step=*.partial",
-    "checkpoints/*.partial",
-    "stability.png",
-    "summary.json",
-    "run.partial",
-)
-"""What a run writes into its folder before its first checkpoint, and at its end."""
+from pgpo_lightning.run_folder import made
 
 FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
 """Settings that may differ from those a run was made with, beside those of `watch` and `checkpoint`."""
@@ -40,21 +27,7 @@ def state(run: Planned) -> State:
         return "finished"
     if any((run.folder / "checkpoints").glob(PATTERN)):
         return "started"
-    return "begun" if any(_made(run)) else "new"
-
-
-def clear(run: Planned) -> None:
-    """Remove what a run wrote before its first checkpoint, and nothing else."""
-    for path in list(_made(run)):
-        path.unlink()
-    for folder in ("validation", "checkpoints"):
-        if (run.folder / folder).is_dir() and not any((run.folder / folder).iterdir()):
-            (run.folder / folder).rmdir()
-
-
-def _made(run: Planned) -> Iterator[Path]:
-    for pattern in MADE:
-        yield from run.folder.glob(pattern)
+    return "begun" if any(made(run.folder)) else "new"
 
 
 class _Parser(PGPOCommand):

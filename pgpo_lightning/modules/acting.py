@@ -12,6 +12,7 @@ from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Engine, NotFiniteError, Sampling
 from pgpo_lightning.seeding import global_seed, has_global_seed
 from pgpo_lightning.sharding import Whole
+from pgpo_lightning.stopping import SIGNALS
 from pgpo_lightning.verifiers import Verifier, VerifierError, grade
 
 
@@ -88,8 +89,10 @@ class Acting(L.LightningModule):
                     f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
                     f"{question.source or f'question {question.index}'} has {len(prompt)}."
                 )
+        # Evaluation under sharded weights gathers them for every batch, so that no rank may leave a batch alone.
+        together = self._trainer is None or self.trainer.training or self.placement.sharded
         try:
-            with self.placement.generation():
+            with self.placement.generation(), SIGNALS.section(together):
                 return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
         except NotFiniteError as error:
             raise NotFiniteError(f"At step {self.steps}: {error}") from error

@@ -17,6 +17,7 @@ from pgpo_lightning.ranks import on_first_rank
 from pgpo_lightning.records import Question
 from pgpo_lightning.rollout import Sampling
 from pgpo_lightning.seeding import derive_seed, seeded
+from pgpo_lightning.stopping import SIGNALS
 
 
 class Evaluation(Acting):
@@ -73,6 +74,7 @@ class Evaluation(Acting):
     on_test_epoch_end = on_validation_epoch_end
 
     def _finish(self) -> None:
+        SIGNALS.agree()
         self.count_verifier_errors()
         command = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}.get(self.trainer.state.fn)
         log_dir = self.trainer.log_dir  # a collective: every rank has to ask
