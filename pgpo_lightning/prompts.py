@@ -88,6 +88,7 @@ class PromptEncoder:
                 enable_thinking=self.enable_thinking,
             )["input_ids"]
         except Exception as error:  # templates are programs
+            _check_text("".join(str(message.get("content")) for message in messages), where)
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise MisconfigurationException(
                 f"Expected the chat template of `{self.tokenizer.name_or_path}` to take the turns of {where} ({roles}), but it "
@@ -97,7 +98,12 @@ class PromptEncoder:
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of plain text, without any special token added."""
-        return self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"], "a text")
+        try:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except TypeError:
+            _check_text(text, "a text")
+            raise
+        return self._known(ids, "a text")
 
     def text(self, ids: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -143,6 +149,17 @@ class PromptEncoder:
                 "`model.resize_token_embeddings(len(tokenizer))`."
             )
         return ids
+
+
+def _check_text(text: str, where: str) -> None:
+    """Raise if a text holds half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MisconfigurationException(
+            f"Expected whole characters in {where}, but got the lone surrogate {text[error.start]!a} behind "
+            f"{text[max(0, error.start - 20) : error.start]!a}. Take it out of the text."
+        ) from None
 
 
 def _put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -24,11 +24,17 @@ def fill(template: str, **values: str) -> str:
 
 
 def check_template(field: str, template: str, placeholders: tuple[str, ...]) -> None:
-    """Raise if a template lacks one of its placeholders.
+    """Raise if a template lacks one of its placeholders, or is no text that can be encoded.
 
     Raises:
         ValueError: Names the field and the placeholder.
     """
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Expected `{field}` to have whole characters, but got the lone surrogate {template[error.start]!a} in {template!a}."
+        ) from None
     for name in placeholders:
         if f"{{{name}}}" not in template:
             raise ValueError(f"Expected `{field}` to contain the placeholder {{{name}}}, but got {template!r}.")

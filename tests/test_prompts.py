@@ -195,3 +195,12 @@ def test_a_question_that_the_template_does_not_take_is_named():
         match=r"turns of data.jsonl:3 \(system, user\), but it raises TemplateError: no system role",
     ):
         encoder.question(Question("1+1=", "2", system="A", source="data.jsonl:3"))
+
+
+@pytest.mark.parametrize("template", [TOKENIZER.chat_template, None])
+def test_half_a_character_is_not_put_down_to_the_template(template):
+    encoder = PromptEncoder(tokenizer_with(chat_template=template), False)
+    with pytest.raises(
+        MisconfigurationException, match=r"whole characters in .*, but got the lone surrogate '\\ud83d' behind '1\+1='"
+    ):
+        encoder.question(Question("1+1=\ud83d", "2"))

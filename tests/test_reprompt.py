@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TOKENIZER
+from helpers import TOKENIZER, loader, questions, tiny_sdpo, trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -470,3 +471,15 @@ def test_rows_left_without_context_join_only_if_asked_for():
 def test_contradictory_contexts_are_refused(settings, field):
     with pytest.raises(ValueError, match=f"Expected .*`{field}`"):
         RepromptBuilder(**DEFAULTS | settings)
+
+
+@pytest.mark.parametrize("field", ["reprompt_template", "solution_template", "feedback_template"])
+def test_a_template_with_half_a_character_is_refused(field):
+    with pytest.raises(ValueError, match=rf"`{field}` to have whole characters, but got the lone surrogate '\\ud83d'"):
+        RepromptBuilder(**DEFAULTS | {field: DEFAULTS[field] + "\ud83d"})
+
+
+def test_a_template_without_room_for_a_question_is_refused_before_anything_is_sampled(tmp_path):
+    module = tiny_sdpo(reprompt_template="{prompt}{solution}{feedback}" + " a" * 200)
+    with pytest.raises(MisconfigurationException, match=r"takes 203 of `max_reprompt_len`=160 tokens by itself"):
+        trainer(tmp_path, max_steps=1).fit(module, loader(questions(2)))

@@ -20,6 +20,7 @@ from pgpo_lightning.reprompt import (
     DemonstrationChoice,
     DemonstrationSource,
     RepromptBuilder,
+    fill,
 )
 from pgpo_lightning.settings import Count, Fraction, checked
 from pgpo_lightning.teacher import FrozenTeacher, RefreshGate, Teacher, TeacherRegularization, make_teacher
@@ -135,6 +136,18 @@ class SelfTeaching(OnPolicyModule):
             demonstration_source=demonstration_source,
             reprompt_without_context=reprompt_without_context,
         )
+
+    def setup(self, stage: str) -> None:
+        """Check that the reprompt leaves room for a question."""
+        super().setup(stage)
+        bare = fill(self.reprompt.reprompt_template, prompt="", solution="", feedback="")
+        taken = len(self.encoder.messages([{"role": "user", "content": bare}], "`reprompt_template`"))
+        if stage == "fit" and taken >= self.reprompt.max_reprompt_len:
+            raise MisconfigurationException(
+                f"Expected `reprompt_template` to leave room for a question, but it takes {taken} of `max_reprompt_len`="
+                f"{self.reprompt.max_reprompt_len} tokens by itself, so that no row would have a teacher. Raise "
+                "`max_reprompt_len`, or shorten the template."
+            )
 
     def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
         """Give every row that has a demonstration or feedback its teacher's prompt."""
