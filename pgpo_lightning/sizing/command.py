@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from pgpo_lightning.building import BuildCommand
 from pgpo_lightning.modules import HAPO, OnPolicyModule
 from pgpo_lightning.rollout import TransformersEngine
+from pgpo_lightning.settings import Count, Decay, Positive, check
 from pgpo_lightning.sizing.adapters import Adapters
 from pgpo_lightning.sizing.dry_run import Compute
 from pgpo_lightning.sizing.memory import GIB, Sharding
@@ -75,7 +76,9 @@ class PlanCommand(BuildCommand):
         limits = (module.max_prompt_length, module.longest_prompt, module.max_response_length)
         means = [self._get(self.config, f"{name}_tokens") for name in ("prompt", "reprompt", "response")]
         lengths = [limit if mean is None else mean for mean, limit in zip(means, limits, strict=True)]
+        check("spread", options["spread"], Decay)
         for name, length, limit in zip(("prompt", "reprompt", "response"), lengths, limits, strict=True):
+            check(f"{name}_tokens", length, Count)
             if length > limit:
                 raise ValueError(
                     f"Expected `{name}_tokens` to be at most the configured limit {limit}, but got {length}."
@@ -168,6 +171,7 @@ def _sharding(trainer: Any, device: str) -> Sharding:
     strategy = trainer.strategy
     name = (strategy if isinstance(strategy, str) else strategy.class_path).rpartition(".")[2]
     arguments = {} if isinstance(strategy, str) else strategy.get("init_args", {})
+    check("trainer.num_nodes", trainer.num_nodes, Count)
     devices = _devices(trainer.devices, device) * trainer.num_nodes
     if name in ("auto", "SingleDeviceStrategy"):
         return Sharding(devices, "ddp" if devices > 1 else "single")
@@ -195,7 +199,11 @@ def _devices(devices: Any, device: str) -> int:
         return len(devices)
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if device == "cuda" else 1
-    return len(devices.split(",")) if isinstance(devices, str) and "," in devices else int(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len(devices.split(","))
+    count = int(devices) if str(devices).isdecimal() else devices
+    check("trainer.devices", count, Count)
+    return count
 
 
 def main(args: list[str]) -> Plan:
@@ -209,8 +217,7 @@ def main(args: list[str]) -> Plan:
     memory, path = (command._get(command.config, name) for name in ("memory", "json"))
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
-    if memory is not None and memory <= 0:
-        raise ValueError(f"Expected `memory` to be above 0 GiB, but got {memory}.")
+    check("memory", memory, Positive | None)
     made = plan(command.run())
     print(table(made, memory))
     if path is not None:
