@@ -164,6 +164,8 @@ class InformationMultiplier(StepSizeMultiplier):
         """Scale the learning rate, and log the estimate that rho was made from."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pl_module.scalars["information/used"] = self.signal.value
+        if self.rho_max > 1:
+            pl_module.scalars["lr/at_bound"] = float(self.history[-1] >= self.rho_max)
         if not math.isnan(self.signal.standard_error):
             pl_module.scalars["information/used_standard_error"] = self.signal.standard_error
 

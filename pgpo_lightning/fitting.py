@@ -12,7 +12,7 @@ import pgpo_lightning.callbacks
 import pgpo_lightning.data
 import pgpo_lightning.modules
 import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
-from pgpo_lightning.callbacks import Interruption, ResumeCheckpoint, StepSizeMultiplier, Watch
+from pgpo_lightning.callbacks import Interruption, ResumeCheckpoint, StabilityMonitor, StepSizeMultiplier, Watch
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.finding import resolve
 from pgpo_lightning.held_out import told
@@ -108,6 +108,8 @@ class PGPOCommand(LightningCLI):
         callbacks = [callback for callback in trainer.callbacks if callback is not None]
         if not any(isinstance(callback, Interruption) for callback in callbacks):
             callbacks.append(Interruption(continues=self.config[self.subcommand].get("ckpt_path") == OR_NEW))
+        if self.subcommand == "fit" and not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
+            callbacks.insert(0, StabilityMonitor())  # before checkpoints, which save what it has seen
         trainer.callbacks = callbacks
         endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
         if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and endless:

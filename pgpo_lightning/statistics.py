@@ -184,8 +184,17 @@ def information(
         values = values * length if aggregation == "sequence-sum" else values
         value = values.mean()
         residuals = values - value
-    asked, of = statistics.question[counted].unique(return_inverse=True)
+    return Information(value.item(), clustered_error(residuals, statistics.question[counted]))
+
+
+def clustered_error(residuals: Tensor, question: Tensor) -> float:
+    """Return the standard error of a mean over rollouts, clustered by question; NaN for fewer than two questions.
+
+    Args:
+        residuals: Of each rollout about the mean, shape ``(n,)``, fp64.
+        question: Number of each rollout's question, shape ``(n,)``.
+    """
+    asked, of = question.unique(return_inverse=True)
     groups = asked.numel()
     sums = residuals.new_zeros(groups).index_add(0, of, residuals)
-    error = (sums.square().sum() * groups / (groups - 1)).sqrt().item() / n if groups > 1 else math.nan
-    return Information(value.item(), error)
+    return (sums.square().sum() * groups / (groups - 1)).sqrt().item() / residuals.numel() if groups > 1 else math.nan

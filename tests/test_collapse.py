@@ -25,6 +25,7 @@ RUN = {
     "response_length/max": [30.0] * 10,
     "response_length/clip_ratio": [0.0] * 10,
     "actor/grad_norm": [0.2] * 10,
+    "lr/at_bound": [0.0] * 10,
     "self_distillation/divergence": [0.02] * 10,
     "self_distillation/divergence_bound": [math.log(2)] * 10,
 }
@@ -52,6 +53,11 @@ FIRING = {
     "entropy-rises": (
         {"neg_log_prob": [0.21] * 4},
         "the entropy of rollouts rose to 0.21 nats a token, above 2 times its start 0.1",
+    ),
+    "rho-at-bound": (
+        {"at_bound": [1.0] * 4, "neg_log_prob": [0.13] * 4},
+        "rho was at its upper bound in most of the last steps while the entropy of rollouts rose to 0.13 nats a token, above "
+        "1.25 times its start 0.1: the student becomes random, the feedback tells no more than before",
     ),
     "entropy-vanishes": (
         {"neg_log_prob": [0.009] * 4},
@@ -109,6 +115,7 @@ def test_a_rule_sees_nothing_of_the_future(rule):
     ("rule", "off"),
     [
         ("reward", "reward_fall"), ("teacher-lost", "teacher_fall"), ("score", "score_fall"),
+        ("rho-at-bound", "entropy_rise_at_bound"),
         ("entropy-rises", "entropy_rise"), ("entropy-vanishes", "entropy_vanish"), ("length-tail", "length_tail"),
         ("cut-off", "cut_off_rise"), ("no-gradient", "gradient_vanish"), ("teacher-gap", "gap_growth"),
     ],
@@ -207,6 +214,19 @@ def test_signs_are_what_rules_compare():
 def test_the_median_runs():
     assert medians([3.0, 1.0, 2.0, 9.0, 9.0], 3) == [3.0, 2.0, 2.0, 2.0, 9.0]
     assert medians([], 3) == []
+
+
+@pytest.mark.parametrize("changes", [{"at_bound": [1.0] * 4}, {"neg_log_prob": [0.13] * 4}])
+def test_rho_at_its_bound_and_a_rising_entropy_are_no_alarm_alone(changes):
+    assert alarms(curves(**changes), 10, CollapseRules()) == {}
+
+
+def test_the_collapse_of_a_real_model_is_seen():
+    """Measured: a harmful teacher, the student's entropy from 1.6 to 4.0 nats, rho at its bound of 2."""
+    scalars = {"rollout/neg_log_prob": {1: 1.6, 2: 2.4, 3: 4.0}, "lr/at_bound": {1: 0.0, 2: 1.0, 3: 1.0}}
+    assert alarms(scalars, 3, CollapseRules()) == {}  # the start is the median of the first three
+    later = {tag: points | {step: max(points.values()) for step in range(4, 7)} for tag, points in scalars.items()}
+    assert list(alarms(later, 6, CollapseRules())) == ["rho-at-bound"]
 
 
 # --------------------------------------------------------------------------------------------- a broken teacher

@@ -24,6 +24,7 @@ CURVES = (
     "hapo/threshold",
     "information/mean",
     "information/standard_error",
+    "lr/at_bound",
     "lr/effective",
     "lr/multiplier",
     "response_length/clip_ratio",

@@ -203,6 +203,7 @@ class OnPolicyModule(Reporting):
             with self._timed("adv"):
                 rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
                 self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
+                self.check_answers(rows)
             with self._timed("update_actor"):
                 updated, seen, missed = False, [], []
                 learned = [row.replaced_by or row for row in rows]  # a demonstration may stand in for a failure
@@ -214,6 +215,7 @@ class OnPolicyModule(Reporting):
                     loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
                     if not seen:  # later updates find a policy that has moved
                         self.scalars |= check_sampler(self.step_statistics, self.max_sampler_gap, self.steps)
+                        self.check_information()
                     updated |= self.update(loss)  # a callback reads I, scales the step by ρ
                     seen.append(self.step_statistics)
                 if updated:

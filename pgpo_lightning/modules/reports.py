@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.modules.updating import Updating
 from pgpo_lightning.no_signal import Outcomes, explain
+from pgpo_lightning.preflight import less_certain
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.reporting import loss_scalars, rollout_scalars
@@ -40,6 +41,19 @@ class Reporting(Updating):
         start = time.perf_counter()
         yield
         self._timing[f"timing_s/{phase}"] = time.perf_counter() - start
+
+    @property
+    def weights_are_the_start(self) -> bool:
+        """Whether no optimizer step has been taken yet, in this run or those that it continues."""
+        return self.trainer.global_step == self.steps_without_signal
+
+    def check_answers(self, rows: list[Row]) -> None:
+        """Look at the rollouts of a batch before anything is learnt from them."""
+
+    def check_information(self) -> None:
+        """Warn before the first optimizer step if the teacher is significantly less certain than the student."""
+        if self.weights_are_the_start and (harm := less_certain(self.step_statistics)) is not None:
+            rank_zero_warn(f"Step {self.steps + 1}: {harm}.")
 
     def tell_of_missing_signal(self, missed: list[list[Row]]) -> None:
         """Warn when an optimizer step is left out for the first time, and every tenth time.

@@ -1,16 +1,19 @@
 """What all modules with a self-teacher share (SDPO, arXiv 2601.20802): what the teacher reads, and whose weights it has."""
 
+import math
 import random
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from pgpo_lightning.distillation import Source
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.resuming import check_start
 from pgpo_lightning.policy import fingerprint
+from pgpo_lightning.preflight import joined, less_successful, net_gap
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
@@ -22,6 +25,7 @@ from pgpo_lightning.reprompt import (
     RepromptBuilder,
     fill,
 )
+from pgpo_lightning.seeding import seeded
 from pgpo_lightning.settings import Count, Fraction, checked
 from pgpo_lightning.teacher import FrozenTeacher, RefreshGate, Teacher, TeacherRegularization, make_teacher
 
@@ -66,6 +70,9 @@ class SelfTeaching(OnPolicyModule):
             (set `dont_reprompt_on_self_success` false); ``none``, feedback alone.
         reprompt_without_context: Give a teacher also to rows with neither demonstration nor feedback; it reads the reprompt
             template with both left empty, so that the template itself, or nothing at all, is the context.
+        preflight: Before the first optimizer step, sample an answer of the teacher from every reprompt of the batch and as many
+            of the student from the plain prompts, and warn if the teacher succeeds significantly less often. Logs
+            `self_distillation/net_gap` and its standard error.
         kwargs: See :class:`OnPolicyModule`.
     """
 
@@ -92,6 +99,7 @@ class SelfTeaching(OnPolicyModule):
         feedback_template: str = FEEDBACK_TEMPLATE,
         demonstration_source: DemonstrationSource = "siblings",
         reprompt_without_context: bool = False,
+        preflight: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -110,6 +118,7 @@ class SelfTeaching(OnPolicyModule):
         self.teacher_update_rate = 0.05 if teacher_update_rate is None else teacher_update_rate
         self.teacher_period = 10 if teacher_period is None else teacher_period
         self.teacher_gate = teacher_gate
+        self.preflight = preflight
         if max_reprompt_len <= self.max_prompt_length:
             raise ValueError(
                 f"Expected `max_reprompt_len` to exceed `max_prompt_length` ({self.max_prompt_length}), because the teacher "
@@ -157,6 +166,33 @@ class SelfTeaching(OnPolicyModule):
         empty = not any(gather(any(row.reprompt_ids is not None for row in rows)))
         scalars["self_distillation/empty_target_batch"] = float(empty)
         return scalars
+
+    @torch.no_grad()
+    def check_answers(self, rows: list[Row]) -> None:
+        """Grade the teacher's own answers, if that is wanted. Before the first step it has the student's weights."""
+        if not self.preflight or not self.weights_are_the_start:
+            return
+        taught = [row for row in rows if row.reprompt_ids is not None]
+        asked = [row.rollout.question for row in taught]
+        success = []
+        with seeded(self.seed, "preflight", self.steps, self.global_rank), self.placement.generation():
+            for prompts in ([row.reprompt_ids for row in taught], [row.rollout.prompt_ids for row in taught]):
+                answers = (
+                    self.engine.generate(self.model, self.tokenizer, asked, prompts, 1, self._training_sampling)
+                    if taught
+                    else []
+                )
+                success.append([verdict.reward >= self.success_reward_threshold for verdict in self.judge(answers)])
+        mine = [(q.index, float(t) - float(s)) for q, t, s in zip(asked, *success, strict=True)]
+        gains, question = joined(gather(mine))
+        if not len(gains):
+            return
+        gap = net_gap(gains, question)
+        self.scalars["self_distillation/net_gap"] = gap.value
+        if not math.isnan(gap.standard_error):
+            self.scalars["self_distillation/net_gap_standard_error"] = gap.standard_error
+        if (harm := less_successful(gap, question.unique().numel())) is not None:
+            rank_zero_warn(f"Step {self.steps + 1}: {harm}.")
 
     def contexts(self, row: Row) -> list[list[int]]:
         """The student's prompt and, where there is one, the teacher's."""

@@ -44,6 +44,7 @@ _UPDATE = (
     *("mixing", "mixing_steps", "evidence_clip"),
     *("norm_adv_by_std_in_grpo", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
     *("teacher_regularization", "teacher_update_rate", "teacher_period", "teacher_gate", "teacher_offload"),
+    "preflight",
 )
 """Settings of a module that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other one makes another
 probe."""
