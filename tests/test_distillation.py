@@ -52,6 +52,7 @@ def plain(hidden, head, teacher_hidden, teacher_head, targets, which, temperatur
         "entropy_student": entropy(log_s),
         "entropy_teacher": entropy(log_t),
         "kl": forward_kl(log_s, log_t),
+        "plain": divergence(a, b, which.alpha),
     }
 
 
@@ -140,7 +141,7 @@ def test_statistics_that_can_be_differentiated(which):
         ours = linear_statistics(
             Source(hidden, Head(weight)), [Source(teacher_hidden, Head(teacher_weight))], targets, which, 0.7, chunk
         )
-        assert not any(x.requires_grad for x in (ours.log_p_teacher, ours.entropy_teacher, ours.kl))
+        assert not any(x.requires_grad for x in (ours.log_p_teacher, ours.entropy_teacher, ours.kl, ours.plain))
         value = loss(lambda name: getattr(ours, name))  # noqa: B023
         torch.testing.assert_close(value, loss(expected.__getitem__), rtol=1e-11, atol=1e-12)
         for a, b in zip(torch.autograd.grad(value, (hidden, weight)), gradients, strict=True):
