@@ -47,11 +47,11 @@ def about(what: str) -> Iterator[None]:
         what: What was named, as in ``the model `a/b```.
 
     Raises:
-        UserError: In place of `OSError`, `ValueError`, `ImportError` and the like.
+        UserError: In place of `OSError`, `ValueError` and `ImportError`.
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if mendable(error):
             raise
         raise UserError(f"Expected {what} to be usable, but {_first_line(error)}") from error

@@ -20,6 +20,7 @@ from pgpo_lightning.lab.configurations import RESUMED, configurations, without_c
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.run_folder import Lock, clear, state, steps_made
 from pgpo_lightning.stopping import SIGNALS
+from pgpo_lightning.trainer_settings import check_trainer
 
 OR_NEW = "last-or-new"
 """Value of `--ckpt_path`: from the newest checkpoint if there is one, else from the beginning."""
@@ -99,6 +100,8 @@ class PGPOCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Log training to TensorBoard in the run's own folder, and drop an absent multiplier."""
         config = self._get(self.config_init, "trainer")
+        if self.subcommand == "fit":
+            check_trainer(config)
         folder = config.get("default_root_dir") or "runs/unnamed"
         if config.get("logger") is None:
             # One evaluation is no curve, and in the run's folder it would be part of the run's log.

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from pgpo_lightning.batching import Sequences, SharedSequences
 from pgpo_lightning.distillation import Head, Source
+from pgpo_lightning.errors import about
 from pgpo_lightning.quantization import Quantization
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -57,15 +58,16 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
         quantization: Store the weights of linear layers in 4 or 8 bits, for training an adapter on them.
     """
-    return AutoModelForCausalLM.from_pretrained(
-        resolve_model(name),
-        dtype=getattr(torch, dtype),
-        attn_implementation=attn_implementation,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        quantization_config=None if quantization is None else quantization.config(getattr(torch, dtype)),
-    )
+    with about(f"the model `{name}`"):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(name),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            quantization_config=None if quantization is None else quantization.config(getattr(torch, dtype)),
+        )
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -82,9 +84,10 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         MisconfigurationException: If it has no end-of-sequence token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
-    )
+    with about(f"the tokenizer of `{name}`"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+        )
     return checked_tokenizer(tokenizer)
 
 

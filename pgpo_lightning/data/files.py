@@ -6,6 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pgpo_lightning.data.questions import SPLITS, QuestionData
 from pgpo_lightning.data.rows import Columns, Row, read_rows
+from pgpo_lightning.errors import about
 from pgpo_lightning.records import Question
 from pgpo_lightning.settings import Text, checked
 
@@ -92,7 +93,8 @@ class FileQuestions(QuestionData):
         if hub_split := self.hub_splits.get(split):
             import datasets  # here, because it takes a second
 
-            table = datasets.load_dataset(self.dataset, self.dataset_config, split=hub_split)
+            with about(f"the data set `{self.dataset}`"):
+                table = datasets.load_dataset(self.dataset, self.dataset_config, split=hub_split)
             if len(table) == 0:
                 raise ValueError(f"Expected at least one row in {self.dataset} [{hub_split}], but it is empty.")
             return [(f"{self.dataset}[{hub_split}]:{number}", row) for number, row in enumerate(table, start=1)]

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.data.rows import Columns, read_rows
+from pgpo_lightning.errors import about
 from pgpo_lightning.records import Question
 from pgpo_lightning.settings import Text, checked
 
@@ -118,7 +119,8 @@ class SciKnowEval(QuestionData):
     def _from_hub(self) -> dict[str, list[Question]]:
         import datasets  # here, because it takes a second
 
-        table = datasets.load_dataset(HUB_ID, split="test")
+        with about(f"the data set `{HUB_ID}`"):
+            table = datasets.load_dataset(HUB_ID, split="test")
         rows = [(number, row) for number, row in enumerate(table, start=1) if is_used(row, self.domain)]
         if len(rows) < 2:
             raise ValueError(f"Expected at least two {self.domain} rows in {HUB_ID}, but got {len(rows)}.")

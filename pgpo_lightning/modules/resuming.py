@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pgpo_lightning.checkpoint_io import peek_checkpoint
+from pgpo_lightning.errors import about
 from pgpo_lightning.identity import training_sha256
 from pgpo_lightning.modules.evaluation import Evaluation
 from pgpo_lightning.resumed_optimizer import check_optimizer, describe_optimizer, take_effect
@@ -104,8 +105,9 @@ class Resuming(Remembers, Evaluation):
             rank_zero_info(f"Resumed at step {self.steps} with other settings: {', '.join(self._changed)}.")
 
     def _make_both(self) -> tuple[Optimizer, Any]:
-        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
-        return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
+        with about("`optimizer` and `scheduler`"):
+            optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+            return optimizer, None if self.make_scheduler is None else self.make_scheduler(optimizer)
 
 
 def check_start(saved: str | None, found: str | None) -> None:

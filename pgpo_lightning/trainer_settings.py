@@ -1,0 +1,65 @@
+"""Settings of Lightning's Trainer that mean nothing here, or something else than they say."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+)
+
+INSTEAD = {
+    "barebones": (
+        False,
+        "a run keeps a log and checkpoints. Leave it out, and silence what disturbs by its own setting",
+    ),
+    "accumulate_grad_batches": (1, "a batch is one step. Set `model.init_args.micro_batch_tokens` to save memory"),
+    "gradient_clip_val": (None, "the module clips. Set `model.init_args.max_grad_norm`"),
+    "gradient_clip_algorithm": (None, "the module clips, by the norm. Set `model.init_args.max_grad_norm`"),
+}
+CALLBACKS: dict[type[Callback], str] = {
+    LearningRateFinder: "it takes steps of its own with a loss that a step does not return. Try rates with `pgpo ablate`",
+    BatchSizeFinder: "it takes steps that are thrown away. Ask `pgpo plan` what fits, and set `micro_batch_tokens`",
+    StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher_regularization: ema`",
+    GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.micro_batch_tokens` to save memory",
+}
+
+
+def check_trainer(config: Any) -> None:
+    """Refuse what the Trainer would take, and training would not follow.
+
+    Args:
+        config: The arguments of the Trainer, with callbacks that have been built.
+
+    Raises:
+        ValueError: If a setting has no use, or leaves nothing to do.
+    """
+    for name, (only, why) in INSTEAD.items():
+        if (value := config.get(name)) is not None and value != only:
+            shown = {False: "false", None: "null"}.get(only, str(only))
+            raise ValueError(f"Expected `trainer.{name}` to be {shown}, but got {_shown(value)}: {why}.")
+    callbacks = config.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        for kind, why in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"Expected `trainer.callbacks` without {kind.__name__}, but got one: {why}.")
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if config.get(name) == 0:
+            raise ValueError(
+                f"Expected `trainer.{name}` to leave something to train, but got 0. `pgpo validate` trains nothing."
+            )
+    for kind in ("steps", "epochs"):
+        least, most = config.get(f"min_{kind}"), config.get(f"max_{kind}")
+        if least is not None and most not in (None, -1) and least > most:
+            raise ValueError(
+                f"Expected `trainer.min_{kind}` to be at most `trainer.max_{kind}`, {most}, but got {least}."
+            )
+    if (limit := config.get("max_time")) is not None and not (Timer(limit)._duration or 0) > 0:
+        raise ValueError(f"Expected `trainer.max_time` to be longer than nothing, but got {limit}.")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
