@@ -42,12 +42,12 @@ class _SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write what a resumed run has differently."""
-        if trainer.is_global_zero and trainer.ckpt_path and trainer.log_dir and not self.already_saved:
+        folder = trainer.log_dir  # a collective: every rank has to ask
+        resumed = trainer.is_global_zero and trainer.ckpt_path and not (self.already_saved or trainer.fast_dev_run)
+        if resumed and folder:
             now = self.parser.dump(self.config, skip_none=False)
-            if without_checkpoint(now) != without_checkpoint(
-                configurations(Path(trainer.log_dir))[-1].read_text("utf-8")
-            ):
-                path = Path(trainer.log_dir) / RESUMED.format(step=pl_module.steps)
+            if without_checkpoint(now) != without_checkpoint(configurations(Path(folder))[-1].read_text("utf-8")):
+                path = Path(folder) / RESUMED.format(step=pl_module.steps)
                 path.write_text(now, encoding="utf-8")
 
 
