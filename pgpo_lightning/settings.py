@@ -286,9 +286,10 @@ def _fault_of_number(value: Any, kind: type, limits: tuple[Any, ...]) -> _Fault 
         return _Fault("", text, value, False)
     if outside is not None:
         return _Fault("", outside.text, value, False)
-    if kind is int and abs(value) > LARGEST_WHOLE and not any(limit.most for limit in ranges):
+    size: Any = abs(value)
+    if kind is int and size > LARGEST_WHOLE and not any(limit.most for limit in ranges):
         return _Fault("", f"to be at most {LARGEST_WHOLE} in size", value, False)
-    if kind is float and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
+    if kind is float and size != 0 and not SMALLEST <= size <= LARGEST:
         return _Fault("", f"to be 0 or {SMALLEST:g} to {LARGEST:g} in size", value, False)
     return None
 

@@ -1,7 +1,7 @@
 """Checks of the optimizer that was built: its class may be anybody's, so that its settings are read off its parameter groups."""
 
 from numbers import Real
-from typing import Annotated
+from typing import Annotated, Any
 
 from lightning.pytorch.cli import OptimizerCallable
 from torch.nn import Parameter
@@ -76,12 +76,12 @@ def check_rates(optimizer: Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         rate = _number(group["lr"])
-        if not (isinstance(rate, Real) and 0 <= rate <= HIGHEST_RATE):
+        if not (isinstance(rate, (int, float)) and 0 <= rate <= HIGHEST_RATE):
             raise ValueError(
                 f"Expected `scheduler` to make learning rates from 0 to {HIGHEST_RATE:g}, but got {shown(rate)}."
             )
 
 
-def _number(value: object) -> object:
+def _number(value: Any) -> Any:
     """Return the number in a tensor, which some optimizers keep their rate in."""
     return value.item() if hasattr(value, "item") else value
