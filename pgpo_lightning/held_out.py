@@ -13,6 +13,7 @@ import torch
 from pgpo_lightning.identity import joint_sha256, question_sha256
 from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
 from pgpo_lightning.records import Question, Rollout, Verdict
+from pgpo_lightning.texts import json_line
 
 
 @dataclass
@@ -75,10 +76,7 @@ def result_line(question: Question, rollouts: list[Rollout], verdicts: list[Verd
         "finished": [rollout.finished for rollout in rollouts],
         "responses": [rollout.text for rollout in rollouts],
     }
-    try:
-        return json.dumps(result, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 has no place for
-        return json.dumps(result, default=str).encode()
+    return json_line(result).encode()
 
 
 def score(

@@ -1,7 +1,9 @@
-"""The one place where ranks exchange what they saw."""
+"""The one place where ranks exchange what they saw, and learn that one of them has failed."""
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,17 +18,59 @@ CHUNK = 4 * 2**20
 _HOST = torch.device("cpu")
 _host_groups: list[tuple[Any, Any]] = []  # the process group that a group of the hosts was made beside, and that group
 
+_NOTE = "(raised by rank {rank}, from which this one has it)"
+
+
+@dataclass
+class _Failure:
+    """What a rank sends instead of what it was to send."""
+
+    error: Exception
+
 
 def gather(mine: T) -> list[T]:
     """Return every rank's object, in the order of ranks; ``[mine]`` in a single process.
 
     Takes whatever sizes the ranks happen to have, which a tensor collective does not.
+
+    Raises:
+        Exception: What another rank has raised within :func:`together`.
     """
     if not _several():
         return [mine]
-    everyone: list[T] = [mine] * dist.get_world_size()
+    everyone: list[Any] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if isinstance(theirs, _Failure):
+            theirs.error.add_note(_NOTE.format(rank=rank))
+            theirs.error.from_another_rank = True  # type: ignore[attr-defined]
+            raise theirs.error
     return everyone
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one rank raises in the enclosed code, all ranks raise, instead of waiting for it in their next collective.
+
+    Every rank has to enter it. No rank leaves it before all others, or one of them has failed. The enclosed code may exchange
+    objects with :func:`gather`, and no collective of another kind. It costs one exchange, and nothing in a single process.
+    """
+    try:
+        yield
+    except Exception as error:
+        if dist.is_available() and dist.is_initialized() and not hasattr(error, "from_another_rank"):
+            # The others are in, or on their way to, an exchange of objects, and find this among them.
+            dist.all_gather_object([None] * dist.get_world_size(), _Failure(_portable(error)))
+        raise
+    gather(None)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that arrives at another rank: itself, or what it says."""
+    try:
+        return pickle.loads(pickle.dumps(error))  # noqa: S301  (made in the line itself)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def on_first_rank(mine: Iterable[bytes], use: Callable[[list[Iterator[bytes]]], R]) -> R:

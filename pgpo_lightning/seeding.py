@@ -44,6 +44,19 @@ def derive_seed(*names: int | str) -> int:
 
 
 @contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the states of the generators of Python, NumPy and torch (every device) back after the enclosed code."""
+    # Not Lightning's `isolate_rng`, which puts nothing back after an exception.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
 def seeded(*names: int | str) -> Iterator[random.Random]:
     """Seed Python, NumPy and torch (every device) for the enclosed code, and put their states back afterwards.
 
@@ -51,17 +64,11 @@ def seeded(*names: int | str) -> Iterator[random.Random]:
         A generator of its own for choices that must not depend on how many numbers others draw.
     """
     seed = derive_seed(*names)
-    # Not Lightning's `isolate_rng`, which puts nothing back after an exception.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002  (verifiers of users may draw from the global generator)
-            torch.manual_seed(seed)
-            yield random.Random(seed)
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+    with generators_kept():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  (verifiers of users may draw from the global generator)
+        torch.manual_seed(seed)
+        yield random.Random(seed)
 
 
 def uniform(seeds: Tensor, step: int) -> Tensor:

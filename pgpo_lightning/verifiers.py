@@ -5,29 +5,23 @@ given by its import path, is as good as the two classes here: :class:`MultipleCh
 :class:`BoxedAnswer` for mathematics. :func:`grade` calls one and turns whatever it returns into a ``Verdict``.
 """
 
-import json
 import math
 import re
-import sys
-from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
-from numbers import Real
-from subprocess import PIPE, Popen
-from threading import Lock
-from typing import Any, Literal, TypeAlias
+from numbers import Integral, Real
+from typing import Annotated, Literal, TypeAlias
 
+from pgpo_lightning import symbolic
+from pgpo_lightning.grading import Verifier, VerifierError, grade, where
 from pgpo_lightning.records import Question, Verdict
-from pgpo_lightning.settings import Count, Positive, checked
+from pgpo_lightning.settings import Count, Range, checked
+from pgpo_lightning.texts import shown
 
-Verifier: TypeAlias = Callable[[Question, str], Verdict | float | tuple[float, str]]
-"""A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens)."""
+__all__ = ["BoxedAnswer", "MultipleChoice", "Verifier", "VerifierError", "grade"]
 
 Variant: TypeAlias = Literal["reference", "strict", "lenient"]
-
-
-class VerifierError(RuntimeError):
-    """A verifier raised, or returned something that is not a finite reward."""
 
 
 @checked
@@ -67,12 +61,23 @@ class MultipleChoice:
         sentence += rf"{opening}(?:({either}){closed}|({upper})(?![\w'’-])){alone}"
         self._statements = [re.compile(start), re.compile(sentence)]
 
-    def __call__(self, question: Question, response: str) -> Verdict:
-        """Grade one response; ``question.answer`` is the gold letter."""
+    def check_question(self, question: Question) -> None:
+        """Raise if the gold answer is not one of the options.
+
+        Raises:
+            ValueError: Names the row.
+        """
         gold = question.answer
         if not isinstance(gold, str) or len(gold) != 1 or gold not in self.options:
-            raise ValueError(f"Expected the answer of {_where(question)} to be in {self.options!r}, but got {gold!r}.")
-        return Verdict(reward=float((answer := self._read(response)) == gold), answer=answer)
+            raise ValueError(
+                f"Expected the answer of {where(question)} to be in {self.options!r}, but got {shown(gold)}. Mend the row, or "
+                "set the `options` of MultipleChoice."
+            )
+
+    def __call__(self, question: Question, response: str) -> Verdict:
+        """Grade one response; ``question.answer`` is the gold letter."""
+        self.check_question(question)
+        return Verdict(reward=float((answer := self._read(response)) == question.answer), answer=answer)
 
     def _read(self, response: str) -> str | None:
         if self.variant == "reference":
@@ -100,21 +105,32 @@ class BoxedAnswer:
         timeout: An answer that takes math-verify more seconds than this, such as ``9^{9^9}``, is wrong.
 
     Raises:
-        ValueError: If an argument is not positive, or, when called, if the question has no gold answer.
+        ValueError: If an argument is out of range, or, when called, if the gold answer is neither a text nor a finite number.
 
     Example:
         >>> BoxedAnswer(feedback=True)(Question("2 * 12?", answer=24), r"It is \boxed{48}.")
         Verdict(reward=0.0, feedback='The final answer 48 is wrong.', answer='48')
     """
 
-    def __init__(self, feedback: bool = False, max_chars: Count = 200, timeout: Positive = 3.0) -> None:
+    def __init__(
+        self,
+        feedback: bool = False,
+        max_chars: Count = 200,
+        timeout: Annotated[float, Range(above=0, most=symbolic.LONGEST_TIMEOUT)] = 3.0,
+    ) -> None:
         self.feedback, self.max_chars, self.timeout = feedback, max_chars, timeout
+
+    def check_question(self, question: Question) -> None:
+        """Raise if the gold answer is neither a text nor a finite number, or if nothing of it is left to compare.
+
+        Raises:
+            ValueError: Names the row.
+        """
+        _gold(question)
 
     def __call__(self, question: Question, response: str) -> Verdict:
         """Grade one response; ``question.answer`` (text or number) is the gold answer without a box around it."""
-        gold = "" if question.answer is None else _normalise(str(question.answer))
-        if not gold:
-            raise ValueError(f"Expected {_where(question)} to have a gold answer, but got {question.answer!r}.")
+        gold = _gold(question)
         box = _last_box(response, self.max_chars)
         answer = _normalise(box) if len(box) <= self.max_chars else None
         if answer and _equal(gold, answer, self.timeout):
@@ -125,33 +141,21 @@ class BoxedAnswer:
         return Verdict(reward=0.0, feedback=feedback if self.feedback else None, answer=answer or None)
 
 
-def grade(verifier: Verifier, question: Question, response: str) -> Verdict:
-    """Call a verifier and return its judgement as a ``Verdict`` with a finite reward.
-
-    Raises:
-        VerifierError: If the verifier raises or returns anything but a finite number, ``(reward, feedback)``, a Verdict.
-    """
-    name = getattr(verifier, "__qualname__", type(verifier).__qualname__)
-    where = f"{_where(question)} ({str(question.prompt)[:80]!r})"
-    try:
-        result: Any = verifier(question, response)
-    except Exception as error:
-        raise VerifierError(f"Verifier {name} raised {type(error).__name__} on {where}: {error}") from error
-    parts: Any = (result, None) if isinstance(result, Real) else result
-    verdict = Verdict(*parts) if isinstance(parts, tuple) and len(parts) == 2 else result
-    if (
-        not isinstance(verdict, Verdict)
-        or not (isinstance(verdict.reward, Real) and math.isfinite(verdict.reward))
-        or not isinstance(verdict.feedback, str | None)
-        or not isinstance(verdict.answer, str | None)
-    ):
-        wanted = "a finite number, (reward, feedback) or a Verdict"
-        raise VerifierError(f"Expected verifier {name} to return {wanted}, but got {result!r} on {where}.")
-    return Verdict(float(verdict.reward), verdict.feedback, verdict.answer)
-
-
-def _where(question: Question) -> str:
-    return f"question {question.index} of {question.source or 'an unnamed source'}"
+def _gold(question: Question) -> str:
+    gold = question.answer
+    text = ""
+    if isinstance(gold, str):
+        text = _normalise(gold)
+    elif isinstance(gold, Fraction) or (isinstance(gold, Integral) and not isinstance(gold, bool)):
+        text = str(gold)
+    elif isinstance(gold, (Real, Decimal)) and not isinstance(gold, bool) and math.isfinite(gold):
+        text = format(Decimal(str(gold)), "f")  # math-verify would take the e of 1e-07 for Euler's number
+    if not text:
+        raise ValueError(
+            f"Expected {where(question)} to have a gold answer, a text or a finite number, but got "
+            f"{type(gold).__name__} {shown(gold)}. Mend the row, or give a `verifier` that can judge it."
+        )
+    return text
 
 
 def _last_box(response: str, max_chars: int) -> str:
@@ -183,63 +187,6 @@ def _equal(gold: str, answer: str, timeout: float) -> bool:
     if gold != answer and all(re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text) for text in (gold, answer)):
         return Decimal(gold) == Decimal(answer)
     # math-verify adds neighbouring numbers: "12 12" would be 24.
-    return gold == answer or (not re.search("[0-9] [0-9]", answer) and _math.equal(gold, answer, timeout))
-
-
-class _MathProcess:
-    """math-verify in a process of its own, which an alarm kills when a comparison takes too long.
-
-    Nothing bounds math-verify: ``9^{9^9}``, ``(e^{12})^{20}`` or twenty nested braces take minutes, and signals in this
-    process would reach its main thread only, and not before a big integer is finished.
-    """
-
-    code = r"""
-import json, logging, resource, signal, sys
-from math_verify import LatexExtractionConfig, parse, verify
-
-config = [LatexExtractionConfig(boxed_match_priority=0)]
-read = lambda text: parse(r"\boxed{%s}" % text, config, fallback_mode="no_fallback", parsing_timeout=None)
-replies, sys.stdout = sys.stdout, sys.stderr
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
-if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-    resource.setrlimit(resource.RLIMIT_AS, (2**32, resource.RLIM_INFINITY))
-read(r"\frac{1}{2}")  # the first parse is slow
-print("ready", file=replies, flush=True)
-for line in sys.stdin:
-    gold, answer, timeout = json.loads(line)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
-    equal = verify(read(gold), read(answer), timeout_seconds=None)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    print(int(equal), file=replies, flush=True)
-"""
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.process: Any = None  # it ends with this one, when its input closes
-
-    def equal(self, gold: str, answer: str, timeout: float) -> bool:
-        with self.lock:
-            reply = ""
-            try:
-                # In a fork of this process `poll` says that the parent's helper has ended, so the fork starts its own.
-                if self.process is None or self.process.poll() is not None:
-                    self.process = Popen([sys.executable, "-c", self.code], stdin=PIPE, stdout=PIPE, text=True)  # noqa: S603
-                    if self.process.stdout.readline() != "ready\n":
-                        raise RuntimeError("Expected math-verify to start in its own process, but see the error above.")
-                print(json.dumps([gold, answer, timeout]), file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline()
-            finally:
-                # Without a reply the alarm went off. Or Ctrl-C came here: what is still to come would answer the next call.
-                if not reply:
-                    self.stop()
-            return reply == "1\n"
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
-_math = _MathProcess()
+    return gold == answer or (
+        not re.search("[0-9] [0-9]", answer) and symbolic.math_process.equal(gold, answer, timeout)
+    )

@@ -179,7 +179,10 @@ def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
     with pytest.raises(Exception, match=r"question \d+ of .*"):
         run(tmp_path, model={"verifier": "broken.nan"})
     (tmp_path / "b").mkdir()
-    scalars = run(tmp_path / "b", *QUICK, model={"verifier": "broken.raises", "on_verifier_error": "zero"})
+    with pytest.warns(
+        UserWarning, match=r"reward is 0 where the verifier fails, .* The first time: .* question \d+ of .*no key"
+    ):
+        scalars = run(tmp_path / "b", *QUICK, model={"verifier": "broken.raises", "on_verifier_error": "zero"})
     assert scalars["rollout/verifier_errors"] == {1: 16.0, 2: 32.0}
     assert scalars["critic/score/mean"] == {1: 0.0, 2: 0.0}
 

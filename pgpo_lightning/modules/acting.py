@@ -1,19 +1,22 @@
 """What training and evaluation have in common: the student answers, the verifier judges."""
 
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Literal
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pgpo_lightning.grading import Verifier, VerifierError, check_question, grade
 from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.ranks import gather
+from pgpo_lightning.ranks import gather, together
 from pgpo_lightning.records import Question, Rollout, Verdict
 from pgpo_lightning.rollout import Engine, NotFiniteError, Sampling
-from pgpo_lightning.seeding import global_seed, has_global_seed
+from pgpo_lightning.seeding import generators_kept, global_seed, has_global_seed
 from pgpo_lightning.sharding import Whole
 from pgpo_lightning.stopping import SIGNALS
-from pgpo_lightning.verifiers import Verifier, VerifierError, grade
 
 
 class Acting(L.LightningModule):
@@ -82,39 +85,62 @@ class Acting(L.LightningModule):
             ValueError: If a prompt is too long.
             NotFiniteError: If the student's logits are not finite; names the step.
         """
-        prompts = [self.encoder.question(question) for question in questions]
-        for question, prompt in zip(questions, prompts, strict=True):
-            if len(prompt) > self.max_prompt_length:  # data that did not come through our data module
-                raise ValueError(
-                    f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
-                    f"{question.source or f'question {question.index}'} has {len(prompt)}."
-                )
+        # Under sharded weights what fails before the first forward pass would leave the other ranks in it.
+        with together() if self.placement.sharded else nullcontext():
+            prompts = [self._encoded(question) for question in questions]
         # Evaluation under sharded weights gathers them for every batch, so that no rank may leave a batch alone.
-        together = self._trainer is None or self.trainer.training or self.placement.sharded
+        all_ranks = self._trainer is None or self.trainer.training or self.placement.sharded
         try:
-            with self.placement.generation(), SIGNALS.section(together):
+            with self.placement.generation(), SIGNALS.section(all_ranks):
                 return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
         except NotFiniteError as error:
             raise NotFiniteError(f"At step {self.steps}: {error}") from error
 
+    def _encoded(self, question: Question) -> list[int]:
+        prompt = self.encoder.question(question)
+        if len(prompt) > self.max_prompt_length:  # data that did not come through our data module
+            raise ValueError(
+                f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
+                f"{question.source or f'question {question.index}'} has {len(prompt)}."
+            )
+        return prompt
+
     def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
         """Return the verifier's verdict on every rollout.
+
+        The verifier may draw from the global generators; what follows does not depend on how much it draws.
 
         Raises:
             VerifierError: If the verifier fails and `on_verifier_error` is ``raise``; names the question.
         """
-        verdicts = []
-        for rollout in rollouts:
-            try:
-                verdicts.append(grade(self.verifier, rollout.question, rollout.text))
-            except VerifierError:
-                if self.on_verifier_error == "raise":
-                    raise
-                self._new_verifier_errors += 1
-                verdicts.append(Verdict(0.0))
-        return verdicts
+        with generators_kept():
+            return [self._judge(rollout) for rollout in rollouts]
+
+    def _judge(self, rollout: Rollout) -> Verdict:
+        try:
+            return grade(self.verifier, rollout.question, rollout.text)
+        except VerifierError as error:
+            if self.on_verifier_error == "raise":
+                raise
+            if self.verifier_errors + self._new_verifier_errors == 0:
+                warnings.warn(
+                    f"The reward is 0 where the verifier fails, because `on_verifier_error` is zero. The first time: {error} "
+                    "Later ones are only counted: see rollout/verifier_errors.",
+                    stacklevel=2,
+                )
+            self._new_verifier_errors += 1
+            return Verdict(0.0)
 
     def count_verifier_errors(self) -> None:
         """Add what has failed since the last time, on all ranks; every rank has to call it."""
         self.verifier_errors += sum(gather(self._new_verifier_errors))
         self._new_verifier_errors = 0
+
+    def check_questions(self, questions: Iterable[Question]) -> None:
+        """Let the verifier look at questions before anything is sampled.
+
+        Raises:
+            ValueError: If it cannot judge one of them; names the row.
+        """
+        for question in questions:
+            check_question(self.verifier, question)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pgpo_lightning.held_out import SCORES, HeldOut, at, result_line, score
 from pgpo_lightning.modules.acting import Acting
 from pgpo_lightning.policy import fp32_by_default
-from pgpo_lightning.ranks import on_first_rank
+from pgpo_lightning.ranks import gather, on_first_rank, together
 from pgpo_lightning.records import Question
 from pgpo_lightning.rollout import Sampling
 from pgpo_lightning.seeding import derive_seed, seeded
@@ -42,6 +43,9 @@ class Evaluation(Acting):
     def on_validation_epoch_start(self) -> None:
         """Start a new evaluation."""
         self._results: list[tuple[int, bytes]] = []
+        batches = self.trainer.num_test_batches if self.trainer.testing else self.trainer.num_val_batches
+        # Ranks with different numbers of batches, as some samplers give them, cannot wait for each other after every one.
+        self._in_step = len({str(each) for each in gather(batches)}) == 1
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -56,7 +60,8 @@ class Evaluation(Acting):
         if len(set(asked)) < len(asked):
             raise ValueError("Expected held-out questions with different `index`: scores are means over questions.")
         seeds = [derive_seed(self.seed, "evaluation", index) for index in asked]
-        with fp32_by_default():
+        # What fails on one rank alone ends all of them.
+        with together() if self._in_step else nullcontext(), fp32_by_default():
             with seeded(self.seed, "evaluation", *asked):  # for an engine that does not know `seeds`
                 rollouts = self.sample(questions, k, replace(self.eval_sampling, seeds=seeds))
             for i, question in enumerate(questions):

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from pgpo_lightning.batching import TokenInputs
 from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.grading import VerifierError, grade
 from pgpo_lightning.hindsight import Choice, shaped, to_replace
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, Demonstrations
 from pgpo_lightning.modules.gates import ConfidenceGate, Decision, Gate, Group
 from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
+from pgpo_lightning.seeding import generators_kept
 from pgpo_lightning.settings import Natural, Positive, checked
 from pgpo_lightning.sharding import whole
-from pgpo_lightning.verifiers import VerifierError, grade
 
 
 @checked
@@ -122,7 +123,8 @@ class HAPO(GRPO):
         if len(ids) > self.max_response_length:
             return f"it has {len(ids)} tokens, `max_response_length` is {self.max_response_length}"
         try:
-            reward = grade(self.verifier, question, self.encoder.text(ids)).reward
+            with generators_kept():
+                reward = grade(self.verifier, question, self.encoder.text(ids)).reward
         except VerifierError as error:
             if self.on_verifier_error == "raise":
                 raise

@@ -79,6 +79,7 @@ class Lifecycle(Resuming):
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "drop_prompts"):
             data.drop_prompts(self._too_long)
+            self.check_questions(question for questions in data.questions.values() for question in questions)
         if stage == "fit":
             self.collect_settings()
             if known and path is not None and Path(path).exists():

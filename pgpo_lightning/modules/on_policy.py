@@ -20,6 +20,7 @@ from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
+from pgpo_lightning.grading import Verifier
 from pgpo_lightning.lora import LoRA, check_settings
 from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.policy import (
@@ -32,7 +33,7 @@ from pgpo_lightning.policy import (
 )
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.quantization import Quantization
-from pgpo_lightning.ranks import gather
+from pgpo_lightning.ranks import gather, together
 from pgpo_lightning.records import Question, Row
 from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
 from pgpo_lightning.seeding import seeded
@@ -40,7 +41,6 @@ from pgpo_lightning.settings import Count, Natural, Nucleus, Positive, Range, Se
 from pgpo_lightning.sharding import Whole
 from pgpo_lightning.statistics import StepStatistics
 from pgpo_lightning.teacher import Teacher
-from pgpo_lightning.verifiers import Verifier
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
@@ -196,13 +196,15 @@ class OnPolicyModule(Reporting):
         ):  # data that did not come through our data module
             raise ValueError("Expected questions with different `index`: by it rollouts find their siblings.")
         with seeded(self.seed, "train", self.steps, self.global_rank) as rng, fp32_by_default(), self._timed("step"):
-            with self._timed("gen"):
-                rollouts = self.sample(questions, self.num_generations, self._training_sampling)  # y ~ π(·|x)
-            with self._timed("reward"):
-                verdicts = self.judge(rollouts)
+            with together():  # what fails on one rank alone ends all of them
+                with self._timed("gen"):
+                    rollouts = self.sample(questions, self.num_generations, self._training_sampling)  # y ~ π(·|x)
+                with self._timed("reward"):
+                    verdicts = self.judge(rollouts)
+                with self._timed("adv"):
+                    rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+                    self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("adv"):
-                rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-                self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
                 self.check_answers(rows)
             with self._timed("update_actor"):
                 updated, seen, missed = False, [], []

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from pgpo_lightning.grading import Verifier, VerifierError, grade
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import RepromptBuilder, check_template
-from pgpo_lightning.verifiers import Verifier, VerifierError, grade
 
 PLAIN = "{prompt}{solution}{feedback}"
 """The template that adds nothing."""

@@ -1,0 +1,29 @@
+"""What fails on one rank alone ends all of them, with the same message, instead of leaving the others in a collective."""
+
+from pathlib import Path
+
+import pytest
+from processes import start_ranks
+
+WORKER = Path(__file__).parent / "failing_worker.py"
+MESSAGES = {
+    "train": r"Verifier main.<locals>.verifier raised ValueError on question",
+    "validate": r"Verifier main.<locals>.verifier raised ValueError on question",
+}
+
+
+@pytest.mark.parametrize(("strategy", "what"), [("ddp", "train"), ("ddp", "validate"), ("fsdp2", "train")])
+def test_a_verifier_that_fails_on_one_rank_ends_both(tmp_path, strategy, what):
+    ranks = start_ranks([WORKER, strategy, what, tmp_path], tmp_path / "log", 2)
+    for rank in ranks:
+        rank.join(60)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    texts = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert codes == [1, 1], "\n".join(texts)
+    last = [[line for line in text.splitlines() if MESSAGES[what] in line][-1] for text in texts]
+    assert last[0] == last[1]
+    assert "(raised by rank 1, from which this one has it)" in texts[0]
+    assert "from which this one has it" not in texts[1]
+    assert "no such test" in last[0]
