@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pgpo_lightning.modules import HAPO, SDPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations
+from pgpo_lightning.probe.measure import _row
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.records import Question, Rollout, Row, Verdict
 from pgpo_lightning.thinking import PAIRS, Thinking
@@ -118,3 +119,11 @@ def test_a_demonstration_of_hapo_does_not_open_the_block_again(written):
     )
     demonstration = module.verified(Question("Place?", "3"), written)
     assert tokenizer.decode(demonstration.ids) == "2? no</think>3<eos>"
+
+
+def test_the_probe_shows_what_a_run_shows():
+    tokenizer = bytes_tokenizer(PAIRS[0])
+    encoder = PromptEncoder(tokenizer, True)
+    for text, left in (("is 2? no</think>\nIt is 3.", "It is 3."), ("still thinking", "")):
+        answer = {"text": text, "finished": True, "reward": 1.0, "feedback": None, "answer": "3"}
+        assert encoder.answer(_row(encoder, Question("Place?", "3"), answer).rollout) == left
