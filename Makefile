@@ -13,7 +13,7 @@ quickstart: .venv/ready
 test: .venv/ready lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# What takes minutes, with what it finds out: every architecture of transformers against its own logits.
+# What takes minutes: every architecture of transformers against its own logits.
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -rA
 

@@ -269,11 +269,12 @@ def _special(config: PretrainedConfig) -> Iterator[int]:
 def _spans(config: PretrainedConfig, longest: int) -> list[int]:
     """Return the lengths below `longest` at which attention may begin to behave otherwise, at most four."""
     settings: dict[str, Any] = config.get_text_config().to_dict()
-    rope = settings.get("rope_parameters") or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # its frequencies depend on the length of the batch
-        settings["window_of_rope"] = rope.get("original_max_position_embeddings") or settings.get(
-            "original_max_position_embeddings", settings.get("max_position_embeddings")
-        )
+    ropes = settings.get("rope_parameters") or {}
+    for i, rope in enumerate([ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]):
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # its frequencies depend on the length of the batch
+            settings[f"window of rope {i}"] = rope.get("original_max_position_embeddings") or settings.get(
+                "original_max_position_embeddings", settings.get("max_position_embeddings")
+            )
     recurrent = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers)
     found = {64} if recurrent and longest > 64 else set()  # tokens that kernels of linear attention take at once
     for name, value in settings.items():
@@ -321,15 +322,19 @@ def _exact(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def _comparable(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into fp32 with exact products, where that costs little, and back; random numbers are put back as well."""
+    """Put a model into fp32 with exact products, where that costs little, and back; random numbers are put back as well.
+
+    What surrounds the call, autocast or inference mode, is left outside: it would make products narrow, or weights untrainable.
+    """
     before = torch.get_float32_matmul_precision()
     narrow: list[tuple[Tensor, torch.dtype]] = []
     quantized = getattr(model, "is_quantized", False)
     if sum(parameter.numel() for parameter in model.parameters()) <= _WIDEN and not quantized:
         tensors = (*model.parameters(), *model.buffers())
         narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
-    cuda = [next(model.parameters()).device] if next(model.parameters()).is_cuda else []
-    with torch.random.fork_rng(cuda), fp32_by_default():
+    device = next(model.parameters()).device
+    cuda, plain = [device] if device.type == "cuda" else [], torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), plain, torch.random.fork_rng(cuda), fp32_by_default():
         try:
             torch.set_float32_matmul_precision("highest")
             for tensor, _ in narrow:

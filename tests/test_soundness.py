@@ -19,11 +19,8 @@ from pgpo_lightning.seeding import seeded
 from pgpo_lightning.soundness import check_padding, shares_prompts, way_to_sample
 
 CPU = torch.device("cpu")
-HYBRIDS = [
-    "qwen3_5_text", "qwen3_next", "lfm2", "bamba", "jamba", "mamba", "mamba2", "falcon_h1", "falcon_mamba", "granitemoehybrid",
-    "nemotron_h", "olmo_hybrid", "minimax", "recurrent_gemma", "zamba2", "kimi_linear", "rwkv",
-]  # fmt: skip
-ORDINARY = ["qwen3", "llama4_text", "gemma3_text", "gpt_neo", "bloom", "opt", "deepseek_v3", "mixtral"]
+HYBRIDS = ["qwen3_5_text", "qwen3_next", "lfm2", "bamba", "jamba", "mamba", "falcon_h1", "minimax"]
+ORDINARY = ["qwen3", "llama4_text", "gpt_neo", "deepseek_v3"]  # all others: make test-slow
 
 
 def own(model, prompt, response):
@@ -89,7 +86,7 @@ def test_training_and_sampling_give_the_log_probabilities_of_the_model(name):
         assert not shares_prompts(model)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid", "bamba"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "bamba"])
 def test_padding_and_prompts_longer_than_what_a_kernel_takes_at_once(name):
     """64 tokens in linear attention, `chunk_size` in Mamba; 150 of padding stand before the shortest prompt."""
     model = tiny(name, **({"mamba_chunk_size": 64} if name == "bamba" else {}))
@@ -188,7 +185,6 @@ def test_dropout_does_not_keep_prompts_from_being_shared():
 
 def test_trying_changes_nothing():
     model = tiny("qwen3_next").to(torch.bfloat16).train()
-    model.model.layers[0].eval()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=False).items()}
     types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     torch.manual_seed(3)
@@ -201,6 +197,19 @@ def test_trying_changes_nothing():
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())} == types
     assert model.training
+
+
+@pytest.mark.parametrize("surroundings", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
+def test_trying_does_not_depend_on_what_surrounds_it(surroundings):
+    model = tiny("qwen3").to(torch.bfloat16)
+    with surroundings:
+        check_padding(model, 64)
+        assert shares_prompts(model)
+        assert way_to_sample(model, 64) == WAYS[0]
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()  # weights can be trained
+    model = tiny("gpt_neo", window_size=16)
+    with surroundings:
+        assert not shares_prompts(model)
 
 
 @pytest.mark.parametrize("trial", [check_padding, way_to_sample])
@@ -292,7 +301,7 @@ def test_all_ways_sample_alike(way, monkeypatch):
     [
         ("qwen3_5_text", {}),
         ("qwen3_next", {"gradient_checkpointing": True}),
-        ("mamba", {"teacher_regularization": "frozen"}),
+        pytest.param("mamba", {"teacher_regularization": "frozen"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_hybrid_is_trained_and_evaluated(name, settings, tmp_path):
