@@ -24,6 +24,7 @@ from pgpo_lightning.callbacks.controls import (
     ShuffledMultiplier,
 )
 from pgpo_lightning.callbacks.interruption import Interruption
+from pgpo_lightning.callbacks.lines import StepLines
 from pgpo_lightning.callbacks.multiplier import (
     ConstantMultiplier,
     InformationMultiplier,
@@ -52,6 +53,7 @@ __all__ = [
     "ResumeCheckpoint",
     "ShuffledMultiplier",
     "StabilityMonitor",
+    "StepLines",
     "StepSizeMultiplier",
     "Watch",
 ]

@@ -1,6 +1,7 @@
 """What a person sees of a run: grouped curves, sampled texts, a picture and a summary at the end."""
 
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.callbacks.multiplier import StepSizeMultiplier
-from pgpo_lightning.curves import LAYOUT, draw_stability, read_scalars, series
+from pgpo_lightning.curves import LAYOUT, draw_stability, error_tag, read_scalars, series
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.identity import training_sha256
 from pgpo_lightning.lab.runs import FILE, collect
@@ -137,18 +138,22 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
 
     Returns:
         `base`, `last` and `best` hold the evaluation scores before the first step (null if there was no such evaluation), at
-        the last evaluation and at the one with the best avg@k, each with its step; `final` those after the last step (null if
-        the run was not evaluated there); `multiplier` mean and standard deviation of rho over steps (null without a
-        multiplier); `steps_without_signal` optimizer steps that were left out because no rollout was in the loss.
+        the last evaluation and at the one with the best avg@k, each with its step and, as `standard_error`, the standard errors
+        of the scores over questions; `final` those after the last step (null if the run was not evaluated there); `best` also
+        the number of evaluations that it was chosen from, as `of`: chance makes the best of several noisy scores too high;
+        `multiplier` mean and standard deviation of rho over steps (null without a multiplier);
+        `steps_without_signal` optimizer steps that were left out because no rollout was in the loss.
     """
     at, scores = series(scalars, f"val/avg@{k}")
     best = at[scores.index(max(scores))] if scores else None
 
-    def evaluation(step: int | None) -> dict[str, float] | None:
+    def evaluation(step: int | None) -> dict[str, Any] | None:
         if step is None:
             return None
         tags = [tag for tag in scalars if tag.startswith("val/") and step in scalars[tag]]
-        return {"step": step, **{tag.removeprefix("val/"): scalars[tag][step] for tag in sorted(tags)}}
+        found = {tag.removeprefix("val/"): scalars[tag][step] for tag in sorted(tags)}
+        errors = {name: scalars.get(error_tag(f"val/{name}"), {}).get(step, math.nan) for name in found}
+        return {"step": step, **found, "standard_error": {n: e for n, e in errors.items() if math.isfinite(e)}}
 
     _, rho = series(scalars, "lr/multiplier")
     _, without = series(scalars, "actor/steps_without_signal")
@@ -159,19 +164,22 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         "base": evaluation(0 if 0 in at else None),
         "last": evaluation(at[-1] if at else None),
         "final": evaluation(steps if steps in at else None),
-        "best": evaluation(best),
+        "best": None if best is None else {**evaluation(best), "of": len(scores)},
         "multiplier": {"mean": statistics.fmean(rho), "std": statistics.pstdev(rho)} if rho else None,
     }
 
 
 def before_after(summary: dict[str, Any]) -> str:
-    """Return a table of the scores before and after training."""
+    """Return a table of the scores before and after training, with their standard errors over questions."""
     columns = [name for name in ("base", "best", "final" if summary["final"] else "last") if summary[name]]
     if not columns:
         return f"{summary['steps']} steps, no evaluation"
-    rows = [name for name in summary[columns[-1]] if name != "step"]
-    lines = ["held-out".ljust(12) + "".join(f"{name + ' @' + str(summary[name]['step']):>14}" for name in columns)]
-    lines += [name.ljust(12) + "".join(f"{summary[c].get(name, float('nan')):14.3f}" for c in columns) for name in rows]
+    rows = [name for name in summary[columns[-1]] if name not in ("step", "of", "standard_error")]
+    looks = f"best of {summary['best']['of']}" if summary["best"] else ""
+    titles = [f"{looks if name == 'best' else name} @{summary[name]['step']}" for name in columns]
+    lines = ["held-out".ljust(12) + "".join(f"{title:>18}" for title in titles)]
+    lines += [name.ljust(12) + "".join(_cell(summary[column], name) for column in columns) for name in rows]
+    lines.append("± standard error over questions; the best of several is too high by chance")
     if not summary["final"]:
         lines.append(f"no evaluation after step {summary['last']['step']}: see `trainer.val_check_interval`")
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
@@ -180,6 +188,11 @@ def before_after(summary: dict[str, Any]) -> str:
     if summary["steps_without_signal"]:
         lines[-1] += f", {summary['steps_without_signal']} optimizer steps left out: no rollout was in the loss"
     return "\n".join(lines)
+
+
+def _cell(scores: dict[str, Any], name: str) -> str:
+    error = scores["standard_error"].get(name)
+    return f"{scores.get(name, math.nan):10.3f}" + (" " * 8 if error is None else f" ± {error:.3f}")
 
 
 def _writer(trainer: L.Trainer) -> Any:

@@ -77,6 +77,17 @@ def matching(scalars: Scalars, pattern: str) -> list[str]:
     return [tag for tag in sorted(scalars) if tag == pattern or (star and tag.startswith(stem))]
 
 
+def error_tag(tag: str) -> str:
+    """Return the tag of a mean's standard error, which is clustered by question.
+
+    Example:
+        >>> error_tag("val/avg@8"), error_tag("information/mean")
+        ('val_standard_error/avg@8', 'information/standard_error')
+    """
+    group, _, name = tag.partition("/")
+    return f"{group}/standard_error" if name == "mean" else f"{group}_standard_error/{name}"
+
+
 def draw_stability(scalars: Scalars, path: str | Path, title: str) -> None:
     """Draw the curves that show a collapse before the score does, as a PNG.
 
@@ -93,11 +104,10 @@ def draw_stability(scalars: Scalars, path: str | Path, title: str) -> None:
         for tag in (tag for pattern in patterns for tag in matching(scalars, pattern)):
             steps, values = series(scalars, tag)
             axis.plot(steps, values, label=tag, marker="o" if len(steps) < 15 else None, markersize=3)
-            if tag == "information/mean":
-                errors = scalars.get("information/standard_error", {})
+            if errors := scalars.get(error_tag(tag), {}):
                 low = [v - errors.get(s, 0.0) for s, v in zip(steps, values, strict=True)]
                 high = [v + errors.get(s, 0.0) for s, v in zip(steps, values, strict=True)]
-                axis.fill_between(steps, low, high, alpha=0.3, label="± standard error")
+                axis.fill_between(steps, low, high, alpha=0.3, label="± standard error over questions")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -1,18 +1,27 @@
 """The commands fit, validate and test: LightningCLI over the modules, the data and the callbacks of this package."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils import logging as transformers_logging
 
 import pgpo_lightning.callbacks
 import pgpo_lightning.data
 import pgpo_lightning.modules
 import pgpo_lightning.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
-from pgpo_lightning.callbacks import Interruption, ResumeCheckpoint, StabilityMonitor, StepSizeMultiplier, Watch
+from pgpo_lightning.callbacks import (
+    Interruption,
+    ResumeCheckpoint,
+    StabilityMonitor,
+    StepLines,
+    StepSizeMultiplier,
+    Watch,
+)
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.finding import resolve
 from pgpo_lightning.held_out import told
@@ -107,6 +116,13 @@ class PGPOCommand(LightningCLI):
             # One evaluation is no curve, and in the run's folder it would be part of the run's log.
             fits = self.subcommand == "fit"
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="") if fits else False
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # of loading weights
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
+        if shown and not sys.stdout.isatty() and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepLines()]
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         callbacks = [callback for callback in trainer.callbacks if callback is not None]
         if not any(isinstance(callback, Interruption) for callback in callbacks):

@@ -112,10 +112,31 @@ def test_a_multiplier_of_ones_own(tmp_path, monkeypatch):
     assert mine.multiplier(None, 2) == 0.0625
 
 
-def test_the_progress_bar_of_a_run_that_counts_steps_has_no_number_of_epochs(tmp_path):
+def test_the_progress_bar_of_a_run_that_counts_steps_has_no_number_of_epochs(tmp_path, monkeypatch):
     pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     (bar,) = [c for c in built(tmp_path, "--trainer.enable_progress_bar", "true") if isinstance(c, RichProgressBar)]
     assert bar._get_train_description(0) == "Epoch 0   "
+
+
+def test_redirected_output_has_a_line_per_step_and_no_progress_bar(tmp_path, capsys):
+    settings = config(tmp_path / "run", steps=3, watch={"picture": False})
+    main(["fit", "--config", settings, "--trainer.enable_progress_bar", "true"])
+    out = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f━]", out)
+    scalars = read_scalars(tmp_path / "run")
+    lines = re.findall(r"^step (\d+), reward (\S+), I (\S+)(?:, rho (\S+))?, \d+\.\d s$", out, re.MULTILINE)
+    assert [int(step) for step, *_ in lines] == [1, 2, 3]
+    for step, *values in lines:
+        for tag, value in zip(("critic/score/mean", "information/mean", "lr/multiplier"), values, strict=True):
+            logged = scalars[tag].get(int(step), 0.0)  # a step without a teacher has neither information nor rho
+            assert float(value or 0) == pytest.approx(logged, abs=6e-4)
+    assert sum(step in scalars["information/mean"] for step in (1, 2, 3)) >= 2
+    scores = re.findall(r"^step (\d+), held-out avg@2 (\S+) ± (\S+), pass", out, re.MULTILINE)
+    assert [int(step) for step, *_ in scores] == [0, 2]
+    for step, score, error in scores:
+        assert float(score) == pytest.approx(scalars["val/avg@2"][int(step)], abs=6e-4)
+        assert float(error) == pytest.approx(scalars["val_standard_error/avg@2"][int(step)], abs=6e-4)
 
 
 QUICK = ["--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
@@ -215,9 +236,14 @@ def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
 
 def test_a_run_says_when_it_was_last_evaluated():
     scalars = {"val/avg@2": {0: 0.5, 10: 0.75, 20: 0.625}}
+    scalars["val_standard_error/avg@2"] = {0: 0.125, 10: 0.0625}
     whole, cut = (summarise(scalars, steps, 9.0, 2) for steps in (20, 25))
-    assert whole["final"] == whole["last"] == {"step": 20, "avg@2": 0.625}
-    assert "final @20" in before_after(whole)
+    assert whole["final"] == whole["last"] == {"step": 20, "avg@2": 0.625, "standard_error": {}}
+    assert whole["best"] == {"step": 10, "avg@2": 0.75, "standard_error": {"avg@2": 0.0625}, "of": 3}
+    head, row, note, _ = before_after(whole).splitlines()
+    assert re.split(r"  +", head) == ["held-out", "base @0", "best of 3 @10", "final @20"]
+    assert re.split(r"  +", row.strip()) == ["avg@2", "0.500 ± 0.125", "0.750 ± 0.062", "0.625"]
+    assert note == "± standard error over questions; the best of several is too high by chance"
     assert cut["final"] is None
     assert cut["last"] == whole["last"]
     assert "last @20" in before_after(cut)
