@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import config
-from processes import start
+from processes import start, start_ranks
 from test_resume import assert_same, assert_same_run, final
 
 from pgpo_lightning.cli import main
@@ -214,3 +214,20 @@ def test_the_program_says_how_to_go_on_and_a_second_signal_ends_it_at_once(tmp_p
     process.join(5)
     assert process.exitcode == 130
     assert "once more ends it now" in log.read_text()
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("rank", [1])
+def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(tmp_path, monkeypatch, rank):
+    monkeypatch.chdir(tmp_path)
+    folder, log = tmp_path / "run", tmp_path / "log"
+    settings = config(folder, steps=4, checkpoint={"every_n_train_steps": 100})
+    words = ["pgpo", "fit", "--config", settings, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    quick = ["--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0", "--data.batch_size", "2"]
+    ranks = start_ranks([*words, *quick, *sampling(3), f"--model.engine.rank={rank}"], log, 2)
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [143, 143]
+    assert checkpoints(folder) == [2]
+    assert final(folder, 2)["pgpo_lightning"]["steps"] == 2
+    assert final(folder, 2)["ToyArithmetic"]["consumed"] == 4
