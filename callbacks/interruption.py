@@ -13,9 +13,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pgpo_lightning.callbacks.checkpoint import ResumeCheckpoint
+from pgpo_lightning.settings import checked
 from pgpo_lightning.stopping import SIGNALS, Stopped
 
 
+@checked
 class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoint is
     """Saves the last whole step when SIGINT, SIGTERM or SIGHUP asks the process to end, through :class:`ResumeCheckpoint`.
 

@@ -21,7 +21,7 @@ import pgpo_lightning
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.lab.studies import Design
-from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.modules import SDPO, OnPolicyModule
 from pgpo_lightning.modules.demonstrations import Demonstrations
 from pgpo_lightning.modules.gates import Gate, Threshold
 from pgpo_lightning.rollout import Engine
@@ -178,3 +178,26 @@ def test_no_number_of_any_class_takes_what_is_no_number(value):
                         cls(**needed(cls) | {name: value})
                     numbers += 1
     assert numbers > 120
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 1e-12),
+        ("temperature", 1e9),
+        ("eval_temperature", math.inf),
+        ("eval_top_p", 1e-30),
+        ("question_weight_exponent", math.inf),
+        ("success_reward_threshold", math.nan),
+        ("max_grad_norm", 1e-30),
+        ("max_grad_norm", math.inf),
+        ("teacher_update_rate", math.nan),
+        ("seed", -1),
+        ("num_generations", 2.0),
+        ("gradient_checkpointing", 1),
+    ],
+)
+def test_nonsense_that_a_module_once_took(name, value):
+    made, said = built(SDPO, name, value)
+    assert made is None
+    assert said.startswith(f"Expected `{name}` to ")
