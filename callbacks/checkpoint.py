@@ -184,8 +184,8 @@ def _save_shards(trainer: L.Trainer, path: Path) -> None:
         cause = next((each for each in [error, *failures] if isinstance(each, OSError)), None)
         if trainer.is_global_zero:
             remove(partial)
-        if cause is None:
-            raise
+        if cause is None:  # torch's own, which hides the one of the system
+            cause = OSError(str((failures or [error])[0]).splitlines()[0])
         raise not_saved(path, cause, _bytes(trainer)) from error
     finally:
         os.close(handle)

@@ -6,6 +6,7 @@ file is copied to, so it is what is checked here, at about 2 GB/s.
 
 import importlib
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,7 +85,8 @@ def not_saved(path: Path, cause: OSError, size: int) -> CheckpointNotSavedError:
         size: Of the checkpoint, in bytes.
     """
     error = CheckpointNotSavedError(
-        f"Expected to write a checkpoint of {size:,} bytes into {path.parent}, but got: {cause.strerror or cause}. Earlier "
+        f"Expected to write a checkpoint of {size:,} bytes into {path.parent}, but got: {cause.strerror or cause} "
+        f"({shutil.disk_usage(path.parent).free:,} bytes are free there). Earlier "
         "checkpoints are as they were. Make room there and continue the run, or set `checkpoint.dirpath` to another folder."
     )
     error.errno = cause.errno
