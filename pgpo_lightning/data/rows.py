@@ -1,14 +1,20 @@
 """Read rows from files, and turn a row into a question or say what is wrong with it."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
 from pgpo_lightning.records import Message, Question
+from pgpo_lightning.texts import is_text
+
+DEEPEST = 100
+"""Most levels of lists and objects within each other in a column."""
 
 Row = tuple[str, dict[str, Any]]
 """Where a row comes from (``file:line``), and its columns."""
@@ -24,6 +30,10 @@ def read_rows(path: str | Path) -> list[Row]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is empty, is of another kind, or cannot be parsed.
     """
+    if "://" in str(path):
+        raise ValueError(
+            f"Expected the path of a file, but got {path}. Download it, or name a data set of the Hub in `dataset`."
+        )
     path = Path(path).expanduser()
     readers: dict[str, Callable[[Path], list[Row]]] = {
         ".json": _read_json,
@@ -32,6 +42,8 @@ def read_rows(path: str | Path) -> list[Row]:
     }
     if path.suffix not in readers:
         raise ValueError(f"Expected a file that ends in {', '.join(readers)}, but got {path}. Convert it.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"Expected a file at {path}, but it is a {'folder' if path.is_dir() else 'pipe or device'}.")
     if not path.is_file():
         raise FileNotFoundError(f"Expected a data file at {path}, but there is none (working folder: {Path.cwd()}).")
     rows = readers[path.suffix](path)
@@ -40,6 +52,9 @@ def read_rows(path: str | Path) -> list[Row]:
     for source, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"Expected a JSON object (column: value) at {source}, but got {_short(row)}.")
+        for column, value in row.items():
+            check_value(value, f"column {_named(column)} of {source}")
+            check_value(column, f"the name of column {_named(column)} of {source}")
     return rows
 
 
@@ -51,28 +66,107 @@ def _read_json(path: Path) -> list[Row]:
     # The content decides, not the name: the `.json` files of the SDPO repository are JSON Lines.
     if text.lstrip().startswith("["):
         try:
-            return [(f"{path}:{number}", row) for number, row in enumerate(json.loads(text), start=1)]
+            return [(f"{path}:{number}", row) for number, row in enumerate(_parsed(text), start=1)]
         except json.JSONDecodeError as error:
             raise ValueError(f"Expected {path} to be a JSON array, but line {error.lineno} says: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"Expected {path} to be a JSON array of rows, but {_reason(error)}.") from error
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): a string may hold U+2028
         if line.strip():
             try:
-                rows.append((f"{path}:{number}", json.loads(line)))
+                rows.append((f"{path}:{number}", _parsed(line)))
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"Expected {path} to be a JSON array, or JSON Lines (one complete object per line), but line "
                     f"{number} is no JSON: {error}."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"Expected a row at {path}:{number}, but {_reason(error)}.") from error
     return rows
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON, without what Python would pass over: a name that occurs twice, a number too large for a float.
+
+    NaN and Infinity, which JSON does not have and many programs write, are read.
+    """
+    return json.loads(text, object_pairs_hook=_object, parse_float=_float)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {_named(twice)} occurs twice in one object")
+    return made
+
+
+def _float(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:40]} is too large for a float")
+    return number
+
+
+def _reason(error: Exception) -> str:
+    return f"it has more than {DEEPEST} levels" if isinstance(error, RecursionError) else str(error)
+
+
+def check_value(value: Any, where: str, depth: int = 0) -> None:
+    """Raise if a value holds what no tokenizer or file takes, at any depth.
+
+    Raises:
+        ValueError: If a text has half of a character (a lone surrogate), or if containers are nested too deeply.
+    """
+    if isinstance(value, str):
+        if not is_text(value):
+            raise ValueError(
+                f"Expected whole characters in {where}, but got {_short(value)}, which has half of one (a lone surrogate). "
+                "Mend the row: whatever wrote it has cut a character in two."
+            )
+    elif isinstance(value, (dict, list, tuple)):
+        if depth >= DEEPEST:
+            raise ValueError(f"Expected at most {DEEPEST} levels in {where}, but it has more.")
+        for each in [*value, *value.values()] if isinstance(value, dict) else value:
+            check_value(each, where, depth + 1)
 
 
 def _read_parquet(path: Path) -> list[Row]:
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"Expected {path} to be a parquet file, but got: {error}.") from error
-    return [(f"{path}:{number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+        # Not `read_table`, which makes columns of folders named like `lr=1`.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"Expected {path} to be a parquet file, but got: {_short(str(error))}.") from error
+    names = table.column_names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"Expected different names of the columns of {path}, but {_named(twice[0])} occurs twice. Rename one."
+        )
+    columns = [
+        _as_python(column, f"column {_named(name)} of {path}")
+        for name, column in zip(names, table.columns, strict=True)
+    ]
+    return [
+        (f"{path}:{number}", dict(zip(names, row, strict=True)))
+        for number, row in enumerate(zip(*columns, strict=True), start=1)
+    ]
+
+
+def _as_python(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
+    made = []
+    for number, scalar in enumerate(column, start=1):
+        try:
+            made.append(scalar.as_py())
+        except (
+            ValueError,
+            OverflowError,
+            ImportError,
+            pyarrow.ArrowException,
+        ) as error:  # such as a date after the year 9999
+            raise ValueError(f"Expected a value that Python can hold in {where}:{number}, but got: {error}.") from error
+    return made
 
 
 @dataclass
@@ -105,7 +199,7 @@ class Columns:
         for argument in ("prompt", "answer"):
             column = getattr(self, argument)
             value = row.get(column)
-            if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            if _is_missing(value):
                 found = f"it is {value!r}" if column in row else "there is no such column"
                 raise ValueError(
                     f"Expected {source} to have the {argument} in its column `{column}`, but {found}. The row has the "
@@ -140,6 +234,10 @@ class Columns:
                 raise ValueError(
                     f"Expected chat messages with the texts `role` and `content` {where}, but got {_short(message)}."
                 )
+            if not turn["content"].strip() and not turn.get("tool_calls"):
+                raise ValueError(
+                    f"Expected a text in every chat message {where}, but the `content` of {_short(message)} is blank."
+                )
         if value[-1]["role"] != "user":
             raise ValueError(f"Expected a user turn at the end {where}, but got the role `{value[-1]['role']}`.")
         # Parquet fills keys that a message does not have (such as `name`) with None.
@@ -154,6 +252,20 @@ class Columns:
         return value if value and value.strip() else None
 
 
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, (float, Decimal)):
+        return value != value
+    return (
+        value is None
+        or (isinstance(value, (list, dict)) and not value)
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def _named(column: str) -> str:
+    return f"`{column if is_text(column) else ascii(column)[1:-1]}`"
