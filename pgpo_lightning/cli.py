@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 
+from pgpo_lightning.config_files import check_config_files
 from pgpo_lightning.stopping import Stopped
 
 HELP = """pgpo COMMAND, and pgpo COMMAND --help
@@ -51,6 +52,7 @@ def main(args: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     words = sys.argv[1:] if args is None else args
+    check_config_files(words)
     if words[:1] in (["-h"], ["--help"]):
         print(HELP, end="")
     elif not words or (not words[0].startswith("-") and f"\n{words[0]} " not in HELP):

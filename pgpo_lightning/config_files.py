@@ -1,0 +1,73 @@
+"""Configuration files looked at before they are read: what would loop, fill the memory or lose a key is refused by name."""
+
+from pathlib import Path
+
+import yaml
+
+LARGEST = 2**20
+"""Bytes of a configuration, which is written by hand."""
+MOST_VALUES = 100_000
+"""Values of a configuration when all of its aliases are written out."""
+
+
+def check_config_files(words: list[str]) -> None:
+    """Check the files that a command line names with ``--config``.
+
+    Args:
+        words: Of the command line.
+
+    Raises:
+        ValueError: If one is no regular file, too large, no UTF-8, expands without end, or has a key twice.
+    """
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name = following if word in ("--config", "-c") else word.removeprefix("--config=")
+        if name != word and Path(name).exists():
+            _check(Path(name))
+
+
+def _check(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"Expected a configuration's file, but {path} is none.")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"Expected a configuration of at most {LARGEST:,} bytes, but {path} has {size:,}.")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {path} to be text in UTF-8, but byte {error.start} is not.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected {path} to be YAML, but {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"Expected {path} to be a configuration, but its values are nested without end.") from None
+    if root is not None:
+        _values(root, path, {})
+
+
+def _values(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:
+    """Return how many values a node stands for, each counted once for every place it is used in."""
+    if id(node) in known:
+        if (count := known[id(node)]) is None:
+            raise ValueError(
+                f"Expected {path} to end, but the alias at line {node.start_mark.line + 1} contains itself."
+            )
+        return count
+    known[id(node)] = None
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in keys:
+                    raise ValueError(
+                        f"Expected every key once in {path}, but `{key.value}` at line {key.start_mark.line + 1} is there twice. "
+                        "Remove one of them."
+                    )
+                keys.add(key.value)
+            count += _values(value, path, known)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_values(value, path, known) for value in node.value)
+    if count > MOST_VALUES:
+        raise ValueError(
+            f"Expected {path} to stand for at most {MOST_VALUES:,} values, but its aliases make more of it."
+        )
+    known[id(node)] = count
+    return count
