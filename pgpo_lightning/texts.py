@@ -37,14 +37,16 @@ def json_line(value: Any) -> str:
     What JSON does not know is written as text: numbers that are not finite and decimals as Python writes them, dates and times in
     ISO 8601, durations in seconds, bytes in Base64, what else there is as Python shows it. Arrays become lists.
     """
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    plain = _plain(value)
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    return text if is_text(text) else json.dumps(plain, allow_nan=False)  # half of a character is kept as its escape
 
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return value if is_text(value) else value.encode("utf-8", "backslashreplace").decode()
+        return value
     if isinstance(value, int):
         return value if abs(value) < 10**1000 else hex(value)  # Python neither writes nor reads very long decimals
     if isinstance(value, float):

@@ -112,7 +112,7 @@ def test_parquet_columns(tmp_path):
         ({"a": [math.nan, (1, 2)], 3: {1}}, {"a": ["nan", [1, 2]], "3": [1]}),
         (np.arange(2), [0, 1]),
         (np.float32(0.5), 0.5),
-        ("half \ud83d", "half \\ud83d"),
+        ("half \ud83d", "half \ud83d"),
     ],
     ids=range(10),
 )
