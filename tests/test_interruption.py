@@ -37,8 +37,8 @@ class Engine(TransformersEngine):
 class Ask(L.Callback):
     """Asks the process to end within a hook."""
 
-    def __init__(self, hook: str, step: int) -> None:
-        self.hook, self.step = hook, step
+    def __init__(self, hook: str, step: int, number: int = 15) -> None:
+        self.hook, self.step, self.number = hook, step, number
 
     def __getattribute__(self, name):
         if name == object.__getattribute__(self, "__dict__").get("hook"):
@@ -47,7 +47,7 @@ class Ask(L.Callback):
 
     def ask(self, trainer, module, *_, **__):
         if module.steps == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 '''
 
 
@@ -95,7 +95,7 @@ def sampling(nth):
         (sampling(8), 4),  # of step 5, behind an evaluation
         (sampling(4), 2),
         (sampling(7), 4),
-        (asking("on_before_optimizer_step", 2), 3),
+        (asking("on_before_optimizer_step", 1), 2),
         (asking("on_validation_start", 4), 4),
         (asking("on_train_epoch_end", 3), 3),
     ],
@@ -125,6 +125,31 @@ def test_the_last_whole_step_is_saved_and_continued(whole, tmp_path, moment, sav
     main(["fit", "--config", settings, "--ckpt_path", "last-or-new"])
     assert_same_run(whole, folder)
     assert (folder / "run.json").exists()
+
+
+@pytest.mark.parametrize("continues", [True, False])
+@pytest.mark.usefixtures("parts")
+def test_slurm_is_asked_to_requeue_a_job_that_goes_on_by_itself(whole, tmp_path, monkeypatch, continues):
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(scontrol.parent), os.environ["PATH"]]))
+    job = {"NTASKS": "1", "JOB_ID": "42", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    folder = tmp_path / "run"
+    settings = seldom(config(folder))
+    command = ["fit", "--config", settings, *(["--ckpt_path", "last-or-new"] if continues else [])]
+    with pytest.raises(Stopped) as stop:
+        main([*command, *asking("on_before_optimizer_step", 1), f"--trainer.callbacks.number={int(signal.SIGUSR1)}"])
+    assert stop.value.number == signal.SIGUSR1
+    assert checkpoints(folder) == [2]
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 42\n" if continues else "")
+    if continues:  # what SLURM starts again is the same command
+        main(command)
+        assert_same_run(whole, folder)
 
 
 @pytest.mark.usefixtures("parts")
