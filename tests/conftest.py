@@ -13,7 +13,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _no_seed_of_another_test(monkeypatch):
-    """Lightning keeps its seed in a variable of the process."""
-    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # so that what a test sets is undone behind it
-    monkeypatch.delenv("PL_GLOBAL_SEED")
+def _no_seed_of_another_test():
+    """Lightning keeps its seed in a variable of the process. Not through `monkeypatch`, which a test may undo half way."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import config
 from processes import start
 
 from pgpo_lightning.cli import main
+from pgpo_lightning.finding import MARK
 from pgpo_lightning.lab import ablate as command
 from pgpo_lightning.lab.plan import read_lab
 from pgpo_lightning.lab.runs import load_runs
@@ -137,10 +139,13 @@ def test_a_run_with_a_checkpoint_goes_on_from_it(study, tmp_path, capsys):
 def test_finished_runs_may_give_up_their_checkpoints(study, tmp_path):
     path = study({"a": {"checkpoint": True}})
     command.ablate(path)
-    checkpoint = tmp_path / "study" / "base" / "a" / "seed=0" / "checkpoints" / "step=000001.ckpt"
-    assert checkpoint.exists()
+    folder = tmp_path / "study" / "base" / "a" / "seed=0" / "checkpoints"
+    own, foreign = folder / "step=000001.ckpt", folder / "step=000002.ckpt"
+    torch.save({"pgpo_lightning": {"steps": 1}, "state_dict": {}, MARK: {"run": "a"}}, own)
+    torch.save({"pgpo_lightning": {"steps": 2}, "state_dict": {}}, foreign)
     command.ablate(study({"a": {"checkpoint": True}}, keep_checkpoints=False))
-    assert not checkpoint.exists()
+    assert not own.exists()
+    assert foreign.exists()  # of another callback
     assert len(calls(tmp_path)) == 1
 
 
@@ -305,7 +310,9 @@ def test_a_study_that_is_killed_and_started_again_is_the_study_that_was_not(real
     assert runs == records(tmp_path / "whole")
     # Arms differ in nothing but the arm: up to the first update they are the same run.
     constant, pgpo = runs
-    assert constant["rho"] == pytest.approx([sum(pgpo["rho"]) / 4] * 4)
+    steps = len(pgpo["rho"])  # those with a signal
+    assert steps >= 3
+    assert constant["rho"] == pytest.approx([sum(pgpo["rho"]) / steps] * steps)
     assert constant["questions"]["0"] == pgpo["questions"]["0"]
     for tag in ("critic/score/mean", "response_length/mean", "information/mean", "actor/grad_norm"):
         assert constant["curves"][tag][1][0] == pgpo["curves"][tag][1][0]

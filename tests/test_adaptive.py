@@ -341,7 +341,7 @@ RUNS = {
     "KLAdaptiveMultiplier": ["--multiplier.target", "0.01"],
     "AdaptiveInformationMultiplier": ["--multiplier.target_mean", "1.4", "--multiplier.warmup", "2"],
     "PolyakMultiplier": ["--multiplier.rho_max", "100"],
-    "EffectiveSampleSizeMultiplier": ["--model.updates_per_batch", "2"],
+    "EffectiveSampleSizeMultiplier": ["--model.updates_per_batch", "2", "--seed_everything", "2"],
 }
 
 

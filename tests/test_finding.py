@@ -66,7 +66,9 @@ def test_without_any_the_reason_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"to resume from, but there is none: there is none in"):
         newest_checkpoint(tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"those in .* are of another program. Start without `--ckpt_path`"):
+    with pytest.raises(
+        FileNotFoundError, match=r"those in .* are of another program. `--ckpt_path last-or-new` starts anew"
+    ):
         newest_checkpoint(tmp_path)
 
 

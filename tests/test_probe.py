@@ -694,7 +694,7 @@ def test_the_command_on_the_toy(tmp_path, capsys):
     [
         (["--config", str(CONFIGS / "ablations" / "grpo.yaml")], "`model` to be a module with a self-teacher"),
         (["--contexts", "[peer]"], "`contexts` to be among none, feedback"),
-        (["--top_p", "1.5"], "`top_p` to be at most 1"),
+        (["--top_p", "1.5"], r"`top_p` to lie in \[0.001, 1\]"),
         (["--ckpt_path", "last"], "no `ckpt_path`"),
         (["--output", str(QUICKSTART)], "`output` to be a folder"),
         (["--calibrate", "nowhere", "--output", str(QUICKSTART)], "`output` to be a folder"),

@@ -235,7 +235,8 @@ class Lifecycle(Resuming):
         if self.training_run:
             self.compare(mine)
         check_identity(mine.get("lora"), self.base_identity)
-        if self.training_run and "optimizer_states" not in checkpoint and not self.placement.sharded:
+        fits = self._trainer is not None and self.training_run
+        if fits and "optimizer_states" not in checkpoint and not self.placement.sharded:
             raise MisconfigurationException(
                 f"Expected a checkpoint with the optimizer's state to go on from, but it has nothing but weights{where}. Start a "
                 "new run from them: `pgpo export`, and `model` the folder."

@@ -1,5 +1,6 @@
 """Checks of the optimizer that was built: its class may be anybody's, so that its settings are read off its parameter groups."""
 
+import inspect
 from numbers import Real
 from typing import Annotated, Any
 
@@ -63,8 +64,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
                     check(
                         f"optimizer.{name}{f'[{i}]' if isinstance(value, (tuple, list)) else ''}", _number(each), hint
                     )
-        eps = group.get("eps")  # of Adafactor it is a pair, with a null in it
-        if isinstance(eps, Real) and not EPS.holds(eps):
+        eps = group.get("eps")  # of Adafactor it is a pair, with a null in it; of bitsandbytes' Lion, which has none, 0
+        if isinstance(eps, Real) and _takes(optimizer, "eps") and not EPS.holds(eps):
             raise ValueError(f"Expected `optimizer.eps` {EPS.text}, but got {shown(eps)}.")
 
 
@@ -80,6 +81,10 @@ def check_rates(optimizer: Optimizer) -> None:
             raise ValueError(
                 f"Expected `scheduler` to make learning rates from 0 to {HIGHEST_RATE:g}, but got {shown(rate)}."
             )
+
+
+def _takes(optimizer: Optimizer, setting: str) -> bool:
+    return setting in inspect.signature(type(optimizer)).parameters
 
 
 def _number(value: Any) -> Any:
