@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
 def program() -> None:
     """Run the command line as a program: what a user can mend is one line, all else a traceback in the run's folder."""
     try:
-        main()
+        _to_its_end()
     except KeyboardInterrupt:
         sys.exit(_ended("stopped by SIGINT", 130))
     except Stopped as stop:
@@ -86,6 +86,27 @@ def program() -> None:
         from pgpo_lightning.errors import report
 
         sys.exit(report(error, getattr(error, "run_folder", None)))
+
+
+def _to_its_end() -> None:
+    try:
+        main()
+    except SystemExit as leaving:
+        from pgpo_lightning.errors import raised_by
+
+        origin = raised_by(leaving)
+        # Those print a help or a configuration, and end. Anybody else's exit is no success: nothing was finished.
+        if leaving.code or origin.split(".")[0] in (
+            "argparse",
+            "jsonargparse",
+            "lightning",
+            "pgpo_lightning",
+            __name__,
+        ):
+            raise
+        error = RuntimeError(f"{origin} ended the program by sys.exit({'' if leaving.code is None else leaving.code})")
+        error.run_folder = getattr(leaving, "run_folder", None)  # type: ignore[attr-defined]
+        raise error from leaving
 
 
 def _ended(text: str, status: int) -> int:

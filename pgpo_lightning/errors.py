@@ -70,13 +70,13 @@ def mendable(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.filename is not None and error.errno in OPENING:
         return not _from_a_step(error)
-    origin = _raised_by(error).split(".")[0]
+    origin = raised_by(error).split(".")[0]
     if origin in ("lightning", "jsonargparse"):  # on settings
         return isinstance(error, ValueError) and not _from_a_step(error)
     return origin == "pgpo_lightning" and str(error).startswith("Expected ")
 
 
-def _raised_by(error: BaseException) -> str:
+def raised_by(error: BaseException) -> str:
     """Return the module whose code raised an error."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""

@@ -156,7 +156,7 @@ class PGPOCommand(LightningCLI):
                 if lock is not None:
                     lock.sign()
             super()._run_subcommand(subcommand)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             error.run_folder = folder  # for the traceback
             raise
         finally:

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 
+from pgpo_lightning.callbacks import ResumeCheckpoint, Watch
+
 INSTEAD = {
     "barebones": (
         False,
@@ -25,6 +27,8 @@ CALLBACKS: dict[type[Callback], str] = {
     BatchSizeFinder: "it takes steps that are thrown away. Ask `pgpo plan` what fits, and set `micro_batch_tokens`",
     StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher_regularization: ema`",
     GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.micro_batch_tokens` to save memory",
+    ResumeCheckpoint: "every run has its own. Set `checkpoint.every_n_train_steps` and `checkpoint.keep`",
+    Watch: "every run has its own. Set it by `watch`",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import config
 from processes import start
 
-from pgpo_lightning.cli import main
+from pgpo_lightning.cli import main, program
 from pgpo_lightning.errors import UserError, about, mendable, report
 from pgpo_lightning.run_folder import LOCK, Lock
 
@@ -83,6 +83,37 @@ def test_a_fault_leaves_its_traceback_in_the_folder_of_the_run(tmp_path, monkeyp
     assert "--config" in text
 
 
+@pytest.mark.parametrize(
+    ("code", "leaves"),
+    [
+        ("import sys\nsys.exit(0)\n", "sys.exit(0)"),  # as soon as it is imported
+        (
+            "import sys, lightning\n"
+            "class Odd(lightning.Callback):\n"
+            "    def on_train_batch_end(self, *_):\n"
+            "        sys.exit()\n",
+            "sys.exit()",
+        ),
+    ],
+)
+def test_code_of_a_user_that_leaves_is_no_success(tmp_path, monkeypatch, capsys, code, leaves):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"leaver{len(code)}"  # an imported one stays
+    (tmp_path / f"{module}.py").write_text(code)
+    words = ["pgpo", "fit", "--config", config(tmp_path / "run", steps=1), f"--trainer.callbacks+={module}.Odd"]
+    monkeypatch.setattr("sys.argv", [*words, "--trainer.num_sanity_val_steps", "0"])
+    with pytest.raises(SystemExit) as end:
+        program()
+    assert f"error: RuntimeError: {module} ended the program by {leaves}" in end.value.code
+    assert ("The traceback: " in end.value.code) == (tmp_path / "run").exists()
+
+    monkeypatch.setattr("sys.argv", ["pgpo", "fit", "--help"])
+    with pytest.raises(SystemExit) as end:
+        program()
+    assert not end.value.code
+
+
 def test_a_second_run_is_kept_out_and_leaves_nothing(tmp_path):
     folder = tmp_path / "run"
     lock = Lock(folder)
@@ -121,6 +152,11 @@ def test_one_command_starts_continues_and_ends(tmp_path, capsys):
         ("max_time=00:00:00:00", "`trainer.max_time` to be longer"),
         ("callbacks+=LearningRateFinder", "without LearningRateFinder"),
         ("callbacks+=lightning.pytorch.callbacks.BatchSizeFinder", "without BatchSizeFinder"),
+        (
+            "callbacks+=ResumeCheckpoint",
+            "without ResumeCheckpoint, but got one: every run has its own. Set `checkpoint",
+        ),
+        ("callbacks+=pgpo_lightning.callbacks.Watch", "without Watch"),
     ],
 )
 def test_settings_of_the_trainer_that_mean_something_else_here_are_refused(tmp_path, args, message):
