@@ -43,7 +43,7 @@ def gather(mine: T) -> list[T]:
     for rank, theirs in enumerate(everyone):
         if isinstance(theirs, _Failure):
             theirs.error.add_note(_NOTE.format(rank=rank))
-            theirs.error.from_another_rank = True  # type: ignore[attr-defined]
+            theirs.error.known_to_all = True  # type: ignore[attr-defined]
             raise theirs.error
     return everyone
 
@@ -53,14 +53,16 @@ def together() -> Iterator[None]:
     """What one rank raises in the enclosed code, all ranks raise, instead of waiting for it in their next collective.
 
     Every rank has to enter it. No rank leaves it before all others, or one of them has failed. The enclosed code may exchange
-    objects with :func:`gather`, and no collective of another kind. It costs one exchange, and nothing in a single process.
+    objects with :func:`gather`, or enter this again, and take part in no collective of another kind. It costs one exchange, and
+    nothing in a single process.
     """
     try:
         yield
     except Exception as error:
-        if dist.is_available() and dist.is_initialized() and not hasattr(error, "from_another_rank"):
-            # The others are in, or on their way to, an exchange of objects, and find this among them.
+        if _several() and not hasattr(error, "known_to_all"):
+            # The others are in, or on their way to, an exchange of objects, and find this among them; once, however deep it is.
             dist.all_gather_object([None] * dist.get_world_size(), _Failure(_portable(error)))
+            error.known_to_all = True  # type: ignore[attr-defined]
         raise
     gather(None)
 
@@ -127,11 +129,13 @@ def _received(rank: int, group: Any) -> Iterator[bytes]:
 
 def _chunks(items: Iterable[bytes]) -> Iterator[bytes]:
     chunk: list[bytes] = []
+    size = 0
     for item in items:
-        if chunk and sum(map(len, chunk)) + len(item) > CHUNK:
+        if chunk and size + len(item) > CHUNK:
             yield pickle.dumps(chunk)
-            chunk = []
+            chunk, size = [], 0
         chunk.append(item)
+        size += len(item)
     if chunk:
         yield pickle.dumps(chunk)
 

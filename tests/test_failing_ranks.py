@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from processes import start_ranks
+from processes import finish, start_ranks
 
 WORKER = Path(__file__).parent / "failing_worker.py"
 MESSAGES = {
@@ -27,3 +27,20 @@ def test_a_verifier_that_fails_on_one_rank_ends_both(tmp_path, strategy, what):
     assert "(raised by rank 1, from which this one has it)" in texts[0]
     assert "from which this one has it" not in texts[1]
     assert "no such test" in last[0]
+
+
+def test_what_fails_on_one_rank_deep_inside_is_exchanged_once(tmp_path):
+    script = tmp_path / "deep.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "from pgpo_lightning.ranks import gather, together\n"
+        "dist.init_process_group('gloo')\n"
+        "try:\n"
+        "    with together(), together():\n"
+        "        assert dist.get_rank() == 0, 'deep'\n"
+        "except AssertionError as error:\n"
+        "    print(error, gather(dist.get_rank()))\n"
+    )
+    ranks = start_ranks([script], tmp_path / "log", 2)
+    finish(*ranks, log=tmp_path / "log", seconds=60)
+    assert {(tmp_path / f"log.{rank}").read_text().splitlines()[0] for rank in (0, 1)} == {"deep [0, 1]"}

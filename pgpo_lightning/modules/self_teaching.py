@@ -14,7 +14,7 @@ from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.resuming import check_start
 from pgpo_lightning.policy import fingerprint
 from pgpo_lightning.preflight import joined, less_successful, net_gap
-from pgpo_lightning.ranks import gather
+from pgpo_lightning.ranks import gather, together
 from pgpo_lightning.records import Row
 from pgpo_lightning.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -175,7 +175,11 @@ class SelfTeaching(OnPolicyModule):
         taught = [row for row in rows if row.reprompt_ids is not None]
         asked = [row.rollout.question for row in taught]
         success = []
-        with seeded(self.seed, "preflight", self.steps, self.global_rank), self.placement.generation():
+        with (
+            together(),  # what fails on one rank alone ends all of them
+            seeded(self.seed, "preflight", self.steps, self.global_rank),
+            self.placement.generation(),
+        ):
             for prompts in ([row.reprompt_ids for row in taught], [row.rollout.prompt_ids for row in taught]):
                 answers = (
                     self.engine.generate(self.model, self.tokenizer, asked, prompts, 1, self._training_sampling)
