@@ -242,14 +242,14 @@ def test_the_program_says_how_to_go_on_and_a_second_signal_ends_it_at_once(tmp_p
 
 
 @pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize("rank", [1])
-def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(tmp_path, monkeypatch, rank):
+@pytest.mark.parametrize("evaluations", [0, 1], ids=["step", "evaluation"])
+def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(tmp_path, monkeypatch, evaluations):
     monkeypatch.chdir(tmp_path)
     folder, log = tmp_path / "run", tmp_path / "log"
     settings = config(folder, steps=4, checkpoint={"every_n_train_steps": 100})
     words = ["pgpo", "fit", "--config", settings, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    quick = ["--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0", "--data.batch_size", "2"]
-    ranks = start_ranks([*words, *quick, *sampling(3), f"--model.engine.rank={rank}"], log, 2)
+    few = ["--trainer.num_sanity_val_steps", 0, "--trainer.limit_val_batches", evaluations, "--data.batch_size", 2]
+    ranks = start_ranks([*words, *few, *sampling(3), "--model.engine.rank=1"], log, 2)
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [143, 143]

@@ -38,6 +38,8 @@ class Acting(L.LightningModule):
     placement: Whole
     given_seed: int | None
     _decided_seed: int | None = None
+    _in_step = False
+    """Whether ranks have equally many batches of the evaluation that is under way."""
 
     @property
     def seed(self) -> int:
@@ -88,8 +90,8 @@ class Acting(L.LightningModule):
         # Under sharded weights what fails before the first forward pass would leave the other ranks in it.
         with together() if self.placement.sharded else nullcontext():
             prompts = [self._encoded(question) for question in questions]
-        # Evaluation under sharded weights gathers them for every batch, so that no rank may leave a batch alone.
-        all_ranks = self._trainer is None or self.trainer.training or self.placement.sharded
+        # Evaluation in step exchanges something after every batch, so that no rank may leave a batch alone.
+        all_ranks = self._trainer is None or self.trainer.training or self._in_step or self.placement.sharded
         try:
             with self.placement.generation(), SIGNALS.section(all_ranks):
                 return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
