@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -100,6 +101,8 @@ def describe(value: Any) -> Plain:
     """Return any value as plain data. Of an object it is the class, and the arguments that it keeps under their names."""
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Path, torch.dtype, torch.device)):

@@ -19,6 +19,8 @@ from os import PathLike
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
+import numpy as np
+
 SMALLEST, LARGEST = 1e-12, 1e12
 """Bounds of the size of every number that is not 0. float32 has 7 digits: far beyond them a setting is a slip of the pen."""
 
@@ -163,6 +165,7 @@ def checked(target: Target, prefix: str = "") -> Target:
 
     @functools.wraps(function)
     def checking(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tuple(map(_plain, args)), {name: _plain(value) for name, value in kwargs.items()}
         if not hints:
             hints.update(typing.get_type_hints(function, include_extras=True))
         try:
@@ -178,6 +181,11 @@ def checked(target: Target, prefix: str = "") -> Target:
         return typing.cast(Target, checking)
     setattr(target, "__init__", checking)  # noqa: B010  (mypy does not want a method to be assigned)
     return target
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy as Python's: seeds and checkpoints are made of what a setting is written as."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check(name: str, value: Any, hint: Any) -> None:

@@ -1,20 +1,23 @@
 """A resumed run takes another setting for real, or refuses it by name; what was run stays on record."""
 
+import io
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import config, tiny_sdpo
+from helpers import LIMITS, TOKENIZER, config, half_right, tiny_model, tiny_sdpo
 from test_resume import final
 
 from pgpo_lightning.callbacks import InformationMultiplier, InverseMultiplier, StepSizeMultiplier
 from pgpo_lightning.cli import main
 from pgpo_lightning.curves import read_scalars
 from pgpo_lightning.data import ToyArithmetic
+from pgpo_lightning.modules import SDPO
 from pgpo_lightning.resumed_optimizer import describe_optimizer, take_effect
-from pgpo_lightning.run_settings import MAY_CHANGE, SEEN_BY_EFFECT, Remembers, check_settings, settings
+from pgpo_lightning.run_settings import MAY_CHANGE, SEEN_BY_EFFECT, Remembers, check_settings, describe, settings
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +216,16 @@ def test_a_new_rate_goes_on_as_if_the_schedule_had_had_it_from_the_start(schedul
     assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     take_effect(resumed, resumed_schedule, old, new, lambda: make(3e-3))
     assert rates(resumed, resumed_schedule, 9) == pytest.approx(rates(*make(3e-3), 16)[7:], rel=1e-12)
+
+
+def test_numbers_of_numpy_are_plain_in_a_checkpoint():
+    given = {"temperature": 0.5, "num_generations": 2, "seed": 3}
+    plain = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | given)
+    given = {name: np.asarray(value)[()] for name, value in given.items()}
+    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | given)
+    assert settings(module) == settings(plain)
+    file = io.BytesIO()
+    torch.save([settings(module), module.seed, describe(np.ones(2))], file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == [settings(plain), 3, [1.0, 1.0]]
+    assert repr(module.seed) == "3"  # of which every random number is made
