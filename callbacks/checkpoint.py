@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pgpo_lightning.checkpoint_file import PARTIAL, claimed, not_saved, remove, remove_partials, sync_folder
 from pgpo_lightning.finding import MARK, look
-from pgpo_lightning.ranks import gather
+from pgpo_lightning.ranks import together
 from pgpo_lightning.settings import Count, Text, checked
 from pgpo_lightning.shards import finish_shards
 
@@ -108,7 +108,9 @@ class ResumeCheckpoint(Checkpoint):
             return
         self._saved = pl_module.steps
         folder = self.folder(trainer)
-        path = trainer.strategy.broadcast(self._free(folder, pl_module.steps) if trainer.is_global_zero else None)
+        with together():  # what fails on the first rank alone ends all of them
+            path = self._free(folder, pl_module.steps) if trainer.is_global_zero else None
+        path = trainer.strategy.broadcast(path)
         self._saving = True
         try:
             if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
@@ -117,9 +119,9 @@ class ResumeCheckpoint(Checkpoint):
                 _save_file(trainer, path)
         finally:
             self._saving = False
-        if trainer.is_global_zero:
-            self._written(trainer, path)
-        trainer.strategy.barrier("checkpoint")
+        with together():
+            if trainer.is_global_zero:
+                self._written(trainer, path)
 
     def _free(self, folder: Path, step: int) -> Path:
         """Return a name that is nobody else's, and learn which files of earlier processes are this run's."""
@@ -150,35 +152,33 @@ class ResumeCheckpoint(Checkpoint):
 
 def _save_file(trainer: L.Trainer, path: Path) -> None:
     """Save, and fail on all ranks where the one that writes fails."""
-    error = None
-    try:
-        trainer.save_checkpoint(path)
-    except OSError as raised:
-        error = raised
-        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait by now
-    everyone = [each for each in gather(error) if each is not None]
-    if everyone:
-        raise error or everyone[0]
+    with together():
+        try:
+            trainer.save_checkpoint(path)
+        except Exception:
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait by now
+            raise
 
 
 def _save_shards(trainer: L.Trainer, path: Path) -> None:
     """Save to a folder that gets its name when all ranks have written all of it."""
     partial = path.with_name(path.name + PARTIAL)
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_partials(path.parent)
-        remove(partial)
-        partial.mkdir()
-    trainer.strategy.barrier("checkpoint folder")
+    with together():
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_partials(path.parent)
+            remove(partial)
+            partial.mkdir()
     handle = os.open(partial, os.O_RDONLY)
     try:
         with claimed(handle):
             trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                finish_shards(partial)
-                remove(path)
-                partial.replace(path)
-                sync_folder(path.parent)
+            with together():  # what fails on the first rank alone ends all of them
+                if trainer.is_global_zero:
+                    finish_shards(partial)
+                    remove(path)
+                    partial.replace(path)
+                    sync_folder(path.parent)
     except (CheckpointException, OSError) as error:
         failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
         cause = next((each for each in [error, *failures] if isinstance(each, OSError)), None)
