@@ -212,6 +212,8 @@ class PGPOCommand(LightningCLI):
             checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint))
             found = resolve(str(wanted), checkpoint.folder(self.trainer), resume=self.subcommand == "fit")
             config["ckpt_path"] = found
+            # Lightning notes it when it restores weights, which is behind the checks of `setup`.
+            self.trainer._checkpoint_connector._ckpt_path = found
             if found != str(wanted):
                 print(f"{self.subcommand} from {found}")
 

@@ -1,7 +1,7 @@
 """A verifier that fails on one of two ranks; run by test_failing_ranks.py.
 
-Usage: failing_worker.py STRATEGY WHAT FOLDER, where WHAT is `train` or `validate`. The second rank
-fails, the first would go on for an hour.
+Usage: failing_worker.py STRATEGY WHAT FOLDER, where WHAT is `train`, `validate` or `elsewhere`. The second
+rank fails, the first would go on for an hour; or the first alone is to go on from a checkpoint.
 """
 
 import sys
@@ -47,6 +47,8 @@ def main():
     if what == "validate":
         trainer.validate(module, data)
     else:
+        if what == "elsewhere" and trainer.global_rank == 0:
+            trainer.ckpt_path = "step=000007.ckpt"
         trainer.fit(module, data)
 
 

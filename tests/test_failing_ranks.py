@@ -44,3 +44,15 @@ def test_what_fails_on_one_rank_deep_inside_is_exchanged_once(tmp_path):
     ranks = start_ranks([script], tmp_path / "log", 2)
     finish(*ranks, log=tmp_path / "log", seconds=60)
     assert {(tmp_path / f"log.{rank}").read_text().splitlines()[0] for rank in (0, 1)} == {"deep [0, 1]"}
+
+
+def test_ranks_that_would_start_from_different_checkpoints_are_refused(tmp_path):
+    ranks = start_ranks([WORKER, "ddp", "elsewhere", tmp_path], tmp_path / "log", 2)
+    for rank in ranks:
+        rank.join(60)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [1, 1]
+    for rank in (0, 1):
+        assert "same checkpoint, but ranks found 'step=000007.ckpt', null." in (tmp_path / f"log.{rank}").read_text()

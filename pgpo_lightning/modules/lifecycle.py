@@ -33,7 +33,9 @@ from pgpo_lightning.policy import (
     positions,
     recompute_activations,
 )
+from pgpo_lightning.ranks import gather
 from pgpo_lightning.records import Question
+from pgpo_lightning.settings import shown
 from pgpo_lightning.sharding import Sharded, Whole
 from pgpo_lightning.soundness import check_padding, shares_prompts
 from pgpo_lightning.teacher import FrozenTeacher, Teacher
@@ -70,6 +72,7 @@ class Lifecycle(Resuming):
         self._check_combination(sharded)
         known = install(self.trainer.strategy, evaluates=stage != "fit")
         path = self.trainer.ckpt_path
+        _check_start(path)
         if known and sharded and path is not None and Path(path).exists():
             check_checkpoint(Path(path))  # sharded weights do not come through that plug-in
         if not self._warned_of_speed:
@@ -245,6 +248,16 @@ class Lifecycle(Resuming):
             self.take_over_seed(mine.get("seed"))
         for name in COUNTERS:
             setattr(self, name, mine.get(name, 0))
+
+
+def _check_start(path: str | Path | None) -> None:
+    """Raise unless all ranks start from the same checkpoint, or none does: each looks for it in its own file system."""
+    names = gather(None if path is None else Path(path).name)
+    if len(set(names)) > 1:
+        raise MisconfigurationException(
+            f"Expected every rank to start from the same checkpoint, but ranks found {', '.join(map(shown, names))}. Put the "
+            "run's folder on a file system that all nodes share, or copy the checkpoint to each."
+        )
 
 
 def _check_strategy(strategy: Strategy) -> None:
