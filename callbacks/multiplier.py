@@ -12,13 +12,15 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from pgpo_lightning.callbacks.fresh import StartsAfresh
 from pgpo_lightning.run_settings import Remembers
 from pgpo_lightning.seeding import derive_seed, global_seed
 from pgpo_lightning.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
 from pgpo_lightning.statistics import Aggregation, Estimator, StepStatistics, information
+from pgpo_lightning.texts import shown
 
 
-class StepSizeMultiplier(Remembers, L.Callback):
+class StepSizeMultiplier(Remembers, StartsAfresh):
     """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
 
     A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back by the module
@@ -38,8 +40,17 @@ class StepSizeMultiplier(Remembers, L.Callback):
     """Of the draws of a subclass that draws; null takes the module's."""
     _seed_of_module: int | None = None
 
+    history: list[float]
+    """Rho of every optimizer step that was taken so far."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Begin with an empty history, also in a subclass that does not call ``super().__init__()``."""
+        self = super().__new__(cls, *args, **kwargs)
+        self.history = []
+        return self
+
     def __init__(self) -> None:
-        self.history: list[float] = []  # rho of every optimizer step that was taken so far
+        """Take no arguments."""
 
     @abstractmethod
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
@@ -54,9 +65,18 @@ class StepSizeMultiplier(Remembers, L.Callback):
     def bounded(self, rho: float) -> float:
         """Return rho within [rho_min, rho_max].
 
+        Args:
+            rho: A number, also one of NumPy or a tensor with one element.
+
         Raises:
             RuntimeError: If it is not a number, or infinite, or below 0.
         """
+        try:
+            rho = float(rho)
+        except (TypeError, ValueError, RuntimeError):
+            raise RuntimeError(
+                f"Expected {type(self).__name__} to return a number that is finite and at least 0, but got {shown(rho)}."
+            ) from None
         bounded = rho if self.rho_min is None else max(rho, self.rho_min)
         bounded = bounded if self.rho_max is None else min(bounded, self.rho_max)
         if math.isnan(rho) or not 0 <= bounded < math.inf:
@@ -73,6 +93,7 @@ class StepSizeMultiplier(Remembers, L.Callback):
                 f"Expected one step-size multiplier, but got {' and '.join(active)}. Keep it under `multiplier` and out of "
                 "`trainer.callbacks`."
             )
+        self.start_afresh(trainer, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take note of the module's seed."""

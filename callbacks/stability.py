@@ -7,12 +7,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from pgpo_lightning.callbacks.fresh import StartsAfresh
 from pgpo_lightning.collapse import TAGS, CollapseRules, alarms, signs
 from pgpo_lightning.settings import checked
 
 
 @checked
-class StabilityMonitor(L.Callback):
+class StabilityMonitor(StartsAfresh):
     """Logs the signs of a collapse as ``stability/*`` and warns once for every rule that fires, with its reason.
 
     The signs are those of :func:`pgpo_lightning.collapse.signs`; `stability/alarms` is the number of rules that fire. Beside
@@ -39,6 +40,7 @@ class StabilityMonitor(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second monitor: both would log the same curves."""
+        self.start_afresh(trainer, stage)
         active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StabilityMonitor)]
         if len(active) > 1:
             raise MisconfigurationException(

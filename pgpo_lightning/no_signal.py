@@ -33,7 +33,9 @@ class Outcomes:
         return cls(**{f.name: list(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(cls)})
 
 
-def explain(seen: Outcomes, threshold: float, limit: int, siblings: int, has_teacher: bool) -> str:
+def explain(
+    seen: Outcomes, threshold: float, limit: int, siblings: int, has_teacher: bool, shows_feedback: bool = True
+) -> str:
     """Return the numbers of rollouts without a signal, the cause that they show, and what to do.
 
     Args:
@@ -42,6 +44,7 @@ def explain(seen: Outcomes, threshold: float, limit: int, siblings: int, has_tea
         limit: `max_response_length` (tokens).
         siblings: `num_generations`.
         has_teacher: Whether the objective compares with a teacher; without one it compares siblings' rewards.
+        shows_feedback: Whether a teacher is shown feedback where there is any.
 
     Example:
         >>> seen = Outcomes([0, 0], [1.0, 1.0], [False] * 2, [False] * 2, [False] * 2)
@@ -57,13 +60,19 @@ def explain(seen: Outcomes, threshold: float, limit: int, siblings: int, has_tea
     if has_teacher:
         numbers += f", {sum(seen.taught)} had a teacher, {sum(seen.feedback)} had feedback"
     probe = " `pgpo probe` measures before any training what the teacher has to go by." if has_teacher else ""
-    return f"{numbers}. {_cause(seen, right, cut, siblings, has_teacher)}{probe}"
+    return f"{numbers}. {_cause(seen, right, cut, siblings, has_teacher, shows_feedback)}{probe}"
 
 
-def _cause(seen: Outcomes, right: int, cut: int, siblings: int, has_teacher: bool) -> str:
+def _cause(seen: Outcomes, right: int, cut: int, siblings: int, has_teacher: bool, shows_feedback: bool) -> str:
     count = len(seen.reward)
     no_feedback = has_teacher and not any(seen.feedback)
     feedback = " Or give feedback: from the verifier, or as `privileged_context`." if no_feedback else ""
+    if has_teacher and not shows_feedback:
+        feedback = (
+            " Or give feedback, from the verifier or as `privileged_context`, and set `include_environment_feedback` to true."
+            if no_feedback
+            else " Or let the teacher see the feedback that there is: set `include_environment_feedback` to true."
+        )
     rewards: dict[int, set[float]] = {}
     for question, reward in zip(seen.question, seen.reward, strict=True):
         rewards.setdefault(question, set()).add(reward)

@@ -163,16 +163,21 @@ def check_head(model: PreTrainedModel) -> None:
         ) from error
     size = theirs[theirs.isfinite()].abs()  # minus infinity keeps tokens from being drawn
     if theirs.isnan().any() or not len(size):
-        raise MisconfigurationException(
-            f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `dtype` is too narrow. Set "
-            "`dtype` to float32, or load the model anew."
-        )
+        raise damaged(name)
     if not torch.allclose(ours, theirs, atol=tolerance * size.max().item() + 1e-6):
         raise MisconfigurationException(
             f"Expected the logits of {name} to be its output embedding applied to its last hidden state, "
             f"but they differ by {apart:.3g}. This architecture is not supported: "
             "`pgpo_lightning.policy.head` has to learn what it does to its logits."
         )
+
+
+def damaged(name: str) -> MisconfigurationException:
+    """Return what to raise where a model of that name gives NaN."""
+    return MisconfigurationException(
+        f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `dtype` is too narrow. Set "
+        "`dtype` to float32, or load the model anew."
+    )
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.batching import Sequences, SharedSequences
 from pgpo_lightning.decoding import WAYS, Way
-from pgpo_lightning.policy import evaluating, fp32_by_default, known_tokens, positions, source
+from pgpo_lightning.policy import damaged, evaluating, fp32_by_default, known_tokens, positions, source
 
 Pairs = list[tuple[list[int], list[int]]]
 """Prompts and responses, as token ids."""
@@ -216,6 +216,8 @@ def _failure(
             raise
         except Exception as error:
             return f"trying it ended in {type(error).__name__}: {' '.join(str(error).split())}"
+        if any(values.isnan().any() for values in made[0]):
+            raise damaged(type(model).__name__)
         limit = _NARROW
         if exact:  # of a model whose answers hardly differ, faults are small as well
             limit = _EXACT if next(model.parameters()).device.type == "cpu" else _NEARLY

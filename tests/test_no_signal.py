@@ -194,6 +194,22 @@ def test_the_cause_follows_from_the_numbers(seen, siblings, has_teacher, said, u
     assert ("`pgpo probe`" in text) == has_teacher
 
 
+@pytest.mark.parametrize("feedback", [0, 4])
+def test_feedback_that_no_teacher_is_shown_is_named(feedback):
+    text = explain(outcomes([0.0] * 4, feedback=feedback), 0.5, 64, 2, True, shows_feedback=False)
+    assert "set `include_environment_feedback` to true" in text
+    assert ("the feedback that there is" in text) == bool(feedback)
+
+
+def test_a_step_without_signal_names_the_feedback_that_is_left_out(tmp_path):
+    module = SDPO(
+        tiny_model(), lambda question, response: (0.0, "No."), tokenizer=TOKENIZER, num_generations=2,
+        include_environment_feedback=False, **LIMITS,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="4 had feedback.*set `include_environment_feedback` to true"):
+        trainer(tmp_path, max_steps=1).fit(module, loader(questions(2)))
+
+
 def test_demonstrations_of_hapo_are_a_signal(tmp_path):
     """All rollouts fail, but a demonstration stands in for one of them: there is something to learn from."""
     module = made(HAPO, {0})

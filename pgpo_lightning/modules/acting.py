@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.grading import Verifier, VerifierError, check_question, grade
+from pgpo_lightning.handed_in import check_rollouts
 from pgpo_lightning.prompts import PromptEncoder
 from pgpo_lightning.ranks import gather, together
 from pgpo_lightning.records import Question, Rollout, Verdict
@@ -84,7 +85,7 @@ class Acting(L.LightningModule):
         """Sample `n` responses to every question from the student as it is now.
 
         Raises:
-            ValueError: If a prompt is too long.
+            ValueError: If a prompt is too long, or if an engine returns something else than what was asked for.
             NotFiniteError: If the student's logits are not finite; names the step.
         """
         # Under sharded weights what fails before the first forward pass would leave the other ranks in it.
@@ -94,9 +95,11 @@ class Acting(L.LightningModule):
         all_ranks = self._trainer is None or self.trainer.training or self._in_step or self.placement.sharded
         try:
             with self.placement.generation(), SIGNALS.section(all_ranks):
-                return self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
+                rollouts = self.engine.generate(self.model, self.tokenizer, questions, prompts, n, sampling)
         except NotFiniteError as error:
             raise NotFiniteError(f"At step {self.steps}: {error}") from error
+        check_rollouts(rollouts, questions, n, type(self.engine).__name__)
+        return rollouts
 
     def _encoded(self, question: Question) -> list[int]:
         prompt = self.encoder.question(question)

@@ -65,6 +65,8 @@ class Lifecycle(Resuming):
     def setup(self, stage: str) -> None:
         """Check what can be checked before anything is computed, and drop prompts that are too long."""
         self.training_run = stage == "fit"
+        if self.training_run and self.trainer.global_step == 0:  # it is compared with Lightning's count
+            self.steps_without_signal = 0
         self.decide_seed()
         if stage == "fit":
             _check_strategy(self.trainer.strategy)

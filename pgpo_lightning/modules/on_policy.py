@@ -21,6 +21,7 @@ from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, Tok
 from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.divergence import Divergence
 from pgpo_lightning.grading import Verifier
+from pgpo_lightning.handed_in import check_batch
 from pgpo_lightning.lora import LoRA, check_settings
 from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.policy import (
@@ -191,10 +192,7 @@ class OnPolicyModule(Reporting):
 
     def training_step(self, questions: list[Question], batch_idx: int) -> None:
         """One pass of Algorithm 1 over a batch of questions."""
-        if len({question.index for question in questions}) < len(
-            questions
-        ):  # data that did not come through our data module
-            raise ValueError("Expected questions with different `index`: by it rollouts find their siblings.")
+        check_batch(questions)
         with seeded(self.seed, "train", self.steps, self.global_rank) as rng, fp32_by_default(), self._timed("step"):
             with together():  # what fails on one rank alone ends all of them
                 with self._timed("gen"):

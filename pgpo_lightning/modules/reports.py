@@ -23,6 +23,9 @@ class Reporting(Updating):
     has_teacher = False
     """Whether the objective compares the student with a teacher, so that there is information to measure."""
 
+    shows_feedback = False
+    """Whether a teacher is shown the feedback of the verifier or the data."""
+
     num_generations: int
 
     measured: Divergence | None
@@ -72,6 +75,7 @@ class Reporting(Updating):
             self.max_response_length,
             self.num_generations,
             self.has_teacher,
+            self.shows_feedback,
         )
         rank_zero_warn(
             f"Step {self.steps}: no rollout is in the loss, so no optimizer step was taken ({now} so far). {why}"

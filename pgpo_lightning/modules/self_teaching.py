@@ -146,6 +146,11 @@ class SelfTeaching(OnPolicyModule):
             reprompt_without_context=reprompt_without_context,
         )
 
+    @property
+    def shows_feedback(self) -> bool:
+        """Whether feedback is part of the reprompt."""
+        return self.reprompt.include_environment_feedback
+
     def setup(self, stage: str) -> None:
         """Check that the reprompt leaves room for a question."""
         super().setup(stage)
