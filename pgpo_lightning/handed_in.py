@@ -8,8 +8,8 @@ from pgpo_lightning.records import Question, Rollout
 from pgpo_lightning.texts import shown
 
 
-def check_batch(batch: Any) -> None:
-    """Make sure that a batch is a list of different questions.
+def check_kind(batch: Any) -> None:
+    """Make sure that a batch is a list of questions.
 
     Raises:
         ValueError: If not; says what to give instead.
@@ -25,6 +25,15 @@ def check_batch(batch: Any) -> None:
             f"{type(found).__name__} {shown(found)}. Give `collate_fn=list` to the DataLoader and a Question per row, or use "
             "FileQuestions."
         )
+
+
+def check_batch(batch: Any) -> None:
+    """Make sure that a batch is a list of different questions.
+
+    Raises:
+        ValueError: If not; says what to give instead.
+    """
+    check_kind(batch)
     if len({question.index for question in batch}) < len(batch):
         raise ValueError(
             "Expected questions with different `index`, by which rollouts find their siblings, but some of a batch have the "

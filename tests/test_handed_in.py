@@ -76,6 +76,12 @@ def test_batches_of_a_loader_are_checked(tmp_path, batch, said):
         trainer(tmp_path, max_steps=1).fit(module(), torch.utils.data.DataLoader([batch], batch_size=None))
 
 
+@pytest.mark.parametrize("batch", [[{"prompt": "1+1="}], {"prompt": ["1+1="]}])
+def test_held_out_batches_are_checked_too(tmp_path, batch):
+    with pytest.raises(ValueError, match=r"Expected a batch to be a list of .*Question, but got dict"):
+        trainer(tmp_path).validate(module(), torch.utils.data.DataLoader([batch], batch_size=None), verbose=False)
+
+
 class Own(StepSizeMultiplier):
     def __init__(self, value):  # as many write it: without super().__init__()
         self.value = value

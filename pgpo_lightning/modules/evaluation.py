@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 
+from pgpo_lightning.handed_in import check_kind
 from pgpo_lightning.held_out import SCORES, HeldOut, at, result_line, score
 from pgpo_lightning.modules.acting import Acting
 from pgpo_lightning.policy import fp32_by_default
@@ -53,9 +54,10 @@ class Evaluation(Acting):
         """Answer one batch of questions `eval_samples` times each.
 
         Raises:
-            ValueError: If two of them have one `index`: data that did not come through our data module.
+            ValueError: If two of them have one `index`, or if they are no questions: data of another module.
         """
         k = self.eval_samples
+        check_kind(questions)
         asked = [question.index for question in questions]
         if len(set(asked)) < len(asked):
             raise ValueError("Expected held-out questions with different `index`: scores are means over questions.")
