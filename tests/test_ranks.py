@@ -86,7 +86,7 @@ def test_two_sharded_processes_equal_one_as_far_as_bf16_tells(tmp_path, precisio
 def test_a_strategy_under_which_steps_would_be_wrong_is_refused(strategy, why):
     module = tiny_sdpo()
     strategy = strategy() if strategy is FSDPStrategy else Mock(spec=strategy)
-    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, datamodule=None)
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
     with pytest.raises(MisconfigurationException, match=rf"ModelParallelStrategy \(FSDP2\), but {why}"):
         module.setup("fit")
 
@@ -95,7 +95,7 @@ def test_tensor_parallelism_is_refused():
     module = tiny_sdpo()
     strategy = ModelParallelStrategy()
     strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
-    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, datamodule=None)
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
     with pytest.raises(
         MisconfigurationException, match=r"`tensor_parallel_size` of 1.*but got 2.*`data_parallel_size`"
     ):
@@ -120,6 +120,6 @@ def test_what_does_not_go_together_is_refused(settings, sharded, message):
     strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy("cpu")
     if sharded:
         strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
-    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, datamodule=None)
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
     with pytest.raises(MisconfigurationException, match=message):
         module.setup("fit")
