@@ -81,7 +81,7 @@ def count(config: PretrainedConfig) -> Count:
     if any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers):
         raise ValueError(
             f"Expected `model` to have attention in all of its layers, but {config.model_type} has layers with a recurrent "
-            "state: what it needs cannot be foretold."
+            "state: what it needs cannot be predicted."
         )
     model = skeleton(config)
     layers = getattr(decoder(model), "layers", None)
@@ -93,7 +93,7 @@ def count(config: PretrainedConfig) -> Count:
     if len(kinds) != 1:
         raise ValueError(
             f"Expected `model` to be a decoder whose layers have equal shapes, but {config.model_type} has "
-            f"{len(kinds) or 'no'} kinds of layers: what it needs cannot be foretold from a few of them."
+            f"{len(kinds) or 'no'} kinds of layers: what it needs cannot be predicted from a few of them."
         )
     shapes = tuple(tuple(p.shape) for p in model.parameters())
     each = [sum(p.numel() for p in layer.parameters()) for layer in layers]
