@@ -33,10 +33,11 @@ test-llm: .models/smollm2-135m-instruct/config.json
 lint: .venv/ready
 	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks docs
 	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks docs
+	$(BIN)/lint-imports --no-cache
 
 # Rebuilds the shipped base model of the toy task.
 toy: .venv/ready
-	$(BIN)/python -m pgpo_lightning.data.toy_base --seed 0 --output pgpo_lightning/assets/toy
+	$(BIN)/python -m benchmarks.toy_base --seed 0 --output pgpo_lightning/assets/toy
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

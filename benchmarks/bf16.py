@@ -16,8 +16,8 @@ from bitsandbytes.optim import AdamW8bit
 from transformers import AutoTokenizer
 
 from pgpo_lightning.data.toy import ToyArithmetic
-from pgpo_lightning.policy import load_model, resolve_model
-from pgpo_lightning.prompts import PromptEncoder
+from pgpo_lightning.models.loading import load_model, resolve_model
+from pgpo_lightning.rollout.prompts import PromptEncoder
 
 Kind = tuple[torch.dtype, Callable[..., torch.optim.Optimizer]]
 

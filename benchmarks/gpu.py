@@ -286,9 +286,9 @@ def generation(setup: Setup) -> Iterator[Row]:
     """Sampling with the package's engine."""
     from standalone import random_qwen3, token_ids
 
-    from pgpo_lightning.policy import load_tokenizer
-    from pgpo_lightning.records import Question
-    from pgpo_lightning.rollout import Sampling, TransformersEngine
+    from pgpo_lightning.core.types import Question
+    from pgpo_lightning.models.loading import load_tokenizer
+    from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
 
     model = random_qwen3(setup.device, torch.bfloat16, **setup.shape)
     questions = [Question("?", "1", index=i) for i in range(setup.questions)]

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from pgpo_lightning.lab.runs import Run, load_runs
+from pgpo_lightning.monitoring.run_record import Run, load_runs
 
 PANELS = {"hapo/injected_groups": "groups with a demonstration", "critic/score/mean": "rollouts that succeed"}
 WINDOW = 5

@@ -74,7 +74,7 @@ TINY |= {"shared_tokens": 128, "checkpointing_tokens": 128}
 
 
 def lengths_of(setup: Setup) -> Any:
-    from pgpo_lightning.sizing.workload import Lengths
+    from pgpo_lightning.memory_planner.workload import Lengths
 
     return Lengths(setup.prompt, setup.reprompt, setup.response, setup.spread, setup.longest)
 
@@ -83,8 +83,8 @@ def foretell(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch
     """Return the plan of a setting, as a row and as it is."""
     from transformers import Qwen3Config
 
-    from pgpo_lightning.sizing.dry_run import Compute
-    from pgpo_lightning.sizing.plan import Run, plan
+    from pgpo_lightning.memory_planner.dry_run import Compute
+    from pgpo_lightning.memory_planner.plan import Run, plan
 
     on_gpu = setup.device == "cuda"
     made = plan(
@@ -115,9 +115,9 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
     """Take whole steps under one setting: sampling, then the module's own update."""
     from standalone import Standalone, fixed_lengths, random_qwen3
 
-    from pgpo_lightning.records import Row as LossRow
-    from pgpo_lightning.records import Verdict
-    from pgpo_lightning.rollout import Sampling, TransformersEngine
+    from pgpo_lightning.core.types import Row as LossRow
+    from pgpo_lightning.core.types import Verdict
+    from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
 
     name, optimizer = eight_bit_adamw(setup.device)
     about: Row = {"setting": "checkpointing" if checkpointing else "shared", "optimizer": name}

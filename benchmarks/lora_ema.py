@@ -21,11 +21,11 @@ import torch
 from measure import print_table, write_json
 from torch import Tensor
 
-from pgpo_lightning.fitting import PGPOCommand
-from pgpo_lightning.lora import adapter, decoder_with
+from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.models.loading import head, source
+from pgpo_lightning.models.lora import adapter, decoder_with
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import head, source
-from pgpo_lightning.records import Row
 
 STEPS = (1, 2, 3, 5, 10, 20, 30, 40)  # and every 20 from there on
 RANKS = (1, 2)  # in multiples of the adapter's

@@ -28,8 +28,8 @@ import measure
 import torch
 from torch import Tensor
 
-from pgpo_lightning.distillation import Head, Source, linear_distillation
-from pgpo_lightning.divergence import Divergence, divergence, student_top_k
+from pgpo_lightning.losses.divergence import Divergence, divergence, student_top_k
+from pgpo_lightning.losses.fused import Head, Source, linear_distillation
 
 ALPHA = {"fkl": 0.0, "jsd": 0.5, "rkl": 1.0}
 CASES = [

@@ -76,7 +76,7 @@ def step_of(samples: int) -> dict[str, Callable[[], object]]:
     """Return the two halves of a step: sampling, and the update on rows of the same size."""
     from standalone import Standalone, random_qwen3, synthetic_rows  # here: the loss alone needs no transformers
 
-    from pgpo_lightning.rollout import Sampling
+    from pgpo_lightning.rollout.engine import Sampling
 
     model = random_qwen3("cpu", torch.float32, **SHAPE)
     limits = {"max_prompt_length": PROMPT, "max_reprompt_len": REPROMPT, "max_response_length": RESPONSE}

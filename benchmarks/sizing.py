@@ -112,8 +112,8 @@ def foretell(case: Case) -> tuple[Row, Row]:
     """Return the plan's bytes and operations."""
     from transformers import Qwen3Config
 
-    from pgpo_lightning.sizing.dry_run import Compute
-    from pgpo_lightning.sizing.plan import Run, plan
+    from pgpo_lightning.memory_planner.dry_run import Compute
+    from pgpo_lightning.memory_planner.plan import Run, plan
 
     dtype = getattr(torch, case.dtype)
     teacher = torch.float32 if case.teacher == "ema" else dtype
@@ -141,7 +141,7 @@ def foretell(case: Case) -> tuple[Row, Row]:
 
 
 def lengths_of(case: Case) -> Any:
-    from pgpo_lightning.sizing.workload import Lengths
+    from pgpo_lightning.memory_planner.workload import Lengths
 
     return Lengths(*case.lengths, spread=case.spread)
 
@@ -155,9 +155,9 @@ def observe(case: Case) -> tuple[Row, Row]:
     from standalone import Standalone, fixed_lengths, random_qwen3
     from torch.utils.flop_counter import FlopCounterMode
 
+    from pgpo_lightning.memory_planner.counter import LiveBytes
+    from pgpo_lightning.memory_planner.optimizers import state_bytes
     from pgpo_lightning.modules import on_policy
-    from pgpo_lightning.sizing.counter import LiveBytes
-    from pgpo_lightning.sizing.optimizers import state_bytes
 
     torch.set_num_threads(1)
     measure.trim()

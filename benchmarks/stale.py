@@ -15,10 +15,10 @@ from typing import Any
 import measure
 from transformers import PreTrainedModel
 
-from pgpo_lightning.cli import main as pgpo
-from pgpo_lightning.curves import read_scalars
-from pgpo_lightning.records import Rollout
-from pgpo_lightning.rollout import TransformersEngine
+from pgpo_lightning.commands.main import main as pgpo
+from pgpo_lightning.core.types import Rollout
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.rollout.engine import TransformersEngine
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.initialization import no_init_weights
 
-from pgpo_lightning import rollout
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.models.loading import decoder, load_tokenizer
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import decoder, load_tokenizer
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
+from pgpo_lightning.rollout import engine as rollout
 
 FIRST_ID = 16  # of synthetic tokens: above the special ones
 

@@ -160,9 +160,9 @@ def run_ours(
     import torch
     from torch.utils.data import DataLoader
 
+    from pgpo_lightning.core.types import Question, Verdict
     from pgpo_lightning.modules import SDPO, on_policy
-    from pgpo_lightning.records import Question, Verdict
-    from pgpo_lightning.rollout import TransformersEngine
+    from pgpo_lightning.rollout.engine import TransformersEngine
 
     class Step(SDPO):
         def judge(self, rollouts: list[Any]) -> list[Verdict]:

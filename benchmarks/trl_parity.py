@@ -153,7 +153,7 @@ def write_questions(out: Path) -> None:
 
 
 def module(kind: type, model: Path, seed: int, **settings: Any) -> Any:
-    from pgpo_lightning.verifiers import BoxedAnswer
+    from pgpo_lightning.rewards.verifiers import BoxedAnswer
 
     sampling = {"num_generations": ROLLOUTS, "max_response_length": RESPONSE, "eval_samples": 8}
     lengths = {"max_prompt_length": 64, "max_reprompt_len": 160}
@@ -173,9 +173,9 @@ def trainer(folder: Path, **settings: Any) -> Any:
 def run_ours(out: Path, seed: int, arm: str) -> None:
     import lightning as L
 
+    from pgpo_lightning.core.types import Rollout
     from pgpo_lightning.modules import SDPO
-    from pgpo_lightning.records import Rollout
-    from pgpo_lightning.rollout import Engine
+    from pgpo_lightning.rollout.engine import Engine
 
     recorder = Recorder(out / f"{arm}-{seed}")
     theirs = lines(out / f"trl-{seed}" / "rollouts.jsonl") if arm == "replay" else []

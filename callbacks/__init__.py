@@ -12,8 +12,7 @@ from pgpo_lightning.callbacks.adaptive import (
     KLAdaptiveMultiplier,
     PolyakMultiplier,
 )
-from pgpo_lightning.callbacks.checkpoint import ResumeCheckpoint
-from pgpo_lightning.callbacks.collapse import CollapseGuard
+from pgpo_lightning.callbacks.collapse_guard import CollapseGuard
 from pgpo_lightning.callbacks.controls import (
     CentredMultiplier,
     InverseMultiplier,
@@ -24,15 +23,16 @@ from pgpo_lightning.callbacks.controls import (
     ShuffledMultiplier,
 )
 from pgpo_lightning.callbacks.interruption import Interruption
-from pgpo_lightning.callbacks.lines import StepLines
-from pgpo_lightning.callbacks.multiplier import (
+from pgpo_lightning.callbacks.progress_lines import StepLines
+from pgpo_lightning.callbacks.resume_checkpoint import ResumeCheckpoint
+from pgpo_lightning.callbacks.run_summary import Watch
+from pgpo_lightning.callbacks.stability_monitor import StabilityMonitor
+from pgpo_lightning.callbacks.step_size import (
     ConstantMultiplier,
     InformationMultiplier,
     RandomMultiplier,
     StepSizeMultiplier,
 )
-from pgpo_lightning.callbacks.stability import StabilityMonitor
-from pgpo_lightning.callbacks.watch import Watch
 
 __all__ = [
     "AdaptiveInformationMultiplier",

@@ -13,11 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Adam, Optimizer
 
 from pgpo_lightning.callbacks.controls import clip_coefficient, exp
-from pgpo_lightning.callbacks.multiplier import InformationMultiplier, StepSizeMultiplier
-from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Row
-from pgpo_lightning.settings import (
+from pgpo_lightning.callbacks.step_size import InformationMultiplier, StepSizeMultiplier
+from pgpo_lightning.core.settings import (
     AtLeastOne,
     Fraction,
     LowerBound,
@@ -29,8 +26,11 @@ from pgpo_lightning.settings import (
     UpperBound,
     checked,
 )
-from pgpo_lightning.sharding import whole
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.distributed.fsdp import whole
+from pgpo_lightning.losses.step_statistics import StepStatistics
+from pgpo_lightning.modules import OnPolicyModule
 
 
 @checked

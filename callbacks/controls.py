@@ -21,11 +21,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from pgpo_lightning.callbacks.multiplier import InformationMultiplier, StepSizeMultiplier
-from pgpo_lightning.lab.runs import Run
-from pgpo_lightning.seeding import derive_seed
-from pgpo_lightning.settings import Decay, Fraction, LowerBound, Seed, Text, checked
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.callbacks.step_size import InformationMultiplier, StepSizeMultiplier
+from pgpo_lightning.core.seeding import derive_seed
+from pgpo_lightning.core.settings import Decay, Fraction, LowerBound, Seed, Text, checked
+from pgpo_lightning.losses.step_statistics import StepStatistics
+from pgpo_lightning.monitoring.run_record import Run
 
 PRIOR_STEPS = 10
 """How many steps of this run weigh as much as what its record lets expect, in :class:`InverseMultiplier`."""

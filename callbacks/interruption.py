@@ -12,9 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from pgpo_lightning.callbacks.checkpoint import ResumeCheckpoint
-from pgpo_lightning.settings import checked
-from pgpo_lightning.stopping import SIGNALS, Stopped
+from pgpo_lightning.callbacks.resume_checkpoint import ResumeCheckpoint
+from pgpo_lightning.core.settings import checked
+from pgpo_lightning.distributed.stopping import SIGNALS, Stopped
 
 
 @checked
@@ -24,7 +24,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
     Sampling and evaluation are abandoned, an update is finished first; a second signal of the kind ends the process at once. An
     evaluation that was abandoned is made when the run continues; the one after the last step is not abandoned. Under SLURM's
     requeue (``SLURMEnvironment.requeue_signal``, by default SIGUSR1) the job is requeued too. ``Trainer.fit`` raises
-    :class:`pgpo_lightning.stopping.Stopped`.
+    :class:`pgpo_lightning.distributed.stopping.Stopped`.
 
     Args:
         continues: Whether the same command, started again, goes on from the newest checkpoint. If not, SLURM is not asked to.

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.toy import BASE_MODEL, questions
-from pgpo_lightning.records import Question
 
 
 @dataclass

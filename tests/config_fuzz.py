@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from pgpo_lightning.fitting import PGPOCommand
-from pgpo_lightning.modules.rates import build_optimizer
+from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.training.rates import build_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASES = {

@@ -13,9 +13,9 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from helpers import LIMITS, TOKENIZER, loader, questions, tiny_model  # noqa: E402
 
-from pgpo_lightning import ranks  # noqa: E402
+from pgpo_lightning.core.types import Verdict  # noqa: E402
+from pgpo_lightning.distributed import collectives as ranks  # noqa: E402
 from pgpo_lightning.modules import SDPO  # noqa: E402
-from pgpo_lightning.records import Verdict  # noqa: E402
 
 
 def letter(question, response):

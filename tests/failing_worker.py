@@ -14,9 +14,9 @@ import torch  # noqa: E402
 from helpers import LIMITS, TOKENIZER, tiny_model  # noqa: E402
 from ranks_worker import STRATEGIES  # noqa: E402
 
+from pgpo_lightning.core.types import Question  # noqa: E402
 from pgpo_lightning.data import QuestionData  # noqa: E402
 from pgpo_lightning.modules import SDPO  # noqa: E402
-from pgpo_lightning.records import Question  # noqa: E402
 
 
 class Numbers(QuestionData):

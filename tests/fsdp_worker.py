@@ -15,11 +15,11 @@ from helpers import TOKENIZER, random_rows, tiny_model  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from pgpo_lightning.batching import Sequences  # noqa: E402
-from pgpo_lightning.distillation import linear_distillation, linear_statistics  # noqa: E402
-from pgpo_lightning.divergence import Divergence  # noqa: E402
-from pgpo_lightning.policy import source  # noqa: E402
-from pgpo_lightning.teacher import EMATeacher  # noqa: E402
+from pgpo_lightning.losses.divergence import Divergence  # noqa: E402
+from pgpo_lightning.losses.fused import linear_distillation, linear_statistics  # noqa: E402
+from pgpo_lightning.models.loading import source  # noqa: E402
+from pgpo_lightning.models.packing import Sequences  # noqa: E402
+from pgpo_lightning.teachers.base import EMATeacher  # noqa: E402
 
 ROWS = 4
 

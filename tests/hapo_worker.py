@@ -13,10 +13,10 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from helpers import TOKENIZER, loader, questions, tiny_model  # noqa: E402
 
+from pgpo_lightning.core.types import Rollout  # noqa: E402
 from pgpo_lightning.modules import HAPO  # noqa: E402
 from pgpo_lightning.modules.demonstrations import SuccessBuffer  # noqa: E402
 from pgpo_lightning.modules.gates import ConfidenceGate, ProgressThreshold  # noqa: E402
-from pgpo_lightning.records import Rollout  # noqa: E402
 
 BATCH = 4
 

@@ -9,10 +9,10 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
 from pgpo_lightning.data.toy import ToyArithmetic
+from pgpo_lightning.models.loading import resolve_model
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import resolve_model
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
 
 TOKENIZER = AutoTokenizer.from_pretrained(resolve_model("toy"))
 LIMITS = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 12}
@@ -98,7 +98,7 @@ def config(folder, steps=6, **changes):
     """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step, no picture."""
     model = {
         "model": "toy",
-        "verifier": "pgpo_lightning.verifiers.BoxedAnswer",
+        "verifier": "pgpo_lightning.rewards.verifiers.BoxedAnswer",
         "num_generations": 4,
         "max_prompt_length": 64,
         "max_reprompt_len": 160,

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pgpo_lightning.fitting"])
+FORKS.set_forkserver_preload(["pgpo_lightning.commands.fit"])
 
 
 def start(words, log, **environment):
@@ -74,7 +74,7 @@ def _run(words, log, folder, variables):
     os.dup2(file, 2)
     sys.argv = words
     if words[0] == "pgpo":
-        from pgpo_lightning.cli import program
+        from pgpo_lightning.commands.main import program
 
         program()
     else:

@@ -17,12 +17,12 @@ import torch  # noqa: E402
 from helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
-from pgpo_lightning.allocation import Allocation  # noqa: E402
-from pgpo_lightning.batching import shares  # noqa: E402
 from pgpo_lightning.callbacks import InformationMultiplier  # noqa: E402
+from pgpo_lightning.distributed.fsdp import whole  # noqa: E402
+from pgpo_lightning.losses.step_statistics import information  # noqa: E402
+from pgpo_lightning.losses.token_weights import Allocation  # noqa: E402
+from pgpo_lightning.models.packing import shares  # noqa: E402
 from pgpo_lightning.modules import SDPO, SRPO  # noqa: E402
-from pgpo_lightning.sharding import whole  # noqa: E402
-from pgpo_lightning.statistics import information  # noqa: E402
 
 ROWS, STEPS = 8, 3
 STRATEGIES = {

@@ -18,11 +18,11 @@ import yaml
 from helpers import config
 from processes import start
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.finding import MARK
-from pgpo_lightning.lab import ablate as command
-from pgpo_lightning.lab.plan import read_lab
-from pgpo_lightning.lab.runs import load_runs
+from pgpo_lightning.checkpoints.finding import MARK
+from pgpo_lightning.commands import ablate as command
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.monitoring.run_record import load_runs
+from pgpo_lightning.studies.spec import read_lab
 
 ROOT = Path(__file__).parent.parent
 

@@ -41,12 +41,12 @@ from pgpo_lightning.callbacks import (  # noqa: E402
     PolyakMultiplier,
 )
 from pgpo_lightning.callbacks.adaptive import policy_change, slope  # noqa: E402
-from pgpo_lightning.cli import main  # noqa: E402
-from pgpo_lightning.curves import read_scalars  # noqa: E402
-from pgpo_lightning.lab.runs import Run  # noqa: E402
+from pgpo_lightning.commands.main import main  # noqa: E402
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict  # noqa: E402
+from pgpo_lightning.losses.step_statistics import StepStatistics  # noqa: E402
 from pgpo_lightning.modules import GRPO, SDPO  # noqa: E402
-from pgpo_lightning.records import Question, Rollout, Row, Verdict  # noqa: E402
-from pgpo_lightning.statistics import StepStatistics  # noqa: E402
+from pgpo_lightning.monitoring.curves import read_scalars  # noqa: E402
+from pgpo_lightning.monitoring.run_record import Run  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ KL-adaptive
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, tiny_sdpo, trainer
 
-from pgpo_lightning.agreement import check_sampler
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.rollout import TransformersEngine
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.mismatch import check_sampler
 
 
 class Off(TransformersEngine):

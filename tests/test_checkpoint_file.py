@@ -8,7 +8,8 @@ import zipfile
 import pytest
 import torch
 
-from pgpo_lightning.checkpoint_file import (
+from pgpo_lightning.checkpoints.checkpoint_io import CheckpointFiles
+from pgpo_lightning.checkpoints.single_file import (
     PARTIAL,
     CheckpointNotSavedError,
     DamagedCheckpointError,
@@ -18,7 +19,6 @@ from pgpo_lightning.checkpoint_file import (
     read_file,
     write_checkpoint,
 )
-from pgpo_lightning.checkpoint_io import CheckpointFiles
 
 SMALL = {"pgpo_lightning": {"steps": 3}, "state_dict": {"weight": torch.arange(40.0)}}
 

@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 from processes import start
 
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
-from pgpo_lightning.callbacks.watch import before_after, summarise
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
-from pgpo_lightning.fitting import PGPOCommand
+from pgpo_lightning.callbacks.run_summary import before_after, summarise
+from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.monitoring.curves import read_scalars
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA = CONFIGS / "lora.yaml"
@@ -183,7 +183,7 @@ def test_bad_settings_stop_before_anything_is_generated(tmp_path, capsys, monkey
     def never(*_, **__):
         raise AssertionError("something was generated")
 
-    monkeypatch.setattr("pgpo_lightning.rollout.TransformersEngine.generate", never)
+    monkeypatch.setattr("pgpo_lightning.rollout.engine.TransformersEngine.generate", never)
     with pytest.raises((Exception, SystemExit)) as error:
         run(tmp_path, *args)
     assert not isinstance(error.value, AssertionError)
@@ -266,8 +266,8 @@ def test_a_score_of_the_untrained_model_is_called_so(tmp_path, capsys):
 def program(folder, *args):
     """The installed command, in a folder of the user's."""
     # A console script has no '' in its path. Under ddp the second process is started like the first, which -c cannot be.
-    bare = "import sys; sys.path.pop(0); from pgpo_lightning.cli import program; program()"
-    command = [sys.executable, *(["-m", "pgpo_lightning.cli"] if "ddp" in args else ["-c", bare]), *args]
+    bare = "import sys; sys.path.pop(0); from pgpo_lightning.commands.main import program; program()"
+    command = [sys.executable, *(["-m", "pgpo_lightning.commands.main"] if "ddp" in args else ["-c", bare]), *args]
     path = os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
@@ -318,9 +318,9 @@ def test_without_a_known_command_all_of_them_are_listed(words, got, capsys):
 
 def test_help_and_report_do_not_wait_for_lightning():
     code = """import sys
-from pgpo_lightning.cli import main
+from pgpo_lightning.commands.main import main
 main(["--help"])
-import pgpo_lightning.lab.report
+import pgpo_lightning.commands.report
 print({"torch", "lightning"} & set(sys.modules))"""
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True

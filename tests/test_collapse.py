@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import questions
 
-from pgpo_lightning.collapse import RULES, TAGS, CollapseRules, alarms, medians, signs
-from pgpo_lightning.divergence import Divergence
-from pgpo_lightning.lab.runs import CURVES
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.records import Row
-from pgpo_lightning.verifiers import BoxedAnswer
+from pgpo_lightning.monitoring.collapse_rules import RULES, TAGS, CollapseRules, alarms, medians, signs
+from pgpo_lightning.monitoring.run_record import CURVES
+from pgpo_lightning.rewards.verifiers import BoxedAnswer
 
 LN2 = math.log(2)
 RUN = {

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.config_files import LARGEST
+from pgpo_lightning.commands.config_files import LARGEST
+from pgpo_lightning.commands.main import main
 
 LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -41,6 +41,6 @@ def test_what_is_no_file_is_not_read(path):
 def test_aliases_and_merges_are_fine(tmp_path):
     path = tmp_path / "fine.yaml"
     path.write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: {<<: *a, x: 3}\n")
-    from pgpo_lightning.config_files import check_config_files
+    from pgpo_lightning.commands.config_files import check_config_files
 
     check_config_files(["fit", "--config", str(path)])

@@ -21,10 +21,10 @@ from pgpo_lightning.callbacks import (
     ReplayedMultiplier,
     ShuffledMultiplier,
 )
-from pgpo_lightning.cli import main
-from pgpo_lightning.lab.runs import Run
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.monitoring.run_record import Run
 
 RECORD = [1.0 + 0.5 * math.exp(-k / 5) + 0.1 * math.sin(7 * k) ** 2 for k in range(30)]
 MATCHED = [MatchedConstantMultiplier, MatchedRandomMultiplier, ShuffledMultiplier]

@@ -8,8 +8,8 @@ import datasets
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser
 
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data import FileQuestions, QuestionData
-from pgpo_lightning.records import Question
 
 ROWS = [
     {"prompt": "1+1?", "answer": "2", "system": "Be brief.", "privileged_context": None, "level": 3},

@@ -6,8 +6,7 @@ import shutil
 import pytest
 import torch
 
-from pgpo_lightning.distillation import Head, Source, linear_distillation, linear_statistics
-from pgpo_lightning.divergence import (
+from pgpo_lightning.losses.divergence import (
     Divergence,
     Softening,
     clipped_divergence,
@@ -19,6 +18,7 @@ from pgpo_lightning.divergence import (
     softened_reverse_kl,
     student_top_k,
 )
+from pgpo_lightning.losses.fused import Head, Source, linear_distillation, linear_statistics
 
 N, D, V = 23, 6, 17
 CHUNKS = [1, 5, 23, None]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgpo_lightning.divergence import (
+from pgpo_lightning.losses.divergence import (
     clipped_divergence,
     divergence,
     entropy,

@@ -12,12 +12,12 @@ from helpers import LIMITS, TOKENIZER, config, loader, questions, tiny_model, tr
 from lightning.pytorch.loggers import TensorBoardLogger
 from processes import finish, start_ranks
 
-from pgpo_lightning.cli import main
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.core.identity import joint_sha256, question_sha256, training_sha256
+from pgpo_lightning.core.types import Verdict
 from pgpo_lightning.data import ToyArithmetic
-from pgpo_lightning.identity import joint_sha256, question_sha256, training_sha256
-from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.records import Verdict
+from pgpo_lightning.monitoring.run_record import Run
 
 WORKER = Path(__file__).parent / "evaluation_worker.py"
 

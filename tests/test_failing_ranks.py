@@ -33,7 +33,7 @@ def test_what_fails_on_one_rank_deep_inside_is_exchanged_once(tmp_path):
     script = tmp_path / "deep.py"
     script.write_text(
         "import torch.distributed as dist\n"
-        "from pgpo_lightning.ranks import gather, together\n"
+        "from pgpo_lightning.distributed.collectives import gather, together\n"
         "dist.init_process_group('gloo')\n"
         "try:\n"
         "    with together(), together():\n"

@@ -13,14 +13,14 @@ import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, tiny_model
 
+from pgpo_lightning.core.texts import json_line
+from pgpo_lightning.core.types import Rollout, Row
 from pgpo_lightning.data import FileQuestions
-from pgpo_lightning.grading import check_question, grade
-from pgpo_lightning.held_out import result_line
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.records import Rollout, Row
-from pgpo_lightning.texts import json_line
-from pgpo_lightning.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.rewards.grade import check_question, grade
+from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.training.held_out import result_line
 
 GOOD = {"prompt": "1+1?", "answer": "2", "level": {"a": [1, None]}}
 

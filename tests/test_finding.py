@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from pgpo_lightning.checkpoint_file import DamagedCheckpointError
-from pgpo_lightning.finding import MARK, best_checkpoint, newest_checkpoint, resolve
+from pgpo_lightning.checkpoints.finding import MARK, best_checkpoint, newest_checkpoint, resolve
+from pgpo_lightning.checkpoints.single_file import DamagedCheckpointError
 
 BEST = "ModelCheckpoint{'monitor': 'val/avg@2', 'mode': 'max'}"
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from processes import finish, start
 
-from pgpo_lightning.grading import VerifierError, check_question, grade
-from pgpo_lightning.records import Question, Verdict
-from pgpo_lightning.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.rewards.grade import check_question, grade
+from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
 
 
 def ask(answer, **kwargs):
@@ -252,8 +253,9 @@ def test_a_verifier_that_closes_the_output_is_an_error_that_can_be_read(how, tmp
     """In a process of its own, whose output can be closed."""
     code = f"""
 import os, sys
-from pgpo_lightning.grading import grade, VerifierError
-from pgpo_lightning.records import Question
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.rewards.grade import grade
+from pgpo_lightning.core.types import Question
 def vandal(question, response):
     {how}
     return 1.0

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pgpo_lightning.collapse import RULES, CollapseRules
-from pgpo_lightning.lab.guard import ANY, fate, guard_table, lost_step, main, markdown, scalars_of
-from pgpo_lightning.lab.inference import exact_share
-from pgpo_lightning.lab.runs import Run, write_runs
+from pgpo_lightning.monitoring.collapse_rules import RULES, CollapseRules
+from pgpo_lightning.monitoring.run_record import Run, write_runs
+from pgpo_lightning.studies.guard import ANY, fate, guard_table, lost_step, main, markdown, scalars_of
+from pgpo_lightning.studies.inference import exact_share
 
 
 def record(seed=0, rewards=(0.5,) * 20, scores=(0.5, 0.5, 0.5), entropies=(0.1,) * 20, arm="sdpo"):

@@ -7,9 +7,9 @@ from helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.callbacks import InformationMultiplier, StabilityMonitor, StepSizeMultiplier
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import TransformersEngine
+from pgpo_lightning.rollout.engine import TransformersEngine
 
 
 class Altered(TransformersEngine):
@@ -65,9 +65,9 @@ def test_rollouts_of_an_engine_are_checked(tmp_path, change, said):
     [
         (
             [{"prompt": "1+1=", "answer": "2"}],
-            r"list of pgpo_lightning.records.Question, but got dict .*collate_fn=list",
+            r"list of pgpo_lightning.core.types.Question, but got dict .*collate_fn=list",
         ),
-        ({"prompt": ["1+1="], "answer": ["2"]}, "list of pgpo_lightning.records.Question, but got dict"),
+        ({"prompt": ["1+1="], "answer": ["2"]}, "list of pgpo_lightning.core.types.Question, but got dict"),
         ([Question("1+1=", "2"), Question("1+2=", "3")], r"same: \[0, 0\]. Set `index` of each"),
     ],
 )

@@ -16,15 +16,13 @@ import yaml
 from helpers import TOKENIZER, config, half_right, loader, questions, tiny_model, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.checkpoints.finding import newest_checkpoint
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.toy import ToyArithmetic
-from pgpo_lightning.distillation import TokenStatistics
-from pgpo_lightning.finding import newest_checkpoint
-from pgpo_lightning.hindsight import below, confidence, shaped, to_replace
-from pgpo_lightning.lab.plan import read_lab
-from pgpo_lightning.lab.runs import Run
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.losses.hindsight import below, confidence, shaped, to_replace
+from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules import GRPO, HAPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
 from pgpo_lightning.modules.gates import (
@@ -38,7 +36,9 @@ from pgpo_lightning.modules.gates import (
     StepThreshold,
 )
 from pgpo_lightning.modules.grpo import group_advantages
-from pgpo_lightning.records import Question
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.studies.spec import read_lab
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MATCHED = {"random": ["hapo-0.8"], "random-injected": ["hapo-0.8"], "random-0.2": ["hapo-0.2"]}
@@ -554,7 +554,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
 
 
 def test_a_column_that_is_not_there_stops_before_anything_is_generated(tmp_path, monkeypatch):
-    monkeypatch.setattr("pgpo_lightning.rollout.TransformersEngine.generate", None)
+    monkeypatch.setattr("pgpo_lightning.rollout.engine.TransformersEngine.generate", None)
     source = {"class_path": "ColumnDemonstrations", "init_args": {"column": "worked"}}
     with pytest.raises(ValueError, match=r"no training question has `worked`.*toy train:0.* domain, a, b, c, solution"):
         main(settings_of(tmp_path / "run", 2, demonstrations=source))
@@ -587,9 +587,9 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_hard_questions_are_there_and_few_are_answered():
+    from benchmarks.toy_base import accuracy, solution_probabilities
     from pgpo_lightning.data.toy import BASE_MODEL, held_out
     from pgpo_lightning.data.toy import questions as toy
-    from pgpo_lightning.data.toy_base import accuracy, solution_probabilities
     from pgpo_lightning.data.toy_hard import HARD, hard
 
     numbers = [(a, b, int(c)) for (a, b), summands in HARD.items() for c in summands.split()]

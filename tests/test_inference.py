@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pgpo_lightning.lab.inference import (
+from pgpo_lightning.studies.inference import (
     answer,
     exact_share,
     holm,
@@ -17,7 +17,7 @@ from pgpo_lightning.lab.inference import (
     tail_t,
     two_way,
 )
-from pgpo_lightning.lab.simulation import World, main, measure
+from pgpo_lightning.studies.simulation import World, main, measure
 
 STUDIES = 500
 

@@ -11,13 +11,13 @@ from helpers import config
 from processes import start, start_ranks
 from test_resume import assert_same, assert_same_run, final
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.stopping import SIGNALS, Stopped
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.distributed.stopping import SIGNALS, Stopped
 
 PARTS = '''
 import os, signal
 import lightning as L
-from pgpo_lightning.rollout import TransformersEngine
+from pgpo_lightning.rollout.engine import TransformersEngine
 
 class Engine(TransformersEngine):
     """Asks the process to end when it has sampled for the nth time; of the steps of a run, that many evaluations included."""

@@ -21,13 +21,13 @@ from helpers import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
-from pgpo_lightning.batching import Sequences
-from pgpo_lightning.cli import main
-from pgpo_lightning.lora import LoRA, adapter, add_adapter, write_adapter
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.models.loading import head, source
+from pgpo_lightning.models.lora import LoRA, adapter, add_adapter, write_adapter
+from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.policy import head, source
-from pgpo_lightning.quantization import Quantization
-from pgpo_lightning.rollout import Sampling, TransformersEngine
+from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
 
 SCALE = 2.0  # lora_alpha / r
 
@@ -436,7 +436,7 @@ def test_an_exported_model_gives_the_logits_of_training(whole, tmp_path, who):
 
 
 def SDPO_base():
-    from pgpo_lightning.policy import load_model
+    from pgpo_lightning.models.loading import load_model
 
     return load_model("toy")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgpo_lightning.metrics import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
+from pgpo_lightning.training.at_k import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ SCRIPT = """
 import sys
 import torch
 from torch import distributed as dist, multiprocessing as mp
-from pgpo_lightning.metrics import AvgAtK, MajorityAtK, PassAtK
+from pgpo_lightning.training.at_k import AvgAtK, MajorityAtK, PassAtK
 
 VALUES = {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [0.0, 0.0], 3: [0.0, 1.0], 4: [0.25, 0.5]}
 

@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.statistics import StepStatistics
 
 STEPS, PARTS, LR = 20, 3, 0.01
 RHO = [1.0 + 0.5 * math.sin(k) for k in range(STEPS)]

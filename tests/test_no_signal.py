@@ -27,11 +27,11 @@ from pgpo_lightning.callbacks import (  # noqa: E402
     RandomMultiplier,
     ReplayedMultiplier,
 )
-from pgpo_lightning.callbacks.watch import before_after, summarise  # noqa: E402
-from pgpo_lightning.lab.runs import Run  # noqa: E402
+from pgpo_lightning.callbacks.run_summary import before_after, summarise  # noqa: E402
+from pgpo_lightning.distributed.fsdp import whole  # noqa: E402
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO  # noqa: E402
-from pgpo_lightning.no_signal import Outcomes, explain  # noqa: E402
-from pgpo_lightning.sharding import whole  # noqa: E402
+from pgpo_lightning.monitoring.run_record import Run  # noqa: E402
+from pgpo_lightning.training.no_signal import Outcomes, explain  # noqa: E402
 
 
 class Watched:

@@ -19,13 +19,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import pgpo_lightning
 from pgpo_lightning.data import QuestionData
-from pgpo_lightning.lab.runs import Run
-from pgpo_lightning.lab.studies import Design
 from pgpo_lightning.modules import SDPO, OnPolicyModule
 from pgpo_lightning.modules.demonstrations import Demonstrations
 from pgpo_lightning.modules.gates import Gate, Threshold
-from pgpo_lightning.rollout import Engine
-from pgpo_lightning.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.rollout.engine import Engine
+from pgpo_lightning.studies.comparisons import Design
 
 FAMILIES = (OnPolicyModule, QuestionData, L.Callback, Engine, Gate, Threshold, Demonstrations)
 NOT_TRIED = {"tokenizer"}  # a text would be looked up on the Hub

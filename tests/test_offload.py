@@ -11,10 +11,10 @@ from helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
-from pgpo_lightning.batching import Sequences
-from pgpo_lightning.lora import LoRA
+from pgpo_lightning.models.lora import LoRA
+from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.teacher import RefreshGate
+from pgpo_lightning.teachers.base import RefreshGate
 
 OPEN = RefreshGate(min_steps=1, window=1, reward_gain=-1.0, max_length_ratio=100.0, check_every=2)
 OWN = {"ema": {}, "frozen": {}, "trust-region": {}, "restart": {"teacher_period": 2}, "gated": {"teacher_gate": OPEN}}

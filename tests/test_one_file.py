@@ -10,11 +10,11 @@ import torch
 from helpers import loader, trainer
 
 from pgpo_lightning.callbacks import InformationMultiplier
+from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.data.toy import questions
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout import TransformersEngine
-from pgpo_lightning.seeding import seeded
-from pgpo_lightning.verifiers import BoxedAnswer
+from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rollout.engine import TransformersEngine
 
 STEPS, SEED = 3, 5
 _spec = importlib.util.spec_from_file_location(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from pgpo_lightning.policy import load_model
+from pgpo_lightning.models.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ def test_the_wheel_holds_every_file_and_no_global_callbacks(tmp_path):
         if inside.parts[0] == "callbacks":
             inside = Path("pgpo_lightning") / inside
         expected.add(inside.as_posix())
-    assert {"pgpo_lightning/callbacks/multiplier.py", "pgpo_lightning/assets/toy/model.safetensors"} <= expected
+    assert {"pgpo_lightning/callbacks/step_size.py", "pgpo_lightning/assets/toy/model.safetensors"} <= expected
     assert names == expected
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pgpo_lightning.lab.plan import Lab, leaves, merged, nested, read_lab
+from pgpo_lightning.studies.spec import Lab, leaves, merged, nested, read_lab
 
 MULTIPLIER = {"class_path": "InformationMultiplier", "init_args": {"sensitivity": 8.0}}
 

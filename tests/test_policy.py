@@ -22,8 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pgpo_lightning.batching import Sequences, SharedSequences, micro_batches, shares
-from pgpo_lightning.policy import (
+from pgpo_lightning.core.types import Question, Row
+from pgpo_lightning.models.loading import (
     architecture,
     check_architecture,
     check_head,
@@ -37,9 +37,9 @@ from pgpo_lightning.policy import (
     resolve_model,
     source,
 )
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.records import Question, Row
-from pgpo_lightning.soundness import shares_prompts
+from pgpo_lightning.models.packing import Sequences, SharedSequences, micro_batches, shares
+from pgpo_lightning.models.soundness import shares_prompts
+from pgpo_lightning.rollout.prompts import PromptEncoder
 
 CPU = torch.device("cpu")
 SIZES = {

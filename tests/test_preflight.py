@@ -9,11 +9,11 @@ import yaml
 from helpers import LIMITS, TOKENIZER, config, half_right, loader, questions, tiny_model, trainer
 from test_resume import final
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.preflight import less_successful, net_gap, significantly_negative
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.training.preflight import less_successful, net_gap, significantly_negative
 
 
 def told(caught):

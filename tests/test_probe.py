@@ -11,22 +11,22 @@ import torch
 import yaml
 from helpers import tiny_sdpo
 
-from pgpo_lightning.cli import main
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.commands.probe import calibrate, dumps, measure, save
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
 from pgpo_lightning.data.toy import solution
-from pgpo_lightning.lab.inference import quantile_t
-from pgpo_lightning.lab.plan import read_lab
-from pgpo_lightning.lab.runs import Run
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.monitoring.run_record import Run
 from pgpo_lightning.probe.calibration import Point, bootstrap, points
-from pgpo_lightning.probe.command import calibrate, dumps, measure, save
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, answers, contexts, effective, others, wrong
 from pgpo_lightning.probe.gaps import gap, kept, question_draws, ratio
 from pgpo_lightning.probe.line import fit, lines, reliability
 from pgpo_lightning.probe.measure import Prober, write
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
-from pgpo_lightning.reprompt import RepromptBuilder
-from pgpo_lightning.rollout import Engine, Sampling
-from pgpo_lightning.verifiers import BoxedAnswer
+from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rollout.engine import Engine, Sampling
+from pgpo_lightning.studies.inference import quantile_t
+from pgpo_lightning.studies.spec import read_lab
+from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

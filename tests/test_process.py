@@ -9,9 +9,9 @@ import pytest
 from helpers import config
 from processes import start
 
-from pgpo_lightning.cli import main, program
-from pgpo_lightning.errors import UserError, about, mendable, report
-from pgpo_lightning.run_folder import LOCK, Lock
+from pgpo_lightning.commands.main import main, program
+from pgpo_lightning.core.errors import UserError, about, mendable, report
+from pgpo_lightning.monitoring.run_folder import LOCK, Lock
 
 
 def raised(function, *args):
@@ -61,7 +61,7 @@ def test_a_fault_leaves_its_traceback_in_the_folder_of_the_run(tmp_path, monkeyp
     settings = config(tmp_path / "configs" / "run", steps=1, multiplier={"class_path": "mine.Odd"})
     words = [
         "-c",
-        "import sys; sys.path.pop(0); from pgpo_lightning.cli import program; program()",
+        "import sys; sys.path.pop(0); from pgpo_lightning.commands.main import program; program()",
         "fit",
         "--config",
         settings,

@@ -10,11 +10,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import AddedToken, processors
 from transformers import Qwen3ForCausalLM
 
-from pgpo_lightning import chat_template
-from pgpo_lightning.lora import LoRA
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.records import Question
+from pgpo_lightning.rollout import chat_template
+from pgpo_lightning.rollout.prompts import PromptEncoder
 
 TURNS = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 

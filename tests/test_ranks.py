@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import (
 )
 from processes import finish, start_ranks
 
-from pgpo_lightning.lora import LoRA
+from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout import TransformersEngine
+from pgpo_lightning.rollout.engine import TransformersEngine
 
 START = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
 WORKER = Path(__file__).parent / "ranks_worker.py"

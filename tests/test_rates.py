@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_sdpo
 from torch.optim.lr_scheduler import LambdaLR
 
-from pgpo_lightning.modules.rates import check_optimizer, check_rates
+from pgpo_lightning.training.rates import check_optimizer, check_rates
 
 
 def weights():

@@ -16,9 +16,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.commands.main import main
 from pgpo_lightning.data import SciKnowEval
+from pgpo_lightning.monitoring.curves import read_scalars
 
 DATA = os.environ.get("PGPO_SCIKNOWEVAL")
 pytestmark = pytest.mark.skipif(not DATA or not Path(DATA).is_dir(), reason="PGPO_SCIKNOWEVAL names no folder")
@@ -100,7 +100,7 @@ def test_training_evaluation_and_resume(tmp_path):
             "class_path": "SDPO",
             "init_args": {
                 "model": str(tmp_path / "model"),
-                "verifier": "pgpo_lightning.verifiers.MultipleChoice",
+                "verifier": "pgpo_lightning.rewards.verifiers.MultipleChoice",
                 "num_generations": 8, "max_prompt_length": 900, "max_reprompt_len": 1024, "max_response_length": 48,
                 "eval_samples": 4, "include_environment_feedback": False,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},

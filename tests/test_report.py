@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.lab import measures
-from pgpo_lightning.lab.analysis import analyse, decide
-from pgpo_lightning.lab.inference import two_way
-from pgpo_lightning.lab.markdown import QUESTION, conclude, phrase
-from pgpo_lightning.lab.report import report
-from pgpo_lightning.lab.runs import Run, write_runs
-from pgpo_lightning.lab.simulation import World, simulate
-from pgpo_lightning.lab.studies import Design, studies
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.commands.report import report
+from pgpo_lightning.monitoring.run_record import Run, write_runs
+from pgpo_lightning.studies import measures
+from pgpo_lightning.studies.analysis import analyse, decide
+from pgpo_lightning.studies.comparisons import Design, studies
+from pgpo_lightning.studies.inference import two_way
+from pgpo_lightning.studies.report_text import QUESTION, conclude, phrase
+from pgpo_lightning.studies.simulation import World, simulate
 
 SMALL = World(seeds=4, questions=20, samples=4)
 ARMS = {"sdpo": 0.0, "pgpo-1.0": 0.1, "constant-1.0": 0.0, "random-1.0": 0.0, "pgpo-2": 0.0, "grpo": -0.1}
@@ -38,7 +38,7 @@ def tiny(seed=0, arm="sdpo", scores=((0.5, 0.5), (0.5, 1.0), (0.0, 0.5)), **fiel
 @pytest.fixture
 def no_pictures(monkeypatch):
     for name in ("draw_curves", "draw_forest", "draw_multipliers"):
-        monkeypatch.setattr(f"pgpo_lightning.lab.report.{name}", lambda *args: None)
+        monkeypatch.setattr(f"pgpo_lightning.commands.report.{name}", lambda *args: None)
 
 
 def test_runs_with_other_held_out_questions_are_not_compared():
@@ -344,7 +344,7 @@ def test_without_multipliers_there_is_no_dose_to_report(tmp_path):
 
 
 def test_every_arm_has_a_colour_of_its_own():
-    from pgpo_lightning.lab.pictures import _style
+    from pgpo_lightning.studies.figures import _style
 
     for names in ([f"arm{i}" for i in range(11)], ["sdpo", *(f"arm{i}" for i in range(10))]):
         assert len({_style(name, names, Design())["color"] for name in names}) == 11

@@ -18,7 +18,7 @@ from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_row
 from processes import finish, start_ranks  # noqa: E402
 
 from pgpo_lightning.callbacks import CollapseGuard  # noqa: E402
-from pgpo_lightning.divergence import (  # noqa: E402
+from pgpo_lightning.losses.divergence import (  # noqa: E402
     Divergence,
     Softening,
     clipped_divergence,
@@ -27,9 +27,9 @@ from pgpo_lightning.divergence import (  # noqa: E402
     softened_reverse_kl,
     student_top_k,
 )
+from pgpo_lightning.losses.step_statistics import StepStatistics, information  # noqa: E402
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO  # noqa: E402
-from pgpo_lightning.reporting import loss_scalars  # noqa: E402
-from pgpo_lightning.statistics import StepStatistics, information  # noqa: E402
+from pgpo_lightning.training.step_log import loss_scalars  # noqa: E402
 
 TOP_K = {"distillation_topk": 5}
 NO_TAIL = {**TOP_K, "distillation_add_tail": False}

@@ -10,9 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
-from pgpo_lightning.reprompt import (
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.rollout.thinking import remove_thinking
+from pgpo_lightning.teachers.reprompt import (
     FEEDBACK_TEMPLATE,
     REPROMPT_TEMPLATE,
     SOLUTION_TEMPLATE,
@@ -20,7 +21,6 @@ from pgpo_lightning.reprompt import (
     check_template,
     fill,
 )
-from pgpo_lightning.thinking import remove_thinking
 
 DEFAULTS = {
     "success_reward_threshold": 0.5,

@@ -10,8 +10,8 @@ import torch
 from helpers import TOKENIZER, config, tiny_model
 from processes import start
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.monitoring.curves import read_scalars
 
 
 def final(folder, steps=6):

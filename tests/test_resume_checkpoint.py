@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from test_resume import assert_same
 
 from pgpo_lightning.callbacks import ResumeCheckpoint
-from pgpo_lightning.callbacks.checkpoint import SUPERSEDED
-from pgpo_lightning.checkpoint_io import CheckpointFiles
-from pgpo_lightning.cli import main
+from pgpo_lightning.callbacks.resume_checkpoint import SUPERSEDED
+from pgpo_lightning.checkpoints.checkpoint_io import CheckpointFiles
+from pgpo_lightning.commands.main import main
 
 
 def names(folder):

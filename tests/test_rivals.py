@@ -6,8 +6,14 @@ import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
 
-from pgpo_lightning.allocation import Allocation
-from pgpo_lightning.divergence import Softening, clipped_divergence, entropy, generalised_jsd, softened_reverse_kl
+from pgpo_lightning.losses.divergence import (
+    Softening,
+    clipped_divergence,
+    entropy,
+    generalised_jsd,
+    softened_reverse_kl,
+)
+from pgpo_lightning.losses.token_weights import Allocation
 from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO, sdpo
 from pgpo_lightning.modules.rlsd import credited_advantages
 from pgpo_lightning.modules.sdpo import question_weights

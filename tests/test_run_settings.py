@@ -12,12 +12,12 @@ from helpers import LIMITS, TOKENIZER, config, half_right, tiny_model, tiny_sdpo
 from test_resume import final
 
 from pgpo_lightning.callbacks import InformationMultiplier, InverseMultiplier, StepSizeMultiplier
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.core.run_settings import MAY_CHANGE, SEEN_BY_EFFECT, Remembers, check_settings, describe, settings
 from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.resumed_optimizer import describe_optimizer, take_effect
-from pgpo_lightning.run_settings import MAY_CHANGE, SEEN_BY_EFFECT, Remembers, check_settings, describe, settings
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.training.resumed_optimizer import describe_optimizer, take_effect
 
 
 @pytest.fixture(scope="module")

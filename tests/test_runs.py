@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pgpo_lightning.identity import joint_sha256
-from pgpo_lightning.lab.runs import Run, collect, load_runs, write_runs
+from pgpo_lightning.core.identity import joint_sha256
+from pgpo_lightning.monitoring.run_record import Run, collect, load_runs, write_runs
 
 
 def run(seed=0, arm="sdpo", **fields):

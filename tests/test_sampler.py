@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data import QuestionData, ResumableSampler
-from pgpo_lightning.records import Question
 
 
 def stream(count: int, **kwargs) -> list[int]:

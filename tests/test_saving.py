@@ -4,12 +4,12 @@ import pytest
 import torch
 from helpers import config
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.sizing.command import PlanCommand
-from pgpo_lightning.sizing.memory import GIB
-from pgpo_lightning.sizing.plan import plan
-from pgpo_lightning.sizing.report import table
-from pgpo_lightning.sizing.saving import Saving, saving
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.commands.plan import PlanCommand
+from pgpo_lightning.memory_planner.memory import GIB
+from pgpo_lightning.memory_planner.plan import plan
+from pgpo_lightning.memory_planner.report import table
+from pgpo_lightning.memory_planner.saving import Saving, saving
 
 
 def bytes_of(value):

@@ -14,7 +14,7 @@ from benchmarks.theory.sde_adam import simulate
 from benchmarks.theory.sde_bernoulli import SIGNALS, Bernoulli, Chebyshev, binary_entropy
 from benchmarks.theory.sde_orders import fit_order
 from benchmarks.theory.sde_quadratic import SDES, Quadratic
-from pgpo_lightning.lab.output import write_study
+from pgpo_lightning.studies.output import write_study
 
 PROBLEM = Quadratic(curvature=0.8, noise=1.3, start=0.7)
 ETAS = [0.2, 0.1, 0.05, 0.025, 0.0125]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, tiny_sdpo, trainer
 
-from pgpo_lightning.allocation import Allocation
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
-from pgpo_lightning.divergence import divergence, entropy, sampled_token, student_top_k
+from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.losses.divergence import divergence, entropy, sampled_token, student_top_k
+from pgpo_lightning.losses.step_statistics import information
+from pgpo_lightning.losses.token_weights import Allocation
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.records import Question, Verdict
-from pgpo_lightning.statistics import information
 
 
 class Detached(SDPO):

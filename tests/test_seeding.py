@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from pgpo_lightning.seeding import derive_seed, seeded, uniform
+from pgpo_lightning.core.seeding import derive_seed, seeded, uniform
 
 
 def splitmix(seed, step):

@@ -12,12 +12,12 @@ from helpers import LIMITS, TOKENIZER, config, half_right, tiny_model, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.callbacks import RandomMultiplier, ResumeCheckpoint
-from pgpo_lightning.cli import main
-from pgpo_lightning.curves import read_scalars
+from pgpo_lightning.commands.main import main
 from pgpo_lightning.data import ToyArithmetic
-from pgpo_lightning.lora import LoRA
+from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.verifiers import BoxedAnswer
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.rewards.verifiers import BoxedAnswer
 
 
 class Kept(L.Callback):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
-from pgpo_lightning.settings import (
+from pgpo_lightning.core.settings import (
     Count,
     Decay,
     Filled,

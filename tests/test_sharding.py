@@ -15,9 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from processes import finish, start_ranks
 
-from pgpo_lightning.curves import read_scalars
-from pgpo_lightning.sharding import Sharded
-from pgpo_lightning.shards import read_shards
+from pgpo_lightning.checkpoints.sharded import read_shards
+from pgpo_lightning.distributed.fsdp import Sharded
+from pgpo_lightning.monitoring.curves import read_scalars
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
@@ -38,7 +38,7 @@ def words(folder, strategy, *args):
 
 def launch(*args):
     """Return rank 0 of a run as a user starts it; it starts the other itself."""
-    command = [sys.executable, "-m", "pgpo_lightning.cli", *words(*args)]
+    command = [sys.executable, "-m", "pgpo_lightning.commands.main", *words(*args)]
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
     )

@@ -11,9 +11,9 @@ from helpers import config
 from test_resume import assert_same, final
 from torch.distributed.checkpoint import save
 
-from pgpo_lightning.checkpoint_file import DamagedCheckpointError
-from pgpo_lightning.cli import main
-from pgpo_lightning.shards import CHECKSUM, INDEX, REST, check_shards, finish_shards, read_shards
+from pgpo_lightning.checkpoints.sharded import CHECKSUM, INDEX, REST, check_shards, finish_shards, read_shards
+from pgpo_lightning.checkpoints.single_file import DamagedCheckpointError
+from pgpo_lightning.commands.main import main
 
 
 def cut_up(checkpoint, folder):

@@ -11,18 +11,18 @@ from architectures import tiny_config
 from helpers import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.sizing.adapters import Adapters
-from pgpo_lightning.sizing.command import PlanCommand
-from pgpo_lightning.sizing.counter import LiveBytes
-from pgpo_lightning.sizing.dry_run import Compute, along_layers, update_peaks
-from pgpo_lightning.sizing.memory import GIB, Need, Sharding, gathered_bytes, standing_bytes
-from pgpo_lightning.sizing.optimizers import optimizer_need, state_bytes
-from pgpo_lightning.sizing.parameters import configuration, count
-from pgpo_lightning.sizing.plan import plan
-from pgpo_lightning.sizing.report import table
-from pgpo_lightning.sizing.rollouts import roomy_tokens
-from pgpo_lightning.sizing.workload import Layout, Lengths, group
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.commands.plan import PlanCommand
+from pgpo_lightning.memory_planner.adapters import Adapters
+from pgpo_lightning.memory_planner.counter import LiveBytes
+from pgpo_lightning.memory_planner.dry_run import Compute, along_layers, update_peaks
+from pgpo_lightning.memory_planner.memory import GIB, Need, Sharding, gathered_bytes, standing_bytes
+from pgpo_lightning.memory_planner.optimizers import optimizer_need, state_bytes
+from pgpo_lightning.memory_planner.parameters import configuration, count
+from pgpo_lightning.memory_planner.plan import plan
+from pgpo_lightning.memory_planner.report import table
+from pgpo_lightning.memory_planner.rollouts import roomy_tokens
+from pgpo_lightning.memory_planner.workload import Layout, Lengths, group
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASES = {"scale": "sciknoweval", "domains": "sciknoweval", "ablations": "quickstart"}

@@ -9,14 +9,14 @@ from architectures import NAMES, tiny
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from pgpo_lightning.batching import Sequences
-from pgpo_lightning.decoding import WAYS, Way
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.models.decoding import WAYS, Way
+from pgpo_lightning.models.loading import check_head, source
+from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.models.soundness import check_padding, shares_prompts, way_to_sample
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import check_head, source
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling, TransformersEngine
-from pgpo_lightning.seeding import seeded
-from pgpo_lightning.soundness import check_padding, shares_prompts, way_to_sample
+from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
 
 CPU = torch.device("cpu")
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "lfm2", "bamba", "jamba", "mamba", "falcon_h1", "minimax"]
@@ -286,7 +286,7 @@ def test_ways_are_tried_from_the_fastest():
 def test_all_ways_sample_alike(way, monkeypatch):
     """Where all are right, which one is taken changes nothing but what is drawn from the generator."""
     model = tiny("qwen3")
-    monkeypatch.setattr("pgpo_lightning.rollout.way_to_sample", lambda *_: way)
+    monkeypatch.setattr("pgpo_lightning.rollout.engine.way_to_sample", lambda *_: way)
     for rollout in sampled(model, max_tokens=14):
         torch.testing.assert_close(
             rollout.log_probs, own(model, rollout.prompt_ids, rollout.response_ids), rtol=0, atol=1e-5

@@ -23,11 +23,11 @@ from processes import finish, start_ranks  # noqa: E402
 from test_resume import assert_same, assert_same_run, final  # noqa: E402
 
 from pgpo_lightning.callbacks import CollapseGuard, ResumeCheckpoint, StabilityMonitor  # noqa: E402
-from pgpo_lightning.cli import main  # noqa: E402
-from pgpo_lightning.collapse import CollapseRules  # noqa: E402
-from pgpo_lightning.curves import read_scalars  # noqa: E402
-from pgpo_lightning.lowered_rates import lower_rates  # noqa: E402
+from pgpo_lightning.commands.main import main  # noqa: E402
 from pgpo_lightning.modules import GRPO, SDPO  # noqa: E402
+from pgpo_lightning.monitoring.collapse_rules import CollapseRules  # noqa: E402
+from pgpo_lightning.monitoring.curves import read_scalars  # noqa: E402
+from pgpo_lightning.training.lowered_rates import lower_rates  # noqa: E402
 
 OFF = dict.fromkeys(
     ("teacher_fall", "score_fall", "entropy_rise", "entropy_vanish", "length_tail", "cut_off_rise", "gradient_vanish",

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pgpo_lightning.distillation import TokenStatistics
-from pgpo_lightning.statistics import StepStatistics, information
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.losses.step_statistics import StepStatistics, information
 
 
 def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None, question=None):

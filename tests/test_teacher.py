@@ -7,11 +7,11 @@ import torch
 from helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from pgpo_lightning import teacher
-from pgpo_lightning.lora import LoRA
+from pgpo_lightning.models.loading import head, source
+from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import head, source
-from pgpo_lightning.teacher import RefreshGate
+from pgpo_lightning.teachers import base as teacher
+from pgpo_lightning.teachers.base import RefreshGate
 
 
 def weights(model):

@@ -9,12 +9,12 @@ from helpers import half_right, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
 from pgpo_lightning.modules import HAPO, SDPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations
 from pgpo_lightning.probe.measure import _row
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
-from pgpo_lightning.thinking import PAIRS, Thinking
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.rollout.thinking import PAIRS, Thinking
 
 TEMPLATE = (
     "{%% for m in messages %%}<user>{{ m['content'] }}<eos>{%% endfor %%}"

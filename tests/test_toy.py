@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.toy_base import MISSING, WRONG, accuracy, build, build_tokenizer, example, reprompt, slip
 from pgpo_lightning.data.toy import (
     BASE_MODEL,
     FACTORS,
@@ -18,7 +19,6 @@ from pgpo_lightning.data.toy import (
     questions,
     solution,
 )
-from pgpo_lightning.data.toy_base import MISSING, WRONG, accuracy, build, build_tokenizer, example, reprompt, slip
 
 NUMBERS = list(product(FACTORS, FACTORS, SUMMANDS))
 
@@ -203,7 +203,7 @@ def test_at_temperature_1_most_groups_have_a_success():
 
 
 def test_the_same_seed_builds_the_same_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("pgpo_lightning.data.toy_base.BATCH_SIZE", 8)
+    monkeypatch.setattr("benchmarks.toy_base.BATCH_SIZE", 8)
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         build(tmp_path / name, steps=2, seed=seed)
     files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}

@@ -10,9 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pgpo_lightning import symbolic
-from pgpo_lightning.records import Question, Verdict
-from pgpo_lightning.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.rewards import symbolic
+from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
 
 
 def ask(answer, **kwargs):

@@ -11,12 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pgpo_lightning import vllm_engine
-from pgpo_lightning.handover import checksum, write_weights
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling
-from pgpo_lightning.seeding import derive_seed, seeded
-from pgpo_lightning.vllm_engine import VLLMEngine, computes_in
+from pgpo_lightning.core.seeding import derive_seed, seeded
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.rollout import vllm_engine
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.vllm_engine import VLLMEngine, computes_in
+from pgpo_lightning.rollout.weight_sync import checksum, write_weights
 
 EOS = TOKENIZER.eos_token_id
 

@@ -7,7 +7,7 @@ from typing import Any
 import jsonargparse
 from transformers.utils import logging as transformers_logging
 
-from pgpo_lightning.errors import report
+from pgpo_lightning.core.errors import report
 
 
 def run(note: Callable[..., Any], args: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pgpo_lightning.lab.markdown import table
+from pgpo_lightning.studies.report_text import table
 
 NOTES = """\
 Values are nats per token (I over a response is a mean over its tokens). **entropy-difference** is Eq. 8 of PGPO, **kl** is

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.theory.estimator_views import View, token_statistics
-from pgpo_lightning.closed_form import TokenStatistics
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.core.types import Question, Row
 from pgpo_lightning.data.toy import questions
+from pgpo_lightning.losses.fused_backward import TokenStatistics
+from pgpo_lightning.models.loading import source
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.policy import source
-from pgpo_lightning.records import Question, Row
-from pgpo_lightning.seeding import seeded
-from pgpo_lightning.verifiers import BoxedAnswer
+from pgpo_lightning.rewards.verifiers import BoxedAnswer
 
 _AT_ONCE = 64  # questions whose logits are held at a time
 

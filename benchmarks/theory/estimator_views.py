@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgpo_lightning.closed_form import TokenStatistics, rows
-from pgpo_lightning.divergence import entropy, forward_kl, student_top_k
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.losses.divergence import entropy, forward_kl, student_top_k
+from pgpo_lightning.losses.fused_backward import TokenStatistics, rows
+from pgpo_lightning.losses.step_statistics import StepStatistics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.theory.command import run
-from pgpo_lightning.lab.markdown import table
-from pgpo_lightning.lab.output import output_folder, write_study
-from pgpo_lightning.settings import Count, Multiplier, NonNegative, Positive, Range, Text, checked
+from pgpo_lightning.core.settings import Count, Multiplier, NonNegative, Positive, Range, Text, checked
+from pgpo_lightning.studies.output import output_folder, write_study
+from pgpo_lightning.studies.report_text import table
 
 Array = NDArray[np.float64]
 BETA2, EPSILON = 0.999, 1e-8  # Adam's

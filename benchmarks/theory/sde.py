@@ -17,9 +17,9 @@ from benchmarks.theory.sde_bernoulli import Bernoulli
 from benchmarks.theory.sde_orders import FLOOR, Order, fit_order
 from benchmarks.theory.sde_pictures import draw
 from benchmarks.theory.sde_quadratic import Quadratic
-from pgpo_lightning.lab.markdown import table
-from pgpo_lightning.lab.output import output_folder, write_study
-from pgpo_lightning.settings import Filled, Positive, Range, Seed, Text, UpperBound, checked
+from pgpo_lightning.core.settings import Filled, Positive, Range, Seed, Text, UpperBound, checked
+from pgpo_lightning.studies.output import output_folder, write_study
+from pgpo_lightning.studies.report_text import table
 
 NOTES = """\
 **Errors** are SDE minus discrete PGPO at the horizon, without sampling error: closed forms on the quadratic, powers of transfer

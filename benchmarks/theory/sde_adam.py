@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.theory.sde_quadratic import Quadratic
-from pgpo_lightning.lab.inference import quantile_t
+from pgpo_lightning.studies.inference import quantile_t
 
 RULES = ("SGD, update", "SGD, loss", "Adam, update", "Adam, loss")
 """Optimizer, and what rho multiplies."""

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pgpo_lightning.settings import LowerBound, NonNegative, Range, UpperBound, checked
+from pgpo_lightning.core.settings import LowerBound, NonNegative, Range, UpperBound, checked
 
 Array = NDArray[np.float64]
 

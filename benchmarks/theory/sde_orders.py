@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgpo_lightning.lab.inference import quantile_t
+from pgpo_lightning.studies.inference import quantile_t
 
 FLOOR = 1e-11
 """Errors below are rounding, and have no order."""

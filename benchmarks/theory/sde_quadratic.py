@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-from pgpo_lightning.settings import Positive, checked
+from pgpo_lightning.core.settings import Positive, checked
 
 SDE = Literal["paper", "scaled", "order-2 drift", "no noise"]
 """``paper``: diffusion sqrt(eta) Sigma^1/2, as PGPO's Theorem 2(ii) has it (arXiv 2606.03620). ``scaled``: sqrt(eta) rho

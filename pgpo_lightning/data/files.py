@@ -4,11 +4,11 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.settings import Text, checked
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import SPLITS, QuestionData
 from pgpo_lightning.data.rows import Columns, Row, read_rows
-from pgpo_lightning.errors import about
-from pgpo_lightning.records import Question
-from pgpo_lightning.settings import Text, checked
 
 
 @checked

@@ -8,11 +8,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from pgpo_lightning.core.run_settings import Remembers
+from pgpo_lightning.core.seeding import global_seed
+from pgpo_lightning.core.settings import Count, Seed, checked
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.sampler import ResumableSampler
-from pgpo_lightning.records import Question
-from pgpo_lightning.run_settings import Remembers
-from pgpo_lightning.seeding import global_seed
-from pgpo_lightning.settings import Count, Seed, checked
 
 SPLITS = ("train", "validation", "test")
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
@@ -38,7 +38,7 @@ class QuestionLoader(DataLoader):
 class QuestionData(Remembers, L.LightningDataModule):
     """Base of all data sets: a subclass says how to :meth:`load` a split, everything else is here.
 
-    A batch is a list of :class:`~pgpo_lightning.records.Question`. The order of the training questions is a function
+    A batch is a list of :class:`~pgpo_lightning.core.types.Question`. The order of the training questions is a function
     of the seed and the epoch, and the position in it is saved in checkpoints, so a resumed run sees the questions that
     the uninterrupted run would have seen.
 

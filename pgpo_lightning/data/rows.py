@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet
 
-from pgpo_lightning.records import Message, Question
-from pgpo_lightning.texts import is_text
+from pgpo_lightning.core.texts import is_text
+from pgpo_lightning.core.types import Message, Question
 
 DEEPEST = 100
 """Most levels of lists and objects within each other in a column."""

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.settings import Text, checked
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.data.rows import Columns, read_rows
-from pgpo_lightning.errors import about
-from pgpo_lightning.records import Question
-from pgpo_lightning.settings import Text, checked
 
 Domain = Literal["biology", "chemistry", "material", "physics"]
 

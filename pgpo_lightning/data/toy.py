@@ -2,7 +2,7 @@ r"""The embedded task: two-step arithmetic in four domains, which needs no downl
 
 Every question asks for ``a * b + c`` in the wording of one domain. A good response shows both steps and boxes the
 result, ``8*6=48;48+31=79 \boxed{79}``. The model that belongs to the task, in ``pgpo_lightning/assets/toy``, gets half
-of the questions wrong and can use a demonstration: a large model before post-training, in miniature. ``toy_base.py``
+of the questions wrong and can use a demonstration: a large model before post-training, in miniature. ``benchmarks/toy_base.py``
 rebuilds it.
 """
 
@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pgpo_lightning.core.settings import checked
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.data.toy_hard import hard as is_hard
-from pgpo_lightning.records import Question
-from pgpo_lightning.settings import checked
 
 BASE_MODEL = Path(__file__).parent.parent / "assets" / "toy"
 """Folder of the shipped base model and its tokenizer, in the format of transformers."""

@@ -1,6 +1,6 @@
 """The hard questions of the embedded task: numbers with which the shipped base model hardly ever answers correctly.
 
-Measured, by ``python -m pgpo_lightning.data.toy_base --hard`` (4 CPU minutes), which prints the table again. Numbers (a, b, c)
+Measured, by ``python -m benchmarks.toy_base --hard`` (4 CPU minutes), which prints the table again. Numbers (a, b, c)
 are hard if at temperature 1 both are below 5 %: the probability of the worked solution, in every wording; and the share of
 right answers among 256 samples, 64 for each wording, which also finds the right answers that two errors in a row lead to. The
 rates of slips alone do not tell: no product has one above 80 %, but the model makes some of them nearly always.

@@ -9,15 +9,16 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.grading import Verifier, VerifierError, check_question, grade
-from pgpo_lightning.handed_in import check_rollouts
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.ranks import gather, together
-from pgpo_lightning.records import Question, Rollout, Verdict
-from pgpo_lightning.rollout import Engine, NotFiniteError, Sampling
-from pgpo_lightning.seeding import generators_kept, global_seed, has_global_seed
-from pgpo_lightning.sharding import Whole
-from pgpo_lightning.stopping import SIGNALS
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.seeding import generators_kept, global_seed, has_global_seed
+from pgpo_lightning.core.types import Question, Rollout, Verdict
+from pgpo_lightning.distributed.collectives import gather, together
+from pgpo_lightning.distributed.fsdp import Whole
+from pgpo_lightning.distributed.stopping import SIGNALS
+from pgpo_lightning.rewards.grade import Verifier, check_question, grade
+from pgpo_lightning.rollout.checks import check_rollouts
+from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling
+from pgpo_lightning.rollout.prompts import PromptEncoder
 
 
 class Acting(L.LightningModule):

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from pgpo_lightning.records import Question
-from pgpo_lightning.settings import Count, Text, checked
+from pgpo_lightning.core.settings import Count, Text, checked
+from pgpo_lightning.core.types import Question
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 
-from pgpo_lightning.handed_in import check_kind
-from pgpo_lightning.held_out import SCORES, HeldOut, at, result_line, score
+from pgpo_lightning.core.seeding import derive_seed, seeded
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.distributed.collectives import gather, on_first_rank, together
+from pgpo_lightning.distributed.stopping import SIGNALS
+from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.modules.acting import Acting
-from pgpo_lightning.policy import fp32_by_default
-from pgpo_lightning.ranks import gather, on_first_rank, together
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling
-from pgpo_lightning.seeding import derive_seed, seeded
-from pgpo_lightning.stopping import SIGNALS
+from pgpo_lightning.rollout.checks import check_kind
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.training.held_out import SCORES, HeldOut, at, result_line, score
 
 
 class Evaluation(Acting):

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from pgpo_lightning.hindsight import below, confidence
-from pgpo_lightning.lab.runs import Run
-from pgpo_lightning.settings import Count, Fraction, NonNegative, Positive, PositiveFraction, Text, checked
+from pgpo_lightning.core.settings import Count, Fraction, NonNegative, Positive, PositiveFraction, Text, checked
+from pgpo_lightning.losses.hindsight import below, confidence
+from pgpo_lightning.monitoring.run_record import Run
 
 
 class Group(NamedTuple):

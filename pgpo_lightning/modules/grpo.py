@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.core.settings import Fraction, NonNegative, Positive, checked
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.on_policy import OnPolicyModule
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Row
-from pgpo_lightning.settings import Fraction, NonNegative, Positive, checked
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool, correction: int = 1) -> Tensor:

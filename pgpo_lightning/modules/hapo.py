@@ -13,18 +13,19 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.distillation import TokenStatistics
-from pgpo_lightning.grading import VerifierError, grade
-from pgpo_lightning.hindsight import Choice, shaped, to_replace
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.seeding import generators_kept
+from pgpo_lightning.core.settings import Natural, Positive, checked
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.distributed.fsdp import whole
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.losses.hindsight import Choice, shaped, to_replace
+from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, Demonstrations
 from pgpo_lightning.modules.gates import ConfidenceGate, Decision, Gate, Group
 from pgpo_lightning.modules.grpo import GRPO
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
-from pgpo_lightning.seeding import generators_kept
-from pgpo_lightning.settings import Natural, Positive, checked
-from pgpo_lightning.sharding import whole
+from pgpo_lightning.rewards.grade import grade
 
 
 @checked

@@ -18,13 +18,13 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from pgpo_lightning.checkpoint_io import check_checkpoint, install
-from pgpo_lightning.divergence import Divergence
-from pgpo_lightning.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
-from pgpo_lightning.modules.rates import build_optimizer, check_rates
-from pgpo_lightning.modules.resuming import Resuming
-from pgpo_lightning.narrow import warn_of_slow_products
-from pgpo_lightning.policy import (
+from pgpo_lightning.checkpoints.checkpoint_io import check_checkpoint, install
+from pgpo_lightning.core.settings import shown
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.distributed.fsdp import Sharded, Whole
+from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.models.loading import (
     architecture,
     check_architecture,
     check_head,
@@ -33,12 +33,12 @@ from pgpo_lightning.policy import (
     positions,
     recompute_activations,
 )
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Question
-from pgpo_lightning.settings import shown
-from pgpo_lightning.sharding import Sharded, Whole
-from pgpo_lightning.soundness import check_padding, shares_prompts
-from pgpo_lightning.teacher import FrozenTeacher, Teacher
+from pgpo_lightning.models.lora import LoRA, add_adapter, check_identity, identity, keep_adapter_only
+from pgpo_lightning.models.narrow import warn_of_slow_products
+from pgpo_lightning.models.soundness import check_padding, shares_prompts
+from pgpo_lightning.modules.resuming import Resuming
+from pgpo_lightning.teachers.base import FrozenTeacher, Teacher
+from pgpo_lightning.training.rates import build_optimizer, check_rates
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "steps_without_signal", "verifier_errors")
 

@@ -15,16 +15,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.agreement import check_sampler
-from pgpo_lightning.allocation import Allocation
-from pgpo_lightning.batching import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
-from pgpo_lightning.distillation import Source, TokenStatistics, linear_distillation, linear_statistics
-from pgpo_lightning.divergence import Divergence
-from pgpo_lightning.grading import Verifier
-from pgpo_lightning.handed_in import check_batch
-from pgpo_lightning.lora import LoRA, check_settings
-from pgpo_lightning.modules.reports import Reporting
-from pgpo_lightning.policy import (
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Seed, Temperature, checked
+from pgpo_lightning.core.types import Question, Row
+from pgpo_lightning.distributed.collectives import gather, together
+from pgpo_lightning.distributed.fsdp import Whole
+from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.losses.fused import Source, TokenStatistics, linear_distillation, linear_statistics
+from pgpo_lightning.losses.step_statistics import StepStatistics
+from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.models.loading import (
     Dtype,
     checked_tokenizer,
     evaluating,
@@ -32,16 +32,16 @@ from pgpo_lightning.policy import (
     load_tokenizer,
     source,
 )
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.quantization import Quantization
-from pgpo_lightning.ranks import gather, together
-from pgpo_lightning.records import Question, Row
-from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine
-from pgpo_lightning.seeding import seeded
-from pgpo_lightning.settings import Count, Natural, Nucleus, Positive, Range, Seed, Temperature, checked
-from pgpo_lightning.sharding import Whole
-from pgpo_lightning.statistics import StepStatistics
-from pgpo_lightning.teacher import Teacher
+from pgpo_lightning.models.lora import LoRA, check_settings
+from pgpo_lightning.models.packing import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
+from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.modules.reports import Reporting
+from pgpo_lightning.rewards.grade import Verifier
+from pgpo_lightning.rollout.checks import check_batch
+from pgpo_lightning.rollout.engine import Engine, Sampling, TransformersEngine
+from pgpo_lightning.rollout.mismatch import check_sampler
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.teachers.base import Teacher
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
@@ -53,7 +53,7 @@ class OnPolicyModule(Reporting):
     Args:
         model: Folder or Hub id of a causal language model, ``toy`` for the shipped one, or a model object.
         verifier: Judges a response: any callable ``(question, response) -> reward``, ``(reward, feedback)`` or
-            :class:`~pgpo_lightning.records.Verdict`, by its import path.
+            :class:`~pgpo_lightning.core.types.Verdict`, by its import path.
         tokenizer: Folder, Hub id or object; by default the model's.
         engine: What samples the rollouts; by default the model's own ``generate``.
         num_generations: Rollouts per question.

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pgpo_lightning.divergence import Divergence
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.losses.step_statistics import StepStatistics, information
 from pgpo_lightning.modules.updating import Updating
-from pgpo_lightning.no_signal import Outcomes, explain
-from pgpo_lightning.preflight import less_certain
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Row
-from pgpo_lightning.reporting import loss_scalars, rollout_scalars
-from pgpo_lightning.statistics import StepStatistics, information
+from pgpo_lightning.training.no_signal import Outcomes, explain
+from pgpo_lightning.training.preflight import less_certain
+from pgpo_lightning.training.step_log import loss_scalars, rollout_scalars
 
 
 class Reporting(Updating):

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from pgpo_lightning.checkpoint_io import peek_checkpoint
-from pgpo_lightning.errors import about
-from pgpo_lightning.identity import training_sha256
+from pgpo_lightning.checkpoints.checkpoint_io import peek_checkpoint
+from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.identity import training_sha256
+from pgpo_lightning.core.run_settings import Plain, Remembers, check_settings, settings, tokenizer_identity
 from pgpo_lightning.modules.evaluation import Evaluation
-from pgpo_lightning.resumed_optimizer import check_optimizer, describe_optimizer, take_effect
-from pgpo_lightning.run_settings import Plain, Remembers, check_settings, settings, tokenizer_identity
+from pgpo_lightning.training.resumed_optimizer import check_optimizer, describe_optimizer, take_effect
 
 
 class Resuming(Remembers, Evaluation):

@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.distillation import TokenStatistics
-from pgpo_lightning.divergence import Divergence
+from pgpo_lightning.core.settings import Count, Fraction, checked
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.grpo import GRPO, clipped_policy_loss
 from pgpo_lightning.modules.self_teaching import SelfTeaching, apart
-from pgpo_lightning.records import Row
-from pgpo_lightning.settings import Count, Fraction, checked
-from pgpo_lightning.teacher import TeacherRegularization
+from pgpo_lightning.teachers.base import TeacherRegularization
 
 
 def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bound: float) -> Tensor:

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pgpo_lightning.allocation import Allocation
-from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.distillation import TokenStatistics
-from pgpo_lightning.divergence import Divergence, Softening
+from pgpo_lightning.core.settings import Count, Fraction, Positive, Range, checked, either
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.losses.divergence import Divergence, Softening
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.self_teaching import SelfTeaching
-from pgpo_lightning.ranks import gather
-from pgpo_lightning.records import Row
-from pgpo_lightning.settings import Count, Fraction, Positive, Range, checked, either
 
 
 def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor:
@@ -65,7 +65,7 @@ class SDPO(SelfTeaching):
             (:func:`question_weights`; SC-SDPO has 0.5; 0 to 10). Divisors of the loss stay what they are. Null for equal
             weights.
         entry_clip: Bound, in nats, of what a single vocabulary entry adds to the divergence of a token
-            (:func:`~pgpo_lightning.divergence.clipped_divergence`; 0.05 in OPSD). Null for none.
+            (:func:`~pgpo_lightning.losses.divergence.clipped_divergence`; 0.05 in OPSD). Null for none.
         softening: Mix the student into the teacher's distribution where they disagree (DemoPSD; needs divergence_alpha 1). Null
             for the teacher as it is.
         kwargs: See :class:`~pgpo_lightning.modules.self_teaching.SelfTeaching` for teacher and reprompts, and

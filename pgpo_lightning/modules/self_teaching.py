@@ -9,14 +9,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from pgpo_lightning.distillation import Source
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.core.settings import Count, Fraction, checked
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.distributed.collectives import gather, together
+from pgpo_lightning.losses.fused import Source
+from pgpo_lightning.models.loading import fingerprint
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.resuming import check_start
-from pgpo_lightning.policy import fingerprint
-from pgpo_lightning.preflight import joined, less_successful, net_gap
-from pgpo_lightning.ranks import gather, together
-from pgpo_lightning.records import Row
-from pgpo_lightning.reprompt import (
+from pgpo_lightning.teachers.base import FrozenTeacher, RefreshGate, Teacher, TeacherRegularization, make_teacher
+from pgpo_lightning.teachers.reprompt import (
     FEEDBACK_TEMPLATE,
     REPROMPT_TEMPLATE,
     SOLUTION_TEMPLATE,
@@ -25,9 +27,7 @@ from pgpo_lightning.reprompt import (
     RepromptBuilder,
     fill,
 )
-from pgpo_lightning.seeding import seeded
-from pgpo_lightning.settings import Count, Fraction, checked
-from pgpo_lightning.teacher import FrozenTeacher, RefreshGate, Teacher, TeacherRegularization, make_teacher
+from pgpo_lightning.training.preflight import joined, less_successful, net_gap
 
 _MOVING = ("ema", "trust-region", "restart")
 
@@ -46,7 +46,8 @@ class SelfTeaching(OnPolicyModule):
         verifier: Judges a response, and may return feedback for the teacher of that very response.
         teacher_regularization: Whose weights the teacher has: ``ema`` (moving average), ``frozen`` (the start), ``live``
             (the student), ``trust-region`` (a mixture of the start's and the student's logits), ``restart`` (moves every
-            `teacher_period` steps by what the average would have moved, :class:`~pgpo_lightning.teacher.Periodic`), ``gated``
+            `teacher_period` steps by what the average would have moved, :class:`~pgpo_lightning.teachers.base.Periodic`),
+            ``gated``
             (CGTR: a copy of the student taken when that has become better, `teacher_gate`).
         teacher_update_rate: Of the average (for ``restart`` per step; 1 is a hard copy), or weight of the student in the mixture.
             Default 0.05.

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pgpo_lightning.batching import TokenInputs
-from pgpo_lightning.distillation import TokenStatistics
+from pgpo_lightning.core.settings import checked
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.modules.sdpo import SDPO
 from pgpo_lightning.modules.self_teaching import apart
-from pgpo_lightning.records import Row
-from pgpo_lightning.settings import checked
 
 
 @checked

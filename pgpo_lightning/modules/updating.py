@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 
+from pgpo_lightning.distributed.fsdp import Sharded, whole
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules.lifecycle import Lifecycle
-from pgpo_lightning.modules.rates import check_rates
-from pgpo_lightning.sharding import Sharded, whole
-from pgpo_lightning.statistics import StepStatistics
+from pgpo_lightning.training.rates import check_rates
 
 
 class Updating(Lifecycle):

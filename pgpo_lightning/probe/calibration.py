@@ -11,12 +11,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pgpo_lightning.lab.measures import answers, collapse_step, evaluations
-from pgpo_lightning.lab.runs import FILE, Run
+from pgpo_lightning.monitoring.run_record import FILE, Run
 from pgpo_lightning.probe.contexts import effective
 from pgpo_lightning.probe.gaps import question_draws
 from pgpo_lightning.probe.line import lines
-from pgpo_lightning.reprompt import RepromptBuilder
+from pgpo_lightning.studies.measures import answers, collapse_step, evaluations
+from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
 PROBE = "probe.json"
 Scale = Literal["all", "failed"]

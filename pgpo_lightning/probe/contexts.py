@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from pgpo_lightning.grading import Verifier, VerifierError, grade
-from pgpo_lightning.records import Row
-from pgpo_lightning.reprompt import RepromptBuilder, check_template
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.rewards.grade import Verifier, grade
+from pgpo_lightning.teachers.reprompt import RepromptBuilder, check_template
 
 PLAIN = "{prompt}{solution}{feedback}"
 """The template that adds nothing."""

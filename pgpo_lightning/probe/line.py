@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pgpo_lightning.lab.inference import quantile_t
+from pgpo_lightning.studies.inference import quantile_t
 
 Vector = NDArray[np.float64]
 

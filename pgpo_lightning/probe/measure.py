@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgpo_lightning.identity import joint_sha256, question_sha256
+from pgpo_lightning.core.identity import joint_sha256, question_sha256
+from pgpo_lightning.core.seeding import derive_seed, seeded
+from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.probe.contexts import CONTROLS, Context
 from pgpo_lightning.probe.gaps import Table
-from pgpo_lightning.prompts import PromptEncoder
-from pgpo_lightning.records import Question, Rollout, Row, Verdict
-from pgpo_lightning.rollout import Sampling
-from pgpo_lightning.seeding import derive_seed, seeded
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.prompts import PromptEncoder
 
 Answer = dict[str, Any]
 """A judged response: ``text``, ``reward``, ``length`` (tokens), ``finished``; the student's also ``feedback`` and ``answer``."""

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from pgpo_lightning.lab.markdown import table
 from pgpo_lightning.probe.calibration import Bootstrap, Point
 from pgpo_lightning.probe.contexts import Context
 from pgpo_lightning.probe.gaps import Gap, Table, Value, kept
 from pgpo_lightning.probe.line import Line, fit, reliability
 from pgpo_lightning.probe.measure import Measured
+from pgpo_lightning.studies.report_text import table
 
 _LINE = ("n", "intercept", "slope", "r2", "scatter", "loo_rmse", "loo_r2", "loo_constant")
 

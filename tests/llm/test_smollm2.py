@@ -13,9 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgpo_lightning.cli import main
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling, TransformersEngine
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent.parent / ".models" / "smollm2-135m-instruct"
@@ -25,7 +25,10 @@ def config(folder, **changes):
     """Two steps of two questions with three rollouts of 24 tokens."""
     model = {
         "model": str(MODEL),
-        "verifier": {"class_path": "pgpo_lightning.verifiers.MultipleChoice", "init_args": {"variant": "lenient"}},
+        "verifier": {
+            "class_path": "pgpo_lightning.rewards.verifiers.MultipleChoice",
+            "init_args": {"variant": "lenient"},
+        },
         "num_generations": 3,
         "max_prompt_length": 96,
         "max_reprompt_len": 256,

@@ -5,10 +5,10 @@ import random
 import torch
 from helpers import TOKENIZER, tiny_model
 
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling
-from pgpo_lightning.seeding import seeded
-from pgpo_lightning.vllm_engine import VLLMEngine
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.vllm_engine import VLLMEngine
 
 ENDS = [TOKENIZER.eos_token_id, *range(40, 60)]  # several, so that random weights end some responses and not others
 

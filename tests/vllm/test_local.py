@@ -22,9 +22,9 @@ from shared import (
     student,
 )
 
+from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.records import Question
-from pgpo_lightning.rollout import Sampling
+from pgpo_lightning.rollout.engine import Sampling
 
 pytestmark = pytest.mark.timeout(900)
 

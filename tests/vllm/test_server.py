@@ -11,8 +11,8 @@ import torch
 from helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
 from shared import Counting, check_handover, check_samples, check_seeds, student
 
-from pgpo_lightning.handover import write_weights
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.rollout.weight_sync import write_weights
 
 pytestmark = pytest.mark.timeout(900)
 

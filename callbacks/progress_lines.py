@@ -1,0 +1,58 @@
+"""Progress of a run whose output goes to a file: a line per step and per evaluation, nothing that is written over."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from pgpo_lightning.training.held_out import told
+
+
+class StepLines(ProgressBar):
+    """Prints step, reward, information I (nats), multiplier rho and seconds of every step; the scores of every evaluation.
+
+    Stands in for a progress bar, which a log file would hold as thousands of control characters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._start = 0.0
+
+    def enable(self) -> None:
+        """Print."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Print nothing: on all ranks but the first."""
+        self._enabled = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print what the module prints through Lightning."""
+        if self._enabled:
+            print(*args, **kwargs)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print the step."""
+        if not self._enabled:
+            return
+        seconds, shown = time.perf_counter() - self._start, trainer.progress_bar_metrics
+        # Lightning goes on showing the last rho, also after a step that the optimizer did not take.
+        names = ["reward", "I", *(["rho"] if "lr/multiplier" in pl_module.scalars else [])]
+        parts = [f"{name} {float(shown[name]):.3f}" for name in names if name in shown]
+        print(", ".join([f"step {pl_module.steps}", *parts, f"{seconds:.1f} s"]), flush=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the scores of a training run's evaluation."""
+        if self._enabled and trainer.state.fn == TrainerFn.FITTING and pl_module.held_out is not None:
+            print(f"step {pl_module.steps}, held-out {told(pl_module.held_out, pl_module.eval_samples)}", flush=True)

@@ -1,0 +1,199 @@
+"""Checkpoints from which a killed run continues as if it had not been killed."""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pgpo_lightning.checkpoints.finding import MARK, look
+from pgpo_lightning.checkpoints.sharded import finish_shards
+from pgpo_lightning.checkpoints.single_file import PARTIAL, claimed, not_saved, remove, remove_partials, sync_folder
+from pgpo_lightning.core.settings import Count, Text, checked
+from pgpo_lightning.distributed.collectives import together
+
+SUPERSEDED = ".superseded"
+"""Ends the name of a checkpoint that the run had written before it was resumed from an earlier one."""
+
+
+@checked
+class ResumeCheckpoint(Checkpoint):
+    """Saves the whole state of the run every few steps, after the validation that belongs to the step.
+
+    Lightning's ModelCheckpoint saves before that validation, and a run that is killed in between never logs it. A file named
+    ``step=*.ckpt`` is always whole and on the disk before an older one goes. Files of others in the folder are left alone:
+    every file says which run's ResumeCheckpoint wrote it.
+
+    With a plug-in that writes in the background, such as Lightning's ``AsyncCheckpointIO``, there may be one file more than
+    `keep`: the older one goes when the newer one is there.
+
+    Args:
+        every_n_train_steps: Batches between two checkpoints. The last step is saved in any case.
+        keep: How many of the newest are kept; null for all. With 2 or more, `--ckpt_path last` has an older one where the newest
+            is damaged.
+        dirpath: Folder; by default ``checkpoints`` in the folder of the log.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(self, every_n_train_steps: Count = 10, keep: Count | None = 1, dirpath: Text | None = None) -> None:
+        self.every_n_train_steps = every_n_train_steps
+        self.keep = keep
+        self.dirpath = dirpath
+        self.run = uuid.uuid4().hex
+        self._mine: list[Path] | None = None  # in the order of writing
+        self._beside: list[ModelCheckpoint] = []
+        self._due = False
+        self._saving = False
+        self._saved = -1
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Return where the checkpoints of this run are."""
+        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+
+    @property
+    def newest(self) -> Path | None:
+        """The file that this process wrote last, on the rank that writes; None before."""
+        return self._mine[-1] if self._mine and self._saved >= 0 else None
+
+    @property
+    def best_model_path(self) -> str:
+        """That of a ModelCheckpoint beside this one, where Lightning asks this one for it; empty without one."""
+        return next((callback.best_model_path for callback in self._beside if callback.best_model_path), "")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look who else saves."""
+        self._beside = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the run's mark."""
+        return {"run": self.run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the same run."""
+        self.run = state_dict["run"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Mark what this callback writes, and nothing that another one does."""
+        if self._saving:
+            checkpoint[MARK] = {"run": self.run}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, or wait for the validation that is about to start."""
+        self._due = pl_module.steps % self.every_n_train_steps == 0
+        loop = trainer.fit_loop
+        if self._due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what had to wait."""
+        if self._due and not trainer.sanity_checking:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step."""
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._due = False
+        if trainer.fast_dev_run or self._saved == pl_module.steps:
+            return
+        self._saved = pl_module.steps
+        folder = self.folder(trainer)
+        with together():  # what fails on the first rank alone ends all of them
+            path = self._free(folder, pl_module.steps) if trainer.is_global_zero else None
+        path = trainer.strategy.broadcast(path)
+        self._saving = True
+        try:
+            if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
+                _save_shards(trainer, path)
+            else:
+                _save_file(trainer, path)
+        finally:
+            self._saving = False
+        with together():
+            if trainer.is_global_zero:
+                self._written(trainer, path)
+
+    def _free(self, folder: Path, step: int) -> Path:
+        """Return a name that is nobody else's, and learn which files of earlier processes are this run's."""
+        if self._mine is None:
+            found, _ = look(folder)
+            mine = [c for c in found if c.mark is not None and c.mark["run"] == self.run]
+            self._mine = [c.path for c in sorted(mine, key=lambda c: (c.step <= step, c.modified))]
+            for checkpoint in mine if self.keep is None else ():
+                if checkpoint.step > step:  # `last` would take it for the newest
+                    checkpoint.path.rename(checkpoint.path.with_name(checkpoint.path.name + SUPERSEDED))
+                    self._mine.remove(checkpoint.path)
+        path = folder / f"step={step:06d}.ckpt"
+        number = 0
+        while path.exists() and path not in self._mine:
+            number += 1
+            path = folder / f"step={step:06d}-{number}.ckpt"
+        return path
+
+    def _written(self, trainer: L.Trainer, path: Path) -> None:
+        mine = [one for one in self._mine or [] if one != path] + [path]
+        if self.keep is not None:
+            there = [one for one in mine if one.exists()]  # one that is written in the background may not be
+            for old in there[: -self.keep]:
+                trainer.strategy.remove_checkpoint(old)
+                mine.remove(old)
+        self._mine = mine
+
+
+def _save_file(trainer: L.Trainer, path: Path) -> None:
+    """Save, and fail on all ranks where the one that writes fails."""
+    with together():
+        try:
+            trainer.save_checkpoint(path)
+        except Exception:
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait by now
+            raise
+
+
+def _save_shards(trainer: L.Trainer, path: Path) -> None:
+    """Save to a folder that gets its name when all ranks have written all of it."""
+    partial = path.with_name(path.name + PARTIAL)
+    with together():
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_partials(path.parent)
+            remove(partial)
+            partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        with claimed(handle):
+            trainer.save_checkpoint(partial)
+            with together():  # what fails on the first rank alone ends all of them
+                if trainer.is_global_zero:
+                    finish_shards(partial)
+                    remove(path)
+                    partial.replace(path)
+                    sync_folder(path.parent)
+    except (CheckpointException, OSError) as error:
+        failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
+        cause = next((each for each in [error, *failures] if isinstance(each, OSError)), None)
+        if trainer.is_global_zero:
+            remove(partial)
+        if cause is None:  # torch's own, which hides the one of the system
+            cause = OSError(str((failures or [error])[0]).splitlines()[0])
+        raise not_saved(path, cause, _bytes(trainer)) from error
+    finally:
+        os.close(handle)
+
+
+def _bytes(trainer: L.Trainer) -> int:
+    """Return how large the tensors of a checkpoint of all ranks are."""
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    tensors = [*trainer.lightning_module.parameters(), *trainer.lightning_module.buffers(), *kept]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,235 @@
+"""Multipliers of the step size: rho of PGPO (arXiv 2606.03620, Eq. 9) and its first controls.
+
+The step and not the loss, as in the paper's Algorithm 1. Adam divides by the gradient's own scale, so a *constant* factor of the
+loss cancels. A varying one does not; it weights batches, which a factor of the step does only by 1 - beta1 (docs/theory.md).
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from pgpo_lightning.callbacks.fresh import StartsAfresh
+from pgpo_lightning.core.run_settings import Remembers
+from pgpo_lightning.core.seeding import derive_seed, global_seed
+from pgpo_lightning.core.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
+from pgpo_lightning.core.texts import shown
+from pgpo_lightning.losses.step_statistics import Aggregation, Estimator, StepStatistics, information
+
+
+class StepSizeMultiplier(Remembers, StartsAfresh):
+    """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
+
+    A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back by the module
+    right after the step, before any schedule or checkpoint looks at it. Gradients are not touched, so moments of Adam never
+    see rho. With decoupled weight decay (AdamW) the decay of that step is scaled as well, because PyTorch multiplies it by
+    the rate.
+
+    Logs `lr/multiplier` (rho) and `lr/effective` beside the module's `lr/base`.
+
+    Raises:
+        MisconfigurationException: At start-up, if another multiplier is active.
+    """
+
+    rho_min: float | None = 0.0
+    rho_max: float | None = None
+    seed: int | None = None
+    """Of the draws of a subclass that draws; null takes the module's."""
+    _seed_of_module: int | None = None
+
+    history: list[float]
+    """Rho of every optimizer step that was taken so far."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Begin with an empty history, also in a subclass that does not call ``super().__init__()``."""
+        self = super().__new__(cls, *args, **kwargs)
+        self.history = []
+        return self
+
+    def __init__(self) -> None:
+        """Take no arguments."""
+
+    @abstractmethod
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return rho for this step, before bounds.
+
+        Args:
+            statistics: One row per sequence in the loss, of all ranks. Must decide alone: a value that differed between
+                ranks would make their weights drift apart.
+            step: Optimizer steps taken so far, without those that were left out; the same after a resume.
+        """
+
+    def bounded(self, rho: float) -> float:
+        """Return rho within [rho_min, rho_max].
+
+        Args:
+            rho: A number, also one of NumPy or a tensor with one element.
+
+        Raises:
+            RuntimeError: If it is not a number, or infinite, or below 0.
+        """
+        try:
+            rho = float(rho)
+        except (TypeError, ValueError, RuntimeError):
+            raise RuntimeError(
+                f"Expected {type(self).__name__} to return a number that is finite and at least 0, but got {shown(rho)}."
+            ) from None
+        bounded = rho if self.rho_min is None else max(rho, self.rho_min)
+        bounded = bounded if self.rho_max is None else min(bounded, self.rho_max)
+        if math.isnan(rho) or not 0 <= bounded < math.inf:
+            raise RuntimeError(
+                f"Expected {type(self).__name__} to return a number that is finite and at least 0, but got {rho}."
+            )
+        return bounded
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a second multiplier: they would put back each other's rates."""
+        active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
+        if len(active) > 1:
+            raise MisconfigurationException(
+                f"Expected one step-size multiplier, but got {' and '.join(active)}. Keep it under `multiplier` and out of "
+                "`trainer.callbacks`."
+            )
+        self.start_afresh(trainer, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take note of the module's seed."""
+        self._seed_of_module = getattr(pl_module, "seed", None)
+
+    @property
+    def draw_seed(self) -> int:
+        """The seed that draws are made from: one's own, else the module's."""
+        known = self._seed_of_module if self.seed is None else self.seed
+        return global_seed() if known is None else known
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rho of every step so far; a subclass with a state adds its own."""
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was there before the interruption."""
+        self.history = list(state_dict["history"])
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Scale the learning rate."""
+        rho = self.bounded(
+            self.multiplier(pl_module.step_statistics, trainer.global_step - pl_module.steps_without_signal)
+        )
+        self.history.append(rho)
+        self.apply(pl_module, optimizer, rho)
+        pl_module.scalars |= {"lr/multiplier": rho, "lr/effective": float(optimizer.param_groups[0]["lr"])}
+
+    def apply(self, pl_module: L.LightningModule, optimizer: Optimizer, rho: float) -> None:
+        """Scale the learning rates. The module puts them back when the step has ended, however it ends."""
+        pl_module.scale_rates(optimizer, rho)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the rates back where a second interrupt came while the module did so."""
+        pl_module.restore_rates()
+
+
+@checked
+class InformationMultiplier(StepSizeMultiplier):
+    """PGPO: rho = clip(exp(sensitivity * I), rho_min, rho_max), with I the information of the step (Eq. 8 and 9).
+
+    Var(rho) <= (sensitivity * rho_max)^2 Var(I), because rho is Lipschitz in I with that constant.
+
+    Args:
+        sensitivity: The paper's alpha; at least 0. Default 1.0.
+        alpha: The paper's own name of `sensitivity`.
+        rho_max: Upper bound, at least 1. The paper gives no value.
+        rho_min: Lower bound. 1.0 keeps the paper's promise that rho >= 1 where the estimate is negative; null for none.
+        estimator: See :func:`pgpo_lightning.losses.step_statistics.information`.
+        aggregation: See :func:`pgpo_lightning.losses.step_statistics.information`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        sensitivity: NonNegative | None = None,
+        alpha: NonNegative | None = None,
+        rho_max: UpperBound = 2.0,
+        rho_min: LowerBound | None = 1.0,
+        estimator: Estimator = "entropy-difference",
+        aggregation: Aggregation = "sequence-mean",
+    ) -> None:
+        super().__init__()
+        self.sensitivity = either("sensitivity", sensitivity, "alpha", alpha, default=1.0)
+        if rho_min is not None and not rho_min <= rho_max:
+            raise ValueError(f"Expected `rho_min` to lie between 0 and `rho_max` ({rho_max}), but got {rho_min}.")
+        self.rho_max, self.rho_min = rho_max, rho_min
+        self.estimator, self.aggregation = estimator, aggregation
+        self.signal = information(StepStatistics.empty())
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the module has a teacher to be informed."""
+        super().setup(trainer, pl_module, stage)
+        if not getattr(pl_module, "has_teacher", False):
+            raise MisconfigurationException(
+                f"Expected a module with a teacher for {type(self).__name__}, but {type(pl_module).__name__} has none. Use "
+                "`--multiplier null`, or SDPO."
+            )
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return exp(sensitivity * I)."""
+        self.signal = information(statistics, self.estimator, self.aggregation)
+        # exp() of more than 700 overflows; rho_max bounds it anyway.
+        return math.exp(min(self.sensitivity * self.signal.value, 700.0))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Scale the learning rate, and log the estimate that rho was made from."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        pl_module.scalars["information/used"] = self.signal.value
+        if self.rho_max > 1:
+            pl_module.scalars["lr/at_bound"] = float(self.history[-1] >= self.rho_max)
+        if not math.isnan(self.signal.standard_error):
+            pl_module.scalars["information/used_standard_error"] = self.signal.standard_error
+
+
+@checked
+class ConstantMultiplier(StepSizeMultiplier):
+    """The same rho at every step: the control that asks whether PGPO is more than a larger learning rate.
+
+    Args:
+        value: rho; 0.001 to 1000.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+
+    def __init__(self, value: Multiplier = 1.0) -> None:
+        super().__init__()
+        self.value = value
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return the constant."""
+        return self.value
+
+
+@checked
+class RandomMultiplier(StepSizeMultiplier):
+    """A uniform draw per step that knows nothing of the batch: the control for the information in PGPO's rho.
+
+    Args:
+        low: Smallest rho; 0.001 to 1000.
+        high: Largest rho.
+        seed: Of the draws, which depend on it and on the step alone; null takes the module's.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(self, low: Multiplier = 1.0, high: Multiplier = 1.2, seed: Seed | None = None) -> None:
+        super().__init__()
+        if not low <= high:
+            raise ValueError(f"Expected `low` to be at most `high`, but got {low} and {high}.")
+        self.low, self.high, self.seed = low, high, seed
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return this step's draw."""
+        return self.low + (self.high - self.low) * derive_seed(self.draw_seed, "multiplier", step) / 2**63

@@ -1,0 +1,1 @@
+"""Checkpoint files: written, checked, found and read."""

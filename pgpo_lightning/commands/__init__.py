@@ -1,0 +1,1 @@
+"""The commands of `pgpo`. The only room that knows the command line."""

@@ -1,0 +1,100 @@
+"""A checkpoint to a folder that transformers opens."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import jsonargparse
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from pgpo_lightning.checkpoints.finding import newest_checkpoint
+from pgpo_lightning.checkpoints.sharded import read_shards
+from pgpo_lightning.checkpoints.single_file import read_file
+from pgpo_lightning.models.loading import resolve_model
+from pgpo_lightning.models.lora import merged, write_adapter
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    weights: Literal["student", "teacher"] = "student",
+    tokenizer: str | None = None,
+    lora: Literal["merged", "adapter"] | None = None,
+    base: str | None = None,
+) -> None:
+    """Write the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``.
+
+    Args:
+        checkpoint: A checkpoint, a file or a folder of shards, or the folder of a run, whose newest checkpoint is taken.
+        output: The folder to write.
+        weights: Whose weights: the student's, or those of a moving teacher.
+        tokenizer: Folder, Hub id or ``toy``; by default where the run had it from.
+        lora: Of a run with `lora`: ``merged`` (default) adds the adapter to the base model's weights; ``adapter`` writes the
+            adapter alone, for ``peft.PeftModel.from_pretrained``.
+        base: Folder or Hub id of the base model that the adapter is merged into; by default where the run had it from.
+
+    Raises:
+        DamagedCheckpointError: If it is not whole.
+        FileNotFoundError: If there is no checkpoint.
+        MisconfigurationException: If the base model is not the one that the adapter was trained on.
+        ValueError: If it holds no such weights, or if `lora` or `base` would have no effect.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a checkpoint or the folder of a run, but {path} does not exist.")
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        path = newest_checkpoint(path / "checkpoints", resume=False)
+    prefix = "model." if weights == "student" else "teacher.model."
+    if path.is_dir():
+        saved = read_shards(path, lambda name: name.startswith(f"state_dict.{prefix}"))
+    else:
+        saved = read_file(path, mmap=True)
+    if "pgpo_lightning" not in saved:
+        raise ValueError(f"Expected a checkpoint of this program, but {path} is none.")
+    tensors = saved.get("state_dict", {}).items()
+    state = {name.removeprefix(prefix): value for name, value in tensors if name.startswith(prefix)}
+    if not state:
+        raise ValueError(
+            f"Expected the weights of a {weights} in {path}, but it has none: only a moving teacher is saved."
+        )
+    about = saved["pgpo_lightning"]
+    if about.get("lora") is None and (lora or base):
+        name, value = ("lora", lora) if lora else ("base", base)
+        raise ValueError(f"Expected no `{name}` with a checkpoint of whole weights, but got {value}.")
+    if lora == "adapter" and base:
+        raise ValueError(f"Expected no `base` with `lora` adapter, where it has no effect, but got {base}.")
+    origin = tokenizer or about["tokenizer"]
+    if not origin:
+        raise ValueError("Expected `tokenizer`, because the run was given a tokenizer object that came from no folder.")
+    AutoTokenizer.from_pretrained(resolve_model(origin)).save_pretrained(output)
+    if lora == "adapter":
+        write_adapter(output, state, about["lora"])
+    else:
+        model = _whole(state, about) if about.get("lora") is None else _merged(state, about["lora"], base)
+        model.generation_config = GenerationConfig.from_dict(json.loads(about["generation"]))
+        model.save_pretrained(output)
+    print(f"{weights} of {path} -> {output}")
+
+
+def _whole(state: dict[str, Tensor], about: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.for_model(**json.loads(about["architecture"]))
+    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+    model.load_state_dict(state)
+    return model
+
+
+def _merged(state: dict[str, Tensor], identity: dict[str, Any], base: str | None) -> PreTrainedModel:
+    with TemporaryDirectory() as folder:
+        write_adapter(folder, state, identity)
+        return merged(folder, identity, base)
+
+
+def main(args: list[str]) -> None:
+    """Run ``pgpo export``.
+
+    Args:
+        args: Without the program's name and `export`.
+    """
+    jsonargparse.auto_cli(export, args=args, prog="pgpo export", as_positional=True)

@@ -1,0 +1,238 @@
+"""The commands fit, validate and test: LightningCLI over the modules, the data and the callbacks of this package."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils import logging as transformers_logging
+
+import pgpo_lightning.callbacks
+import pgpo_lightning.data
+import pgpo_lightning.modules
+import pgpo_lightning.rollout.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
+from pgpo_lightning.callbacks import (
+    Interruption,
+    ResumeCheckpoint,
+    StabilityMonitor,
+    StepLines,
+    StepSizeMultiplier,
+    Watch,
+)
+from pgpo_lightning.checkpoints.finding import resolve
+from pgpo_lightning.commands.trainer_settings import check_trainer
+from pgpo_lightning.data import QuestionData
+from pgpo_lightning.distributed.stopping import SIGNALS
+from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.monitoring.configurations import RESUMED, configurations, without_checkpoint
+from pgpo_lightning.monitoring.run_folder import Lock, clear, state, steps_made
+from pgpo_lightning.training.held_out import told
+
+OR_NEW = "last-or-new"
+"""Value of `--ckpt_path`: from the newest checkpoint if there is one, else from the beginning."""
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration beside the log; :meth:`PGPOCommand.open_folder` has seen to it that it may.
+
+    A resumed run leaves ``config.yaml`` as it is. If its own configuration differs from the last one, it writes
+    ``config.resumed-at-step=N.yaml`` once its settings have been accepted.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.log_dir and not trainer.fast_dev_run:
+            taken = trainer.strategy.broadcast((Path(trainer.log_dir) / self.config_filename).exists())
+            self.overwrite = True
+            if not taken:
+                super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what a resumed run has differently."""
+        folder = trainer.log_dir  # a collective: every rank has to ask
+        resumed = trainer.is_global_zero and trainer.ckpt_path and not (self.already_saved or trainer.fast_dev_run)
+        if resumed and folder:
+            now = self.parser.dump(self.config, skip_none=False)
+            if without_checkpoint(now) != without_checkpoint(configurations(Path(folder))[-1].read_text("utf-8")):
+                path = Path(folder) / RESUMED.format(step=pl_module.steps)
+                path.write_text(now, encoding="utf-8")
+
+
+class PGPOCommand(LightningCLI):
+    """LightningCLI with the multiplier, the checkpoints and the watch as arguments of their own."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=OnPolicyModule,
+            datamodule_class=QuestionData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": -1},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer what the modules have."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a user swaps to the command line."""
+        parser.add_lightning_class_args(StepSizeMultiplier, "multiplier", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Watch, "watch")
+
+    def _set_seed(self) -> None:
+        """Seed everything; module, data and multiplier take this seed unless they were given one of their own."""
+        self.checked_seed()
+        super()._set_seed()
+
+    def checked_seed(self) -> int:
+        """Return `seed_everything`.
+
+        Raises:
+            ValueError: If it is no number.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, bool):
+            raise ValueError(f"Expected `seed_everything` to be a number, but got {seed}.")
+        return seed
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave settings alone: Lightning would let those in a checkpoint override configuration and flags."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Log training to TensorBoard in the run's own folder, and drop an absent multiplier."""
+        config = self._get(self.config_init, "trainer")
+        if self.subcommand == "fit":
+            check_trainer(config)
+        folder = config.get("default_root_dir") or "runs/unnamed"
+        if config.get("logger") is None:
+            # One evaluation is no curve, and in the run's folder it would be part of the run's log.
+            fits = self.subcommand == "fit"
+            kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="") if fits else False
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # of loading weights
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
+        if shown and not sys.stdout.isatty() and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepLines()]
+        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        callbacks = [callback for callback in trainer.callbacks if callback is not None]
+        if not any(isinstance(callback, Interruption) for callback in callbacks):
+            callbacks.append(Interruption(continues=self.config[self.subcommand].get("ckpt_path") == OR_NEW))
+        if self.subcommand == "fit" and not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
+            callbacks.insert(0, StabilityMonitor())  # before checkpoints, which save what it has seen
+        trainer.callbacks = callbacks
+        endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
+        if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and endless:
+            bar._get_train_description = "Epoch {:<4}".format  # Lightning would write "Epoch 0/-2"
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, in a folder that no other run writes to."""
+        folder, lock = None, None
+        SIGNALS.listen()
+        try:
+            if subcommand == "fit" and self.trainer.log_dir and not self.trainer.fast_dev_run:
+                folder = Path(self.trainer.log_dir)
+                if self.trainer.is_global_zero:
+                    lock = Lock(folder)
+                try:
+                    goes_on = self.open_folder(folder)
+                except Exception:
+                    if lock is not None:
+                        lock.release(refused=True)
+                    folder = None
+                    raise
+                if not goes_on:
+                    return
+                if lock is not None:
+                    lock.sign()
+            super()._run_subcommand(subcommand)
+        except (Exception, SystemExit) as error:
+            error.run_folder = folder  # for the traceback
+            raise
+        finally:
+            SIGNALS.release()
+            if lock is not None:
+                lock.release()
+
+    def open_folder(self, folder: Path) -> bool:
+        """Find out what to start from, and clear away what a run left that came to nothing.
+
+        Args:
+            folder: Of the run.
+
+        Returns:
+            Whether there is anything to do.
+
+        Raises:
+            FileExistsError: If the folder holds a run that is not to be continued.
+            FileNotFoundError: If there is no checkpoint to continue from.
+        """
+        config = self.config_init[self.subcommand]
+        given = config.get("ckpt_path")
+        checkpoints = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint)).folder(self.trainer)
+        how = state(folder, checkpoints)
+        if how == "finished" and given == OR_NEW:
+            steps, limit = steps_made(folder), self.trainer.max_steps
+            if limit == -1 or steps >= limit:
+                print(f"Nothing to do: the run in {folder} has made all of its {steps} steps.")
+                return False
+        if given == OR_NEW:
+            config["ckpt_path"] = given = "last" if how in ("started", "finished") else None
+            fresh = how in ("failed", "begun")
+        else:
+            fresh = how == "failed" and given is None
+        if how != "new" and given is None and not fresh:
+            way = "Continue it with `--ckpt_path last`"
+            if how == "begun":
+                way = f"It has no checkpoint yet: start it anew with `--ckpt_path {OR_NEW}`"
+            raise FileExistsError(
+                f"Expected a folder without a run, but {folder} holds one. {way}, or choose another `--trainer.default_root_dir`."
+            )
+        if fresh and self.trainer.is_global_zero:
+            print(
+                f"The run in {folder} ended before {'a checkpoint' if how == 'begun' else 'its first step'}: started anew."
+            )
+            clear(folder)
+        return True
+
+    def before_fit(self) -> None:
+        """Find the checkpoint that ``--ckpt_path`` means."""
+        config = self.config_init[self.subcommand]
+        if wanted := config.get("ckpt_path"):
+            checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint))
+            found = resolve(str(wanted), checkpoint.folder(self.trainer), resume=self.subcommand == "fit")
+            config["ckpt_path"] = found
+            # Lightning notes it when it restores weights, which is behind the checks of `setup`.
+            self.trainer._checkpoint_connector._ckpt_path = found
+            if found != str(wanted):
+                print(f"{self.subcommand} from {found}")
+
+    def before_validate(self) -> None:
+        """Find the checkpoint, and say whose score it will be without one."""
+        if self.config_init[self.subcommand].get("ckpt_path") == OR_NEW:
+            raise ValueError(
+                f"Expected `--ckpt_path last` or a file for {self.subcommand}, but got {OR_NEW}, which is for fit."
+            )
+        self.before_fit()
+        if not self.config_init[self.subcommand].get("ckpt_path"):
+            model = self.model.given_model if isinstance(self.model.given_model, str) else "the model"
+            print(f"{self.subcommand} of {model} as it is, before any training: no `--ckpt_path` was given")
+
+    before_test = before_validate
+
+    def after_validate(self) -> None:
+        """Print the scores with their standard errors, and where the answers are."""
+        if self.trainer.is_global_zero and self.model.held_out is not None:
+            print(f"\n{told(self.model.held_out, self.model.eval_samples)}\nanswers: {self.model.held_out.path}")
+
+    after_test = after_validate

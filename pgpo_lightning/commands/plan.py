@@ -1,0 +1,225 @@
+"""The command ``pgpo plan``: a configuration to memory, operations and a verdict, without loading anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from pgpo_lightning.commands.building import BuildCommand
+from pgpo_lightning.core.settings import Count, Decay, Positive, check
+from pgpo_lightning.memory_planner.adapters import Adapters
+from pgpo_lightning.memory_planner.dry_run import Compute
+from pgpo_lightning.memory_planner.memory import GIB, Sharding
+from pgpo_lightning.memory_planner.parameters import configuration, skeleton
+from pgpo_lightning.memory_planner.plan import AVERAGING, Plan, Run, plan
+from pgpo_lightning.memory_planner.report import content, table
+from pgpo_lightning.memory_planner.workload import Lengths
+from pgpo_lightning.modules import HAPO, OnPolicyModule
+from pgpo_lightning.rollout.engine import TransformersEngine
+
+PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type of the weights, type of autocast
+    "32-true": (None, None),
+    "bf16-mixed": (None, torch.bfloat16),
+    "16-mixed": (None, torch.float16),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+}
+_OLD = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-true"}
+
+
+class PlanCommand(BuildCommand):
+    """Parses what `pgpo fit` parses, and adds up what it needs."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is assumed, and where the answer goes."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--memory", type=float | None, help="GiB of a device; by default of the one at hand, if any."
+        )
+        parser.add_argument("--json", type=str | None, help="A file for the answer as JSON.")
+        parser.add_argument("--shapes", type=str | None, help="A folder with the model's config.json, if not `model`.")
+        parser.add_argument(
+            "--device", type=str | None, help="cuda or cpu; by default what `trainer.accelerator` asks for."
+        )
+        for name, what in (("prompt", "student's prompt"), ("reprompt", "teacher's prompt"), ("response", "response")):
+            parser.add_argument(
+                f"--{name}_tokens", type=int | None, help=f"Mean length of a {what}; by default its limit."
+            )
+        parser.add_argument(
+            "--demonstration_tokens",
+            type=int | None,
+            help="Mean length of HAPO's demonstrations, one of which stands in every group; by default their limit.",
+        )
+        parser.add_argument("--spread", type=float, default=0.0, help="Lengths of responses: mean * (1 ± spread).")
+
+    def adapt(self, model: Any) -> None:
+        """Take a tokenizer that is always there."""
+        model.init_args.tokenizer = "toy"
+
+    def run(self) -> Run:
+        """Return what the run's need depends on.
+
+        Raises:
+            ValueError: If a setting is not understood; names the field.
+        """
+        module, trainer = self.model, self._get(self.config, "trainer")
+        options = {name: self._get(self.config, name) for name in ("memory", "shapes", "device", "spread")}
+        config = _config(module, options["shapes"])
+        module.model = skeleton(config)
+        module._check_positions()
+        module.model = None
+        device = options["device"] or ("cpu" if trainer.accelerator == "cpu" else "cuda")
+        compute = _compute(module, str(trainer.precision))
+        limits = (module.max_prompt_length, module.longest_prompt, module.max_response_length)
+        means = [self._get(self.config, f"{name}_tokens") for name in ("prompt", "reprompt", "response")]
+        lengths = [limit if mean is None else mean for mean, limit in zip(means, limits, strict=True)]
+        check("spread", options["spread"], Decay)
+        for name, length, limit in zip(("prompt", "reprompt", "response"), lengths, limits, strict=True):
+            check(f"{name}_tokens", length, Count)
+            if length > limit:
+                raise ValueError(
+                    f"Expected `{name}_tokens` to be at most the configured limit {limit}, but got {length}."
+                )
+        demonstration = _demonstration(module, self._get(self.config, "demonstration_tokens"))
+        adapters = _adapters(module, str(trainer.precision))
+        engine = module.engine
+        data = self.datamodule
+        return Run(
+            config=config,
+            compute=compute,
+            optimizer=module.make_optimizer,
+            teacher=getattr(module, "teacher_regularization", "none"),
+            lengths=Lengths(*lengths, spread=options["spread"], longest=module.max_response_length),
+            questions=data.batch_size,
+            samples=module.num_generations,
+            longest_response=module.max_response_length,
+            at_once=engine.max_sequences if isinstance(engine, TransformersEngine) else None,
+            micro_batch_tokens=module.micro_batch_tokens,
+            updates=module.updates_per_batch,
+            passes=module.num_iterations,
+            top_k=module.divergence is not None and module.divergence.partial(config.get_text_config().vocab_size),
+            independent=getattr(getattr(module, "reprompt", None), "demonstration_choice", "shared") == "independent",
+            evaluated=0 if trainer.limit_val_batches == 0 else data.eval_batch_size * module.eval_samples,
+            eval_samples=module.eval_samples,
+            nucleus=module.eval_sampling.top_p < 1,
+            sharding=_sharding(trainer, device),
+            device=device,
+            adapters=adapters,
+            offload=getattr(module, "teacher_offload", False),
+            demonstration=demonstration,
+            keep=self._get(self.config, "checkpoint").keep,
+        )
+
+
+def _demonstration(module: OnPolicyModule, tokens: int | None) -> int | None:
+    if not isinstance(module, HAPO):
+        if tokens is not None:
+            raise ValueError(
+                f"Expected no `demonstration_tokens` with {type(module).__name__}, which puts no demonstrations among its "
+                f"rollouts, but got {tokens}."
+            )
+        return None
+    limit = module.max_response_length
+    if tokens is not None and not 1 <= tokens <= limit:
+        raise ValueError(
+            f"Expected `demonstration_tokens` to lie between 1 and the configured limit {limit}, but got {tokens}."
+        )
+    return limit if tokens is None else tokens
+
+
+def _adapters(module: OnPolicyModule, precision: str) -> Adapters | None:
+    if (quantization := module.loading["quantization"]) is not None:
+        raise ValueError(f"Expected no `quantization`, whose bytes are not known here, but got {quantization}.")
+    if module.lora is None:
+        return None
+    targets = module.lora.target_modules
+    targets = [targets] if isinstance(targets, str) else targets
+    half = PRECISIONS[_OLD.get(precision, precision)][0]  # Lightning converts adapters as well
+    return Adapters(module.lora.r, tuple(targets), half or torch.float32)
+
+
+def _config(module: OnPolicyModule, shapes: str | None) -> Any:
+    given = module.given_model
+    if not isinstance(given, str):
+        return given.config
+    loading = {name: module.loading[name] for name in ("revision", "trust_remote_code")}
+    if shapes is not None and not (Path(shapes) / "config.json").exists():
+        raise ValueError(f"Expected `shapes` to be a folder with a config.json, but got {shapes}.")
+    return configuration(shapes or given, **loading)
+
+
+def _compute(module: OnPolicyModule, precision: str) -> Compute:
+    precision = _OLD.get(precision, precision)
+    if precision not in PRECISIONS:
+        raise ValueError(f"Expected `trainer.precision` to be one of {', '.join(PRECISIONS)}, but got {precision}.")
+    forced, autocast = PRECISIONS[precision]
+    student = forced or getattr(torch, module.loading["dtype"])
+    averaging = getattr(module, "teacher_regularization", "") in AVERAGING
+    return Compute(
+        student,
+        torch.float32 if averaging else student,
+        autocast,
+        module.gradient_checkpointing,
+        module.loading["attn_implementation"],
+    )
+
+
+def _sharding(trainer: Any, device: str) -> Sharding:
+    strategy = trainer.strategy
+    name = (strategy if isinstance(strategy, str) else strategy.class_path).rpartition(".")[2]
+    arguments = {} if isinstance(strategy, str) else strategy.get("init_args", {})
+    check("trainer.num_nodes", trainer.num_nodes, Count)
+    devices = _devices(trainer.devices, device) * trainer.num_nodes
+    if name in ("auto", "SingleDeviceStrategy"):
+        return Sharding(devices, "ddp" if devices > 1 else "single")
+    if name in (
+        "DDPStrategy",
+        "ddp",
+        "ddp_spawn",
+        "ddp_find_unused_parameters_true",
+        "ddp_find_unused_parameters_false",
+    ):
+        return Sharding(devices, "ddp")
+    if name == "ModelParallelStrategy":
+        tensor = arguments.get("tensor_parallel_size", "auto")
+        if tensor != 1:
+            raise ValueError(
+                f"Expected `trainer.strategy.init_args.tensor_parallel_size` to be 1, but got {tensor}: only weights are "
+                "sharded here, not the computation."
+            )
+        return Sharding(devices, "fsdp", one_file=not arguments.get("save_distributed_checkpoint", True))
+    raise ValueError(f"Expected `trainer.strategy` to be auto, ddp or ModelParallelStrategy, but got {name}.")
+
+
+def _devices(devices: Any, device: str) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    if isinstance(devices, str) and "," in devices:
+        return len(devices.split(","))
+    count = int(devices) if str(devices).isdecimal() else devices
+    check("trainer.devices", count, Count)
+    return count
+
+
+def main(args: list[str]) -> Plan:
+    """Run the command.
+
+    Args:
+        args: As for ``pgpo fit``, with ``--memory``, ``--json`` and assumed lengths.
+    """
+    transformers_logging.set_verbosity_error()
+    command = PlanCommand(args)
+    memory, path = (command._get(command.config, name) for name in ("memory", "json"))
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    check("memory", memory, Positive | None)
+    made = plan(command.run())
+    print(table(made, memory))
+    if path is not None:
+        Path(path).write_text(json.dumps(content(made, memory), indent=1) + "\n", encoding="utf-8")
+    return made

@@ -1,0 +1,139 @@
+"""What of a study is done, as the folders of its runs tell: nothing else is kept of it."""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from pgpo_lightning.checkpoints.finding import PATTERN
+from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.monitoring.configurations import configurations
+from pgpo_lightning.monitoring.run_folder import made
+from pgpo_lightning.monitoring.run_record import FILE
+from pgpo_lightning.studies.spec import Planned, Settings, leaves
+
+FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
+"""Settings that may differ from those a run was made with, beside those of `watch` and `checkpoint`."""
+
+State = Literal["new", "begun", "started", "finished"]
+
+
+def state(run: Planned) -> State:
+    """Return how far a run is: ``started`` has a checkpoint to go on from, ``begun`` has none."""
+    if (run.folder / FILE).exists():
+        return "finished"
+    if any((run.folder / "checkpoints").glob(PATTERN)):
+        return "started"
+    return "begun" if any(made(run.folder)) else "new"
+
+
+class _Parser(PGPOCommand):
+    """Reads settings as `pgpo fit` does, and stops there."""
+
+    def init_parser(self, **kwargs: Any) -> Any:
+        return super().init_parser(exit_on_error=False, **kwargs)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = parser.parse_args(args)  # Lightning's warns of arguments in `sys.argv`, which are the study's
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def expected_settings(runs: list[Planned]) -> dict[str, Settings]:
+    """Return all settings of every run, as it will write them into its folder.
+
+    Raises:
+        ValueError: If `pgpo fit` would not accept them, or a run would not leave its record where it belongs.
+    """
+    command = None
+    first: dict[tuple[str, str], tuple[Planned, Settings]] = {}
+    expected = {}
+    for run in runs:
+        if (run.condition, run.arm) not in first:
+            try:
+                command = command or _Parser(run.arguments())
+                parsed = command.parser.parse_args(run.arguments())
+            except (jsonargparse.ArgumentError, ValueError) as error:
+                raise ValueError(
+                    f"Expected {run.condition}/{run.arm} to be accepted by `pgpo fit`, but {error}"
+                ) from None
+            settings = yaml.safe_load(command.parser.dump(parsed, skip_none=False, skip_validation=True))["fit"]
+            for key in ("trainer.logger", "checkpoint.dirpath"):
+                if (value := _get(settings, key)) is not None:
+                    raise ValueError(
+                        f"Expected `{key}` to be null, so that {run.condition}/{run.arm} writes into its folder, but got {value}."
+                    )
+            first[run.condition, run.arm] = run, settings
+        # Seeds differ in what placeholders became, and parsing takes a fifth of a second.
+        model, settings = first[run.condition, run.arm]
+        before = dict(leaves(model.settings))
+        settings = copy.deepcopy(settings)
+        settings["seed_everything"] = run.seed
+        for key, value in leaves(run.settings):
+            if value != before[key]:
+                _set(settings, key, value)
+        expected[run.name] = settings
+    return expected
+
+
+def changed(run: Planned, expected: Settings) -> str | None:
+    """Return what is wrong if a run was made with other settings than are expected.
+
+    Its own ``config.yaml`` knows, and the configurations that it was resumed with. What only one of both knows is passed over: a
+    setting that a newer version added does not make old runs invalid. The record that a run read may be of another seed, and
+    in another place, than it would be today: a study can be moved, and seeds added.
+    """
+    for path in configurations(run.folder):
+        try:
+            recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            recorded = None
+        if not isinstance(recorded, dict):
+            return f"Expected {path} to have the settings of the run, but they cannot be read. Delete the folder."
+        for key, old, new in _differences(recorded, expected):
+            if key not in FREE and not key.startswith(("watch.", "checkpoint.")):
+                old, new = _comparable(old, run.seed), _comparable(new, run.seed)
+                if old != new:
+                    return (
+                        f"Expected the run in {run.folder} to be the one that is planned, but its `{key}` is {old}, and planned "
+                        f"is {new}. Choose another `folder` for the study, or delete the run's."
+                    )
+    return None
+
+
+def _differences(recorded: Settings, expected: Settings, *outer: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in [key for key in recorded if key in expected]:
+        old, new = recorded[key], expected[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, *outer, key)
+        elif old != new:
+            yield ".".join((*outer, key)), old, new
+
+
+def _comparable(value: Any, seed: int) -> Any:
+    if isinstance(value, str) and (match := re.fullmatch(r"(?:.*/)?([^/]+/[^/]+)/seed=(\d+)(/.*)?", value)):
+        return f"{match[1]} with {'the same' if int(match[2]) == seed else 'another'} seed"
+    return value
+
+
+def _get(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def _set(settings: Settings, key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for part in outer:
+        settings = settings.setdefault(part, {})
+    settings[last] = value

@@ -1,0 +1,49 @@
+"""Which questions were asked: hashes that tell equal questions from others of equal number."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it brings torch along, which reading records of runs does without
+    from pgpo_lightning.core.types import Question
+
+
+def question_sha256(question: "Question") -> str:
+    """Return what identifies a question: a hash of its messages, system message included, and its gold answer."""
+    text = json.dumps([question.messages(), question.answer], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def joint_sha256(hashes: Iterable[str]) -> str:
+    """Return what identifies several questions in their order, from the hashes of each.
+
+    Example:
+        >>> joint_sha256(["a", "b"]) == joint_sha256(["b", "a"])
+        False
+    """
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def training_sha256(questions: "Iterable[Question]") -> str:
+    """Return what identifies training questions in their order: what model, verifier and teacher see of them, not where they lay.
+
+    Args:
+        questions: Of the training split.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> from pgpo_lightning.core.types import Question
+        >>> one, moved = Question("1+1", "2", source="a.jsonl:1"), Question("1+1", "2", source="b.jsonl:7")
+        >>> told = Question("1+1", "2", privileged_context="It is two.")
+        >>> training_sha256([one]) == training_sha256([moved]) != training_sha256([told])
+        True
+    """
+    return joint_sha256(question_sha256(question) + _beside(question) for question in questions)
+
+
+def _beside(question: "Question") -> str:
+    text = json.dumps([question.privileged_context, question.columns], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

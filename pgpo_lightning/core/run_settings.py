@@ -1,0 +1,203 @@
+"""What a run was set to, as plain data in its checkpoints, and which of it a resumed run may change.
+
+A setting that is not named here must not change: what is added to a class later is so until somebody says otherwise.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from enum import Enum
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+Plain = Any
+"""None, a number, a text, or lists and dictionaries of these: what `torch.load` reads without running code."""
+
+MAY_CHANGE = {
+    "model": {
+        # how a step is computed, not which
+        "micro_batch_tokens", "gradient_checkpointing", "attn_implementation", "engine", "teacher_offload",
+        # when a run is stopped, and how far a step goes
+        "max_grad_norm", "max_sampler_gap", "max_skipped_steps", "on_verifier_error",
+        "eval_samples", "eval_temperature", "eval_top_p",
+        "trust_remote_code",
+    },
+    "data": {"eval_batch_size", "limit_val"},
+    "multiplier": set(),
+    "trainer": set(),
+}  # fmt: skip
+"""What takes effect when a run is resumed with another value; for the rest see
+:mod:`pgpo_lightning.training.resumed_optimizer`."""
+
+SEEN_BY_EFFECT = {
+    # The weights are those of the checkpoint; a base that is not in it, and adapters, are compared by fingerprints. A seed that
+    # is left open is the one of the checkpoint.
+    "model": {"model", "revision", "optimizer", "scheduler", "lora", "quantization", "seed"},
+    # `data.questions` is the hash of the training questions; the size of a batch is compared over all devices.
+    "data": {
+        "batch_size", "limit_train", "train", "validation", "test", "dataset", "dataset_config", "train_split",
+        "validation_split", "test_split", "prompt_column", "answer_column", "system_column", "privileged_context_column",
+        "prompt_suffix", "path", "domain", "domains", "hard", "seed",
+    },
+    "multiplier": {"run"},  # its record is in the multiplier's own state
+    "trainer": set(),
+}  # fmt: skip
+"""What is compared otherwise than by its name and value."""
+
+_ALIASES = {"alpha": ("divergence_alpha", "sensitivity")}
+
+
+class Remembers:
+    """Keeps the arguments that an object is constructed with."""
+
+    may_change_on_resume: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of a class of one's own that take effect when a run is resumed with another value."""
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments before anything is made of them."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", (args, kwargs))
+        return self
+
+
+def settings(thing: Any) -> dict[str, Plain]:
+    """Return what an object was constructed with, defaults included, as plain data.
+
+    Args:
+        thing: Of a class that :class:`Remembers`. What was left open is described as the object settled it, under the same name.
+    """
+    args, kwargs = thing._given
+    names: dict[str, Any] = {}
+    places: list[str] = []
+    for cls in type(thing).__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                names.setdefault(parameter.name, parameter.default)
+        places = places or [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    given = names | dict(zip(places, args, strict=False)) | kwargs
+    found: dict[str, Plain] = {"class": _name(type(thing))}
+    for name, value in given.items():
+        if any(other in given for other in _ALIASES.get(name, ())):
+            continue
+        found[name] = describe(getattr(thing, name, None) if value is None else value)
+    return found
+
+
+def describe(value: Any) -> Plain:
+    """Return any value as plain data. Of an object it is the class, and the arguments that it keeps under their names."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Path, torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): describe(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, partial):
+        return {"class": describe(value.func), "arguments": describe(value.args), **describe(value.keywords)}
+    if isinstance(value, type) or inspect.isroutine(value):
+        return _name(value)
+    if dataclasses.is_dataclass(value):
+        kept = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return {"class": _name(type(value)), **kept}
+    if isinstance(value, Remembers):
+        return settings(value)
+    if isinstance(value, (nn.Module, PreTrainedTokenizerBase)):
+        return {"class": _name(type(value))}
+    try:
+        names = [name for name in inspect.signature(type(value).__init__).parameters if name in vars(value)]
+    except (TypeError, ValueError):
+        names = []
+    return {"class": _name(type(value)), **{name: describe(getattr(value, name)) for name in names}}
+
+
+def _name(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of what a tokenizer makes of texts and conversations: its vocabulary and its chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return sha256(repr((vocabulary, tokenizer.chat_template, tokenizer.eos_token_id)).encode()).hexdigest()
+
+
+def changes(before: dict[str, Plain], now: dict[str, Plain]) -> Iterator[tuple[str, str, Plain, Plain]]:
+    """Yield what differs between two runs' settings: part, name, old and new value.
+
+    What only one of both knows has been added or taken away by another version, and is passed over; but for arguments of another
+    class, whose name differs then.
+    """
+    for part in before.keys() & now.keys():
+        old, new = before[part], now[part]
+        if old is None or new is None or old["class"] != new["class"]:
+            if old != new:
+                yield part, "", _class(old), _class(new)
+            continue
+        for name in old.keys() & new.keys():
+            if (
+                name not in SEEN_BY_EFFECT.get(part, ())
+                and repr(old[name]) != repr(new[name])
+                and old[name] != new[name]
+            ):
+                yield part, name, old[name], new[name]
+
+
+def _class(part: Plain) -> Plain:
+    return None if part is None else part["class"]
+
+
+def check_settings(
+    before: dict[str, Plain], now: dict[str, Plain], free: dict[str, frozenset[str]], where: str
+) -> list[str]:
+    """Compare the settings of a resumed run with those of its checkpoint.
+
+    Args:
+        before: The checkpoint's.
+        now: This run's.
+        free: For each part, what its class allows beyond :data:`MAY_CHANGE`.
+        where: The checkpoint.
+
+    Returns:
+        What may change and did, each as text.
+
+    Raises:
+        MisconfigurationException: If anything else did; names all of it with both values.
+    """
+    allowed, refused = [], []
+    for part, name, old, new in sorted(changes(before, now), key=lambda change: change[:2]):
+        told = f"`{part}.{name}` is {new!r} and was {old!r}" if name else f"`{part}` is {new} and was {old}"
+        may = name in MAY_CHANGE.get(part, ()) or name in free.get(part, ())
+        (allowed if may else refused).append(_short(told))
+    if refused:
+        raise MisconfigurationException(
+            f"Expected the settings of the run that {where} belongs to, but {', '.join(refused)}. Go on with the former ones, or "
+            f"start a new run from the weights: `pgpo export {where} FOLDER`, then `--model.model FOLDER`."
+        )
+    return allowed
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:300]} ... {text[-80:]}"

@@ -1,0 +1,1 @@
+"""Exchanges between ranks, sharded weights (FSDP2), and signals that end a run."""

@@ -1,0 +1,1 @@
+"""Divergences, policy gradients, information and token weights: pure functions of tensors."""

@@ -1,0 +1,200 @@
+"""One row of statistics per sequence in the loss, and the information estimators on them.
+
+This is the seam between modules and callbacks: a module fills :class:`StepStatistics` before the optimizer steps, a
+multiplier reads it and returns a number.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgpo_lightning.losses.fused import TokenStatistics
+
+Estimator = Literal["entropy-difference", "kl", "log-ratio"]
+Aggregation = Literal["sequence-mean", "token-mean", "sequence-sum"]
+
+
+@dataclass
+class StepStatistics:
+    """What one optimizer step saw: one row per sequence in the loss, all tensors of shape ``(sequences,)``, fp32.
+
+    Values per token are means over the response tokens of the sequence, so ``value * length`` is their sum. Teacher values
+    are NaN for objectives without a teacher.
+
+    Attributes:
+        entropy_student: H of the student's next-token distribution (nats).
+        entropy_teacher: H of the teacher's (nats).
+        kl: KL(teacher||student) (nats).
+        log_ratio: log T(y) - log S(y) of the sampled tokens (nats).
+        sampler_log_ratio: log S(y) - log sampler(y) of the sampled tokens (nats): 0 if trainer and sampler agree.
+        sampler_gap: |log S(y) - log sampler(y)| of the sampled tokens (nats), which does not cancel within a sequence.
+        loss: The objective's loss before importance weights.
+        divergence: Between student and teacher (nats), whatever the objective makes of it.
+        weight: The importance weight.
+        length: Response tokens.
+        reward: The verifier's score.
+        has_teacher: 1 if a teacher context exists.
+        question: Number of the question (exact below 2^24): rollouts of one question are alike, which the errors have to know.
+    """
+
+    entropy_student: Tensor
+    entropy_teacher: Tensor
+    kl: Tensor
+    log_ratio: Tensor
+    sampler_log_ratio: Tensor
+    sampler_gap: Tensor
+    loss: Tensor
+    divergence: Tensor
+    weight: Tensor
+    length: Tensor
+    reward: Tensor
+    has_teacher: Tensor
+    question: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return self.length.numel()
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: TokenStatistics,
+        loss: Tensor,
+        sampler_log_p: Tensor,
+        weight: Tensor,
+        lengths: Tensor,
+        rewards: Tensor,
+        questions: Tensor,
+        has_teacher: bool,
+    ) -> "StepStatistics":
+        """Average per-token values over each sequence.
+
+        Args:
+            tokens: Values of shape ``(N,)``, the sequences one after the other.
+            loss: The objective, shape ``(N,)``.
+            sampler_log_p: Log-probabilities under the sampler, shape ``(N,)``.
+            weight: Importance weights, shape ``(N,)``.
+            lengths: Tokens of each sequence, shape ``(sequences,)``; they sum to N.
+            rewards: Scores, shape ``(sequences,)``.
+            questions: Numbers of their questions, shape ``(sequences,)``.
+            has_teacher: Whether a teacher was run over these sequences.
+        """
+        order = torch.arange(len(lengths), device=lengths.device)
+        sequence = order.repeat_interleave(lengths, output_size=weight.numel())  # known, so no wait for the device
+
+        def mean(values: Tensor) -> Tensor:
+            total = torch.zeros(len(lengths), dtype=torch.float32, device=values.device)
+            return total.index_add(0, sequence, values.detach().float()) / lengths
+
+        return cls(
+            entropy_student=mean(tokens.entropy_student),
+            entropy_teacher=mean(tokens.entropy_teacher),
+            kl=mean(tokens.kl),
+            log_ratio=mean(tokens.log_p_teacher - tokens.log_p_student),
+            sampler_log_ratio=mean(tokens.log_p_student - sampler_log_p),
+            sampler_gap=mean((tokens.log_p_student - sampler_log_p).abs()),
+            loss=mean(loss),
+            divergence=mean(tokens.plain),
+            weight=mean(weight),
+            length=lengths.float(),
+            reward=rewards.float(),
+            has_teacher=torch.full_like(lengths, has_teacher, dtype=torch.float32),
+            question=questions.float(),
+        )
+
+    @classmethod
+    def empty(cls) -> "StepStatistics":
+        """Return statistics of no sequence at all."""
+        return cls(*(torch.zeros(0, dtype=torch.float32) for _ in fields(cls)))
+
+    @classmethod
+    def concatenate(cls, parts: list["StepStatistics"]) -> "StepStatistics":
+        """Join the statistics of several micro-batches."""
+        return (
+            cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls))) if parts else cls.empty()
+        )
+
+    def table(self) -> Tensor:
+        """Return everything as one tensor of shape ``(sequences, fields)``, for gathering over ranks."""
+        return torch.stack([getattr(self, f.name) for f in fields(self)], dim=1)
+
+    @classmethod
+    def from_table(cls, table: Tensor) -> "StepStatistics":
+        """Undo :meth:`table`."""
+        return cls(*table.unbind(1))
+
+
+class Information(NamedTuple):
+    """The information estimate of a step and its standard error, in nats."""
+
+    value: float
+    standard_error: float
+
+
+def information(
+    statistics: StepStatistics,
+    estimator: Estimator = "entropy-difference",
+    aggregation: Aggregation = "sequence-mean",
+) -> Information:
+    r"""Estimate how much the feedback tells the teacher: I_k of PGPO (arXiv 2606.03620, Eq. 8).
+
+    Estimators, per token:
+
+    - ``entropy-difference``: H(student) - H(teacher), the paper's Eq. 8. Negative where the feedback makes the teacher
+      less certain.
+    - ``kl``: KL(teacher||student). Never negative; its mean over feedback is the mutual information exactly when the
+      student is the teacher's marginal over the feedback.
+    - ``log-ratio``: log T(y) - log S(y) of the sampled tokens. Costs no full distribution; its mean under the student is
+      -KL(S||T), so it is negative on the student's own samples, and noisy.
+
+    Args:
+        statistics: The rows of one step. Only those with a teacher count.
+        estimator: Which of the three.
+        aggregation: ``sequence-mean``: mean over each sequence's tokens, then over sequences; ``token-mean``: mean over all
+            tokens; ``sequence-sum``: sum over each sequence's tokens, mean over sequences.
+
+    Returns:
+        The estimate and its standard error over questions (NaN for fewer than two). ``(0, nan)`` if no row has a teacher:
+        without feedback there is no information. Siblings answer one question and read one demonstration; taking them for
+        independent would make the error too small, by half on the toy (``docs/theory.md``).
+
+    Example:
+        >>> rows = StepStatistics.empty()
+        >>> information(rows).value
+        0.0
+    """
+    counted = statistics.has_teacher.bool()
+    values = {
+        "entropy-difference": statistics.entropy_student - statistics.entropy_teacher,
+        "kl": statistics.kl,
+        "log-ratio": statistics.log_ratio,
+    }[estimator][counted].double()
+    length = statistics.length[counted].double()
+    n = values.numel()
+    if n == 0:
+        return Information(0.0, math.nan)
+    if aggregation == "token-mean":
+        # A ratio of two means over sequences; its error is that of the residuals about the ratio.
+        value = (values * length).sum() / length.sum()
+        residuals = (values - value) * length / length.mean()
+    else:
+        values = values * length if aggregation == "sequence-sum" else values
+        value = values.mean()
+        residuals = values - value
+    return Information(value.item(), clustered_error(residuals, statistics.question[counted]))
+
+
+def clustered_error(residuals: Tensor, question: Tensor) -> float:
+    """Return the standard error of a mean over rollouts, clustered by question; NaN for fewer than two questions.
+
+    Args:
+        residuals: Of each rollout about the mean, shape ``(n,)``, fp64.
+        question: Number of each rollout's question, shape ``(n,)``.
+    """
+    asked, of = question.unique(return_inverse=True)
+    groups = asked.numel()
+    sums = residuals.new_zeros(groups).index_add(0, of, residuals)
+    return (sums.square().sum() * groups / (groups - 1)).sqrt().item() / residuals.numel() if groups > 1 else math.nan

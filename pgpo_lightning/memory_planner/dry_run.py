@@ -1,0 +1,268 @@
+"""The package's own forward and backward passes on tensors without data: what they hold at their highest, layer by layer.
+
+Nothing of a transformer's activations is written down here as a formula: models, precisions, checkpointing and layouts differ
+too much for that. The decoder runs with two and with three layers at the real widths and lengths, as fake tensors that have
+shapes and types but no data, and :class:`~pgpo_lightning.memory_planner.counter.LiveBytes` counts what is alive between
+named points.
+All layers are equal, so each of these peaks is a straight line in the number of layers (the peaks inside of the stack, which are
+not, lie between those at its two ends), and two points give the line.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from pgpo_lightning.memory_planner.counter import LiveBytes
+from pgpo_lightning.memory_planner.parameters import with_layers
+from pgpo_lightning.memory_planner.workload import Packed
+from pgpo_lightning.models.decoding import Cached
+from pgpo_lightning.models.loading import decoder, recompute_activations
+
+Peaks = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the models compute.
+
+    Args:
+        student: Type of the student's weights.
+        teacher: Type of the teacher's.
+        autocast: Type that matrix products are cast to, if any.
+        checkpointing: Whether activations are recomputed.
+        attention: As `attn_implementation`.
+        adapt: Turns a student into what is trained of it (frozen weights, adapters); by default all of it is trained.
+    """
+
+    student: torch.dtype = torch.float32
+    teacher: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+    attention: str | None = None
+    adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """The type of the operands of matrix products."""
+        return self.autocast or self.student
+
+
+def along_layers(run: Callable[[PretrainedConfig], Peaks], config: PretrainedConfig) -> Peaks:
+    """Return what `run` would give for all layers, from two and three of them."""
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= 3:
+        return run(config)
+    two, three = run(with_layers(config, 2)), run(with_layers(config, 3))
+    return {name: two[name] + (layers - 2) * (three[name] - two[name]) for name in two}
+
+
+def update_peaks(
+    config: PretrainedConfig,
+    compute: Compute,
+    student: Packed,
+    teachers: list[tuple[str, Packed]],
+    loss: int,
+    accumulating: bool,
+) -> Peaks:
+    """Return bytes above weights and existing gradients at the highest of every part of one micro-batch.
+
+    Args:
+        config: Of the model, with few layers; see :func:`along_layers`.
+        compute: How.
+        student: The rows as the student sees them.
+        teachers: The models that make up the teacher, ``own`` (weights of its own) or ``student``, with the rows as they see
+            them.
+        loss: Bytes that the loss takes beside the hidden states it is given, until it has its gradients.
+        accumulating: Whether gradients of an earlier micro-batch exist. They are not counted then; otherwise those that the
+            backward pass makes are.
+
+    Returns:
+        Bytes by name: `activations` held when the student's forward pass is over, `hidden` of student and teacher for the
+        loss, and the peaks `student forward`, `teacher forward`, `loss` and several of `backward`.
+    """
+    with _fake(compute) as (counter, fake):
+        model = _model(config, compute.student, compute)
+        if accumulating:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+        own = _model(config, compute.teacher, dataclasses.replace(compute, checkpointing=False, adapt=None)).eval()
+        packed = fake(student)
+        packed_for_teachers = [(own if whose == "own" else model, fake(rows)) for whose, rows in teachers]
+        marks = _Marks(model, counter)
+        with counter, _autocast(compute):
+            marks.watch = "student forward"
+            hidden = packed.hidden_states(decoder(model), model.config)
+            marks.cut()
+            peaks = {"activations": counter.live}
+            marks.watch = "teacher forward"
+            with torch.no_grad():
+                theirs = [rows.hidden_states(decoder(which), which.config) for which, rows in packed_for_teachers]
+            marks.cut()
+            marks.watch = "backward"
+            peaks["hidden"] = hidden.nbytes + sum(tensor.nbytes for tensor in theirs)
+            peaks["loss"] = counter.live + loss
+            loss = _Gradients.apply(hidden, model.get_output_embeddings().weight)
+            del hidden, theirs
+            counter.restart()  # what the loss took on the way is in `loss`
+        with counter:
+            loss.backward()
+        marks.cut()
+    return peaks | marks.peaks
+
+
+def prefill_peaks(
+    config: PretrainedConfig, compute: Compute, prompts: list[int], samples: int, new_tokens: int
+) -> Peaks:
+    """Return bytes above the weights while prompts are run, and what is left: `prefill`, `cache`, `cache bytes` and `logits`.
+
+    Args:
+        config: Of the model, with few layers.
+        compute: How.
+        prompts: Lengths of the prompts.
+        samples: Responses to each.
+        new_tokens: Most tokens of a response.
+    """
+    with _fake(compute) as (counter, _):
+        model = _model(config, compute.student, compute).eval()
+        with counter, _autocast(compute), torch.no_grad():
+            decoding = Cached(model, [[0] * n for n in prompts], samples, new_tokens)
+        cache, logits = decoding.cache, decoding.logits
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        kind = cache.layers[0].keys
+        return {
+            "prefill": counter.peak,
+            "cache": held,
+            "cache bytes": kind.element_size() * len(cache.layers),
+            "logits": logits.nbytes,
+        }
+
+
+def decode_peaks(config: PretrainedConfig, compute: Compute, rows: int, length: int, padded: bool) -> Peaks:
+    """Return bytes above weights and cache in the forward pass of one new token per response: `decode`.
+
+    Args:
+        config: Of the model, with few layers.
+        compute: How.
+        rows: Responses.
+        length: Tokens of prompt and response so far, the new one included.
+        padded: Whether prompts have different lengths, which takes a mask.
+    """
+    with _fake(compute) as (counter, _):
+        model = _model(config, compute.student, compute).eval()
+        ids, positions = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64)
+        mask = torch.ones(rows, length, dtype=torch.int64) if padded else None
+        cache = DynamicCache(config=model.config)
+        cache.layers = [_Held() for _ in cache.layers]
+        with _autocast(compute), torch.no_grad():
+            # What type keys and values have is the model's business: let it fill the cache with one token.
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            for layer in cache.layers:
+                layer.hold(rows, length)
+            with counter:
+                model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        return {"decode": counter.peak}
+
+
+class _Held(DynamicLayer):
+    """Keys and values that are there already."""
+
+    held: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, rows: int, length: int) -> None:
+        parts = [part.new_empty(rows, part.size(1), length, part.size(3)) for part in (self.keys, self.values)]
+        self.held = (parts[0], parts[1])
+        self.keys, self.values = (part[:, :, :-1] for part in self.held)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.held or super().update(key_states, value_states, *args, **kwargs)
+
+
+class _Gradients(torch.autograd.Function):
+    """In place of the loss: its two gradients in fp32, handed on as the loss hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor) -> Tensor:
+        wanted = zip((hidden, head), ctx.needs_input_grad, strict=True)
+        ctx.gradients = [torch.empty(t.shape, dtype=torch.float32) if needed else None for t, needed in wanted]
+        ctx.dtypes = (hidden.dtype, head.dtype)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        given = zip(ctx.gradients, ctx.dtypes, strict=True)
+        gradients = [gradient if gradient is None else gradient.mul_(upstream).to(dtype) for gradient, dtype in given]
+        ctx.gradients = None
+        return tuple(gradients)
+
+
+class _Marks:
+    """Cuts a run where the first and the last layer begin and end, and keeps the peak of every piece."""
+
+    def __init__(self, model: nn.Module, counter: LiveBytes) -> None:
+        self.counter, self.watch = counter, ""
+        self.peaks: Peaks = {}
+        layers = decoder(model).layers
+        layers[-1].register_forward_pre_hook(lambda *_: self.cut() if self.watch != "backward" else None)
+        for layer in (layers[0], layers[-1]):
+            layer.register_forward_hook(self._follow)
+
+    def cut(self) -> None:
+        """End a piece."""
+        name = f"{self.watch} {sum(name.startswith(self.watch) for name in self.peaks)}"
+        self.peaks[name] = self.counter.restart()
+
+    def _follow(self, _: nn.Module, __: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if self.watch == "student forward" and output.requires_grad:
+            output.register_hook(lambda _: self.cut())
+
+
+def _model(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> PreTrainedModel:
+    # Kernels that need a package or a GPU hold what sdpa does: the output and one number per query and head.
+    attention = compute.attention if compute.attention in (None, "eager", "sdpa") else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    if compute.adapt is not None:
+        model = compute.adapt(model)
+    if compute.checkpointing:
+        recompute_activations(model)
+    return model.train()
+
+
+def _autocast(compute: Compute) -> Any:
+    # Without a cache of cast weights, as Lightning does it: each product casts its own.
+    return torch.autocast("cpu", compute.autocast or torch.bfloat16, compute.autocast is not None, cache_enabled=False)
+
+
+@contextmanager
+def _fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Packed]]]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(packed: Packed) -> Packed:
+        fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+        return dataclasses.replace(
+            packed, **{name: mode.from_tensor(t) for name, t in fields.items() if isinstance(t, Tensor)}
+        )
+
+    with warnings.catch_warnings(), ExitStack() as stack:
+        # Several sequences in one row, told by their positions: never here, but without data transformers cannot know that.
+        stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
+        stack.enter_context(mode)
+        yield LiveBytes(), fake

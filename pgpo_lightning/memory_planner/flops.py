@@ -1,0 +1,79 @@
+"""Operations of a step by phase; a multiplication with an addition counts as two."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from pgpo_lightning.memory_planner.parameters import Count
+from pgpo_lightning.memory_planner.workload import Layout
+
+
+@dataclass(frozen=True)
+class Width:
+    """What the operations of a forward pass depend on.
+
+    Attributes:
+        matrices: Parameters of the layers' matrices.
+        attention: Layers times heads times their width.
+        head: Parameters of the head, V D.
+    """
+
+    matrices: int
+    attention: int
+    head: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, count: Count) -> "Width":
+        """Read it off a configuration."""
+        text = config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(count.matrices, count.layers * text.num_attention_heads * width, count.head)
+
+
+def forward(width: Width, layout: Layout) -> int:
+    """Return the operations of the layers in one forward pass.
+
+    Each padded token is multiplied with every matrix: 2 per parameter. Each pair of query and key takes 2 per number of
+    a head for the product and 2 for the sum of values; pairs that a causal kernel skips are counted, as
+    ``torch.utils.flop_counter`` does, so a good kernel does up to half of it less.
+    """
+    return 2 * width.matrices * layout.padded + 4 * width.attention * layout.pairs
+
+
+def backward(width: Width, layout: Layout, checkpointing: bool, trainable: float = 1.0) -> int:
+    """Return the operations of a backward pass through the layers.
+
+    Twice the products of the forward pass: by inputs, and by weights as far as those are trained. Attention computes its
+    scores again: five products where the forward pass has two. With checkpointing the forward pass comes once more.
+
+    Args:
+        width: Of the model.
+        layout: Of the forward pass.
+        checkpointing: Whether activations are recomputed.
+        trainable: Share of the matrices' parameters that are trained.
+    """
+    products = 2 * width.matrices * layout.padded * (1 + trainable)
+    again = forward(width, layout) if checkpointing else 0
+    return round(products + 10 * width.attention * layout.pairs + again)
+
+
+def loss(width: Width, tokens: int, teachers: int, trains_head: bool = True) -> int:
+    """Return the operations of the loss: a product with every head, and two for the gradients."""
+    return 2 * width.head * tokens * (1 + teachers + 1 + trains_head)
+
+
+def prefill(width: Width, prompts: list[int]) -> int:
+    """Return the operations of running prompts once, padded to the longest, with logits of their last tokens."""
+    layout = Layout(len(prompts), max(prompts), 0, 0, 0)
+    return forward(width, layout) + 2 * width.head * len(prompts)
+
+
+def decoding(width: Width, prompts: list[int], lengths: list[int]) -> int:
+    """Return the operations of decoding all tokens but the first of every response.
+
+    Responses that have ended are taken as gone at once; in truth they stay until a quarter of the batch has ended.
+    """
+    longest = max(prompts)
+    products = 2 * (width.matrices + width.head) * sum(n - 1 for n in lengths)
+    pairs = sum(sum(range(longest + 1, longest + n)) for n in lengths)
+    return products + 4 * width.attention * pairs

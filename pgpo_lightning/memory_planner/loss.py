@@ -1,0 +1,66 @@
+"""Bytes of the loss: a formula for :mod:`pgpo_lightning.losses.fused`, for whose many blocks a dry run would take minutes."""
+
+import torch
+
+from pgpo_lightning.losses.fused import _BLOCK_BYTES, _CHUNK_ROWS, _CPU_CHUNK_ROWS
+from pgpo_lightning.losses.fused_backward import BUFFERS
+from pgpo_lightning.memory_planner.dry_run import Compute
+
+WIDE = 4  # bytes: results of products, statistics and gradients are fp32
+
+
+def loss_bytes(
+    tokens: int,
+    hidden: int,
+    vocabulary: int,
+    compute: Compute,
+    device: str,
+    teachers: int,
+    trains_head: bool,
+    top_k: bool,
+) -> int:
+    """Return what :func:`~pgpo_lightning.losses.fused.linear_distillation` holds at its highest beside what it is given.
+
+    With N tokens, D, V, and chunks of c = min(N, 1024) tokens (256 on a CPU):
+
+    - gradients: 4 N D of hidden states, 4 V D of the head where that is trained;
+    - a chunk's logits: 4 c V for the student and 4 c V for all teachers together (one more while a second one is added);
+    - the gradient in the logits: on a GPU 2 c V in bf16 beside them (4 c V in fp32); on a CPU it takes the student's place in
+      fp32 and is rounded through 2 c V into 4 c V more in 16 bits;
+    - operands: a GPU multiplies 16-bit matrices as they are, so only heads of another type are copied, 2 V D each. A CPU takes
+      them widened, 4 V D each, if anything is in 16 bits;
+    - a CPU works through six buffers of one block of rows; on a GPU torch.compile fuses the elementwise work. Top-k is not
+      fused: four more tensors of c V there (an estimate, not yet seen on a GPU).
+
+    Args:
+        tokens: N, with a loss, of one micro-batch.
+        hidden: D.
+        vocabulary: V.
+        compute: Types of both models and of autocast.
+        device: cuda or cpu.
+        teachers: Models that make up the teacher.
+        trains_head: Whether the head gets a gradient.
+        top_k: Whether the divergence is over the likeliest tokens only, or has bounded entries.
+    """
+    block = max(1, _BLOCK_BYTES[device] // (WIDE * vocabulary))
+    chunk = min(tokens, max(_CPU_CHUNK_ROWS, block) if device == "cpu" else _CHUNK_ROWS)
+    narrow = 2 if compute.narrow in (torch.bfloat16, torch.float16) else 4
+    native = device == "cuda" and narrow == 2
+    kept = WIDE * (tokens * hidden + trains_head * vocabulary * hidden + 6 * tokens)
+    heads = [compute.student] + [compute.teacher] * min(teachers, 1) + [compute.student] * (teachers - 1)
+    operands = sum(_operand(dtype, compute.narrow, native) for dtype in heads) * vocabulary * hidden
+    logits = WIDE * chunk * vocabulary * (1 + min(teachers, 2))
+    if native:
+        logits = max(logits, WIDE * chunk * vocabulary * (1 + (teachers > 0)) + narrow * chunk * vocabulary)
+    elif narrow == 2:  # rounded, then widened beside what was rounded
+        logits = max(logits, WIDE * chunk * vocabulary * (1 + (teachers > 0)) + (2 + WIDE) * chunk * vocabulary)
+    rows = chunk * hidden * (narrow if native else 2 * WIDE)  # a chunk's hidden states, and their gradient on its way
+    work = 0 if device == "cuda" else BUFFERS * min(block, chunk) * vocabulary * WIDE
+    work += 4 * WIDE * vocabulary * (chunk if device == "cuda" else min(block, chunk)) * top_k
+    return kept + operands + logits + rows + work
+
+
+def _operand(dtype: torch.dtype, narrow: torch.dtype, native: bool) -> int:
+    if native:
+        return 0 if dtype == narrow else 2
+    return 0 if dtype == narrow == torch.float32 else WIDE

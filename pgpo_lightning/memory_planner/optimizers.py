@@ -1,0 +1,132 @@
+"""Bytes of an optimizer's state: read off the very class, stepped on a few small tensors."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgpo_lightning.memory_planner.counter import LiveBytes
+
+_SMALL = 2**16  # parameters of this size and below are measured as they are
+
+
+@dataclass(frozen=True)
+class OptimizerNeed:
+    """What an optimizer takes beside weights and gradients.
+
+    Attributes:
+        name: Of its class.
+        state: Bytes of its state for all parameters.
+        per_parameter: The same over the number of parameters.
+        passing: Bytes that exist only during a step.
+        paged: Whether the state lies in memory that the driver moves to the host when the device is full.
+    """
+
+    name: str
+    state: int
+    per_parameter: float
+    passing: int
+    paged: bool
+
+
+def optimizer_need(
+    make: Callable[[Any], torch.optim.Optimizer], shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: str
+) -> OptimizerNeed:
+    """Build and step the optimizer on small tensors, and scale up what its state takes.
+
+    Parameters of at most 65,536 elements are measured in their own size, because 8-bit optimizers keep small ones in 32 bits;
+    larger ones as a matrix of that many elements with the same number of dimensions, in proportion. On a GPU torch's own
+    optimizers work on all parameters at once unless told otherwise (`foreach`), with temporary tensors of the size of all of
+    them; this is measured too.
+
+    Args:
+        make: From parameters to the optimizer.
+        shapes: Of all trainable parameters.
+        dtype: Of the parameters and gradients.
+        device: cuda or cpu, where the run is going to be.
+
+    Raises:
+        ValueError: If the class fails on small tensors on a CPU.
+    """
+    counted = Counter(shapes)
+    stand_ins = {shape: _stand_in(shape) for shape in counted}
+    state = 0.0
+    name, paged, at_once = "", False, False
+    passing: dict[tuple[int, ...], float] = {}
+    for shape in dict.fromkeys(stand_ins.values()):
+        name, paged, at_once, bytes_, temporary = _measure(make, shape, dtype, device)
+        passing[shape] = temporary
+        state += sum(
+            bytes_ * torch.Size(real).numel() / torch.Size(shape).numel() * times
+            for real, times in counted.items()
+            if stand_ins[real] == shape
+        )
+    needs = [
+        passing[stand_ins[s]] * torch.Size(s).numel() / torch.Size(stand_ins[s]).numel() for s in counted.elements()
+    ]
+    total = sum(torch.Size(shape).numel() for shape in counted.elements())
+    temporary = (sum if at_once else max)(needs)
+    return OptimizerNeed(name, round(state), state / total, round(temporary), paged)
+
+
+def _stand_in(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if torch.Size(shape).numel() <= _SMALL:
+        return shape
+    return (
+        (1024, 1024) if len(shape) == 2 else (1024**2,) + (1,) * (len(shape) - 1)
+    )  # tables that all share vanish in it
+
+
+def _measure(
+    make: Callable[[Any], torch.optim.Optimizer], shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> tuple[str, bool, bool, int, int]:
+    parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+    try:
+        optimizer = make([parameter])
+        name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
+        at_once = _whole_list(optimizer, device)
+        # Compiled steps (torchao) would take a minute for nothing; paged ones warn that a CPU has no pages.
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+            warnings.simplefilter("ignore")
+            for group in optimizer.param_groups:
+                if at_once:
+                    group["foreach"] = True
+            for _ in range(2):  # the first makes the state
+                parameter.grad = torch.zeros_like(parameter)
+                with LiveBytes() as counter:
+                    optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"Expected `optimizer` to take a step on a small tensor on a CPU, by which its memory is measured, but got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return name, bool(getattr(optimizer, "is_paged", False)), at_once, state_bytes(optimizer), counter.peak
+
+
+def _whole_list(optimizer: torch.optim.Optimizer, device: str) -> bool:
+    group = optimizer.param_groups[0]
+    if "foreach" not in group or group.get("fused"):
+        return False
+    return group["foreach"] or (group["foreach"] is None and device == "cuda")
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all tensors in an optimizer's state; those that parameters share count once."""
+    storages = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            for tensor in _inside(value):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _inside(value: Any) -> list[Tensor]:
+    if not isinstance(value, Tensor):
+        return []
+    if hasattr(value, "__tensor_flatten__"):  # quantised state, such as torchao's, and shards
+        return [inner for name in value.__tensor_flatten__()[0] for inner in _inside(getattr(value, name))]
+    return [value]

@@ -1,0 +1,104 @@
+"""A model's configuration and parameters, counted without weights."""
+
+import copy
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from pgpo_lightning.models.loading import decoder, resolve_model
+
+SHAPES = Path(str(files("pgpo_lightning") / "assets" / "models"))
+
+
+def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return a model's configuration; for the models whose config.json comes with this package, without a look at the Hub.
+
+    Args:
+        name: A folder with at least a config.json, a Hub id, or ``toy``.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+    shipped = SHAPES / name.lower().rpartition("/")[2]
+    own = name.lower().startswith("qwen/") and not Path(name).exists() and (shipped / "config.json").exists()
+    return AutoConfig.from_pretrained(
+        str(shipped) if own else resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
+    """Return the same configuration with its first `count` layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return config
+
+
+def skeleton(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> PreTrainedModel:
+    """Return the model without data, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many parameters a model has, and where.
+
+    Attributes:
+        shapes: Of every parameter that is stored; a tied head is stored once.
+        total: All of them.
+        matrices: Those of the layers that every token is multiplied with: each costs two operations per token.
+        layer: Those of the largest layer.
+        root: Those outside of the layers: embeddings, head, last norm.
+        head: Those of the head, ``V * D``.
+        layers: Number of layers.
+        tied: Whether the head is the embedding.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    total: int
+    matrices: int
+    layer: int
+    root: int
+    head: int
+    layers: int
+    tied: bool
+
+
+def count(config: PretrainedConfig) -> Count:
+    """Count a model's parameters on the meta device.
+
+    Raises:
+        ValueError: If it is no decoder of equal layers with attention.
+    """
+    if any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers):
+        raise ValueError(
+            f"Expected `model` to have attention in all of its layers, but {config.model_type} has layers with a recurrent "
+            "state: what it needs cannot be predicted."
+        )
+    model = skeleton(config)
+    layers = getattr(decoder(model), "layers", None)
+    kinds = (
+        {tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers}
+        if isinstance(layers, nn.ModuleList)
+        else set()
+    )
+    if len(kinds) != 1:
+        raise ValueError(
+            f"Expected `model` to be a decoder whose layers have equal shapes, but {config.model_type} has "
+            f"{len(kinds) or 'no'} kinds of layers: what it needs cannot be predicted from a few of them."
+        )
+    shapes = tuple(tuple(p.shape) for p in model.parameters())
+    each = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    matrices = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    return Count(shapes, total, matrices, max(each), total - sum(each), head.numel(), len(each), tied)

@@ -1,0 +1,305 @@
+"""A run's settings, and from them what the run will need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from pgpo_lightning.core.settings import Range, checked, one_of
+from pgpo_lightning.core.types import Row
+from pgpo_lightning.memory_planner import flops
+from pgpo_lightning.memory_planner.adapters import Adapters
+from pgpo_lightning.memory_planner.dry_run import Compute
+from pgpo_lightning.memory_planner.memory import (
+    Need,
+    Sampled,
+    Sharding,
+    gathered_bytes,
+    micro_batch_bytes,
+    sampling_bytes,
+    standing_bytes,
+    update_need,
+    visiting_bytes,
+)
+from pgpo_lightning.memory_planner.optimizers import OptimizerNeed, optimizer_need
+from pgpo_lightning.memory_planner.parameters import Count, count
+from pgpo_lightning.memory_planner.saving import MOVING, Saving, saving
+from pgpo_lightning.memory_planner.workload import Layout, Lengths, group, with_demonstrations
+from pgpo_lightning.models.packing import Share
+
+TEACHERS = {
+    "ema": ["own"],
+    "restart": ["own"],
+    "gated": ["own"],
+    "frozen": ["own"],
+    "live": ["student"],
+    "trust-region": ["own", "student"],
+    "none": [],
+}
+AVERAGING = ("ema", "restart")
+"""Teachers whose weights are fp32."""
+
+
+@checked
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run that its memory and its operations depend on.
+
+    Args:
+        config: Of the model.
+        compute: Types of weights and products; checkpointing.
+        optimizer: From parameters to an optimizer.
+        teacher: A key of :data:`TEACHERS`.
+        lengths: Assumed tokens.
+        questions: Of one device and step.
+        samples: Responses to each.
+        longest_response: Limit of a response.
+        at_once: Most responses decoded at the same time; all if null.
+        micro_batch_tokens: Most padded tokens of a forward pass.
+        updates: Optimizer steps per batch and pass over it.
+        passes: Passes over a batch.
+        top_k: Whether the divergence is over the likeliest tokens only.
+        independent: Whether every row has a teacher's prompt of its own.
+        evaluated: Responses of one step of an evaluation; 0 for none.
+        eval_samples: Those to the same question.
+        nucleus: Whether `top_p` is below 1 in an evaluation.
+        sharding: Over devices.
+        device: cuda or cpu.
+        adapters: What is trained instead of all weights.
+        offload: Whether the teacher's own weights are on the host, with a copy on the device while gradients are made.
+        demonstration: Assumed tokens of a demonstration that stands in for a rollout of each group (HAPO); null for none.
+        keep: Checkpoints that are kept; null for all.
+    """
+
+    config: PretrainedConfig
+    compute: Compute
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+    teacher: str
+    lengths: Lengths
+    questions: Annotated[int, Range(least=1)]
+    samples: Annotated[int, Range(least=1)]
+    longest_response: int
+    at_once: int | None = None
+    micro_batch_tokens: int = 16384
+    updates: int = 1
+    passes: int = 1
+    top_k: bool = False
+    independent: bool = False
+    evaluated: int = 0
+    eval_samples: int = 1
+    nucleus: bool = False
+    sharding: Sharding = Sharding()
+    device: Literal["cuda", "cpu"] = "cuda"
+    adapters: Adapters | None = None
+    offload: bool = False
+    demonstration: int | None = None
+    keep: int | None = 1
+
+    def __post_init__(self) -> None:
+        one_of(tuple(TEACHERS), teacher=self.teacher)
+
+    @property
+    def share(self) -> Share:
+        """As the module's, without trying it out."""
+        layers = DynamicCache(config=self.config).layers
+        if self.compute.checkpointing or not all(type(layer) is DynamicLayer for layer in layers):
+            return "never"
+        return "always" if self.sharding.kind == "fsdp" else "if-cheaper"
+
+
+@dataclass
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        run: Its settings.
+        count: Parameters.
+        trainable: Those that are trained.
+        optimizer: What its class takes.
+        need: Bytes of one device.
+        tokens: Per device and step, by name.
+        flops: Per device and step, by phase.
+        micro_batches: Of one pass over the batch.
+        largest: Layout of the largest for student and teacher.
+        dry_run: Peaks that the largest was measured at without data.
+        saving: What a checkpoint takes.
+        host: Bytes of the host's memory that the teacher takes for each device.
+    """
+
+    run: Run
+    count: Count
+    trainable: int
+    optimizer: OptimizerNeed
+    need: Need
+    tokens: dict[str, int]
+    flops: dict[str, int]
+    micro_batches: int
+    largest: dict[str, Layout]
+    dry_run: dict[str, int]
+    saving: Saving
+    host: int = 0
+
+
+def plan(run: Run, rows: list[Row] | None = None) -> Plan:
+    """Work out what a run needs, without its weights and without its data.
+
+    Args:
+        run: Its settings.
+        rows: Of a step of one device; by default made from the assumed lengths.
+    """
+    counted = count(run.config)
+    teachers = TEACHERS[run.teacher]
+    own = "own" in teachers and run.adapters is None
+    compute = run.compute
+    shapes: list[tuple[int, ...]] = list(counted.shapes)
+    kind = compute.student
+    if run.adapters is not None:
+        shapes, kind = run.adapters.shapes(run.config), run.adapters.dtype
+        compute = replace(compute, adapt=run.adapters.wrap, teacher=compute.student)
+    trainable = sum(torch.Size(shape).numel() for shape in shapes)
+    optimizer = optimizer_need(run.optimizer, shapes, kind, run.device)
+    need = Need(_standing(run, counted, trainable, optimizer, kind, own))
+    host = need.standing.pop("teacher") if run.offload else 0
+
+    rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
+    learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
+    share = learned[: -(-len(learned) // run.updates)]
+    batches = group(share, run.micro_batch_tokens, run.share, with_teacher=bool(teachers))
+    largest = max(batches, key=lambda batch: batch.weight)
+    accumulating = len(batches) > 1
+    gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)
+    trains_head = run.adapters is None
+
+    sampled = _sampled(run, rows)
+    sampling, _ = sampling_bytes(run.config, compute, sampled, run.device)
+    need.phases["rollouts"] = sampling | {"gathered weights": gathered["rollouts"]}
+    need.absent["rollouts"] = ("gradients",)
+    if run.evaluated:
+        n = run.evaluated if run.at_once is None else min(run.at_once, run.evaluated)
+        # Up to the limit, because a held-out question may make any response go that far.
+        each = min(run.eval_samples, n)
+        prompts = [run.lengths.prompt] * (n // each)
+        tested = Sampled(
+            prompts, each, [run.longest_response] * (len(prompts) * each), run.longest_response, run.nucleus
+        )
+        like = replace(sampled, nucleus=run.nucleus)
+        need.phases["evaluation"] = (
+            sampling_bytes(run.config, compute, tested, run.device)[0]
+            if tested != like or run.nucleus
+            else dict(sampling)
+        )
+        need.phases["evaluation"] |= {"gathered weights": gathered["rollouts"]}
+        need.absent["evaluation"] = ("gradients",)
+
+    teachers_run = ["student"] * len(teachers) if run.adapters is not None else teachers
+    parts, peaks = micro_batch_bytes(
+        run.config, compute, largest, teachers_run, run.device, accumulating, run.top_k, trains_head
+    )
+    parts["gathered weights"] = gathered["update"]
+    if run.offload:
+        parts["teacher"] = visiting_bytes(counted, compute)
+    if run.passes > 1 and teachers == ["own"]:
+        tokens = sum(row.length for row in rows)
+        cached = tokens * run.config.get_text_config().hidden_size * compute.teacher.itemsize
+        parts["teacher's hidden states"] = cached
+    need.phases["gradients"] = parts
+    if not accumulating:  # then the backward pass of the only micro-batch makes them
+        need.absent["gradients"] = ("gradients",)
+    averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes nothing of the device
+    need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
+
+    return Plan(
+        run,
+        counted,
+        trainable,
+        optimizer,
+        need,
+        _tokens(rows, batches),
+        _flops(run, counted, trainable, batches, rows, trains_head),
+        len(batches) * run.updates,
+        {n: Layout.of(p) for n, p in (("student", largest.student), ("teacher", largest.teacher)) if p is not None},
+        peaks,
+        _saving(run, trainable, shapes, optimizer, kind),
+        host,
+    )
+
+
+def _standing(
+    run: Run, counted: Count, trainable: int, optimizer: OptimizerNeed, kind: torch.dtype, own: bool
+) -> dict[str, int]:
+    state = 0 if optimizer.paged else optimizer.state
+    if run.adapters is None:
+        teacher = counted.total if own else 0
+        return standing_bytes(counted.total, trainable, teacher, state, run.compute, run.sharding)
+    parts = standing_bytes(counted.total, trainable, 0, state, run.compute, run.sharding, gradient=kind.itemsize)
+    adapters = -(-trainable * kind.itemsize // run.sharding.shards)
+    parts["weights"] += adapters
+    second = "own" in TEACHERS[run.teacher]  # adapter, fp32
+    parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if second else 0
+    return parts
+
+
+def _saving(
+    run: Run, trainable: int, shapes: list[tuple[int, ...]], optimizer: OptimizerNeed, kind: torch.dtype
+) -> Saving:
+    teacher = torch.float32 if run.adapters is not None else run.compute.teacher
+    saved = "own" in TEACHERS[run.teacher] if run.adapters is not None else run.teacher in MOVING
+    return saving(
+        weights=trainable * kind.itemsize,
+        teacher=trainable * teacher.itemsize * saved,
+        state=optimizer.state,
+        largest=max(torch.Size(shape).numel() for shape in shapes) * max(kind.itemsize, teacher.itemsize),
+        device=run.device,
+        gathered=run.sharding.one_file,
+        keep=run.keep,
+    )
+
+
+def _sampled(run: Run, rows: list[Row]) -> Sampled:
+    """Return what is decoded at the same time; as in the engine, whole questions as far as possible."""
+    limit = run.at_once or len(rows)
+    questions, samples = max(1, limit // run.samples), min(run.samples, limit)
+    # The longest come together in the worst case.
+    groups = [rows[i : i + run.samples][:samples] for i in range(0, len(rows), run.samples)]
+    groups.sort(key=lambda some: -max(row.length + len(row.rollout.prompt_ids) for row in some))
+    chosen = groups[:questions]
+    prompts = [len(some[0].rollout.prompt_ids) for some in chosen]
+    return Sampled(prompts, samples, [row.length for some in chosen for row in some], run.longest_response)
+
+
+def _tokens(rows: list[Row], batches: list[Any]) -> dict[str, int]:
+    layouts = [(Layout.of(b.student), None if b.teacher is None else Layout.of(b.teacher)) for b in batches]
+    return {
+        "responses": len(rows),
+        "response tokens": sum(row.length for row in rows),
+        "prompt tokens": sum({row.rollout.question.index: len(row.rollout.prompt_ids) for row in rows}.values()),
+        "student's padded tokens": sum(student.padded for student, _ in layouts),
+        "teacher's padded tokens": sum(teacher.padded for _, teacher in layouts if teacher is not None),
+    }
+
+
+def _flops(
+    run: Run, counted: Count, trainable: int, batches: list[Any], rows: list[Row], trains_head: bool
+) -> dict[str, int]:
+    width = flops.Width.of(run.config, counted)
+    teachers = len(TEACHERS[run.teacher])
+    prompts = [len(rows[i].rollout.prompt_ids) for i in range(0, len(rows), run.samples)]
+    ways = [(Layout.of(batch.student), batch.teacher) for batch in batches]
+    share = trainable / counted.matrices if run.adapters is not None else 1.0
+    times = run.passes * run.updates
+    moving = run.teacher in ("live", "trust-region")
+    return {
+        "rollouts": flops.prefill(width, prompts) + flops.decoding(width, prompts, [row.length for row in rows]),
+        "student forward": times * sum(flops.forward(width, layout) for layout, _ in ways),
+        "student backward": times
+        * sum(flops.backward(width, layout, run.compute.checkpointing, min(1.0, share)) for layout, _ in ways),
+        # Hidden states of a teacher that stands still are kept for later passes.
+        "teacher forward": (run.passes if moving else 1)
+        * run.updates
+        * teachers
+        * sum(flops.forward(width, Layout.of(teacher)) for _, teacher in ways if teacher is not None),
+        "loss": times * sum(flops.loss(width, layout.tokens, teachers, trains_head) for layout, _ in ways),
+    }

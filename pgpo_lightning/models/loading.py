@@ -1,0 +1,265 @@
+"""The language model behind student and teacher: loading, hidden states, head, identity."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pgpo_lightning.core.errors import about
+from pgpo_lightning.losses.fused import Head, Source
+from pgpo_lightning.models.packing import Sequences, SharedSequences
+from pgpo_lightning.models.quantization import Quantization
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@contextmanager
+def fp32_by_default() -> Iterator[None]:
+    """While it lasts, new tensors of no stated type are fp32, whatever the weights are.
+
+    Lightning's bf16-true makes them bf16: random numbers, log-probabilities and coefficients would be left with eight bits.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def resolve_model(name: str) -> str:
+    """Return where a model lives: a folder or Hub id as it is, and ``toy`` for the base model in this package."""
+    return str(files("pgpo_lightning") / "assets" / "toy") if name == "toy" else name
+
+
+def load_model(
+    name: str,
+    dtype: Dtype = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model through transformers, safetensors only.
+
+    Args:
+        name: A folder, a Hub id, or ``toy``.
+        dtype: Type of the weights. float32 even for mixed precision: in bfloat16 a weight of 1.0 does not move in a hundred
+            AdamW steps of 1e-6.
+        attn_implementation: As in ``from_pretrained``.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run Python code that comes with the model.
+        quantization: Store the weights of linear layers in 4 or 8 bits, for training an adapter on them.
+    """
+    with about(f"the model `{name}`"):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(name),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            quantization_config=None if quantization is None else quantization.config(getattr(torch, dtype)),
+        )
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, under whichever name this version of transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):  # 5.23
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and make sure that it can end and pad a sequence.
+
+    Raises:
+        MisconfigurationException: If it has no end-of-sequence token.
+    """
+    with about(f"the tokenizer of `{name}`"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    return checked_tokenizer(tokenizer)
+
+
+def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a padding token, or raise if it has no end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise MisconfigurationException(
+            f"Expected the tokenizer `{tokenizer.name_or_path}` to have an end-of-sequence token, but it has none: no "
+            "response could ever end. Set `eos_token` in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def known_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens a model can read.
+
+    Raises:
+        MisconfigurationException: If it can sample more than that.
+    """
+    rows, logits = (layer.weight.shape[0] for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if logits > rows:
+        raise MisconfigurationException(
+            f"Expected {type(model).__name__} to have an embedding for every token that it can sample, but it has {rows} for "
+            f"{logits}. Save it after `model.resize_token_embeddings({logits})`."
+        )
+    return rows
+
+
+def head(model: PreTrainedModel) -> Head:
+    """Return a model's language-model head, with the soft cap or scale that some architectures put behind it."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    cap = next((value for name in caps if (value := getattr(config, name, None)) is not None), None)
+    return Head(model.get_output_embeddings().weight, scale, cap)
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Make sure that :func:`head` on hidden states is what the model itself computes.
+
+    Raises:
+        MisconfigurationException: If this architecture does something else to its logits.
+    """
+    name, device = type(model).__name__, next(model.parameters()).device
+    ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device).unsqueeze(0)
+
+    def logits() -> tuple[Tensor, Tensor]:
+        with evaluating(model), torch.no_grad():
+            hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+            return model(input_ids=ids, use_cache=False).logits.float(), head(model)(hidden).float()
+
+    tolerance = 1e-3
+    try:
+        try:
+            theirs, ours = logits()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # kernels that know no fp32, as some of linear attention
+            tolerance = 3e-2
+            with torch.autocast(device.type, torch.bfloat16):
+                theirs, ours = logits()
+        apart = (ours - theirs).abs().max().item()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise MisconfigurationException(
+            f"Expected {name} to give its hidden states and then its logits as other causal language models do, but trying it "
+            f"ended in {type(error).__name__}: {' '.join(str(error).split())}. This architecture is not supported."
+        ) from error
+    size = theirs[theirs.isfinite()].abs()  # minus infinity keeps tokens from being drawn
+    if theirs.isnan().any() or not len(size):
+        raise damaged(name)
+    if not torch.allclose(ours, theirs, atol=tolerance * size.max().item() + 1e-6):
+        raise MisconfigurationException(
+            f"Expected the logits of {name} to be its output embedding applied to its last hidden state, "
+            f"but they differ by {apart:.3g}. This architecture is not supported: "
+            "`pgpo_lightning.models.loading.head` has to learn what it does to its logits."
+        )
+
+
+def damaged(name: str) -> MisconfigurationException:
+    """Return what to raise where a model of that name gives NaN."""
+    return MisconfigurationException(
+        f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `dtype` is too narrow. Set "
+        "`dtype` to float32, or load the model anew."
+    )
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the part of the model that gives hidden states."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    # Llama 4 and ModernBERT: what is found by that name is something else.
+    if found is model or not isinstance(found, PreTrainedModel):
+        inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+        found = inner[0] if len(inner) == 1 else found
+    return found
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model has positions for; ``None`` if it says nothing, or has no limit (XLNet)."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated if stated and stated > 0 else None
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel, training: bool = False) -> Iterator[None]:
+    """Put the model into evaluation mode (or training mode); afterwards every part of it is back in its own.
+
+    In training mode dropout acts, and gradient checkpointing silently drops the cache: from the second token on samples would be
+    wrong.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def source(model: PreTrainedModel, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
+    """Run the model over whole sequences and keep what predicts the response tokens.
+
+    Args:
+        model: Student or teacher.
+        sequences: Prompts with responses.
+        weight: Weight of this model's logits in a mixture.
+
+    Returns:
+        Hidden states ``(N, D)`` of the response positions with the head that belongs to them.
+    """
+    return Source(sequences.hidden_states(decoder(model), model.config), head(model), weight)
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Return the model's configuration as JSON, as kept in checkpoints."""
+    return model.config.to_json_string(use_diff=False)
+
+
+def check_architecture(saved: str, model: PreTrainedModel) -> None:
+    """Compare a checkpoint's architecture with the model that is to receive it.
+
+    Raises:
+        MisconfigurationException: If type or shapes differ; names the first differing fields.
+    """
+    keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings")  # fmt: skip
+    theirs, ours = json.loads(saved), json.loads(architecture(model))
+    different = [
+        f"{key} {theirs.get(key)!r} instead of {ours.get(key)!r}" for key in keys if theirs.get(key) != ours.get(key)
+    ]
+    if different:
+        raise MisconfigurationException(
+            f"Expected a checkpoint of the configured model, but it is of another architecture: {', '.join(different)}. "
+            "Set `model.model` to the model that the checkpoint was trained from."
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a short identity of a model's weights: equal weights, equal text.
+
+    Hashes names, shapes and up to 4096 evenly spaced elements of every parameter, so that 8 billion parameters take
+    about a second.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, -(-flat.numel() // 4096))].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,356 @@
+"""Training an adapter instead of the weights (LoRA, arXiv 2106.09685), through peft.
+
+The adapter is put into the model that transformers loaded, which stays what it was for everybody else: same class, same decoder,
+same head. Checkpoints hold the adapter and the fingerprint of what lies under it.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.core.settings import Count, Filled, Text, checked
+from pgpo_lightning.models.loading import decoder, fingerprint, load_model
+from pgpo_lightning.models.quantization import Quantization
+
+_MATRICES = (".lora_A.default.", ".lora_B.default.")
+_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@partial(checked, prefix="lora.")
+@dataclass
+class LoRA:
+    """A low-rank adapter ``lora_alpha / r * B A`` beside frozen linear layers, with peft's names.
+
+    There is no dropout: the sampler has none, so with it the trainer would be another policy than the one that was sampled.
+
+    Args:
+        r: Rank.
+        lora_alpha: The adapter is multiplied by ``lora_alpha / r``.
+        target_modules: Which linear layers get one: their names (``[q_proj, v_proj]``), a regular expression for the whole path,
+            or ``all-linear``. Not the language-model head and not the embeddings.
+        use_rslora: Multiply by ``lora_alpha / sqrt(r)`` instead.
+        adapter: Folder of a saved adapter to start from, of the same rank, scale and layers; null for a fresh one, which changes
+            nothing until it is trained.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    r: Count = 16
+    lora_alpha: Count = 32
+    target_modules: Text | Annotated[list[Text], Filled()] = "all-linear"
+    use_rslora: bool = False
+    adapter: Text | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a checkpoint has to agree with: everything but where the adapter came from."""
+        settings = asdict(self)
+        del settings["adapter"]
+        return settings
+
+
+def check_settings(model: str | PreTrainedModel, lora: LoRA | None, quantization: Quantization | None) -> None:
+    """Check what can be checked before a model is loaded.
+
+    Raises:
+        ValueError: If settings contradict each other; names the field.
+        MisconfigurationException: If peft is not installed, or too old for transformers.
+    """
+    if lora is None:
+        if quantization is not None:
+            raise ValueError(
+                f"Expected `lora` with `quantization`, because quantised weights cannot be trained, but got {quantization}."
+            )
+        if not isinstance(model, str) and hasattr(model, "peft_config"):
+            raise ValueError(
+                f"Expected `model` to be without an adapter of its own, but got {type(model).__name__} with one. Give the base "
+                "model, and the adapter as `lora` with `adapter` set to its folder."
+            )
+        return
+    if quantization is not None and not isinstance(model, str):
+        raise ValueError(
+            "Expected `model` to be a folder or Hub id with `quantization`, which happens while it is loaded, but got "
+            f"{type(model).__name__}."
+        )
+    if not isinstance(model, str) and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"Expected `model` to be a base model with `lora`, but got {type(model).__name__} with an adapter of its own. "
+            "Set `lora.adapter` to the folder of that adapter."
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise MisconfigurationException(
+            "Expected peft to be installed with `lora`, but it is missing: pip install 'pgpo-lightning[peft]'."
+        )
+    if Version(version("peft")) < Version(MIN_PEFT_VERSION):
+        raise MisconfigurationException(
+            f"Expected peft {MIN_PEFT_VERSION} or newer with `lora`, because transformers {version('transformers')} wants that, "
+            f"but peft {version('peft')} is installed. Install versions that go together: pip install 'pgpo-lightning[peft]'."
+        )
+
+
+def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
+    """Put an adapter into a model, in fp32, and freeze everything else.
+
+    Args:
+        model: Changed in place; its class, configuration and methods stay.
+        lora: What kind of adapter.
+        seed: Of its random half.
+
+    Raises:
+        MisconfigurationException: If `target_modules` does not fit the model, the adapter to start from does not fit `lora`, or
+            peft refuses for another reason.
+    """
+    names = [name for name, _ in model.named_modules()]
+    wanted = lora.target_modules if isinstance(lora.target_modules, list) else []
+    # peft is content if one of the names is found.
+    if missing := [name for name in wanted if not any(f".{there}".endswith(f".{name}") for there in names)]:
+        raise MisconfigurationException(
+            f"Expected `lora.target_modules` to name layers of {type(model).__name__}, but it has no {', '.join(missing)}."
+        )
+    try:
+        from peft import LoraConfig
+
+        with seeded(seed, "lora"):
+            model.add_adapter(LoraConfig(**_peft_settings(lora.settings())))
+    except (ValueError, ImportError) as error:
+        if "target module" in str(error).lower():
+            raise MisconfigurationException(
+                f"Expected `lora.target_modules` to name linear layers of {type(model).__name__}, but got "
+                f"{lora.target_modules!r}: {error}"
+            ) from error
+        raise MisconfigurationException(
+            f"Expected peft {version('peft')} to put an adapter into {type(model).__name__} of transformers "
+            f"{version('transformers')}, but it does not: {error}. If the versions do not go together: pip install "
+            "'pgpo-lightning[peft]'."
+        ) from error
+    for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
+        if hasattr(layer, "base_layer"):
+            raise MisconfigurationException(
+                f"Expected `lora.target_modules` without embeddings and language-model head, but got {lora.target_modules!r}: "
+                "the loss is computed from the head's plain weight."
+            )
+    for parameter in adapter(model).values():
+        parameter.data = parameter.data.float()  # in bf16 a small step rounds to nothing
+    if lora.adapter is not None:
+        _start_from(model, lora)
+
+
+def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the matrices of a model's adapter by name; empty if it has none."""
+    return {name: parameter for name, parameter in model.named_parameters() if _is_adapter(name)}
+
+
+def copy_adapter(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's adapter: fp32, no gradient, with the names that the matrices have in the model."""
+    root = nn.Module()
+    for name, parameter in adapter(model).items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(last, nn.Parameter(parameter.detach().to(torch.float32, copy=True), False))
+    return root
+
+
+def decoder_with(model: PreTrainedModel, matrices: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """Return the decoder of a model as it would be with other matrices in its adapter.
+
+    They stand in for the model's own during a call only, also if it raises; no setting of the model is touched.
+
+    Args:
+        model: With an adapter.
+        matrices: By their names in the model.
+    """
+    part = decoder(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is part)
+    inside = {name.removeprefix(prefix): matrix for name, matrix in matrices.items()}
+    return lambda **inputs: functional_call(part, inside, (), inputs)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def keep_adapter_only(module: L.LightningModule) -> None:
+    """Leave the weights under the adapter of ``module.model`` out of its checkpoints."""
+    module.register_state_dict_post_hook(_leave_out_base)
+    module.register_load_state_dict_post_hook(_do_not_miss_base)
+
+
+def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in [name for name in state if _is_base(name.removeprefix(prefix))]:
+        del state[name]
+
+
+def _do_not_miss_base(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not _is_base(name)]
+
+
+def _is_base(name: str) -> bool:
+    return name.startswith("model.") and not _is_adapter(name)
+
+
+def _is_adapter(name: str) -> bool:
+    return any(matrix in name for matrix in _MATRICES)
+
+
+def identity(model: PreTrainedModel, name: str, loading: dict[str, Any], lora: LoRA) -> dict[str, Any]:
+    """Return what a checkpoint of an adapter says about what lies under it.
+
+    Args:
+        model: Without its adapter.
+        name: Folder or Hub id that it came from.
+        loading: Further arguments of :func:`~pgpo_lightning.models.loading.load_model`.
+        lora: What kind of adapter it gets.
+    """
+    quantization = loading["quantization"]
+    return {
+        "base": name,
+        "revision": loading["revision"],
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "quantization": None if quantization is None else quantization.settings(),
+        "fingerprint": fingerprint(model),
+        "settings": lora.settings(),
+    }
+
+
+def check_identity(saved: dict[str, Any] | None, mine: dict[str, Any] | None) -> None:
+    """Compare what lies under a checkpoint's adapter with the configured model.
+
+    Args:
+        saved: The checkpoint's identity; ``None`` if it holds whole weights.
+        mine: This run's.
+
+    Raises:
+        MisconfigurationException: If they differ; says in what.
+    """
+    if (saved is None) != (mine is None):
+        theirs, ours = ("whole weights", "with") if saved is None else ("an adapter", "without")
+        raise MisconfigurationException(f"Expected a checkpoint of a run {ours} `lora`, but it holds {theirs}.")
+    if saved is None or mine is None:
+        return
+    different = [
+        f"`{key}` {saved['settings'].get(key)!r} instead of {value!r}"
+        for key, value in mine["settings"].items()
+        if saved["settings"].get(key) != value
+    ]
+    if different:
+        raise MisconfigurationException(
+            f"Expected a checkpoint of the configured `lora`, but its adapter has {', '.join(different)}."
+        )
+    check_base(saved, mine["fingerprint"])
+
+
+def check_base(saved: dict[str, Any], found: str) -> None:
+    """Compare the fingerprint of a base model with that of the weights that an adapter was trained on.
+
+    Raises:
+        MisconfigurationException: If they differ.
+    """
+    if saved["fingerprint"] != found:
+        raise MisconfigurationException(
+            f"Expected `model` to be the base that the adapter was trained on ({saved['base'] or 'an object'}, `dtype` "
+            f"{saved['dtype']}, `quantization` {saved['quantization']}, fingerprint {saved['fingerprint']}), but got other "
+            f"weights (fingerprint {found})."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ peft's folders
+
+
+def write_adapter(folder: str | Path, matrices: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    """Write an adapter as a folder for ``peft.PeftModel.from_pretrained``.
+
+    Args:
+        folder: Where to.
+        matrices: By their names in the model.
+        saved: Its :func:`identity`.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        **_peft_settings(saved["settings"]),
+        base_model_name_or_path=saved["base"],
+        revision=saved["revision"],
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    contiguous = {_peft_name(name): matrix.contiguous() for name, matrix in matrices.items()}
+    save_file(contiguous, Path(folder) / _WEIGHTS, metadata={"format": "pt"})
+
+
+def merged(folder: str | Path, saved: dict[str, Any], base: str | None) -> PreTrainedModel:
+    """Return the base model with an adapter added to its weights; quantised weights are put back into `dtype` first.
+
+    Args:
+        folder: Of the adapter.
+        saved: Its :func:`identity`.
+        base: Folder or Hub id of the base model, if it is not where the run had it from.
+
+    Raises:
+        MisconfigurationException: If that is not the model that the adapter was trained on.
+        ValueError: If it is not known where the base model is.
+    """
+    from peft import PeftModel
+
+    name = base or saved["base"]
+    if not name:
+        raise ValueError("Expected `base`, because the run was given a model object that came from no folder.")
+    quantization = saved["quantization"] and Quantization(**saved["quantization"])
+    model = load_model(name, saved["dtype"], revision=saved["revision"], quantization=quantization)
+    check_base(saved, fingerprint(model))
+    if quantization:
+        model = model.dequantize()
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+
+
+def _start_from(model: PreTrainedModel, lora: LoRA) -> None:
+    from peft import LoraConfig
+
+    folder = Path(lora.adapter or "")
+    if not (folder / _WEIGHTS).is_file():
+        raise MisconfigurationException(f"Expected `lora.adapter` to be a folder with {_WEIGHTS}, but got {folder}.")
+    theirs, plain = LoraConfig.from_pretrained(folder), LoraConfig()
+    wanted = {"r": lora.r, "lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora}
+    wanted |= {name: getattr(plain, name) for name in ("use_dora", "bias", "rank_pattern", "alpha_pattern")}
+    different = [
+        f"`{name}` {getattr(theirs, name)!r} instead of {value!r}"
+        for name, value in wanted.items()
+        if getattr(theirs, name) != value
+    ]
+    mine, start = adapter(model), load_file(folder / _WEIGHTS)
+    shapes = {_peft_name(name): parameter.shape for name, parameter in mine.items()}
+    if not different and shapes != {name: tensor.shape for name, tensor in start.items()}:
+        different = ["other layers than `target_modules` names"]
+    if different:
+        raise MisconfigurationException(
+            f"Expected the adapter in `lora.adapter` to be as `lora` says, but it has {', '.join(different)}."
+        )
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(start[_peft_name(name)])
+
+
+def _peft_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"}
+
+
+def _peft_name(name: str) -> str:
+    return _PEFT_PREFIX + name.replace(".default.", ".")

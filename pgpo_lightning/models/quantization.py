@@ -1,0 +1,62 @@
+"""The base model under an adapter in 4 or 8 bits (QLoRA, arXiv 2305.14314), through bitsandbytes."""
+
+import logging
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from pgpo_lightning.core.settings import checked
+
+
+@partial(checked, prefix="quantization.")
+@dataclass
+class Quantization:
+    """How the frozen base weights are stored. Embeddings, norms and language-model head keep the module's `dtype`.
+
+    Args:
+        bits: 4 or 8. In 8 bits activations are quantised too (LLM.int8); in 4 bits products are computed in `dtype`.
+        bnb_4bit_quant_type: ``nf4`` or ``fp4``, with 4 bits only; null for nf4.
+        bnb_4bit_use_double_quant: Quantise the constants of the quantisation too, with 4 bits only.
+
+    Raises:
+        ValueError: If a setting is none of the choices or would have no effect; names the field.
+    """
+
+    bits: Literal[4, 8] = 4
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+    bnb_4bit_use_double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if self.bits == 8 and getattr(self, name):
+                raise ValueError(
+                    f"Expected no `quantization.{name}` with 8 bits, where it has no effect, but got {getattr(self, name)!r}."
+                )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields, as kept in checkpoints."""
+        return asdict(self)
+
+    def config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
+        """Return the same for ``from_pretrained``.
+
+        Args:
+            dtype: Of the products with 4-bit weights.
+        """
+        if self.bits == 8:
+            # It says in every layer of every forward pass that it rounds activations from other types than float16.
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_the_cast)
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type or "nf4",
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+
+def _not_the_cast(record: logging.LogRecord) -> bool:
+    return "inputs will be cast from" not in record.getMessage()

@@ -1,0 +1,348 @@
+"""Whether a model says the same in every layout that it will be run in, found by trying: padding, shared prompts, sampling."""
+
+import math
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from pgpo_lightning.models.decoding import WAYS, Way
+from pgpo_lightning.models.loading import damaged, evaluating, fp32_by_default, known_tokens, positions, source
+from pgpo_lightning.models.packing import Sequences, SharedSequences
+
+Pairs = list[tuple[list[int], list[int]]]
+"""Prompts and responses, as token ids."""
+
+Layout = Callable[[PreTrainedModel, Pairs], list[Tensor]]
+"""Gives the log-probabilities of response tokens, in one way or another."""
+
+_EXACT, _NEARLY, _NARROW = 1e-3, 2e-2, 0.1
+"""Most nats that log-probabilities may differ by: of any token in fp32, where a GPU's kernels may be made of narrower products;
+in the mean over a response in 16 bits."""
+_WIDEN = 3_000_000_000
+"""Parameters up to which a model in 16 bits is compared in fp32, where a fault cannot be taken for rounding."""
+_LONGEST = 4096
+"""Longest span that is tried."""
+_WORK = {"cpu": 1e12, "cuda": 1e15}
+"""Parameters times padded tokens that a comparison may take on a device: seconds."""
+_ways: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Way]]" = weakref.WeakKeyDictionary()
+_SPANS = re.compile(r"window|chunk|local|block_size|max_distance|topk|budget|rel_extent|mem_len|stride")
+
+
+def check_padding(model: PreTrainedModel, longest: int) -> None:
+    """Make sure that a response has the log-probabilities beside longer ones that it has alone.
+
+    Args:
+        model: Student.
+        longest: Most tokens of prompt and response together in this run.
+
+    Raises:
+        MisconfigurationException: If not: then no layout of a batch is right.
+    """
+    with _comparable(model):
+        if not (reason := _failure(model, longest, _padded)):
+            _warn_of_what_is_too_long(model, longest)
+            return
+        shorter = _shorter(model, longest, lambda length: _failure(model, length, _padded))
+    raise MisconfigurationException(
+        f"Expected a response to have the log-probabilities beside longer ones that it has alone, but with "
+        f"{type(model).__name__} {reason}. This architecture is not supported{shorter}: it looks ahead, or what it says depends "
+        "on how long other rows are."
+    )
+
+
+def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST) -> bool:
+    """Tell whether responses may be run apart from their prompt, on its keys and values, by trying it.
+
+    Not with a cache that forgets (sliding windows), not with a state that is no cache (Mamba), not with local attention that
+    counts places in the cache (GPT-Neo), and not with gradient checkpointing, under which transformers drops the cache. It is
+    tried in evaluation mode, which is the teacher's, and in training mode, which is the student's, if that is not random.
+
+    Args:
+        model: Student or teacher.
+        longest: Most tokens of prompt and response together in this run.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        return False
+    with _comparable(model):
+        spans = _spans(model.config, longest)
+        if any(span > _room(model) for span in spans):
+            return False
+        modes = (True, False) if model.training and not _random(model) else (False,)
+        return not any(_failure(model, longest, _shared, training) for training in modes)
+
+
+def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
+    """Return the fastest way to sample whose log-probabilities are the model's own; tried once for every model.
+
+    Args:
+        model: Student.
+        longest: Most tokens of prompt and response together in this run.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    tried, known = _ways.get(model, (0, None))
+    if known is not None and longest <= tried:
+        return known
+
+    def failure(way: Way, length: int) -> str:
+        return _failure(model, length, lambda model, pairs: _sampled(model, pairs, way), right=_own)
+
+    with _comparable(model):
+        for way in WAYS:
+            if not (reason := failure(way, longest)):
+                _ways[model] = (longest, way)
+                return way
+        shorter = _shorter(model, longest, lambda length: failure(WAYS[-1], length))
+    raise MisconfigurationException(
+        f"Expected tokens of {type(model).__name__} to have the log-probabilities while a response is sampled that they have "
+        f"in a single pass, but {reason}. This architecture cannot be sampled with TransformersEngine{shorter}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- what is compared
+
+
+def _alone(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
+    """Return the log-probabilities of every response token, each sequence by itself: what the others are compared with."""
+    device = next(model.parameters()).device
+    return [_log_probs(model, Sequences.pack([pair], 0, device))[0] for pair in pairs]
+
+
+def _own(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
+    """Return the same by the model's own logits, whatever its head does to them: what a sampler is compared with."""
+    found = []
+    for prompt, response in pairs:
+        ids = torch.tensor([[*prompt, *response]], device=next(model.parameters()).device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1].float()
+        found.append(logits.log_softmax(-1).gather(2, ids[:, len(prompt) :, None])[0, :, 0])
+    return found
+
+
+def _padded(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
+    return _log_probs(model, Sequences.pack(pairs, 0, next(model.parameters()).device))
+
+
+def _shared(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
+    return _log_probs(model, SharedSequences.pack_shared(pairs, 0, next(model.parameters()).device))
+
+
+def _log_probs(model: PreTrainedModel, sequences: Sequences | SharedSequences) -> list[Tensor]:
+    made = source(model, sequences)
+    log_p = made.head(made.hidden).float().log_softmax(-1).gather(1, sequences.targets.unsqueeze(1)).squeeze(1)
+    return list(log_p.split(sequences.lengths.tolist()))
+
+
+def _sampled(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
+    """Let the sampler draw the given responses; those that have ended leave."""
+    groups = [list(range(len(pairs)))]
+    if not way.padding:
+        lengths = [len(prompt) for prompt, _ in pairs]
+        groups = [[i for i, length in enumerate(lengths) if length == wanted] for wanted in dict.fromkeys(lengths)]
+    found: list[Tensor] = [torch.empty(0)] * len(pairs)
+    for group in groups:
+        for i, log_p in zip(group, _grown(model, [pairs[i] for i in group], way), strict=True):
+            found[i] = log_p
+    return found
+
+
+def _grown(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
+    device = next(model.parameters()).device
+    longest = max(len(response) for _, response in pairs)
+    # Each prompt has two responses, as if twice the same was drawn: both stay as they are repeated, and one leaves early.
+    decoding = way.start(model, [prompt for prompt, _ in pairs], 2, longest)
+    rows = [(i, copy) for i in range(len(pairs)) for copy in range(2)]
+    log_p: list[list[list[Tensor]]] = [[[], []] for _ in pairs]
+    for step in range(longest):
+        ids = torch.tensor([pairs[i][1][min(step, len(pairs[i][1]) - 1)] for i, _ in rows], device=device)
+        drawn = decoding.logits.float().log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
+        for (i, copy), value in zip(rows, drawn, strict=True):
+            log_p[i][copy].append(value)
+        going = [k for k, (i, copy) in enumerate(rows) if step + 1 < len(pairs[i][1]) - copy]
+        if not going:
+            break
+        if len(going) < len(rows):
+            decoding.keep(torch.tensor(going, device=device))
+            rows, ids = [rows[k] for k in going], ids[going]
+        decoding.append(ids)
+    return [_worse(torch.stack(first), second) for first, second in log_p]
+
+
+def _worse(first: Tensor, second: list[Tensor]) -> Tensor:
+    """Return the first of two rows, or NaN where the second, which ended earlier, is another."""
+    same = torch.stack([*second, *first[len(second) :]])
+    return first.masked_fill((first - same).abs() > 0.05, math.nan)
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing
+
+
+def _failure(
+    model: PreTrainedModel,
+    longest: int,
+    layout: Layout,
+    training: bool = False,
+    right: Layout = _alone,
+) -> str:
+    """Return what is wrong with a layout, or nothing.
+
+    A rounding error that sends a token to another expert does so with these tokens alone: a fault shows with all.
+    """
+    reason, exact = "", _exact(model)
+    for seed in range(2):
+        pairs = _trials(model, longest, seed)
+        try:
+            with evaluating(model, training), torch.no_grad():
+                try:
+                    made = [run(model, pairs) for run in (right, layout)]
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # kernels that know no fp32, as some of linear attention
+                    exact = False
+                    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+                        made = [run(model, pairs) for run in (right, layout)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"trying it ended in {type(error).__name__}: {' '.join(str(error).split())}"
+        if any(values.isnan().any() for values in made[0]):
+            raise damaged(type(model).__name__)
+        limit = _NARROW
+        if exact:  # of a model whose answers hardly differ, faults are small as well
+            limit = _EXACT if next(model.parameters()).device.type == "cpu" else _NEARLY
+            limit *= min(1.0, max(1e-2, float(torch.cat(made[0]).std())))
+        gaps = [torch.where(a == b, 0.0, (a - b).abs()) for a, b in zip(*made, strict=True)]
+        worst = [float(gap.max() if exact else gap.mean()) for gap in gaps]
+        if all(gap <= limit for gap in worst):
+            return ""
+        reason = f"they differ by {max(worst):.3g} nats"
+    return reason
+
+
+def _shorter(model: PreTrainedModel, longest: int, failure: Callable[[int], str]) -> str:
+    """Return advice if it is only beyond some length that something is wrong."""
+    for span in _spans(model.config, longest):
+        if not failure(span):
+            return (
+                f" beyond {span} tokens of prompt and response (lower `max_response_length` or the limits of prompts)"
+            )
+    return ""
+
+
+def _trials(model: PreTrainedModel, longest: int, seed: int) -> Pairs:
+    """Return prompts and responses of uneven lengths, some of which cross the spans of the model's local attention."""
+    config = model.config.get_text_config()
+    taken = set(_special(config))
+    allowed = [i for i in range(min(known_tokens(model), 1000)) if i not in taken] or [0]
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        picked = torch.randint(len(allowed), (length,), generator=generator, device="cpu")
+        return [allowed[i] for i in picked.tolist()]
+
+    spans = [span for span in _spans(model.config, longest) if span <= _room(model)]
+    longest = max(2, min(longest, positions(config) or longest))
+    sizes = [(5, 4), (12, 6), (3, 7), *((max(1, span + more), 8) for span in spans for more in (-4, 9))]
+    sizes = [
+        (min(prompt, longest - 1), min(response, longest - min(prompt, longest - 1))) for prompt, response in sizes
+    ]
+    pairs = [(ids(prompt), ids(response)) for prompt, response in sizes]
+    return [*pairs, (pairs[0][0], ids(len(pairs[0][1])))]  # two responses to one prompt
+
+
+def _special(config: PretrainedConfig) -> Iterator[int]:
+    """Yield tokens that stand for something else than text."""
+    for name, value in config.to_dict().items():
+        if "token" in name:
+            yield from (v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+
+
+def _spans(config: PretrainedConfig, longest: int) -> list[int]:
+    """Return the lengths below `longest` at which attention may begin to behave otherwise, at most four."""
+    settings: dict[str, Any] = config.get_text_config().to_dict()
+    ropes = settings.get("rope_parameters") or {}
+    for i, rope in enumerate([ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]):
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # its frequencies depend on the length of the batch
+            settings[f"window of rope {i}"] = rope.get("original_max_position_embeddings") or settings.get(
+                "original_max_position_embeddings", settings.get("max_position_embeddings")
+            )
+    recurrent = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers)
+    found = {64} if recurrent and longest > 64 else set()  # tokens that kernels of linear attention take at once
+    for name, value in settings.items():
+        if _SPANS.search(name):
+            values = value if isinstance(value, list) else [value]
+            found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool) and 8 <= v < longest}
+    ordered = sorted(found)
+    return ordered if len(ordered) <= 4 else [*ordered[:2], *ordered[-2:]]
+
+
+def _room(model: PreTrainedModel) -> float:
+    """Return the longest span that can be tried in seconds."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    rows = 24  # padded, of all trials and layouts
+    return min(_LONGEST, _WORK.get(next(model.parameters()).device.type, 1e14) / (rows * size))
+
+
+def _warn_of_what_is_too_long(model: PreTrainedModel, longest: int) -> None:
+    if untried := [span for span in _spans(model.config, longest) if span > _room(model)]:
+        warnings.warn(
+            f"The attention of {type(model).__name__} may behave otherwise beyond {untried[0]} tokens, which would take too "
+            "long to try out here. `rollout_corr/gap` shows whether sampler and trainer agree there.",
+            stacklevel=2,
+        )
+
+
+def _random(model: PreTrainedModel) -> bool:
+    """Tell whether the model draws random numbers in training mode."""
+    pairs = _trials(model, 16, 0)[:1]
+    try:
+        with evaluating(model, True), torch.no_grad():
+            first, second = _alone(model, pairs), _alone(model, pairs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # then evaluation mode has to tell
+        return True
+    return any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _exact(model: PreTrainedModel) -> bool:
+    """Tell whether products are made in fp32."""
+    types = {parameter.dtype for parameter in model.parameters()}
+    return types <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
+
+
+@contextmanager
+def _comparable(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into fp32 with exact products, where that costs little, and back; random numbers are put back as well.
+
+    What surrounds the call, autocast or inference mode, is left outside: it would make products narrow, or weights untrainable.
+    """
+    before = torch.get_float32_matmul_precision()
+    narrow: list[tuple[Tensor, torch.dtype]] = []
+    quantized = getattr(model, "is_quantized", False)
+    if sum(parameter.numel() for parameter in model.parameters()) <= _WIDEN and not quantized:
+        tensors = (*model.parameters(), *model.buffers())
+        narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+    device = next(model.parameters()).device
+    cuda, plain = [device] if device.type == "cuda" else [], torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), plain, torch.random.fork_rng(cuda), fp32_by_default():
+        try:
+            torch.set_float32_matmul_precision("highest")
+            for tensor, _ in narrow:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, dtype in narrow:
+                tensor.data = tensor.data.to(dtype)
+            torch.set_float32_matmul_precision(before)

@@ -1,0 +1,143 @@
+"""The folder of a run: who writes into it, how far its run has come, and what a run that came to nothing left there."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from pgpo_lightning.checkpoints.finding import PATTERN
+from pgpo_lightning.monitoring.configurations import CONFIG
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.monitoring.run_record import FILE
+
+LOCK = ".lock"
+
+MADE = (
+    CONFIG,
+    "hparams.yaml",
+    "events.out.tfevents.*",
+    "metrics.csv",
+    "validation/step=*.jsonl",
+    "validation/step=*.partial",
+    "checkpoints/*.partial",
+    "stability.png",
+    "summary.json",
+    "run.partial",
+)
+"""What a run writes into its folder before its first checkpoint, and at its end."""
+
+State = Literal["new", "failed", "begun", "started", "finished"]
+
+
+def state(folder: Path, checkpoints: Path | None = None) -> State:
+    """Return how far the run in a folder has come.
+
+    Args:
+        folder: With its log.
+        checkpoints: With its checkpoints, if they are elsewhere.
+
+    Returns:
+        ``new`` without a run; ``failed`` before its first step; ``begun``, but without a checkpoint; ``started`` with one to
+        go on from; ``finished`` with a record.
+    """
+    if (folder / FILE).exists():
+        return "finished"
+    if any((checkpoints or folder / "checkpoints").glob(PATTERN)):
+        return "started"
+    if not (folder / CONFIG).exists():
+        return "new"
+    steps = any(step > 0 for points in read_scalars(folder).values() for step in points)
+    return "begun" if steps or (folder / "metrics.csv").exists() else "failed"
+
+
+def made(folder: Path) -> Iterator[Path]:
+    """Yield what a run wrote before its first checkpoint."""
+    for pattern in MADE:
+        yield from folder.glob(pattern)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run wrote before its first checkpoint, and nothing else."""
+    for path in list(made(folder)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for inner in (folder / "validation", folder / "checkpoints"):
+        if inner.is_dir() and not any(inner.iterdir()):
+            inner.rmdir()
+
+
+def steps_made(folder: Path) -> int:
+    """Return how many steps a finished run made; -1 if its record cannot be read."""
+    try:
+        return int(json.loads((folder / FILE).read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+class Lock:
+    """Keeps a second run out of a folder. It vanishes with the process, however that ends.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK
+        self._new = not self.path.exists()
+        self._file: IO[str] | None = self.path.open("a+", encoding="utf-8")
+        try:
+            import fcntl  # not on Windows
+
+            # Not flock(), which a worker that was forked would go on holding.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._file.seek(0)
+                holder = self._file.read().strip() or "another process"
+                self._file.close()
+                raise ValueError(
+                    f"Expected a folder that no other run is writing to, but {folder} is in use by {holder}. Wait until it has "
+                    "ended, or choose another `--trainer.default_root_dir`."
+                ) from None
+            rank_zero_warn(
+                f"Nothing keeps a second run out of {folder}, whose file system has no locks ({error.strerror})."
+            )
+
+    def sign(self) -> None:
+        """Say in the file who has it."""
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.write(
+                f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            )
+            self._file.flush()
+
+    def release(self, refused: bool = False) -> None:
+        """Let others in.
+
+        Args:
+            refused: Whether nothing was done, so that nothing is to be left behind.
+        """
+        if self._file is None:
+            return
+        if refused and self._new:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.parent.rmdir()  # if there is nothing else
+        elif not refused:
+            self._file.truncate(0)
+        self._file.close()
+        self._file = None

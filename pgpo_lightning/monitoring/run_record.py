@@ -1,0 +1,237 @@
+"""What a finished run leaves for a study: one small file, ``run.json``, that needs neither its log nor its answers again."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pgpo_lightning.core.identity import joint_sha256
+from pgpo_lightning.core.settings import Count, Measured, Natural, Seed, check, shown
+from pgpo_lightning.monitoring.curves import Scalars, series
+
+FILE = "run.json"
+
+CURVES = (
+    "actor/entropy",
+    "actor/grad_norm",
+    "actor/steps_without_signal",
+    "critic/score/mean",
+    "hapo/closed_success",
+    "hapo/gate_open",
+    "hapo/injected_groups",
+    "hapo/teacher_token_share",
+    "hapo/threshold",
+    "information/mean",
+    "information/standard_error",
+    "lr/at_bound",
+    "lr/effective",
+    "lr/multiplier",
+    "response_length/clip_ratio",
+    "response_length/max",
+    "response_length/mean",
+    "rollout/neg_log_prob",
+    "self_distillation/divergence",
+    "self_distillation/divergence_bound",
+    "self_distillation/reprompt_sample_fraction",
+    "self_distillation/teacher_entropy",
+)
+"""The curves that are kept, beside all of ``val/``. Names as in TensorBoard."""
+
+
+@dataclass
+class Run:
+    """One finished run.
+
+    Attributes:
+        study: Name of the condition (base setting) that the run belongs to: runs are compared within it.
+        arm: Name of what was varied.
+        seed: The run's ``seed_everything``.
+        steps: Batches trained on.
+        samples: k of avg@k.
+        seconds: Wall-clock seconds of training and validation.
+        cpu_seconds: Of the process, over the same time.
+        curves: Tag to ``[steps, values]``; finite values only, five significant digits.
+        questions: For each evaluation, its step (as text) to the mean reward of every held-out question, in order of the
+            questions' index.
+        rho: The multiplier of every optimizer step that was taken; empty without a multiplier.
+        data: Split to a hash of its questions in their order, as they were used (:mod:`pgpo_lightning.core.identity`):
+        ``train`` and
+            ``validation``. Empty in records of versions that did not keep it.
+    """
+
+    study: str
+    arm: str
+    seed: Seed
+    steps: Natural
+    samples: Count
+    seconds: Measured
+    cpu_seconds: Measured
+    curves: dict[str, list[list[Measured]]]
+    questions: dict[str, list[Measured]]
+    rho: list[Measured] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> tuple[list[int], list[float]]:
+        """Steps and values of the held-out avg@k, that of the base model first."""
+        steps, values = self.curves.get(f"val/avg@{self.samples}", [[], []])
+        return [int(step) for step in steps], list(values)
+
+    @property
+    def steps_without_signal(self) -> int:
+        """Optimizer steps that were left out because no rollout was in the loss."""
+        _, values = self.curves.get("actor/steps_without_signal", [[], []])
+        return int(values[-1]) if values else 0
+
+    def save(self, path: str | Path) -> None:
+        """Write the run as JSON, all at once: a reader never meets half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Run":
+        """Read a run.
+
+        Args:
+            path: The JSON file, or the folder of a run that has one.
+
+        Raises:
+            ValueError: If it is not the record of a finished run; names the file and what is wrong.
+        """
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"Expected the record of a finished run, but there is no {path}.")
+        return cls.parse(_read(path), str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Run":
+        """Read a run from its JSON.
+
+        Args:
+            text: The JSON.
+            where: Its file (and line), for the message.
+
+        Raises:
+            ValueError: As :meth:`load`.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:  # also of integers with more digits than Python reads
+            raise ValueError(f"Expected {where} to be JSON, but {error}.") from None
+        names = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or set(content) | {"data"} != names:
+            got = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"Expected {where} to hold the record of a run with {sorted(names)}, but got {got}.")
+        hints = get_type_hints(cls, include_extras=True)
+        try:
+            for name, value in content.items():
+                check(name, value, hints[name])
+            _check_points(content["curves"], content["questions"])
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{str(error).removesuffix('.')}, in the record {where}.") from None
+        return cls(**content)
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Read many runs.
+
+    Args:
+        paths: Each a folder with finished runs anywhere below it, a ``run.json``, or a ``.jsonl`` file with a run per line.
+
+    Returns:
+        The runs, ordered by study, arm and seed.
+
+    Raises:
+        ValueError: If a path has no run, or a run is there twice; names them.
+    """
+    runs: dict[tuple[str, str, int], Run] = {}
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl" and path.is_file():
+            lines = enumerate(_read(path).splitlines(), start=1)
+            found = [Run.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
+        elif path.is_dir():
+            found = [Run.load(file) for file in sorted(path.rglob(FILE))]
+        else:
+            found = [Run.load(path)]
+        if not found:
+            raise ValueError(f"Expected finished runs in {path}, but there is none: no {FILE} anywhere below.")
+        for run in found:
+            key = (run.study, run.arm, run.seed)
+            if key in runs:
+                raise ValueError(f"Expected each run once, but {path} holds {'/'.join(map(str, key))} again.")
+            runs[key] = run
+    return [runs[key] for key in sorted(runs)]
+
+
+def write_runs(runs: list[Run], path: str | Path) -> None:
+    """Write runs to one file, a line each."""
+    lines = [json.dumps(asdict(run), separators=(",", ":"), sort_keys=True) for run in runs]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: Any) -> Run:
+    """Make the record of the run in `folder` from its curves and its held-out answers.
+
+    Study and arm are the names of the two folders above; a folder that is not inside a study is an arm of its own.
+
+    Args:
+        folder: With ``validation/step=*.jsonl``.
+        scalars: Its curves.
+        train: Hash of the training questions, if it is known.
+        known: The other fields of :class:`Run`.
+    """
+    kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
+    questions, asked = {}, set()
+    for file in sorted((folder / "validation").glob("step=*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            results = [json.loads(line) for line in lines]
+        questions[str(int(file.stem.removeprefix("step=")))] = [_short(r["avg"]) for r in results]
+        asked.add(joint_sha256(r["sha256"] for r in results) if all("sha256" in r for r in results) else "")
+    data = {} if train is None else {"train": train}
+    if asked and "" not in asked:
+        # Evaluations that did not ask the same questions are like those of no other run.
+        data["validation"] = asked.pop() if len(asked) == 1 else joint_sha256(sorted(asked))
+    place = folder.resolve()
+    return Run(
+        study=place.parent.parent.name,
+        arm=place.parent.name,
+        curves={tag: _points(scalars, tag) for tag in kept},
+        questions=questions,
+        data=data,
+        **known,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {path} to be text in UTF-8, but {error}.") from None
+
+
+def _check_points(curves: dict[str, list[list[float]]], questions: dict[str, list[float]]) -> None:
+    for tag, curve in curves.items():
+        if len(curve) != 2 or len(curve[0]) != len(curve[1]):
+            raise ValueError(
+                f"Expected `curves[{tag!r}]` to be two lists of one length, steps and values, but got {shown(curve)}."
+            )
+        if any(not float(step).is_integer() or step < 0 for step in curve[0]) or curve[0] != sorted(set(curve[0])):
+            raise ValueError(
+                f"Expected the steps of `curves[{tag!r}]` to be whole numbers that rise, but got {shown(curve[0])}."
+            )
+    if wrong := [step for step in questions if not (step.isascii() and step.isdigit())]:
+        raise ValueError(f"Expected the keys of `questions` to be steps, but got {shown(wrong[0])}.")
+
+
+def _points(scalars: Scalars, tag: str) -> list[list[float]]:
+    steps, values = series(scalars, tag)
+    return [list(steps), [_short(value) for value in values]]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}") if math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Verifiers, and the safe calling of them."""

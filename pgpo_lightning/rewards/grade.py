@@ -1,0 +1,137 @@
+"""Call a verifier: whatever it does ends as a ``Verdict``, or as one error that names the question."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from numbers import Real
+from typing import Any, TypeAlias
+
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.texts import is_text, shown
+from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.rewards.undisturbed import signals_heard, undisturbed
+
+Verifier: TypeAlias = Callable[[Question, str], Verdict | float | tuple[float, str]]
+"""A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens)."""
+
+LARGEST_REWARD = 1e16
+"""Largest size of a reward: squares of thousands of such numbers can still be added up in float32."""
+
+SMALLEST_REWARD = 2.0**-126
+"""Smallest size of a reward that is not 0: below it float32 loses digits, and some devices take it for 0."""
+
+
+def grade(verifier: Verifier, question: Question, response: str) -> Verdict:
+    """Call a verifier and return its judgement as a ``Verdict`` with a finite reward.
+
+    The verifier gets a question of its own to work with, and what it changes for the whole process is put back. Sizes below
+    ``SMALLEST_REWARD`` are 0.
+
+    Raises:
+        VerifierError: If the verifier raises anything (``SystemExit`` and ``KeyboardInterrupt`` too) or returns anything but a
+            number of at most ``LARGEST_REWARD``, ``(reward, feedback)`` or a Verdict.
+        BaseException: What the handler of a signal raises (Ctrl-C), also if the verifier catches it.
+    """
+    # A verifier may catch the interrupt, as `except:` does, or raise one by itself: only what a signal raised ends the run.
+    failure: BaseException | None = None
+    with signals_heard() as heard:
+        try:
+            with undisturbed():
+                return_value = verifier(_copy(question), response)
+                verdict, why = _verdict(return_value)
+        except BaseException as error:
+            failure = error
+    if heard:
+        raise heard[0]
+    if failure is not None:
+        kind = type(failure).__name__
+        raise VerifierError(
+            f"Verifier {name(verifier)} raised {kind} on {_asked(question)}: {shown(failure, str)}"
+        ) from failure
+    if verdict is None:
+        raise VerifierError(
+            f"Expected verifier {name(verifier)} to return a finite number, (reward, feedback) or a Verdict, but got "
+            f"{shown(return_value)} on {_asked(question)}{why}."
+        )
+    return verdict
+
+
+def check_question(verifier: Verifier, question: Question) -> None:
+    """Let a verifier that has a method ``check_question`` say, before anything is sampled, that it cannot judge a question.
+
+    Raises:
+        ValueError: What the verifier says.
+    """
+    check = getattr(verifier, "check_question", None)
+    if callable(check):
+        check(question)
+
+
+def name(verifier: Verifier) -> str:
+    """Return a verifier's name for a message."""
+    return getattr(verifier, "__qualname__", None) or type(verifier).__qualname__
+
+
+def where(question: Question) -> str:
+    """Return which question it is, for a message."""
+    return f"question {question.index} of {question.source or 'an unnamed source'}"
+
+
+def _asked(question: Question) -> str:
+    return f"{where(question)} ({shown(question.prompt, lambda prompt: repr(str(prompt)[:80]))})"
+
+
+def _copy(question: Question) -> Question:
+    """Return a question with containers of its own, so that a verifier cannot change what others see."""
+    made = copy.copy(question)
+    for attribute, value in vars(question).items():
+        setattr(made, attribute, _containers(value))
+    return made
+
+
+def _containers(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _containers(each) for key, each in value.items()}
+    if type(value) is list:
+        return [_containers(each) for each in value]
+    return value
+
+
+def _verdict(result: Any) -> tuple[Verdict | None, str]:
+    """Return what a verifier said, or nothing and, if it needs words, why not."""
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # or Python warns that nobody awaited it
+        return None, ": it is an `async def`. Give a plain function, which may call `asyncio.run`"
+    if inspect.isgenerator(result):
+        return None, ": it contains `yield`. Return the reward instead"
+    parts = (result, None) if not isinstance(result, (tuple, Verdict)) else result
+    if isinstance(parts, Verdict):
+        parts = (parts.reward, parts.feedback, parts.answer)
+    elif len(parts) != 2:
+        return None, ""
+    reward, texts = _number(parts[0]), parts[1:]
+    if reward is None or not all(isinstance(text, str | None) for text in texts):
+        return None, ""
+    if not abs(reward) <= LARGEST_REWARD:
+        return None, f": rewards have sizes of at most {LARGEST_REWARD:g}" if math.isfinite(reward) else ""
+    for text in texts:
+        if text is not None and not is_text(text):
+            return None, ": its text has half of a character (a lone surrogate), which no tokenizer takes"
+    return Verdict(0.0 if abs(reward) < SMALLEST_REWARD else reward, *texts), ""
+
+
+def _number(value: Any) -> float | None:
+    """Return a real number as a float, infinite where it is too large; none if it is not a number."""
+    if not isinstance(value, (Real, Decimal)) and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # a number of NumPy or torch
+    if not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except ValueError:  # a signalling NaN
+        return math.nan

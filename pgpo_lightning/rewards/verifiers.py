@@ -1,0 +1,193 @@
+r"""Verifiers: from a question and the text of a response to a reward.
+
+A verifier is any callable ``(question, response) -> Verdict | float | (reward, feedback)``, so a function of your own,
+given by its import path, is as good as the two classes here: :class:`MultipleChoice` for options (SciKnowEval) and
+:class:`BoxedAnswer` for mathematics. :func:`grade` calls one and turns whatever it returns into a ``Verdict``.
+"""
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Annotated, Literal, TypeAlias
+
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.settings import Count, Range, checked
+from pgpo_lightning.core.texts import shown
+from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.rewards import symbolic
+from pgpo_lightning.rewards.grade import Verifier, grade, where
+
+__all__ = ["BoxedAnswer", "MultipleChoice", "Verifier", "VerifierError", "grade"]
+
+Variant: TypeAlias = Literal["reference", "strict", "lenient"]
+
+
+@checked
+class MultipleChoice:
+    r"""Compare the chosen option with ``question.answer``: 1.0 if they are the same letter, else 0.0.
+
+    Args:
+        variant: How the choice is read. ``reference`` (the SDPO code) takes what stands between the last ``<answer>``
+            (or the start) and the next ``</answer>`` (or the end): a bare letter counts, ``(A)``, ``A.``, ``a`` do not.
+            ``strict`` wants exactly one answer block, at the end, with one letter in it. ``lenient`` takes the last
+            statement of an option: a letter of either case that opens an answer block, a ``\boxed{}`` or the response
+            and is followed by a mark or nothing (``(A)``, ``A.``, ``a``, ``A: text``, ``\boxed{\text{A}}``), or stands
+            after "answer is" or "answer:"; several options at once ("A or B") are no statement.
+        options: The letters that a row of the data may have as its answer.
+
+    Raises:
+        ValueError: If an argument is not valid, or, when called, if the gold answer is not one of ``options``.
+
+    Example:
+        >>> verifier = MultipleChoice("lenient")
+        >>> verifier(Question("Which gas is noble?", answer="B"), "Not (A). The answer is (B), argon.")
+        Verdict(reward=1.0, feedback=None, answer='B')
+    """
+
+    def __init__(self, variant: Variant = "reference", options: str = "ABCD") -> None:
+        if not re.fullmatch("[A-Z]{2,}", options) or len(set(options)) < len(options):
+            raise ValueError(f"Expected argument `options` to be different capital letters, but got {options!r}.")
+        self.variant, self.options = variant, options
+        self._strict = re.compile(rf"<answer>\s*([{options}])\s*</answer>\s*\Z")
+        # The repeats are bounded because two unbounded ones in a row cost a square on a long run of white space.
+        upper, either, mark = f"[{options}]", f"[{options}{options.lower()}]", r"[\s(*\"\[$]{0,9}"
+        opening = rf"{mark}(?:\\(?:text|textbf|mathrm|mathbf)\{{[\s(]{{0,9}})?"
+        closed = r"(?=[).:}*\"\]$]|\s{0,9}(?:\n|</|\Z))"
+        alone = rf"(?![\"\s)*]{{0,9}}(?:,|/|&|and\b|or\b){mark}(?:and\b|or\b)?{mark}{upper}\b)"
+        start = rf"(?:\A|<answer>|\\boxed\s{{0,9}}\{{){opening}({either}){closed}{alone}"
+        sentence = r"(?i:\banswer)[\s*]{0,9}(?:\bis\b|:)[\s:*]{0,9}"
+        sentence += rf"{opening}(?:({either}){closed}|({upper})(?![\w'’-])){alone}"
+        self._statements = [re.compile(start), re.compile(sentence)]
+
+    def check_question(self, question: Question) -> None:
+        """Raise if the gold answer is not one of the options.
+
+        Raises:
+            ValueError: Names the row.
+        """
+        gold = question.answer
+        if not isinstance(gold, str) or len(gold) != 1 or gold not in self.options:
+            raise ValueError(
+                f"Expected the answer of {where(question)} to be in {self.options!r}, but got {shown(gold)}. Mend the row, or "
+                "set the `options` of MultipleChoice."
+            )
+
+    def __call__(self, question: Question, response: str) -> Verdict:
+        """Grade one response; ``question.answer`` is the gold letter."""
+        self.check_question(question)
+        return Verdict(reward=float((answer := self._read(response)) == question.answer), answer=answer)
+
+    def _read(self, response: str) -> str | None:
+        if self.variant == "reference":
+            answer = response.split("<answer>")[-1].split("</answer>")[0].strip()
+            return answer if 0 < len(answer) <= 16 else None  # a longer text is no vote but a lost thread
+        if self.variant == "strict":
+            match = self._strict.search(response)
+            return match[1] if match and response.count("<answer>") == response.count("</answer>") == 1 else None
+        found = [match for pattern in self._statements for match in pattern.finditer(response)]
+        letters = [(match.start(group), match[group]) for match in found if (group := match.lastindex)]
+        return max(letters)[1].upper() if letters else None
+
+
+@checked
+class BoxedAnswer:
+    r"""Compare the last complete ``\boxed{...}`` with ``question.answer``: 1.0 if they are equal, else 0.0.
+
+    Equal texts (after removing LaTeX spacing, ``$``, thousands separators and the like) and plain decimal numbers are
+    decided here, exactly: ``0.50`` is ``.5``, but ``0.333333`` is not ``0.3333333``. Everything else (fractions, roots,
+    symbols, sets, intervals, equations, matrices) goes to math-verify, in a process of its own.
+
+    Args:
+        feedback: Whether a wrong answer gets a line of feedback, which does not depend on the gold answer.
+        max_chars: A box with more characters than this is wrong without a look at its content.
+        timeout: An answer that takes math-verify more seconds than this, such as ``9^{9^9}``, is wrong.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when called, if the gold answer is neither a text nor a finite number.
+
+    Example:
+        >>> BoxedAnswer(feedback=True)(Question("2 * 12?", answer=24), r"It is \boxed{48}.")
+        Verdict(reward=0.0, feedback='The final answer 48 is wrong.', answer='48')
+    """
+
+    def __init__(
+        self,
+        feedback: bool = False,
+        max_chars: Count = 200,
+        timeout: Annotated[float, Range(above=0, most=symbolic.LONGEST_TIMEOUT)] = 3.0,
+    ) -> None:
+        self.feedback, self.max_chars, self.timeout = feedback, max_chars, timeout
+
+    def check_question(self, question: Question) -> None:
+        """Raise if the gold answer is neither a text nor a finite number, or if nothing of it is left to compare.
+
+        Raises:
+            ValueError: Names the row.
+        """
+        _gold(question)
+
+    def __call__(self, question: Question, response: str) -> Verdict:
+        """Grade one response; ``question.answer`` (text or number) is the gold answer without a box around it."""
+        gold = _gold(question)
+        box = _last_box(response, self.max_chars)
+        answer = _normalise(box) if len(box) <= self.max_chars else None
+        if answer and _equal(gold, answer, self.timeout):
+            return Verdict(reward=1.0, answer=answer)
+        feedback = f"The final answer {answer} is wrong." if answer else r"No final answer in \boxed{} was found."
+        if answer is None:
+            feedback = f"The final answer is longer than {self.max_chars} characters."
+        return Verdict(reward=0.0, feedback=feedback if self.feedback else None, answer=answer or None)
+
+
+def _gold(question: Question) -> str:
+    gold = question.answer
+    text = ""
+    if isinstance(gold, str):
+        text = _normalise(gold)
+    elif isinstance(gold, Fraction) or (isinstance(gold, Integral) and not isinstance(gold, bool)):
+        text = str(gold)
+    elif isinstance(gold, (Real, Decimal)) and not isinstance(gold, bool) and math.isfinite(gold):
+        text = format(Decimal(str(gold)), "f")  # math-verify would take the e of 1e-07 for Euler's number
+    if not text:
+        raise ValueError(
+            f"Expected {where(question)} to have a gold answer, a text or a finite number, but got "
+            f"{type(gold).__name__} {shown(gold)}. Mend the row, or give a `verifier` that can judge it."
+        )
+    return text
+
+
+def _last_box(response: str, max_chars: int) -> str:
+    """Return the content of the last closed box, cut at ``max_chars + 1`` characters, or an empty text."""
+    for opening in reversed(list(re.finditer(r"\\boxed\s*\{", response))):
+        depth = 1
+        # The limit also keeps thousands of boxes that never close from costing a full scan each.
+        window = response[opening.end() : opening.end() + max_chars + 1]
+        for brace in re.finditer(r"\\.|[{}]", window, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return window[: brace.start()]
+        if len(window) > max_chars:
+            return window
+    return ""
+
+
+def _normalise(text: str) -> str:
+    text = re.sub(r"\\?\$|\\!", "", text.replace("−", "-"))
+    text = re.sub(r"(?<=[0-9])(?:\\,|\{,\})(?=[0-9]{3}(?![0-9]))", ",", text)
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|(?<!\\)\\[,;: ]|~", " ", text)
+    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
+    text = " ".join(text.split()).rstrip(". ")
+    return text.replace(",", "") if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text) else text
+
+
+@lru_cache(maxsize=4096)
+def _equal(gold: str, answer: str, timeout: float) -> bool:
+    if gold != answer and all(re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text) for text in (gold, answer)):
+        return Decimal(gold) == Decimal(answer)
+    # math-verify adds neighbouring numbers: "12 12" would be 24.
+    return gold == answer or (
+        not re.search("[0-9] [0-9]", answer) and symbolic.math_process.equal(gold, answer, timeout)
+    )

@@ -1,0 +1,121 @@
+"""vLLM on a server, over HTTP."""
+
+import json
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from transformers import PreTrainedModel
+
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.vllm_engine import Completion, Sampler
+from pgpo_lightning.rollout.weight_sync import write_weights
+
+_PATIENCE = 3600  # seconds until an answer that does not come is an error
+_AT_ONCE = 64  # requests under way; each is a prompt with all of its responses
+
+
+class ServerSampler(Sampler):
+    """A running ``vllm serve``, with VLLM_SERVER_DEV_MODE=1 and ``--logprobs-mode processed_logprobs``.
+
+    With several ranks the first writes the weights and tells the server, the others wait for it.
+
+    Args:
+        url: Its address.
+        timeout: Seconds to wait for it to come up.
+        folder: Where weights are put down; the server must see it under the same path.
+
+    Raises:
+        MisconfigurationException: If there is no such server, or it was not started as it must be.
+    """
+
+    def __init__(self, url: str, timeout: float, folder: str | None) -> None:
+        self.url = url.rstrip("/")
+        self._wait(timeout)
+        served = self._ask("/v1/models")["data"][0]
+        self.name, self.max_model_len = served["id"], served["max_model_len"]
+        try:
+            config = self._ask("/server_info?config_format=json")["vllm_config"]
+        except urllib.error.HTTPError as error:
+            raise MisconfigurationException(
+                f"Expected the vLLM server at {self.url} to take new weights, but got {error.code} from /server_info. Start it "
+                "with VLLM_SERVER_DEV_MODE=1."
+            ) from error
+        if (mode := config["model_config"]["logprobs_mode"]) != "processed_logprobs":
+            raise MisconfigurationException(
+                f"Expected the vLLM server at {self.url} to return the log-probabilities that it samples with, but got {mode}. "
+                "Start it with `--logprobs-mode processed_logprobs`."
+            )
+        self.temporary = tempfile.TemporaryDirectory(prefix="pgpo-weights-") if folder is None else None
+        self.folder = Path(folder or self.temporary.name)
+
+    def load(self, model: PreTrainedModel) -> None:
+        """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.load`."""
+        failure = ""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                self._send(model)
+            except Exception as error:  # told to the other ranks, which would wait for ever
+                failure = f"{error}"
+        if failures := [each for each in gather(failure) if each]:
+            raise RuntimeError(f"Expected the vLLM server at {self.url} to take new weights, but got: {failures[0]}")
+
+    def _send(self, model: PreTrainedModel) -> None:
+        write_weights(model, self.folder)
+        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
+        if not self._ask("/reset_prefix_cache", {})["success"]:
+            raise RuntimeError("it kept the keys and values of the old weights, because it is still answering somebody")
+
+    def complete(
+        self, prompts: list[list[int]], seeds: list[int], n: int, sampling: Sampling, ends: list[int]
+    ) -> list[list[Completion]]:
+        """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.complete`."""
+        # The server fills in what is not said from the model's generation_config.json.
+        common = {
+            "model": self.name, "n": n, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+            "frequency_penalty": 0.0, "logprobs": 0, "return_token_ids": True, "stop_token_ids": ends, "ignore_eos": True,
+        }  # fmt: skip
+
+        def one(asked: tuple[list[int], int]) -> list[Completion]:
+            prompt, seed = asked  # a request of its own, because all prompts of a request share its seed
+            choices = self._ask("/v1/completions", common | {"prompt": prompt, "seed": seed})["choices"]
+            choices.sort(key=lambda choice: choice["index"])
+            return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+
+        with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(prompts)))) as pool:
+            return list(pool.map(one, zip(prompts, seeds, strict=True)))
+
+    def _wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._ask("/health")
+                return
+            except OSError as error:  # refused, not found, not ready
+                if time.monotonic() > deadline:
+                    raise MisconfigurationException(
+                        f"Expected a vLLM server at {self.url} within {timeout:g} seconds (`server_timeout`), but got: {error}"
+                    ) from error
+                time.sleep(0.5)
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:  # noqa: S310  (the scheme was checked)
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            if body is not None:
+                raise RuntimeError(
+                    f"{path} answered {error.code}: {error.read()[:500].decode(errors='replace')}"
+                ) from error
+            raise
+        return json.loads(text) if text.strip() else None

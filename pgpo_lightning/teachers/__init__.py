@@ -1,0 +1,1 @@
+"""The self-teacher: whose weights it has, and what it reads."""

@@ -1,0 +1,216 @@
+"""Verdicts to teacher contexts: who sees which demonstration, and what the self-teacher's prompt says."""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pgpo_lightning.core.types import Message, Rollout, Row
+from pgpo_lightning.rollout.thinking import remove_thinking
+
+REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
+FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+
+
+def fill(template: str, **values: str) -> str:
+    r"""Put values into ``{name}`` placeholders.
+
+    Unlike ``str.format`` it leaves all other braces alone, so that templates may say ``\boxed{}``, and never looks into the
+    values.
+    """
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def check_template(field: str, template: str, placeholders: tuple[str, ...]) -> None:
+    """Raise if a template lacks one of its placeholders, or is no text that can be encoded.
+
+    Raises:
+        ValueError: Names the field and the placeholder.
+    """
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Expected `{field}` to have whole characters, but got the lone surrogate {template[error.start]!a} in {template!a}."
+        ) from None
+    for name in placeholders:
+        if f"{{{name}}}" not in template:
+            raise ValueError(f"Expected `{field}` to contain the placeholder {{{name}}}, but got {template!r}.")
+
+
+DemonstrationChoice = Literal["shared", "independent"]
+DemonstrationSource = Literal["siblings", "own", "none"]
+
+
+@dataclass
+class RepromptBuilder:
+    """Builds the self-teacher's prompt of every row that has something to tell it.
+
+    Fields carry the names of the SDPO reference; see :class:`pgpo_lightning.modules.SDPO` for their meaning.
+    """
+
+    success_reward_threshold: float
+    demonstration_choice: DemonstrationChoice
+    dont_reprompt_on_self_success: bool
+    remove_thinking_from_demonstration: bool
+    include_environment_feedback: bool
+    environment_feedback_only_without_solution: bool
+    max_reprompt_len: int
+    reprompt_template: str
+    solution_template: str
+    feedback_template: str
+    demonstration_source: DemonstrationSource = "siblings"
+    reprompt_without_context: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings against each other.
+
+        Raises:
+            ValueError: If one contradicts another, or a template lacks a placeholder; names the field.
+        """
+        source = self.demonstration_source
+        if source == "own" and self.dont_reprompt_on_self_success:
+            raise ValueError(
+                "Expected `dont_reprompt_on_self_success` false with `demonstration_source` own, which shows a response its "
+                "own text, but got true."
+            )
+        if source != "siblings" and self.demonstration_choice != "shared":
+            raise ValueError(
+                f"Expected `demonstration_choice` shared with `demonstration_source` {source}, which leaves nothing to choose, "
+                f"but got {self.demonstration_choice}."
+            )
+        if source == "none" and not (self.include_environment_feedback or self.reprompt_without_context):
+            raise ValueError(
+                "Expected `include_environment_feedback` or `reprompt_without_context` true with `demonstration_source` none, "
+                "because else no response has a teacher, but got false for both."
+            )
+        shown = ["prompt", *["solution"] * (source != "none"), *["feedback"] * self.include_environment_feedback]
+        check_template("reprompt_template", self.reprompt_template, tuple(shown))
+        check_template("solution_template", self.solution_template, ("successful_previous_attempt",))
+        check_template("feedback_template", self.feedback_template, ("feedback_raw",))
+
+    def attach(
+        self,
+        rows: list[Row],
+        encode: Callable[[list[Message]], list[int]],
+        tokens: Callable[[str], list[int]],
+        text: Callable[[list[int]], str],
+        rng: random.Random,
+        answer: Callable[[Rollout], str] = lambda rollout: remove_thinking(rollout.text),
+    ) -> dict[str, float]:
+        """Give every row its reprompt, or none if there is neither a demonstration nor feedback (and that is not enough).
+
+        The demonstration is a uniform choice among the successful responses to the same question: one for all of them, and a
+        second for the first itself; or one for every row. (The reference takes the first of a list sorted by length, which
+        favours short ones.)
+
+        Args:
+            rows: All rows of the step, whole groups; changed in place.
+            encode: Chat messages to prompt token ids.
+            tokens: Text to token ids, nothing added.
+            text: Token ids to text.
+            rng: Source of the choice.
+            answer: A response to its text without thinking.
+
+        Returns:
+            Shares of rows and groups under the metric names of the reference.
+        """
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            if row.verdict.reward >= self.success_reward_threshold:
+                groups.setdefault(row.rollout.question.index, []).append(row)
+        texts: dict[int, str] = {}
+        for successes in groups.values():
+            rng.shuffle(successes)
+            for row in successes:
+                without = self.remove_thinking_from_demonstration
+                texts[id(row)] = answer(row.rollout) if without else row.rollout.text
+        count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
+        fitted: dict[tuple[int, str | None, str | None], tuple[list[int] | None, str | None, bool]] = {}
+        for row in rows:
+            candidates = self._candidates(row, groups.get(row.rollout.question.index, []))
+            shown = [texts[id(other)] for other in candidates if texts[id(other)].strip()]
+            demonstration = None
+            if shown:
+                demonstration = shown[0] if self.demonstration_choice == "shared" else rng.choice(shown)
+            feedback = self._feedback(row)
+            count["demonstration"] += demonstration is not None
+            count["feedback_available"] += feedback is not None
+            if demonstration is not None and self.environment_feedback_only_without_solution:
+                feedback = None
+            count["feedback_used"] += feedback is not None
+            if demonstration is None and feedback is None and not self.reprompt_without_context:
+                continue
+            key = (row.rollout.question.index, demonstration, feedback)
+            if key not in fitted:  # rows that are shown the same have the same prompt
+                fitted[key] = self._fit(row, demonstration, feedback, encode, tokens, text)
+            row.reprompt_ids, row.reprompt, trimmed = fitted[key]
+            count["trimmed"] += trimmed
+            count["dropped"] += row.reprompt_ids is None
+        total = max(1, len(rows))
+        questions = len({row.rollout.question.index for row in rows})
+        return {
+            "self_distillation/success_group_fraction": len(groups) / max(1, questions),
+            "self_distillation/success_sample_fraction": count["demonstration"] / total,
+            "self_distillation/feedback_available_fraction": count["feedback_available"] / total,
+            "self_distillation/feedback_used_fraction": count["feedback_used"] / total,
+            "self_distillation/reprompt_sample_fraction": sum(row.reprompt_ids is not None for row in rows) / total,
+            "self_distillation/reprompt_trimmed_fraction": count["trimmed"] / total,
+            "self_distillation/reprompt_dropped_fraction": count["dropped"] / total,
+        }
+
+    def _candidates(self, row: Row, successes: list[Row]) -> list[Row]:
+        """Return whose text a row may be shown, out of the successes of its group."""
+        if self.demonstration_source == "none":
+            return []
+        if self.demonstration_source == "own":
+            return [other for other in successes if other is row]
+        return [other for other in successes if other is not row or not self.dont_reprompt_on_self_success]
+
+    def _feedback(self, row: Row) -> str | None:
+        if not self.include_environment_feedback:
+            return None
+        raw = row.verdict.feedback or row.rollout.question.privileged_context
+        return raw if raw and raw.strip() else None
+
+    def messages(self, row: Row, demonstration: str | None, feedback: str | None) -> list[Message]:
+        """Return the teacher's conversation: the student's, its last user turn rewritten."""
+        *before, last = row.rollout.question.messages()
+        solution = (
+            "" if demonstration is None else fill(self.solution_template, successful_previous_attempt=demonstration)
+        )
+        remarks = "" if feedback is None else fill(self.feedback_template, feedback_raw=feedback)
+        content = fill(self.reprompt_template, prompt=last["content"], solution=solution, feedback=remarks)
+        return [*before, {**last, "content": content}]
+
+    def _fit(
+        self,
+        row: Row,
+        demonstration: str | None,
+        feedback: str | None,
+        encode: Callable[[list[Message]], list[int]],
+        tokens: Callable[[str], list[int]],
+        text: Callable[[list[int]], str],
+    ) -> tuple[list[int] | None, str | None, bool]:
+        """Encode the reprompt, shortening the demonstration, then the feedback, from their ends until it fits.
+
+        Returns:
+            Token ids and text of the reprompt, ``None`` if nothing fits, and whether it was shortened.
+        """
+        parts = {"demonstration": demonstration, "feedback": feedback}
+        left: dict[str, list[int]] = {}
+        while any(parts.values()) or self.reprompt_without_context:
+            messages = self.messages(row, parts["demonstration"], parts["feedback"])
+            ids = encode(messages)
+            if (excess := len(ids) - self.max_reprompt_len) <= 0:
+                return ids, messages[-1]["content"], bool(left)
+            if not any(parts.values()):
+                break
+            # One token more than the excess, because text that is cut and encoded again can come out a token longer. What is
+            # left is cut again, not its text: half a character decodes to one of more tokens, and that would never end.
+            part = "demonstration" if parts["demonstration"] else "feedback"
+            left[part] = (left[part] if part in left else tokens(parts[part]))[: -(excess + 1)]
+            parts[part] = text(left[part]).rstrip("\ufffd") or None
+        return None, None, bool(left)

@@ -1,0 +1,1 @@
+"""One training step and the held-out evaluation, without Lightning's hooks."""

@@ -1,0 +1,101 @@
+"""Why no rollout of an optimizer step is in the loss, and what to do about it."""
+
+from dataclasses import dataclass, fields
+from itertools import chain
+
+from pgpo_lightning.core.types import Row
+
+
+@dataclass
+class Outcomes:
+    """What became of rollouts that are not in the loss; one number per rollout and field."""
+
+    question: list[int]
+    reward: list[float]
+    cut_off: list[bool]
+    taught: list[bool]
+    feedback: list[bool]
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> "Outcomes":
+        """Collect those of one rank."""
+        return cls(
+            question=[row.rollout.question.index for row in rows],
+            reward=[row.verdict.reward for row in rows],
+            cut_off=[not row.rollout.finished for row in rows],
+            taught=[row.reprompt_ids is not None for row in rows],
+            feedback=[bool(row.verdict.feedback or row.rollout.question.privileged_context) for row in rows],
+        )
+
+    @classmethod
+    def join(cls, parts: list["Outcomes"]) -> "Outcomes":
+        """Put those of all ranks behind each other."""
+        return cls(**{f.name: list(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(cls)})
+
+
+def explain(
+    seen: Outcomes, threshold: float, limit: int, siblings: int, has_teacher: bool, shows_feedback: bool = True
+) -> str:
+    """Return the numbers of rollouts without a signal, the cause that they show, and what to do.
+
+    Args:
+        seen: At least one rollout, of all ranks.
+        threshold: Rewards from here on count as success.
+        limit: `max_response_length` (tokens).
+        siblings: `num_generations`.
+        has_teacher: Whether the objective compares with a teacher; without one it compares siblings' rewards.
+        shows_feedback: Whether a teacher is shown feedback where there is any.
+
+    Example:
+        >>> seen = Outcomes([0, 0], [1.0, 1.0], [False] * 2, [False] * 2, [False] * 2)
+        >>> explain(seen, 0.5, 64, 2, False).partition(". ")[2]
+        'All were right: nothing is left to learn from these questions. Take harder ones.'
+    """
+    count, cut = len(seen.reward), sum(seen.cut_off)
+    right = sum(reward >= threshold for reward in seen.reward)
+    numbers = (
+        f"{right} of {count} rollouts were right (rewards {min(seen.reward):g} to {max(seen.reward):g}), {cut} were cut off at "
+        f"`max_response_length` ({limit} tokens)"
+    )
+    if has_teacher:
+        numbers += f", {sum(seen.taught)} had a teacher, {sum(seen.feedback)} had feedback"
+    probe = " `pgpo probe` measures before any training what the teacher has to go by." if has_teacher else ""
+    return f"{numbers}. {_cause(seen, right, cut, siblings, has_teacher, shows_feedback)}{probe}"
+
+
+def _cause(seen: Outcomes, right: int, cut: int, siblings: int, has_teacher: bool, shows_feedback: bool) -> str:
+    count = len(seen.reward)
+    no_feedback = has_teacher and not any(seen.feedback)
+    feedback = " Or give feedback: from the verifier, or as `privileged_context`." if no_feedback else ""
+    if has_teacher and not shows_feedback:
+        feedback = (
+            " Or give feedback, from the verifier or as `privileged_context`, and set `include_environment_feedback` to true."
+            if no_feedback
+            else " Or let the teacher see the feedback that there is: set `include_environment_feedback` to true."
+        )
+    rewards: dict[int, set[float]] = {}
+    for question, reward in zip(seen.question, seen.reward, strict=True):
+        rewards.setdefault(question, set()).add(reward)
+    if has_teacher and siblings == 1 and no_feedback:
+        return (
+            "With `num_generations` 1 no rollout has a sibling to learn from, and there is no feedback either. Set "
+            f"`num_generations` to 2 or more.{feedback}"
+        )
+    if right == 0 and cut == count:
+        return f"All were cut off before they could end: raise `max_response_length`.{feedback}"
+    if right == 0:
+        longer = ", raise `max_response_length`" if 2 * cut >= count else ""
+        return f"None was right: take easier questions or a more lenient grader{longer}.{feedback}"
+    if right == count:
+        return "All were right: nothing is left to learn from these questions. Take harder ones."
+    if not has_teacher and all(len(each) == 1 for each in rewards.values()):
+        return (
+            "All rollouts of a question had the same reward, so that none is better than its siblings: raise "
+            "`num_generations`, or take questions that are answered right some of the time."
+        )
+    if has_teacher and not any(seen.taught):
+        return (
+            "Some were right, but no other rollout was shown them: look at `num_generations`, `demonstration_source` and "
+            f"`max_reprompt_len`.{feedback}"
+        )
+    return "All weights or advantages were zero: every question was answered always right or always wrong."

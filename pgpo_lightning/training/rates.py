@@ -1,0 +1,92 @@
+"""Checks of the optimizer that was built: its class may be anybody's, so that its settings are read off its parameter groups."""
+
+import inspect
+from numbers import Real
+from typing import Annotated, Any
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from pgpo_lightning.core.settings import Decay, NonNegative, Range, check, shown
+
+HIGHEST_RATE = 10.0
+"""Adam and its kin move every weight by about `lr` in every step, and the weights of language models are far below 1."""
+
+SETTINGS = {
+    "lr": Annotated[float, Range(above=0, most=HIGHEST_RATE)],
+    "weight_decay": Annotated[float, Range(least=0, most=HIGHEST_RATE)],
+    "momentum": Decay,
+    "dampening": NonNegative,
+    "betas": Annotated[float, Range(least=0, below=1)],
+}
+"""What is checked where a group has it, beside `eps` and `maximize`."""
+
+EPS = Range(above=0, most=1)
+
+
+def build_optimizer(make: OptimizerCallable, parameters: list[Parameter]) -> Optimizer:
+    """Return the optimizer of these parameters, with settings that have been checked.
+
+    Args:
+        make: From parameters to an optimizer.
+        parameters: What is trained.
+
+    Raises:
+        ValueError: If its class does not take its settings, or :func:`check_optimizer` does not.
+    """
+    try:
+        optimizer = make(parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected settings that the class of `optimizer` takes, but it says: {error}.") from error
+    check_optimizer(optimizer)
+    return optimizer
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise if the optimizer would learn nothing, learn the opposite, or leave the numbers that float32 has.
+
+    Args:
+        optimizer: As it was built, before a schedule or a multiplier has changed its rates.
+
+    Raises:
+        ValueError: Names the setting.
+    """
+    for group in optimizer.param_groups:
+        if group.get("maximize"):
+            raise ValueError(
+                "Expected `optimizer.maximize` to be false, because the loss is to become smaller, but got true. Leave it out."
+            )
+        for name, hint in SETTINGS.items():
+            value = group.get(name)
+            for i, each in enumerate(value if isinstance(value, (tuple, list)) else [value]):
+                if each is not None:
+                    check(
+                        f"optimizer.{name}{f'[{i}]' if isinstance(value, (tuple, list)) else ''}", _number(each), hint
+                    )
+        eps = group.get("eps")  # of Adafactor it is a pair, with a null in it; of bitsandbytes' Lion, which has none, 0
+        if isinstance(eps, Real) and _takes(optimizer, "eps") and not EPS.holds(eps):
+            raise ValueError(f"Expected `optimizer.eps` {EPS.text}, but got {shown(eps)}.")
+
+
+def check_rates(optimizer: Optimizer) -> None:
+    """Raise if a schedule made a learning rate that no step should be taken with. 0 is one: a warm-up may begin there.
+
+    Raises:
+        ValueError: Names the schedule.
+    """
+    for group in optimizer.param_groups:
+        rate = _number(group["lr"])
+        if not (isinstance(rate, (int, float)) and 0 <= rate <= HIGHEST_RATE):
+            raise ValueError(
+                f"Expected `scheduler` to make learning rates from 0 to {HIGHEST_RATE:g}, but got {shown(rate)}."
+            )
+
+
+def _takes(optimizer: Optimizer, setting: str) -> bool:
+    return setting in inspect.signature(type(optimizer)).parameters
+
+
+def _number(value: Any) -> Any:
+    """Return the number in a tensor, which some optimizers keep their rate in."""
+    return value.item() if hasattr(value, "item") else value
