@@ -115,8 +115,7 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
     """Take whole steps under one setting: sampling, then the module's own update."""
     from standalone import Standalone, fixed_lengths, random_qwen3
 
-    from pgpo_lightning.core.types import Row as LossRow
-    from pgpo_lightning.core.types import Verdict
+    from pgpo_lightning.core.types import Sample, Verdict
     from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
 
     name, optimizer = eight_bit_adamw(setup.device)
@@ -155,7 +154,7 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
         tokens = sum(len(one.response_ids) for one in sampled)
         row = about | {"what": "rollouts", "step": i, "seconds": seconds, "response_tokens": tokens}
         yield row | {"tokens_per_s": tokens / seconds, "peak_gib": peak} | against(peak, told["rollouts_gib"], setup)
-        batch = [LossRow(one, Verdict(0.0), row.reprompt_ids) for one, row in zip(sampled, rows, strict=True)]
+        batch = [Sample(one, Verdict(0.0), row.reprompt_ids) for one, row in zip(sampled, rows, strict=True)]
         peak, (seconds, value) = measured(partial(policy.step, batch), setup)
         row = about | {"what": "update", "step": i, "seconds": seconds, "loss": value, "response_tokens": tokens}
         row |= {f"{part}_s": spent for part, spent in policy.seconds.items()}

@@ -22,7 +22,7 @@ from measure import print_table, write_json
 from torch import Tensor
 
 from pgpo_lightning.commands.fit import PGPOCommand
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.models.loading import head, source
 from pgpo_lightning.models.lora import adapter, decoder_with
 from pgpo_lightning.modules import SDPO
@@ -80,7 +80,7 @@ class Deviation(L.Callback):
         return float((apart / sum(exact.square().sum() for exact in self.exact.values())).sqrt())
 
     @torch.no_grad()
-    def _nats(self, module: SDPO, rows: list[Row]) -> dict[str, float]:
+    def _nats(self, module: SDPO, rows: list[Sample]) -> dict[str, float]:
         model, layers = module.model, _layers(module.model)
         stand_in = {
             f"{name}.lora_B.default.weight": torch.zeros_like(layers[name].lora_B["default"].weight) for name in layers

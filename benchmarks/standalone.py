@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.initialization import no_init_weights
 
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.models.loading import decoder, load_tokenizer
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout import engine as rollout
@@ -55,7 +55,7 @@ def token_ids(rng: random.Random, count: int, vocabulary: int) -> list[int]:
     return [rng.randrange(FIRST_ID, vocabulary) for _ in range(count)]
 
 
-def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabulary: int) -> list[Row]:
+def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabulary: int) -> list[Sample]:
     """Make rows of a step, all with a teacher; responses are a quarter shorter to a quarter longer than `response`."""
     rng = random.Random(0)
     made = []
@@ -64,7 +64,7 @@ def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabul
         log_probs = torch.full((len(ids),), -math.log(vocabulary))
         question = Question("?", "1", index=i // 8)
         one = Rollout(question, token_ids(rng, prompt, vocabulary), ids, log_probs, "", True)
-        made.append(Row(one, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
+        made.append(Sample(one, Verdict(float(i % 2)), token_ids(rng, reprompt, vocabulary)))
     return made
 
 
@@ -88,7 +88,7 @@ class Standalone(SDPO):
         if hasattr(self.teacher, "model"):  # a live one has none of its own
             self._watch(self.teacher.model, "teacher_forward")
 
-    def step(self, rows: list[Row]) -> float:
+    def step(self, rows: list[Sample]) -> float:
         """One update on rows that are ready for it; return its loss."""
         self.seconds.clear()
         mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()

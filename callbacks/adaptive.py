@@ -26,7 +26,7 @@ from pgpo_lightning.core.settings import (
     UpperBound,
     checked,
 )
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import whole
 from pgpo_lightning.losses.step_statistics import StepStatistics
@@ -114,7 +114,7 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
 
 
 @torch.no_grad()
-def policy_change(module: OnPolicyModule, rows: list[Row]) -> float:
+def policy_change(module: OnPolicyModule, rows: list[Sample]) -> float:
     r"""Estimate KL(sampler||policy) per token (nats), from the sampler's own tokens.
 
     The direction of rsl_rl, and the one that rollouts of the old policy can estimate: mean of (r - 1 - log r) over all

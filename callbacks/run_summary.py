@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pgpo_lightning.callbacks.step_size import StepSizeMultiplier
 from pgpo_lightning.core.identity import training_sha256
 from pgpo_lightning.core.settings import Natural, checked
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.distributed.stopping import Stopped
 from pgpo_lightning.monitoring.curves import LAYOUT, draw_stability, error_tag, read_scalars, series
@@ -201,7 +201,7 @@ def _writer(trainer: L.Trainer) -> Any:
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
-def _as_text(row: Row) -> str:
+def _as_text(row: Sample) -> str:
     teacher = row.reprompt if row.reprompt is not None else "(no teacher)"
     fields = {
         "reward": f"{row.verdict.reward:g}, {row.length} tokens{'' if row.rollout.finished else ', cut off'}",

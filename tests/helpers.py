@@ -9,7 +9,7 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.models.loading import resolve_model
 from pgpo_lightning.modules import SDPO
@@ -72,7 +72,7 @@ def random_rows(n, seed=0, with_reprompt=True, longest=12):
         response = ids(1, longest)
         log_probs = -3.5 - torch.rand(len(response), generator=torch.Generator().manual_seed(seed * 1000 + i))
         rollout = Rollout(Question("?", "1", index=i // 2), ids(3, 20), response, log_probs, "text", True)
-        rows.append(Row(rollout, Verdict(float(i % 2)), ids(10, 40) if with_reprompt else None))
+        rows.append(Sample(rollout, Verdict(float(i % 2)), ids(10, 40) if with_reprompt else None))
     return rows
 
 

@@ -42,7 +42,7 @@ from pgpo_lightning.callbacks import (  # noqa: E402
 )
 from pgpo_lightning.callbacks.adaptive import policy_change, slope  # noqa: E402
 from pgpo_lightning.commands.main import main  # noqa: E402
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict  # noqa: E402
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict  # noqa: E402
 from pgpo_lightning.losses.step_statistics import StepStatistics  # noqa: E402
 from pgpo_lightning.modules import GRPO, SDPO  # noqa: E402
 from pgpo_lightning.monitoring.curves import read_scalars  # noqa: E402
@@ -72,7 +72,7 @@ def test_policy_change_is_the_kl_of_the_sampler_to_the_policy():
     log_p = lambda: module.model(torch.tensor([prompt])).logits[0, -1].detach().div(1.5).log_softmax(0)  # noqa: E731
     old = log_p()
     tokens = torch.multinomial(old.exp(), 4000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [Row(Rollout(Question("?", "1"), prompt, [t], old[t].view(1), "", True), Verdict(0.0)) for t in tokens]
+    rows = [Sample(Rollout(Question("?", "1"), prompt, [t], old[t].view(1), "", True), Verdict(0.0)) for t in tokens]
     assert policy_change(module, rows) == pytest.approx(0.0, abs=1e-9)
     with torch.no_grad():
         module.model.model.norm.weight.mul_(3)  # sharper: the KL to it is larger than the KL from it

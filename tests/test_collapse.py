@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import questions
 
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.collapse_rules import RULES, TAGS, CollapseRules, alarms, medians, signs
@@ -271,7 +271,7 @@ def test_the_toy_model_and_its_teacher_broken_in_two_ways(broken):
     torch.manual_seed(0)
     with torch.no_grad():
         rollouts = module.sample(questions(8), 8, module._training_sampling)
-    rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, module.judge(rollouts), strict=True)]
+    rows = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, module.judge(rollouts), strict=True)]
     module.prepare_rows(rows, random.Random(0))
     rows = [row for row in rows if module.in_loss(row)]
     if broken == "shifted":  # the teacher answers for the token before

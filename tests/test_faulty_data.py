@@ -14,7 +14,7 @@ import torch
 from helpers import LIMITS, TOKENIZER, tiny_model
 
 from pgpo_lightning.core.texts import json_line
-from pgpo_lightning.core.types import Rollout, Row
+from pgpo_lightning.core.types import Rollout, Sample
 from pgpo_lightning.data import FileQuestions
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rewards.grade import check_question, grade
@@ -167,7 +167,7 @@ def drive(path, encoder, builder):
         rollout = Rollout(question, ids, [1], torch.zeros(1), "text", True)
         verdict = grade(verifier, question, "text")
         assert repr(given[-1]) == repr(question)
-        builder.attach([Row(rollout, verdict)], encoder.messages, encoder.tokens, encoder.text, random.Random(0))
+        builder.attach([Sample(rollout, verdict)], encoder.messages, encoder.tokens, encoder.text, random.Random(0))
         json.loads(result_line(question, [rollout], [verdict]), parse_constant=pytest.fail)
         for shipped in (BoxedAnswer(), MultipleChoice()):
             try:

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pgpo_lightning.core.types import Question, Row
+from pgpo_lightning.core.types import Question, Sample
 from pgpo_lightning.models.loading import (
     architecture,
     check_architecture,
@@ -363,11 +363,11 @@ def with_lengths(*lengths):
     return rows
 
 
-def size(row: Row) -> int:
+def size(row: Sample) -> int:
     return len(row.rollout.prompt_ids)
 
 
-def alone(row: Row) -> list[list[int]]:
+def alone(row: Sample) -> list[list[int]]:
     return [row.rollout.prompt_ids]
 
 
@@ -390,7 +390,7 @@ def test_micro_batches_by_hand(budget, groups):
     assert [[size(row) for row in group] for group in micro_batches(rows, budget, alone, "never")] == groups
 
 
-def both(row: Row) -> list[list[int]]:
+def both(row: Sample) -> list[list[int]]:
     return [row.rollout.prompt_ids, row.reprompt_ids or [3]]
 
 

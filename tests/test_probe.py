@@ -13,7 +13,7 @@ from helpers import tiny_sdpo
 
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.probe import calibrate, dumps, measure, save
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.data.toy import solution
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.run_record import Run
@@ -212,7 +212,7 @@ def question(index, a=3, b=4, c=5):
 
 
 def row(asked, text, reward, feedback=None):
-    return Row(Rollout(asked, [1], [2], torch.zeros(1), text, True), Verdict(reward, feedback))
+    return Sample(Rollout(asked, [1], [2], torch.zeros(1), text, True), Verdict(reward, feedback))
 
 
 def reprompts(context):

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.rollout.thinking import remove_thinking
 from pgpo_lightning.teachers.reprompt import (
@@ -41,7 +41,7 @@ FEEDBACK = "\nThe following is feedback from your unsuccessful earlier attempt:\
 
 def row(text, reward=0.0, feedback=None, index=0, prompt="Place?", **question):
     asked = Question(prompt, "1", index=index, **question)
-    return Row(Rollout(asked, [4], [6], torch.zeros(1), text, True), Verdict(reward, feedback))
+    return Sample(Rollout(asked, [4], [6], torch.zeros(1), text, True), Verdict(reward, feedback))
 
 
 def attach(rows, seed=0, tokenizer=TOKENIZER, **settings):

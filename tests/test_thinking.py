@@ -9,7 +9,7 @@ from helpers import half_right, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.modules import HAPO, SDPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations
 from pgpo_lightning.probe.measure import _row
@@ -43,7 +43,7 @@ def answered(tokenizer, written, reward=1.0):
     question = Question("Place?", "1")
     ids = encoder.tokens(written)
     rollout = Rollout(question, encoder.question(question), ids, torch.zeros(len(ids)), encoder.text(ids), True)
-    return encoder, Row(rollout, Verdict(reward))
+    return encoder, Sample(rollout, Verdict(reward))
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.theory.estimator_views import View, token_statistics
 from pgpo_lightning.core.seeding import seeded
-from pgpo_lightning.core.types import Question, Row
+from pgpo_lightning.core.types import Question, Sample
 from pgpo_lightning.data.toy import questions
 from pgpo_lightning.losses.fused_backward import TokenStatistics
 from pgpo_lightning.models.loading import source
@@ -75,10 +75,10 @@ def toy_bank(number: int, siblings: int, seed: int, looks: list[View]) -> Bank:
     return Bank(tokens, torch.cat(lengths), torch.tensor(owners), len(asked))
 
 
-def rows_with_teacher(module: SDPO, asked: list[Question], start: int, seed: int) -> list[Row]:
+def rows_with_teacher(module: SDPO, asked: list[Question], start: int, seed: int) -> list[Sample]:
     """Return the rows that would be in the loss of a step on some questions."""
     with seeded(seed, "estimator", start) as rng:
         rollouts = module.sample(asked, module.num_generations, module._training_sampling)
-        rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, module.judge(rollouts), strict=True)]
+        rows = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, module.judge(rollouts), strict=True)]
         module.prepare_rows(rows, rng)
     return [row for row in rows if module.in_loss(row)]

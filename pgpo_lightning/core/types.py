@@ -77,7 +77,7 @@ class Rollout:
 
 
 @dataclass
-class Row:
+class Sample:
     """One rollout with everything that its loss needs.
 
     Args:
@@ -104,14 +104,14 @@ class Row:
     old_log_probs: Tensor | None = None
     teacher_hidden: Tensor | None = None
     demonstration: bool = False
-    replaced_by: "Row | None" = None
+    replaced_by: "Sample | None" = None
 
     @property
     def length(self) -> int:
         """Response tokens, end-of-sequence included."""
         return len(self.rollout.response_ids)
 
-    def stand_in(self, taught: bool = True) -> "Row":
+    def stand_in(self, taught: bool = True) -> "Sample":
         """Return a row of one token for a forward pass that has to be made, with or without teacher, and counts for nothing."""
         one = replace(self.rollout, response_ids=self.rollout.response_ids[:1], log_probs=self.rollout.log_probs[:1])
-        return Row(one, self.verdict, reprompt_ids=one.prompt_ids if taught else None)
+        return Sample(one, self.verdict, reprompt_ids=one.prompt_ids if taught else None)

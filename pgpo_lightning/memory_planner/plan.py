@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pgpo_lightning.core.settings import Range, checked, one_of
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.memory_planner import flops
 from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.dry_run import Compute
@@ -143,7 +143,7 @@ class Plan:
     host: int = 0
 
 
-def plan(run: Run, rows: list[Row] | None = None) -> Plan:
+def plan(run: Run, rows: list[Sample] | None = None) -> Plan:
     """Work out what a run needs, without its weights and without its data.
 
     Args:
@@ -258,7 +258,7 @@ def _saving(
     )
 
 
-def _sampled(run: Run, rows: list[Row]) -> Sampled:
+def _sampled(run: Run, rows: list[Sample]) -> Sampled:
     """Return what is decoded at the same time; as in the engine, whole questions as far as possible."""
     limit = run.at_once or len(rows)
     questions, samples = max(1, limit // run.samples), min(run.samples, limit)
@@ -270,7 +270,7 @@ def _sampled(run: Run, rows: list[Row]) -> Sampled:
     return Sampled(prompts, samples, [row.length for some in chosen for row in some], run.longest_response)
 
 
-def _tokens(rows: list[Row], batches: list[Any]) -> dict[str, int]:
+def _tokens(rows: list[Sample], batches: list[Any]) -> dict[str, int]:
     layouts = [(Layout.of(b.student), None if b.teacher is None else Layout.of(b.teacher)) for b in batches]
     return {
         "responses": len(rows),
@@ -282,7 +282,7 @@ def _tokens(rows: list[Row], batches: list[Any]) -> dict[str, int]:
 
 
 def _flops(
-    run: Run, counted: Count, trainable: int, batches: list[Any], rows: list[Row], trains_head: bool
+    run: Run, counted: Count, trainable: int, batches: list[Any], rows: list[Sample], trains_head: bool
 ) -> dict[str, int]:
     width = flops.Width.of(run.config, counted)
     teachers = len(TEACHERS[run.teacher])

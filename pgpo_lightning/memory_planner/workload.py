@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pgpo_lightning.core.settings import Count, Decay, checked
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.models.packing import Sequences, Share, SharedSequences, micro_batches
 
 Packed = Sequences | SharedSequences
@@ -32,7 +32,7 @@ class Lengths:
     spread: Decay = 0.0
     longest: Count | None = None
 
-    def rows(self, questions: int, samples: int, independent: bool = False) -> list[Row]:
+    def rows(self, questions: int, samples: int, independent: bool = False) -> list[Sample]:
         """Make the rows of a step, all with a teacher.
 
         Args:
@@ -56,11 +56,11 @@ class Lengths:
                 for number, length in ((question, self.prompt), (shown, self.reprompt))
             )
             rollout = Rollout(Question("", None, index=question), prompt, ids, torch.zeros(len(ids)), "", True)
-            rows.append(Row(rollout, Verdict(0.0), reprompt))
+            rows.append(Sample(rollout, Verdict(0.0), reprompt))
         return rows
 
 
-def with_demonstrations(rows: list[Row], samples: int, length: int) -> list[Row]:
+def with_demonstrations(rows: list[Sample], samples: int, length: int) -> list[Sample]:
     """Return the rows of HAPO's loss where every gate is open: in each group a demonstration for the shortest rollout.
 
     Args:
@@ -126,7 +126,7 @@ class MicroBatch:
         return max(layout.padded + layout.rows * (layout.prompt + layout.width) for layout in layouts)
 
 
-def group(rows: list[Row], budget: int, share: Share, with_teacher: bool) -> list[MicroBatch]:
+def group(rows: list[Sample], budget: int, share: Share, with_teacher: bool) -> list[MicroBatch]:
     """Group rows as the module does, and lay them out.
 
     Args:
@@ -136,10 +136,10 @@ def group(rows: list[Row], budget: int, share: Share, with_teacher: bool) -> lis
         with_teacher: Whether there is a teacher with prompts of its own.
     """
 
-    def contexts(row: Row) -> list[list[int]]:
+    def contexts(row: Sample) -> list[list[int]]:
         return [row.rollout.prompt_ids, row.reprompt_ids] if with_teacher else [row.rollout.prompt_ids]
 
-    def pack(part: list[Row], which: int) -> Packed:
+    def pack(part: list[Sample], which: int) -> Packed:
         pairs = [(contexts(row)[which], row.rollout.response_ids) for row in part]
         return Sequences.pack(pairs, 0, torch.device("cpu"), share)
 

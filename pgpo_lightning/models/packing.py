@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
 
 Share = Literal["never", "if-cheaper", "always"]
@@ -19,7 +19,7 @@ Share = Literal["never", "if-cheaper", "always"]
 class Pass:
     """The rows of one forward pass, and whether they count or are there for the sake of other ranks."""
 
-    rows: list[Row]
+    rows: list[Sample]
     counts: bool
 
 
@@ -60,8 +60,8 @@ class _Load:
 
 
 def micro_batches(
-    rows: list[Row], token_budget: int, contexts: Callable[[Row], list[list[int]]], share: Share
-) -> list[list[Row]]:
+    rows: list[Sample], token_budget: int, contexts: Callable[[Sample], list[list[int]]], share: Share
+) -> list[list[Sample]]:
     """Group rows so that no forward pass costs more than `token_budget` padded tokens.
 
     Rows of similar length together waste little on padding; rows with the same prompt together need to run it only once.
@@ -78,11 +78,11 @@ def micro_batches(
     """
     prompts = {id(row): [tuple(prompt) for prompt in contexts(row)] for row in rows}
 
-    def length(row: Row) -> int:
+    def length(row: Sample) -> int:
         return max(map(len, prompts[id(row)])) + row.length
 
-    def fill(ordered: list[Row]) -> tuple[int, list[list[Row]]]:
-        groups: list[list[Row]] = []
+    def fill(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
+        groups: list[list[Sample]] = []
         total, loads = 0, []
         for row in ordered:
             mine = prompts[id(row)]
@@ -256,7 +256,7 @@ class TokenInputs:
     demonstration: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: list[Row], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
+    def of(cls, rows: list[Sample], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
         """Collect what the rows know.
 
         Args:
@@ -297,7 +297,7 @@ class TokenInputs:
         return tokens.log_p_student.detach() if self.old is None else self.old
 
 
-def shares(rows: list[Row], count: int) -> Iterator[list[Row]]:
+def shares(rows: list[Sample], count: int) -> Iterator[list[Sample]]:
     """Split rows into `count` shares for that many updates, whole questions each, in the order of the batch.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pgpo_lightning.core.settings import Fraction, NonNegative, Positive, checked
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.models.packing import TokenInputs
@@ -94,7 +94,7 @@ class GRPO(OnPolicyModule):
         self.clip_ratio_high = clip_ratio_high
         self.clip_ratio_c = clip_ratio_c
 
-    def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: Any) -> dict[str, float]:
         """Give every row its advantage, and before several updates the log-probabilities of the sampling policy."""
         rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32).view(-1, self.num_generations)
         advantages = group_advantages(rewards, self.norm_adv_by_std_in_grpo, self.std_correction).view(-1)
@@ -108,11 +108,11 @@ class GRPO(OnPolicyModule):
         everyone = torch.cat(gather(advantages))
         return {"critic/advantages/std": everyone.std().item(), "critic/informative_groups": groups}
 
-    def in_loss(self, row: Row) -> bool:
+    def in_loss(self, row: Sample) -> bool:
         """Whether the row has an advantage: without one it has no gradient either."""
         return row.advantage != 0
 
-    def loss_tokens(self, rows: list[Row]) -> int:
+    def loss_tokens(self, rows: list[Sample]) -> int:
         """Tokens of all rows."""
         return sum(row.length for row in rows)
 

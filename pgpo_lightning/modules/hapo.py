@@ -16,7 +16,7 @@ from torch import Tensor
 from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.core.seeding import generators_kept
 from pgpo_lightning.core.settings import Natural, Positive, checked
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import whole
 from pgpo_lightning.losses.fused import TokenStatistics
@@ -84,7 +84,7 @@ class HAPO(GRPO):
 
     # ----------------------------------------------------------------------------------------------- who gets what
 
-    def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: random.Random) -> dict[str, float]:
         """Put demonstrations in the place of failures, then give every row of the loss its advantage."""
         n = self.num_generations
         sampled = [rows[i : i + n] for i in range(0, len(rows), n)]
@@ -103,10 +103,10 @@ class HAPO(GRPO):
                 applied.append(row.advantage)
         return scalars | self._told(rows, learned, groups, decisions, applied)
 
-    def _successes(self, group: list[Row]) -> int:
+    def _successes(self, group: list[Sample]) -> int:
         return sum(row.verdict.reward >= self.success_reward_threshold for row in group)
 
-    def _inject(self, group: list[Row], rng: random.Random) -> None:
+    def _inject(self, group: list[Sample], rng: random.Random) -> None:
         worst = to_replace([row.verdict.reward for row in group], self.success_reward_threshold, self.ties, rng)
         if worst is None:
             return
@@ -115,7 +115,7 @@ class HAPO(GRPO):
         if shown is not None:
             # Zeros are no log-probabilities of a sampler but LUFFY's demonstrator, who is sure of every token.
             given = Rollout(rollout.question, rollout.prompt_ids, shown.ids, torch.zeros(len(shown.ids)), "", True)
-            group[worst].replaced_by = Row(given, Verdict(shown.reward), demonstration=True)
+            group[worst].replaced_by = Sample(given, Verdict(shown.reward), demonstration=True)
 
     def verified(self, question: Question, text: str) -> Demonstration | str:
         """Return a text as a demonstration, or why it is none. What is judged is what the student would have answered."""
@@ -134,8 +134,8 @@ class HAPO(GRPO):
 
     def _told(
         self,
-        rows: list[Row],
-        learned: list[Row],
+        rows: list[Sample],
+        learned: list[Sample],
         groups: list[Group],
         decisions: list[Decision],
         applied: list[float],
@@ -189,18 +189,18 @@ class HAPO(GRPO):
         weight = super().importance_weight(tokens, given)
         return weight if given.demonstration is None else torch.where(given.demonstration, 1.0, weight)
 
-    def in_loss(self, row: Row) -> bool:
+    def in_loss(self, row: Sample) -> bool:
         """Whether the row has an advantage, and is of the kind that is being looked at."""
         return super().in_loss(row) and self._part in (None, row.demonstration)
 
-    def accumulate_gradients(self, rows: list[Row]) -> float:
+    def accumulate_gradients(self, rows: list[Sample]) -> float:
         """See :meth:`OnPolicyModule.accumulate_gradients`; now and then measure the two kinds of rows apart first."""
         every = self.gradient_parts_every_n_steps
         if every and self.steps % every == 0 and "hapo/gradient_norm_rollouts" not in self.scalars:
             self.scalars |= self._gradient_parts(rows)
         return super().accumulate_gradients(rows)
 
-    def _gradient_parts(self, rows: list[Row]) -> dict[str, float]:
+    def _gradient_parts(self, rows: list[Sample]) -> dict[str, float]:
         """Return the norms of the gradients of demonstrations and of rollouts, before clipping, and their cosine."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()

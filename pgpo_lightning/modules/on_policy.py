@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Seed, Temperature, checked
-from pgpo_lightning.core.types import Question, Row
+from pgpo_lightning.core.types import Question, Sample
 from pgpo_lightning.distributed.collectives import gather, together
 from pgpo_lightning.distributed.fsdp import Whole
 from pgpo_lightning.losses.divergence import Divergence
@@ -200,7 +200,7 @@ class OnPolicyModule(Reporting):
                 with self._timed("reward"):
                     verdicts = self.judge(rollouts)
                 with self._timed("adv"):
-                    rows = [Row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+                    rows = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
                     self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
             with self._timed("adv"):
                 self.check_answers(rows)
@@ -228,7 +228,7 @@ class OnPolicyModule(Reporting):
         self.report(rows, seen[0] if seen else StepStatistics.empty())
 
     @abstractmethod
-    def prepare_rows(self, rows: list[Row], rng: Any) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: Any) -> dict[str, float]:
         """Give rows what their loss needs, in place; return scalars to report.
 
         Args:
@@ -237,22 +237,22 @@ class OnPolicyModule(Reporting):
         """
 
     @abstractmethod
-    def in_loss(self, row: Row) -> bool:
+    def in_loss(self, row: Sample) -> bool:
         """Whether a row takes part in the loss. The others cost no forward pass."""
 
     @abstractmethod
-    def loss_tokens(self, rows: list[Row]) -> int:
+    def loss_tokens(self, rows: list[Sample]) -> int:
         """Return the number of tokens that ``token-mean`` divides by."""
 
-    def contexts(self, row: Row) -> list[list[int]]:
+    def contexts(self, row: Sample) -> list[list[int]]:
         """Return the prompts that the row's forward passes put before its response, the student's first."""
         return [row.rollout.prompt_ids]
 
-    def teacher_sources(self, rows: list[Row]) -> list[Source]:
+    def teacher_sources(self, rows: list[Sample]) -> list[Source]:
         """Run the teacher over the rows, if the objective has one."""
         return []
 
-    def parts(self, rows: list[Row]) -> list[list[Row]]:
+    def parts(self, rows: list[Sample]) -> list[list[Sample]]:
         """Return the rows in the loss in parts that never share a pass; those with a teacher come first."""
         return [rows]
 
@@ -282,7 +282,7 @@ class OnPolicyModule(Reporting):
 
     # ------------------------------------------------------------------------------------------- gradients, update
 
-    def accumulate_gradients(self, rows: list[Row]) -> float:
+    def accumulate_gradients(self, rows: list[Sample]) -> float:
         """Run forward and backward over the rows in micro-batches and set :attr:`step_statistics`.
 
         Returns:
@@ -330,7 +330,7 @@ class OnPolicyModule(Reporting):
         self.scalars["information/allocation_mean"] = mean
         return mean
 
-    def _micro_batch(self, rows: list[Row], scale: float) -> tuple[Tensor, StepStatistics, Tensor]:
+    def _micro_batch(self, rows: list[Sample], scale: float) -> tuple[Tensor, StepStatistics, Tensor]:
         """Return the loss of some rows, their statistics, and their coefficients with and without information weights."""
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
         given = TokenInputs.of(rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean")
@@ -378,7 +378,7 @@ class OnPolicyModule(Reporting):
         return ratio.clamp(max=self.is_clip)
 
     @torch.no_grad()
-    def policy_log_probs(self, rows: list[Row], batch: list[Row]) -> list[tuple[Row, Tensor]]:
+    def policy_log_probs(self, rows: list[Sample], batch: list[Sample]) -> list[tuple[Sample, Tensor]]:
         """Return rows with the log-probabilities of their response tokens under the student as it is now, without dropout.
 
         Args:
@@ -388,7 +388,7 @@ class OnPolicyModule(Reporting):
         Returns:
             Every row with a tensor of shape ``(len(response_ids),)``, in nats.
         """
-        found: list[tuple[Row, Tensor]] = []
+        found: list[tuple[Sample, Tensor]] = []
         if not any(gather(len(rows))):
             return found
         with evaluating(self.model):
@@ -397,7 +397,7 @@ class OnPolicyModule(Reporting):
                 found += zip(group.rows, parts, strict=True) if group.counts else ()
         return found
 
-    def _log_probs(self, rows: list[Row]) -> tuple[Tensor, ...]:
+    def _log_probs(self, rows: list[Sample]) -> tuple[Tensor, ...]:
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
         _, tokens = linear_distillation(
             source(self.model, sequences),
@@ -410,9 +410,9 @@ class OnPolicyModule(Reporting):
 
     def passes(
         self,
-        rows: list[Row],
-        batch: list[Row],
-        contexts: Callable[[Row], list[list[int]]] | None = None,
+        rows: list[Sample],
+        batch: list[Sample],
+        contexts: Callable[[Sample], list[list[int]]] | None = None,
         taught: bool = True,
     ) -> list[Pass]:
         """Return the forward passes over some rows; at least one, and under sharded weights as many on every rank.

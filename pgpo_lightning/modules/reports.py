@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.step_statistics import StepStatistics, information
@@ -34,7 +34,7 @@ class Reporting(Updating):
     reported: dict[str, float]
     """What the last step reported, of all ranks together."""
 
-    last_rows: list[Row]
+    last_rows: list[Sample]
     """This rank's rows of the last step, for callbacks that show texts."""
 
     _timing: dict[str, float]
@@ -50,7 +50,7 @@ class Reporting(Updating):
         """Whether no optimizer step has been taken yet, in this run or those that it continues."""
         return self.trainer.global_step == self.steps_without_signal
 
-    def check_answers(self, rows: list[Row]) -> None:
+    def check_answers(self, rows: list[Sample]) -> None:
         """Look at the rollouts of a batch before anything is learnt from them."""
 
     def check_information(self) -> None:
@@ -58,7 +58,7 @@ class Reporting(Updating):
         if self.weights_are_the_start and (harm := less_certain(self.step_statistics)) is not None:
             rank_zero_warn(f"Step {self.steps + 1}: {harm}.")
 
-    def tell_of_missing_signal(self, missed: list[list[Row]]) -> None:
+    def tell_of_missing_signal(self, missed: list[list[Sample]]) -> None:
         """Warn when an optimizer step is left out for the first time, and every tenth time.
 
         Args:
@@ -81,7 +81,7 @@ class Reporting(Updating):
             f"Step {self.steps}: no rollout is in the loss, so no optimizer step was taken ({now} so far). {why}"
         )
 
-    def report(self, rows: list[Row], statistics: StepStatistics) -> None:
+    def report(self, rows: list[Sample], statistics: StepStatistics) -> None:
         """Log the step; every value is that of all ranks together.
 
         With several updates per batch the statistics are those of the first, whose policy is the one that the batch was sampled

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pgpo_lightning.core.settings import Count, Fraction, checked
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.models.packing import TokenInputs
@@ -83,12 +83,12 @@ class RLSD(SelfTeaching, GRPO):
         """The Jensen-Shannon divergence; the objective has none of its own."""
         return Divergence(0.5)
 
-    def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: random.Random) -> dict[str, float]:
         """Give every row its advantage and, if it has a demonstration or feedback, its teacher's prompt."""
         scalars = SelfTeaching.prepare_rows(self, rows, rng) | GRPO.prepare_rows(self, rows, rng)
         return scalars | {"critic/advantages/mixing": self.current_mixing}
 
-    def parts(self, rows: list[Row]) -> list[list[Row]]:
+    def parts(self, rows: list[Sample]) -> list[list[Sample]]:
         """Return the rows with a teacher and those without."""
         return apart(rows)
 

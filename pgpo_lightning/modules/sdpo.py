@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pgpo_lightning.core.settings import Count, Fraction, Positive, Range, checked, either
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence, Softening
 from pgpo_lightning.losses.fused import TokenStatistics
@@ -131,7 +131,7 @@ class SDPO(SelfTeaching):
         """The objective's, or the reverse KL, whose gradient that of sampled tokens is on average."""
         return self.divergence or Divergence(1.0)
 
-    def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: random.Random) -> dict[str, float]:
         """Give every row that has a demonstration or feedback its teacher's prompt, and every question its weight."""
         scalars = super().prepare_rows(rows, rng)
         if self.question_weight_exponent is not None:
@@ -144,11 +144,11 @@ class SDPO(SelfTeaching):
             scalars["self_distillation/weighted_questions"] = (weights > 0).double().mean().item()
         return scalars
 
-    def in_loss(self, row: Row) -> bool:
+    def in_loss(self, row: Sample) -> bool:
         """Whether the row has a teacher, and a weight."""
         return row.reprompt_ids is not None and row.weight > 0
 
-    def loss_tokens(self, rows: list[Row]) -> int:
+    def loss_tokens(self, rows: list[Sample]) -> int:
         """Tokens of the rows that have a teacher."""
         return sum(row.length for row in rows if row.reprompt_ids is not None)
 

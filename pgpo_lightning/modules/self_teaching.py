@@ -11,7 +11,7 @@ from torch import nn
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Fraction, checked
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather, together
 from pgpo_lightning.losses.fused import Source
 from pgpo_lightning.models.loading import fingerprint
@@ -32,7 +32,7 @@ from pgpo_lightning.training.preflight import joined, less_successful, net_gap
 _MOVING = ("ema", "trust-region", "restart")
 
 
-def apart(rows: list[Row]) -> list[list[Row]]:
+def apart(rows: list[Sample]) -> list[list[Sample]]:
     """Return the rows that have a teacher's prompt, and the others."""
     return [[row for row in rows if (row.reprompt_ids is not None) == taught] for taught in (True, False)]
 
@@ -164,7 +164,7 @@ class SelfTeaching(OnPolicyModule):
                 "`max_reprompt_len`, or shorten the template."
             )
 
-    def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: random.Random) -> dict[str, float]:
         """Give every row that has a demonstration or feedback its teacher's prompt."""
         encoder = self.encoder
         self.teacher.observe(rows)
@@ -174,7 +174,7 @@ class SelfTeaching(OnPolicyModule):
         return scalars
 
     @torch.no_grad()
-    def check_answers(self, rows: list[Row]) -> None:
+    def check_answers(self, rows: list[Sample]) -> None:
         """Grade the teacher's own answers, if that is wanted. Before the first step it has the student's weights."""
         if not self.preflight or not self.weights_are_the_start:
             return
@@ -204,12 +204,12 @@ class SelfTeaching(OnPolicyModule):
         if (harm := less_successful(gap, question.unique().numel())) is not None:
             rank_zero_warn(f"Step {self.steps + 1}: {harm}.")
 
-    def contexts(self, row: Row) -> list[list[int]]:
+    def contexts(self, row: Sample) -> list[list[int]]:
         """The student's prompt and, where there is one, the teacher's."""
         mine = [row.rollout.prompt_ids]
         return mine if row.reprompt_ids is None else [*mine, row.reprompt_ids]
 
-    def teacher_sources(self, rows: list[Row]) -> list[Source]:
+    def teacher_sources(self, rows: list[Sample]) -> list[Source]:
         """Run the self-teacher on (reprompt, response), or take what it said in an earlier pass over the batch."""
         # Under sharded weights all ranks run the teacher equally often, whatever rows they have.
         keeps = self.num_iterations > 1 and not self.teacher.moves_with_student and not self.placement.sharded
@@ -223,7 +223,7 @@ class SelfTeaching(OnPolicyModule):
                 row.teacher_hidden = hidden
         return sources
 
-    def accumulate_gradients(self, rows: list[Row]) -> float:
+    def accumulate_gradients(self, rows: list[Sample]) -> float:
         """See :meth:`OnPolicyModule.accumulate_gradients`. The optimizer's step needs no teacher."""
         try:
             return super().accumulate_gradients(rows)

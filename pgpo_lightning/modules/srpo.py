@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pgpo_lightning.core.settings import checked
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.grpo import GRPO
@@ -38,7 +38,7 @@ class SRPO(SDPO, GRPO):
                 f"{self.question_weight_exponent}."
             )
 
-    def prepare_rows(self, rows: list[Row], rng: random.Random) -> dict[str, float]:
+    def prepare_rows(self, rows: list[Sample], rng: random.Random) -> dict[str, float]:
         """Give failures their teacher's prompt and all rows their advantage."""
         scalars = SDPO.prepare_rows(self, rows, rng)
         for row in rows:
@@ -51,15 +51,15 @@ class SRPO(SDPO, GRPO):
         scalars["self_distillation/routed_fraction"] = sum(row.reprompt_ids is not None for row in rows) / len(rows)
         return scalars
 
-    def parts(self, rows: list[Row]) -> list[list[Row]]:
+    def parts(self, rows: list[Sample]) -> list[list[Sample]]:
         """Return the rows to distil and those to reinforce."""
         return apart(rows)
 
-    def in_loss(self, row: Row) -> bool:
+    def in_loss(self, row: Sample) -> bool:
         """Whether the row is distilled, or has an advantage."""
         return row.reprompt_ids is not None or GRPO.in_loss(self, row)
 
-    def loss_tokens(self, rows: list[Row]) -> int:
+    def loss_tokens(self, rows: list[Sample]) -> int:
         """Tokens of all rows."""
         return GRPO.loss_tokens(self, rows)
 

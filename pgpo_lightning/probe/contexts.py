@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pgpo_lightning.core.errors import VerifierError
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.rewards.grade import Verifier, grade
 from pgpo_lightning.teachers.reprompt import RepromptBuilder, check_template
 
@@ -137,28 +137,30 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- controls
 
 
-def others(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
+def others(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
     """Give every question the responses to the next one: what remains is form, not content."""
     groups = _groups(rows)
     if len(groups) < 2:  # nobody to borrow from
-        return [Row(row.rollout, replace(row.verdict, reward=threshold - 1)) for row in rows]
+        return [Sample(row.rollout, replace(row.verdict, reward=threshold - 1)) for row in rows]
     swapped = []
     for mine, theirs in zip(groups, groups[1:] + groups[:1], strict=True):
         for row, other in zip(mine, theirs, strict=True):
             rollout = replace(other.rollout, question=row.rollout.question)
-            swapped.append(Row(rollout, replace(other.verdict)))
+            swapped.append(Sample(rollout, replace(other.verdict)))
     return swapped
 
 
-def wrong(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
+def wrong(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
     """Let failed responses pass for successes, and successes for failures."""
     return [
-        Row(row.rollout, replace(row.verdict, reward=threshold - 1 if row.verdict.reward >= threshold else threshold))
+        Sample(
+            row.rollout, replace(row.verdict, reward=threshold - 1 if row.verdict.reward >= threshold else threshold)
+        )
         for row in rows
     ]
 
 
-def answers(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
+def answers(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
     """Cut successes down to the shortest ending that the verifier takes for a success by itself: the answer without its steps."""
     cut: dict[tuple[int, str], str] = {}
     made = []
@@ -169,11 +171,11 @@ def answers(rows: list[Row], threshold: float, verifier: Verifier) -> list[Row]:
             if key not in cut:
                 cut[key] = _ending(row, threshold, verifier)
             text = cut[key]
-        made.append(Row(replace(row.rollout, text=text), row.verdict))
+        made.append(Sample(replace(row.rollout, text=text), row.verdict))
     return made
 
 
-def _ending(row: Row, threshold: float, verifier: Verifier) -> str:
+def _ending(row: Sample, threshold: float, verifier: Verifier) -> str:
     """Return the shortest accepted ending, at white space; the whole text if there is none."""
     text = row.rollout.text
     for start in reversed([space.end() for space in re.finditer(r"\s+", text)]):
@@ -186,14 +188,14 @@ def _ending(row: Row, threshold: float, verifier: Verifier) -> str:
     return text
 
 
-def _groups(rows: list[Row]) -> list[list[Row]]:
-    groups: dict[int, list[Row]] = defaultdict(list)
+def _groups(rows: list[Sample]) -> list[list[Sample]]:
+    groups: dict[int, list[Sample]] = defaultdict(list)
     for row in rows:
         groups[row.rollout.question.index].append(row)
     return list(groups.values())
 
 
-CONTROLS: dict[str, Callable[[list[Row], float, Verifier], list[Row]]] = {
+CONTROLS: dict[str, Callable[[list[Sample], float, Verifier], list[Sample]]] = {
     "answer": answers,
     "wrong": wrong,
     "other": others,

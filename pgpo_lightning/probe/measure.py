@@ -19,7 +19,7 @@ import torch
 
 from pgpo_lightning.core.identity import joint_sha256, question_sha256
 from pgpo_lightning.core.seeding import derive_seed, seeded
-from pgpo_lightning.core.types import Question, Rollout, Row, Verdict
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.probe.contexts import CONTROLS, Context
 from pgpo_lightning.probe.gaps import Table
@@ -93,7 +93,7 @@ class Prober:
             "questions_sha256": hashlib.sha256(asked.encode()).hexdigest(),
         }
 
-    def student(self) -> list[list[Row]]:
+    def student(self) -> list[list[Sample]]:
         """Return the student's judged rollouts, those to one question next to each other, chunk by chunk."""
         rows = []
         for number, questions in enumerate(self.chunks):
@@ -104,7 +104,7 @@ class Prober:
             rows.append([_row(encoder, question, answer) for question, answer in zip(of, answers, strict=True)])
         return rows
 
-    def teacher(self, context: Context, rows: list[list[Row]]) -> Measured:
+    def teacher(self, context: Context, rows: list[list[Sample]]) -> Measured:
         """Return what the self-teacher says in a context.
 
         Args:
@@ -135,9 +135,9 @@ class Prober:
         told = [{"feedback": verdict.feedback, "answer": verdict.answer} for verdict in verdicts]
         return [_answer(*pair) | more for pair, more in zip(zip(rollouts, verdicts, strict=True), told, strict=True)]
 
-    def _teach(self, context: Context, number: int, student: list[Row]) -> dict[str, Any]:
+    def _teach(self, context: Context, number: int, student: list[Sample]) -> dict[str, Any]:
         module, encoder, builder = self.module, self.module.encoder, context.builder
-        rows = [Row(row.rollout, row.verdict) for row in student]
+        rows = [Sample(row.rollout, row.verdict) for row in student]
         if context.control is not None:
             rows = CONTROLS[context.control](rows, builder.success_reward_threshold, module.verifier)
         choice = random.Random(derive_seed(self.seed, "probe", "demonstrations", number))
@@ -158,7 +158,7 @@ class Prober:
             }
         return {"answers": answers, "example": example}
 
-    def _generate(self, rows: list[Row]) -> list[Rollout | None]:
+    def _generate(self, rows: list[Sample]) -> list[Rollout | None]:
         """Sample a response to every reprompt. Rows with the same one are samples of one prompt, which is then run once."""
         places: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
@@ -242,10 +242,10 @@ def _answer(rollout: Rollout, verdict: Verdict) -> Answer:
     }
 
 
-def _row(encoder: PromptEncoder, question: Question, answer: Answer) -> Row:
+def _row(encoder: PromptEncoder, question: Question, answer: Answer) -> Sample:
     """Return a rollout with what reprompts are made of."""
     text = answer["text"]
     rollout = Rollout(
         question, encoder.question(question), encoder.tokens(text), torch.zeros(0), text, answer["finished"]
     )
-    return Row(rollout, Verdict(answer["reward"], answer["feedback"], answer["answer"]))
+    return Sample(rollout, Verdict(answer["reward"], answer["feedback"], answer["answer"]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgpo_lightning.core.settings import AtLeastOne, Count, checked
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.fused import Head, Source
 from pgpo_lightning.models.loading import evaluating, fingerprint, head, source
@@ -48,7 +48,7 @@ class Teacher(nn.Module):
         """Return the head that belongs to the hidden states of a teacher that stands still within a batch."""
         return head(self.model)
 
-    def observe(self, rows: list[Row]) -> None:
+    def observe(self, rows: list[Sample]) -> None:
         """See this rank's rollouts of a step, before the step. All ranks call it equally often."""
 
     def update(self, student: PreTrainedModel) -> None:
@@ -383,7 +383,7 @@ class Gated(Teacher):
         self.reference: float | None = None
         self.seen: deque[Outcome] = deque(maxlen=gate.window)
 
-    def observe(self, rows: list[Row]) -> None:
+    def observe(self, rows: list[Sample]) -> None:
         """See :meth:`Teacher.observe`."""
         everyone = [pair for part in gather([(row.verdict.reward, row.length) for row in rows]) for pair in part]
         rewards, lengths = zip(*everyone, strict=True)

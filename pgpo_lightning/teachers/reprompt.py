@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pgpo_lightning.core.types import Message, Rollout, Row
+from pgpo_lightning.core.types import Message, Rollout, Sample
 from pgpo_lightning.rollout.thinking import remove_thinking
 
 REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
@@ -93,7 +93,7 @@ class RepromptBuilder:
 
     def attach(
         self,
-        rows: list[Row],
+        rows: list[Sample],
         encode: Callable[[list[Message]], list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
@@ -117,7 +117,7 @@ class RepromptBuilder:
         Returns:
             Shares of rows and groups under the metric names of the reference.
         """
-        groups: dict[int, list[Row]] = {}
+        groups: dict[int, list[Sample]] = {}
         for row in rows:
             if row.verdict.reward >= self.success_reward_threshold:
                 groups.setdefault(row.rollout.question.index, []).append(row)
@@ -161,7 +161,7 @@ class RepromptBuilder:
             "self_distillation/reprompt_dropped_fraction": count["dropped"] / total,
         }
 
-    def _candidates(self, row: Row, successes: list[Row]) -> list[Row]:
+    def _candidates(self, row: Sample, successes: list[Sample]) -> list[Sample]:
         """Return whose text a row may be shown, out of the successes of its group."""
         if self.demonstration_source == "none":
             return []
@@ -169,13 +169,13 @@ class RepromptBuilder:
             return [other for other in successes if other is row]
         return [other for other in successes if other is not row or not self.dont_reprompt_on_self_success]
 
-    def _feedback(self, row: Row) -> str | None:
+    def _feedback(self, row: Sample) -> str | None:
         if not self.include_environment_feedback:
             return None
         raw = row.verdict.feedback or row.rollout.question.privileged_context
         return raw if raw and raw.strip() else None
 
-    def messages(self, row: Row, demonstration: str | None, feedback: str | None) -> list[Message]:
+    def messages(self, row: Sample, demonstration: str | None, feedback: str | None) -> list[Message]:
         """Return the teacher's conversation: the student's, its last user turn rewritten."""
         *before, last = row.rollout.question.messages()
         solution = (
@@ -187,7 +187,7 @@ class RepromptBuilder:
 
     def _fit(
         self,
-        row: Row,
+        row: Sample,
         demonstration: str | None,
         feedback: str | None,
         encode: Callable[[list[Message]], list[int]],

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Outcomes:
     feedback: list[bool]
 
     @classmethod
-    def of(cls, rows: list[Row]) -> "Outcomes":
+    def of(cls, rows: list[Sample]) -> "Outcomes":
         """Collect those of one rank."""
         return cls(
             question=[row.rollout.question.index for row in rows],

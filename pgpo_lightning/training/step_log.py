@@ -6,7 +6,7 @@ from itertools import chain
 
 import torch
 
-from pgpo_lightning.core.types import Row
+from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.step_statistics import Information, StepStatistics, information
 
@@ -22,7 +22,7 @@ class RolloutSummary:
     negative_log_prob: list[float]
 
     @classmethod
-    def of(cls, rows: list[Row]) -> "RolloutSummary":
+    def of(cls, rows: list[Sample]) -> "RolloutSummary":
         """Summarise the rollouts of one rank."""
         return cls(
             reward=[row.verdict.reward for row in rows],
@@ -38,7 +38,7 @@ class RolloutSummary:
         return cls(**{f.name: list(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(cls)})
 
 
-def rollout_scalars(rows: list[Row], threshold: float) -> dict[str, float]:
+def rollout_scalars(rows: list[Sample], threshold: float) -> dict[str, float]:
     """Return rewards and lengths of all rollouts of a step and of all ranks, with and without a teacher.
 
     `rollout/neg_log_prob` is the mean of -log p over the sampled tokens of each response (nats): an unbiased estimate of the
