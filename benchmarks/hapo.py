@@ -1,4 +1,6 @@
-"""Draw what studies of HAPO did over time: ``python benchmarks/hapo.py runs/lab-hapo-rare runs/lab-hapo docs/hapo/curves.png``.
+"""Draw the curves of HAPO's studies.
+
+Run: ``python -m benchmarks.hapo runs/study-hapo-rare runs/study-hapo docs/hapo/curves.png``.
 
 A column per condition. Above the share of groups with a demonstration, below the share of the student's own rollouts that
 succeeded; each line an arm, the mean of its seeds over a moving window of five steps.
@@ -11,14 +13,14 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from pgpo_lightning.monitoring.run_record import Run, load_runs
+from pgpo_lightning.monitoring.run_record import RunRecord, load_runs
 
 PANELS = {"hapo/injected_groups": "groups with a demonstration", "critic/score/mean": "rollouts that succeed"}
 WINDOW = 5
 FIRST = {"grpo": "black", "hapo-0.8": "magenta"}  # what every study has
 
 
-def curve(runs: list[Run], tag: str) -> np.ndarray | None:
+def curve(runs: list[RunRecord], tag: str) -> np.ndarray | None:
     """Return the smoothed mean over runs of a curve, ``(steps - 4,)``, or none if it is not logged."""
     rows = [run.curves[tag][1] for run in runs if tag in run.curves]
     if not rows:
@@ -28,7 +30,7 @@ def curve(runs: list[Run], tag: str) -> np.ndarray | None:
 
 def draw(sources: list[Path], output: Path) -> None:
     """Draw the picture of folders of runs, or of files with one run per line."""
-    studies: dict[str, dict[str, list[Run]]] = {}
+    studies: dict[str, dict[str, list[RunRecord]]] = {}
     for run in load_runs(sources):
         studies.setdefault(run.study, {}).setdefault(run.arm, []).append(run)
     arms = sorted({arm for study in studies.values() for arm in study} - FIRST.keys())

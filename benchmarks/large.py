@@ -84,11 +84,11 @@ def foretell(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch
     from transformers import Qwen3Config
 
     from pgpo_lightning.memory_planner.dry_run import Compute
-    from pgpo_lightning.memory_planner.plan import Run, plan
+    from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
 
     on_gpu = setup.device == "cuda"
-    made = plan(
-        Run(
+    made = plan_memory(
+        RunSpec(
             config=Qwen3Config(**setup.shape, tie_word_embeddings=False),
             compute=Compute(torch.bfloat16, torch.float32, torch.bfloat16 if on_gpu else None, checkpointing),
             optimizer=optimizer,

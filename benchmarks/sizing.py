@@ -113,13 +113,13 @@ def foretell(case: Case) -> tuple[Row, Row]:
     from transformers import Qwen3Config
 
     from pgpo_lightning.memory_planner.dry_run import Compute
-    from pgpo_lightning.memory_planner.plan import Run, plan
+    from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
 
     dtype = getattr(torch, case.dtype)
     teacher = torch.float32 if case.teacher == "ema" else dtype
     compute = Compute(dtype, teacher, torch.bfloat16 if case.mixed else None, case.checkpointing)
-    made = plan(
-        Run(
+    made = plan_memory(
+        RunSpec(
             config=Qwen3Config(**case.shape, tie_word_embeddings=case.tied),
             compute=compute,
             optimizer=make_optimizer(case.optimizer),

@@ -25,7 +25,7 @@ from pgpo_lightning.callbacks.step_size import InformationMultiplier, StepSizeMu
 from pgpo_lightning.core.seeding import derive_seed
 from pgpo_lightning.core.settings import Decay, Fraction, LowerBound, Seed, Text, checked
 from pgpo_lightning.losses.step_statistics import StepStatistics
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 
 PRIOR_STEPS = 10
 """How many steps of this run weigh as much as what its record lets expect, in :class:`InverseMultiplier`."""
@@ -51,7 +51,7 @@ class RecordedMultiplier(StepSizeMultiplier):
     def __init__(self, run: Text, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.run = run
-        recorded = Run.load(run)
+        recorded = RunRecord.load(run)
         self.record, self.recorded_seed = list(recorded.rho), recorded.seed
         if not self.record:
             raise ValueError(f"Expected `run` to be a run with a multiplier, but {run} has none.")

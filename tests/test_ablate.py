@@ -22,7 +22,7 @@ from pgpo_lightning.checkpoints.finding import MARK
 from pgpo_lightning.commands import ablate as command
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.monitoring.run_record import load_runs
-from pgpo_lightning.studies.spec import read_lab
+from pgpo_lightning.studies.spec import read_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,8 +69,8 @@ def study(tmp_path, monkeypatch):
             "settings": {"calls": str(tmp_path / "calls")},
             "arms": arms,
         }
-        (tmp_path / "lab.yaml").write_text(yaml.safe_dump(content | more))
-        return str(tmp_path / "lab.yaml")
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | more))
+        return str(tmp_path / "study.yaml")
 
     return written
 
@@ -183,7 +183,7 @@ def test_a_base_that_is_edited_meanwhile_is_noticed(study, tmp_path, monkeypatch
 @pytest.mark.parametrize("finishes", [False, True])
 def test_a_run_that_another_process_still_writes_is_waited_for(study, tmp_path, capsys, finishes):
     path = study({"a": {}, "b": {}, "control": {"run": "{run:a}"}})
-    (run, *_) = read_lab(path).runs()
+    (run, *_) = read_study(path).runs()
     run.log.parent.mkdir(parents=True)
 
     def release():
@@ -273,7 +273,7 @@ def real(tmp_path, monkeypatch):
             "constant": matched("pgpo"),
         },
     }
-    path = tmp_path / "lab.yaml"
+    path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -303,7 +303,7 @@ def test_a_study_that_is_killed_and_started_again_is_the_study_that_was_not(real
     assert "2/2 runs done, 0 broken" in capsys.readouterr().out
 
     # The same, uninterrupted, from the commands that a dry run prints.
-    whole = replace(read_lab(real), folder=tmp_path / "whole")
+    whole = replace(read_study(real), folder=tmp_path / "whole")
     for run in whole.runs():
         main(run.arguments())
     runs = records(tmp_path / "study")
@@ -362,7 +362,7 @@ def test_the_flag_for_a_dry_run(real, tmp_path, capsys, flag):
 @pytest.mark.parametrize("name", ["toy", "rivals"])
 def test_shipped_studies_are_accepted(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
-    content = yaml.safe_load((ROOT / "configs" / "lab" / f"{name}.yaml").read_text())
+    content = yaml.safe_load((ROOT / "configs" / "studies" / f"{name}.yaml").read_text())
     condition = dict([next(iter(content["conditions"].items()))])
     smaller = content | {"folder": str(tmp_path / "runs"), "seeds": 2, "conditions": condition}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(smaller))

@@ -46,7 +46,7 @@ from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict  # noqa
 from pgpo_lightning.losses.step_statistics import StepStatistics  # noqa: E402
 from pgpo_lightning.modules import GRPO, SDPO  # noqa: E402
 from pgpo_lightning.monitoring.curves import read_scalars  # noqa: E402
-from pgpo_lightning.monitoring.run_record import Run  # noqa: E402
+from pgpo_lightning.monitoring.run_record import RunRecord  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ KL-adaptive
 
@@ -364,8 +364,8 @@ def test_resume_is_exact(tmp_path, name):
     a, b = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "run")
     assert all(torch.equal(value, b["state_dict"][key]) for key, value in a["state_dict"].items())
     assert a["callbacks"][name] == b["callbacks"][name]
-    rho = Run.load(tmp_path / "whole").rho
-    assert rho == Run.load(tmp_path / "run").rho
+    rho = RunRecord.load(tmp_path / "whole").rho
+    assert rho == RunRecord.load(tmp_path / "run").rho
     assert len(set(rho)) >= 4
     scalars = read_scalars(tmp_path / "run")
     logged = {"KLAdaptiveMultiplier": "lr/kl", "AdaptiveInformationMultiplier": "information/sensitivity"}[name]
@@ -375,7 +375,7 @@ def test_resume_is_exact(tmp_path, name):
 @pytest.mark.parametrize("name", ["PolyakMultiplier", "EffectiveSampleSizeMultiplier"])
 def test_a_whole_run(tmp_path, name):
     command(tmp_path / "run", "--multiplier", name, *RUNS[name])
-    rho = Run.load(tmp_path / "run").rho
+    rho = RunRecord.load(tmp_path / "run").rho
     assert len(rho) == 6
     if name == "PolyakMultiplier":
         assert len(set(rho)) == 6

@@ -24,7 +24,7 @@ from pgpo_lightning.callbacks import (
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 
 RECORD = [1.0 + 0.5 * math.exp(-k / 5) + 0.1 * math.sin(7 * k) ** 2 for k in range(30)]
 MATCHED = [MatchedConstantMultiplier, MatchedRandomMultiplier, ShuffledMultiplier]
@@ -34,7 +34,7 @@ NOTHING = StepStatistics.empty()
 def record(folder, rho=RECORD, seed=7):
     """The record of a run, as it leaves it; returns the path."""
     path = folder / "run.json"
-    Run("study", "pgpo", seed, len(rho), 8, 1.0, 1.0, {}, {}, list(rho)).save(path)
+    RunRecord("study", "pgpo", seed, len(rho), 8, 1.0, 1.0, {}, {}, list(rho)).save(path)
     return str(path)
 
 
@@ -288,7 +288,7 @@ def weights(folder, steps=6):
 
 
 def history(folder):
-    return Run.load(folder).rho
+    return RunRecord.load(folder).rho
 
 
 def assert_same_end(a, b):

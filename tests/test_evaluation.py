@@ -17,7 +17,7 @@ from pgpo_lightning.core.identity import joint_sha256, question_sha256, training
 from pgpo_lightning.core.types import Verdict
 from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 
 WORKER = Path(__file__).parent / "evaluation_worker.py"
 
@@ -174,7 +174,7 @@ def test_validate_and_test_leave_the_record_of_training_as_it_was(tmp_path, caps
     again = next((folder / "validate").glob("step=000002-*.jsonl"))
     assert first in {path.read_text() for path in again.parent.glob("step=000002-*.jsonl")}, "the same answers"
     main(["fit", *there, *last])
-    whole, cut = Run.load(tmp_path / "whole"), Run.load(folder)
+    whole, cut = RunRecord.load(tmp_path / "whole"), RunRecord.load(folder)
     assert cut.questions == whole.questions
     assert cut.data == whole.data
     asked = [ToyArithmetic().load("train")[:13], ToyArithmetic().load("validation")[:8]]

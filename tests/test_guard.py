@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pgpo_lightning.monitoring.collapse_rules import RULES, CollapseRules
-from pgpo_lightning.monitoring.run_record import Run, write_runs
+from pgpo_lightning.monitoring.run_record import RunRecord, write_runs
 from pgpo_lightning.studies.guard import ANY, fate, guard_table, lost_step, main, markdown, scalars_of
 from pgpo_lightning.studies.inference import exact_share
 
@@ -20,7 +20,7 @@ def record(seed=0, rewards=(0.5,) * 20, scores=(0.5, 0.5, 0.5), entropies=(0.1,)
         "rollout/neg_log_prob": [steps, list(entropies)[: len(steps)]],
         "val/avg@8": [[0, 10, 20][: len(scores)], list(scores)],
     }
-    return Run("toy", arm, seed, len(rewards), 8, 1.0, 1.0, curves, {})
+    return RunRecord("toy", arm, seed, len(rewards), 8, 1.0, 1.0, curves, {})
 
 
 def falling(at, low=0.1, start=0.5):
@@ -126,7 +126,7 @@ def test_a_run_without_the_base_models_score_is_refused():
 
 
 def test_steps_of_a_record_are_whole_numbers():
-    run = Run.parse(json.dumps(vars(record())), "here")
+    run = RunRecord.parse(json.dumps(vars(record())), "here")
     run.curves["critic/score/mean"][0] = [float(step) for step in run.curves["critic/score/mean"][0]]
     assert list(scalars_of(run)["critic/score/mean"]) == list(range(1, 21))
 

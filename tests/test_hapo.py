@@ -37,8 +37,8 @@ from pgpo_lightning.modules.gates import (
 )
 from pgpo_lightning.modules.grpo import group_advantages
 from pgpo_lightning.monitoring.curves import read_scalars
-from pgpo_lightning.monitoring.run_record import Run
-from pgpo_lightning.studies.spec import read_lab
+from pgpo_lightning.monitoring.run_record import RunRecord
+from pgpo_lightning.studies.spec import read_study
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MATCHED = {"random": ["hapo-0.8"], "random-injected": ["hapo-0.8"], "random-0.2": ["hapo-0.2"]}
@@ -188,7 +188,7 @@ def test_an_accumulated_posterior_counts_earlier_visits():
 
 def record(folder, rates, first=1, curve="hapo/gate_open"):
     curves = {curve: [list(range(first, first + len(rates))), rates]}
-    run = Run("s", "a", 0, len(rates), 8, 1.0, 1.0, curves if rates else {}, {})
+    run = RunRecord("s", "a", 0, len(rates), 8, 1.0, 1.0, curves if rates else {}, {})
     run.save(folder / "run.json")
     return str(folder)
 
@@ -545,7 +545,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
     assert len(curves[0]["hapo/injected_groups"]) == 6
     assert any(share > 0 for step, share in curves[0]["hapo/injected_groups"].items() if step > 4)  # after the cut
     assert {t: v for t, v in curves[0].items() if "hapo" in t} == {t: v for t, v in curves[1].items() if "hapo" in t}
-    assert "hapo/gate_open" in Run.load(tmp_path / "whole").curves
+    assert "hapo/gate_open" in RunRecord.load(tmp_path / "whole").curves
     other = settings_of(
         tmp_path / "cut", 6, **(model | {"gate": {"class_path": "RandomGate", "init_args": {"rate": 1}}})
     )
@@ -611,9 +611,9 @@ def test_hard_questions_are_there_and_few_are_answered():
 
 @pytest.mark.parametrize("study", ["hapo", "hapo-rare"])
 def test_the_studies_have_the_arms_and_controls_that_they_say(study):
-    lab = read_lab(CONFIGS / "lab" / f"{study}.yaml")
-    runs = lab.runs()
-    assert len(runs) == len(lab.conditions) * len(lab.arms) * 5
+    spec = read_study(CONFIGS / "studies" / f"{study}.yaml")
+    runs = spec.runs()
+    assert len(runs) == len(spec.conditions) * len(spec.arms) * 5
     by_arm = {run.arm: run for run in runs if run.seed == 0}
     assert by_arm["grpo"].settings["model"]["init_args"]["norm_adv_by_std_in_grpo"]  # as HAPO by default
     for arm, run in by_arm.items():

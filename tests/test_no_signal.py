@@ -30,7 +30,7 @@ from pgpo_lightning.callbacks import (  # noqa: E402
 from pgpo_lightning.callbacks.run_summary import before_after, summarise  # noqa: E402
 from pgpo_lightning.distributed.fsdp import whole  # noqa: E402
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO  # noqa: E402
-from pgpo_lightning.monitoring.run_record import Run  # noqa: E402
+from pgpo_lightning.monitoring.run_record import RunRecord  # noqa: E402
 from pgpo_lightning.training.no_signal import Outcomes, explain  # noqa: E402
 
 
@@ -224,7 +224,7 @@ def test_demonstrations_of_hapo_are_a_signal(tmp_path):
 
 def record(folder, rho, left_out, seed=7):
     curves = {"actor/steps_without_signal": [[1, 2], [0, left_out]]}
-    Run("study", "pgpo", seed, len(rho) + left_out, 8, 1.0, 1.0, curves, {}, rho).save(folder / "run.json")
+    RunRecord("study", "pgpo", seed, len(rho) + left_out, 8, 1.0, 1.0, curves, {}, rho).save(folder / "run.json")
     return str(folder / "run.json")
 
 

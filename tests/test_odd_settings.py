@@ -22,7 +22,7 @@ from pgpo_lightning.data import QuestionData
 from pgpo_lightning.modules import SDPO, OnPolicyModule
 from pgpo_lightning.modules.demonstrations import Demonstrations
 from pgpo_lightning.modules.gates import Gate, Threshold
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design
@@ -89,7 +89,7 @@ def record():
     curves = {"hapo/gate_open": [[1, 2], [0.5, 0.5]], "hapo/injected_groups": [[1, 2], [0.5, 0.5]]}
     known = {"study": "s", "arm": "a", "seed": 9, "steps": 2, "samples": 2, "seconds": 1.0, "cpu_seconds": 1.0}
     content = known | {"curves": curves, "questions": {"0": [0.5]}, "rho": [1.0, 1.5]}
-    Run(**content).save(folder / "run.json")
+    RunRecord(**content).save(folder / "run.json")
     return str(folder)
 
 

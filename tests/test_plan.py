@@ -7,27 +7,27 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pgpo_lightning.studies.spec import Lab, leaves, merged, nested, read_lab
+from pgpo_lightning.studies.spec import StudySpec, leaves, merged, nested, read_study
 
 MULTIPLIER = {"class_path": "InformationMultiplier", "init_args": {"sensitivity": 8.0}}
 
 
-def lab(tmp_path, **changes):
+def spec(tmp_path, **changes):
     (tmp_path / "base.yaml").write_text("")
     known = {
         "base": [str(tmp_path / "base.yaml")],
-        "folder": "runs/lab",
+        "folder": "runs/study",
         "seeds": 2,
         "arms": {"sdpo": {"multiplier": None}, "pgpo-8": {"multiplier": MULTIPLIER}},
     }
-    path = tmp_path / "lab.yaml"
+    path = tmp_path / "study.yaml"
     content = {key: value for key, value in (known | changes).items() if value != "absent"}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return read_lab(path)
+    return read_study(path)
 
 
 def test_a_study_is_every_arm_under_every_condition_with_every_seed(tmp_path):
-    runs = lab(tmp_path, conditions={"low": {"model.init_args.lr": 0.1}, "high": None}, seeds=[4, 2]).runs()
+    runs = spec(tmp_path, conditions={"low": {"model.init_args.lr": 0.1}, "high": None}, seeds=[4, 2]).runs()
     assert [run.name for run in runs] == [
         f"{condition}/{arm}/seed={seed}"
         for seed in (4, 2)
@@ -36,20 +36,20 @@ def test_a_study_is_every_arm_under_every_condition_with_every_seed(tmp_path):
     ]
     assert runs[1].settings == {"model": {"init_args": {"lr": 0.1}}, "multiplier": MULTIPLIER}
     assert runs[2].settings == {"multiplier": None}
-    assert runs[1].folder == Path("runs/lab/low/pgpo-8/seed=4")
-    assert runs[1].log == Path("runs/lab/low/pgpo-8/seed=4.log")
+    assert runs[1].folder == Path("runs/study/low/pgpo-8/seed=4")
+    assert runs[1].log == Path("runs/study/low/pgpo-8/seed=4.log")
 
 
 def test_the_arguments_need_no_other_file_than_the_base(tmp_path):
-    run = lab(tmp_path, seeds=[7]).runs()[1]
+    run = spec(tmp_path, seeds=[7]).runs()[1]
     words = run.arguments("--ckpt_path", "last")
     assert words[:4] == ["fit", "--config", str(tmp_path / "base.yaml"), "--config"]
     assert json.loads(words[4]) == {"multiplier": MULTIPLIER}
     assert words[5:] == [
-        *("--seed_everything", "7", "--trainer.default_root_dir", "runs/lab/base/pgpo-8/seed=7"),
+        *("--seed_everything", "7", "--trainer.default_root_dir", "runs/study/base/pgpo-8/seed=7"),
         *("--ckpt_path", "last"),
     ]
-    assert lab(tmp_path, arms={"as-it-is": None}).runs()[0].arguments().count("--config") == 1
+    assert spec(tmp_path, arms={"as-it-is": None}).runs()[0].arguments().count("--config") == 1
 
 
 def test_dots_and_nested_mappings_mean_the_same_and_later_layers_come_first():
@@ -61,7 +61,7 @@ def test_dots_and_nested_mappings_mean_the_same_and_later_layers_come_first():
 
 
 def test_settings_of_every_run_give_way_to_those_of_conditions_and_arms(tmp_path):
-    study = lab(tmp_path, settings={"a": 1, "b": 1, "c": 1}, conditions={"low": {"b": 2}}, arms={"x": {"c": 3}})
+    study = spec(tmp_path, settings={"a": 1, "b": 1, "c": 1}, conditions={"low": {"b": 2}}, arms={"x": {"c": 3}})
     assert study.runs()[0].settings == {"a": 1, "b": 2, "c": 3}
 
 
@@ -73,16 +73,16 @@ def test_placeholders_become_folders_and_runs_wait_for_them(tmp_path):
         },
         "pgpo-8": {},
     }
-    runs = {run.name: run for run in lab(tmp_path, arms=arms, seeds=[5, 6], conditions={"low": {}}).runs()}
+    runs = {run.name: run for run in spec(tmp_path, arms=arms, seeds=[5, 6], conditions={"low": {}}).runs()}
     constant = runs["low/constant/seed=5"]
-    assert constant.settings["multiplier"]["init_args"]["run"] == "runs/lab/low/pgpo-8/seed=5"
+    assert constant.settings["multiplier"]["init_args"]["run"] == "runs/study/low/pgpo-8/seed=5"
     assert constant.needs == ("low/pgpo-8/seed=5",)
     assert runs["low/pgpo-8/seed=5"].needs == ()
     for seed, other in ((5, 6), (6, 5)):
         replayed = runs[f"low/replayed/seed={seed}"]
         assert replayed.needs == (f"low/pgpo-8/seed={other}",)
         assert replayed.settings["multiplier"]["init_args"] == {
-            "run": f"x/runs/lab/low/pgpo-8/seed={other}/run.json",
+            "run": f"x/runs/study/low/pgpo-8/seed={other}/run.json",
             "seed": seed,
             "name": f"n{seed}",
         }
@@ -131,11 +131,11 @@ def test_placeholders_become_folders_and_runs_wait_for_them(tmp_path):
 )
 def test_what_cannot_be_is_refused_and_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        lab(tmp_path, **changes).runs()
+        spec(tmp_path, **changes).runs()
 
 
 def test_both_may_say_the_same(tmp_path):
-    assert lab(tmp_path, conditions={"c": {"x.y": 1}}, arms={"a": {"x": {"y": 1, "z": 2}}}).runs()
+    assert spec(tmp_path, conditions={"c": {"x.y": 1}}, arms={"a": {"x": {"y": 1, "z": 2}}}).runs()
 
 
 @pytest.mark.parametrize(
@@ -143,24 +143,24 @@ def test_both_may_say_the_same(tmp_path):
     [
         (None, "there is no"),
         ("3", "settings of a study, but got 3"),
-        ("a: [1", "lab.yaml to be YAML in UTF-8, but .*line 1"),
-        ("a: 2026-99-99", "lab.yaml to be YAML in UTF-8, but month must be"),
-        ("a: &a {b: *a}", "lab.yaml to hold texts, numbers, lists and mappings, but .*[Cc]ircular"),
-        ("? [1, 2]\n: 3", "lab.yaml to be YAML|lab.yaml to hold"),
-        ("a: " + "[" * 5000, "lab.yaml to be YAML in UTF-8"),
+        ("a: [1", "study.yaml to be YAML in UTF-8, but .*line 1"),
+        ("a: 2026-99-99", "study.yaml to be YAML in UTF-8, but month must be"),
+        ("a: &a {b: *a}", "study.yaml to hold texts, numbers, lists and mappings, but .*[Cc]ircular"),
+        ("? [1, 2]\n: 3", "study.yaml to be YAML|study.yaml to hold"),
+        ("a: " + "[" * 5000, "study.yaml to be YAML in UTF-8"),
     ],
     ids=range(7),
 )
 def test_a_file_that_is_none_is_named(tmp_path, text, message):
     if text:
-        (tmp_path / "lab.yaml").write_text(text)
+        (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_lab(tmp_path / "lab.yaml")
+        read_study(tmp_path / "study.yaml")
 
 
 def test_the_toy_study_asks_every_question():
-    study = read_lab(Path(__file__).parent.parent / "configs" / "lab" / "toy.yaml")
-    assert isinstance(study, Lab)
+    study = read_study(Path(__file__).parent.parent / "configs" / "studies" / "toy.yaml")
+    assert isinstance(study, StudySpec)
     assert len(study.seeds) >= 10
     assert len(study.conditions) == 3
     assert {"sdpo", "pgpo-0.5", "pgpo-1.0", "pgpo-1.5", "pgpo-8"} <= set(study.arms)

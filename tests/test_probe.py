@@ -16,7 +16,7 @@ from pgpo_lightning.commands.probe import calibrate, dumps, measure, save
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.data.toy import solution
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.probe.calibration import Point, bootstrap, points
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, answers, contexts, effective, others, wrong
 from pgpo_lightning.probe.gaps import gap, kept, question_draws, ratio
@@ -25,7 +25,7 @@ from pgpo_lightning.probe.measure import Prober, write
 from pgpo_lightning.rewards.verifiers import BoxedAnswer
 from pgpo_lightning.rollout.engine import Engine, Sampling
 from pgpo_lightning.studies.inference import quantile_t
-from pgpo_lightning.studies.spec import read_lab
+from pgpo_lightning.studies.spec import read_study
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -273,7 +273,7 @@ def test_settings_without_effect_do_not_tell_contexts_apart():
 
 def test_arms_of_the_study_are_the_contexts_of_the_probe():
     """What is measured under a name is what is trained under it."""
-    study = read_lab(CONFIGS / "lab" / "probe.yaml")
+    study = read_study(CONFIGS / "studies" / "probe.yaml")
     base = yaml.safe_load(QUICKSTART.read_text())["model"]["init_args"]
     defaults = {"dont_reprompt_on_self_success": True, "remove_thinking_from_demonstration": True}
     defaults |= {
@@ -475,7 +475,9 @@ def test_the_report_of_a_probe(parrot, tmp_path, capsys):
 def finished(folder, seed, gains):
     """The record of a run whose held-out questions gained so much."""
     scores = {"0": [0.2] * len(gains), "30": [0.2 + gain for gain in gains]}
-    Run(folder.parent.parent.name, folder.parent.name, seed, 30, 4, 1.0, 1.0, {}, scores).save(folder / "run.json")
+    RunRecord(folder.parent.parent.name, folder.parent.name, seed, 30, 4, 1.0, 1.0, {}, scores).save(
+        folder / "run.json"
+    )
 
 
 def study(content, tmp_path, slope=2.0, noise=0.0):
@@ -636,7 +638,9 @@ def test_runs_without_what_is_needed_are_refused(parrot, tmp_path):
     with pytest.raises(ValueError, match="named after a context"):
         points([root], None, "all")
     shutil.rmtree(root / "base" / "peer")
-    Run("base", "none", 5, 30, 4, 1.0, 1.0, {}, {"30": [0.1] * 4}).save(root / "base" / "none" / "seed=5" / "run.json")
+    RunRecord("base", "none", 5, 30, 4, 1.0, 1.0, {}, {"30": [0.1] * 4}).save(
+        root / "base" / "none" / "seed=5" / "run.json"
+    )
     with pytest.raises(ValueError, match="evaluated before the first step and at the end"):
         points([root], None, "all")
     finished(root / "base" / "none" / "seed=5", 5, [0.1, 0.1, float("nan"), 0.1])
@@ -656,7 +660,7 @@ def test_runs_without_what_is_needed_are_refused(parrot, tmp_path):
 
 def test_what_the_line_does_not_speak_of(parrot, tmp_path):
     root, _ = study(parrot, tmp_path)
-    longer = Run("base", "sibling", 2, 60, 4, 1.0, 1.0, {}, {"0": [0.2] * 4, "60": [0.9] * 4})
+    longer = RunRecord("base", "sibling", 2, 60, 4, 1.0, 1.0, {}, {"0": [0.2] * 4, "60": [0.9] * 4})
     longer.save(root / "base" / "sibling" / "seed=2" / "run.json")
     content = json.loads((root / "probe.json").read_text())
     next(row for row in content["contexts"] if row["name"] == "own")["coverage"] = 0.0

@@ -10,7 +10,7 @@ import pytest
 
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.report import report
-from pgpo_lightning.monitoring.run_record import Run, write_runs
+from pgpo_lightning.monitoring.run_record import RunRecord, write_runs
 from pgpo_lightning.studies import measures
 from pgpo_lightning.studies.analysis import analyse, decide
 from pgpo_lightning.studies.comparisons import Design, studies
@@ -31,7 +31,7 @@ def runs(seed=0, study="lr=1", arms=ARMS, world=SMALL, doses=DOSES):
 def tiny(seed=0, arm="sdpo", scores=((0.5, 0.5), (0.5, 1.0), (0.0, 0.5)), **fields):
     """A run evaluated at steps 0, 10 and 30, with two questions."""
     questions = dict(zip(("0", "10", "30"), map(list, scores), strict=True))
-    return Run(**{"study": "s", "arm": arm, "seed": seed, "steps": 30, "samples": 2, "seconds": 1.0, "cpu_seconds": 1.0,
+    return RunRecord(**{"study": "s", "arm": arm, "seed": seed, "steps": 30, "samples": 2, "seconds": 1.0, "cpu_seconds": 1.0,
                   "curves": {}, "questions": questions} | fields)  # fmt: skip
 
 

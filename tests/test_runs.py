@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pgpo_lightning.core.identity import joint_sha256
-from pgpo_lightning.monitoring.run_record import Run, collect, load_runs, write_runs
+from pgpo_lightning.monitoring.run_record import RunRecord, collect, load_runs, write_runs
 
 
 def run(seed=0, arm="sdpo", **fields):
@@ -23,12 +23,12 @@ def run(seed=0, arm="sdpo", **fields):
         "questions": {"0": [0.0, 0.5], "2": [0.5, 0.5]},
         "rho": [1.0, 1.25],
     }
-    return Run(**known | fields)
+    return RunRecord(**known | fields)
 
 
 def test_a_run_comes_back_as_it_was(tmp_path):
     run().save(tmp_path / "run.json")
-    assert Run.load(tmp_path) == run() == Run.load(tmp_path / "run.json")
+    assert RunRecord.load(tmp_path) == run() == RunRecord.load(tmp_path / "run.json")
     assert run().scores == ([0, 2], [0.25, 0.5])
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
@@ -49,7 +49,7 @@ def test_many_runs_come_in_one_order_from_folders_and_files(tmp_path):
 def test_a_broken_record_is_named(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=rf"run\.json.*{message}"):
-        Run.load(tmp_path)
+        RunRecord.load(tmp_path)
     (tmp_path / "all.jsonl").write_text("\n" + text)
     with pytest.raises(ValueError, match=r"all\.jsonl:2"):
         load_runs([tmp_path / "all.jsonl"])
@@ -84,14 +84,14 @@ WRONG = [
 def test_a_record_of_wrong_types_is_one_line_with_file_and_field(tmp_path, fields, message):
     text = json.dumps(asdict(run()) | fields)
     with pytest.raises(ValueError, match=r"in the record here\.json") as caught:
-        Run.parse(text, "here.json")
+        RunRecord.parse(text, "here.json")
     assert message in str(caught.value)
 
 
 def test_records_keep_numbers_of_any_size(tmp_path):
     kept = run(curves={"actor/grad_norm": [[1], [1e300]], "val/avg@4": [[0], [float("nan")]]}, rho=[1e-30])
     kept.save(tmp_path / "run.json")
-    assert Run.load(tmp_path).curves["actor/grad_norm"] == [[1], [1e300]]
+    assert RunRecord.load(tmp_path).curves["actor/grad_norm"] == [[1], [1e300]]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from helpers import config
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.plan import PlanCommand
 from pgpo_lightning.memory_planner.memory import GIB
-from pgpo_lightning.memory_planner.plan import plan
-from pgpo_lightning.memory_planner.report import table
+from pgpo_lightning.memory_planner.plan import plan_memory
+from pgpo_lightning.memory_planner.plan_report import table
 from pgpo_lightning.memory_planner.saving import Saving, saving
 
 
@@ -44,7 +44,7 @@ def test_the_file_of_a_run_has_the_size_that_was_planned(tmp_path, module, setti
     small = {"verifier": "helpers.half_right", "max_response_length": 12} | settings
     path = config(tmp_path / "run", steps=1, module=module, model=small)
     args = ["--config", path, "--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
-    planned = plan(PlanCommand([*args, "--device", "cpu"]).run()).saving
+    planned = plan_memory(PlanCommand([*args, "--device", "cpu"]).run()).saving
     main(["fit", *args])
     (file,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
     saved = torch.load(file, weights_only=True)
@@ -66,7 +66,7 @@ def test_a_plan_tells_of_checkpoints(tmp_path):
     args += ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"]
     args += ["--trainer.strategy.tensor_parallel_size", "1"]
     assert not PlanCommand(args).run().sharding.one_file  # Lightning's default
-    made = plan(PlanCommand([*args, "--trainer.strategy.save_distributed_checkpoint", "false"]).run())
+    made = plan_memory(PlanCommand([*args, "--trainer.strategy.save_distributed_checkpoint", "false"]).run())
     assert (made.saving.host, made.saving.disk) == (made.saving.size, 4 * made.saving.size)
     told = f"(`checkpoint.keep` 3); while it is written, {made.saving.host / GIB:.2f} GiB of the host's memory"
     assert told in table(made, None)

@@ -19,8 +19,8 @@ from pgpo_lightning.memory_planner.dry_run import Compute, along_layers, update_
 from pgpo_lightning.memory_planner.memory import GIB, Need, Sharding, gathered_bytes, standing_bytes
 from pgpo_lightning.memory_planner.optimizers import optimizer_need, state_bytes
 from pgpo_lightning.memory_planner.parameters import configuration, count
-from pgpo_lightning.memory_planner.plan import plan
-from pgpo_lightning.memory_planner.report import table
+from pgpo_lightning.memory_planner.plan import plan_memory
+from pgpo_lightning.memory_planner.plan_report import table
 from pgpo_lightning.memory_planner.rollouts import roomy_tokens
 from pgpo_lightning.memory_planner.workload import Layout, Lengths, group
 
@@ -306,8 +306,8 @@ def test_a_plan_without_weights_or_hub(tmp_path, capsys, monkeypatch):
 
 def test_a_demonstration_stands_in_every_group():
     args = ["--config", str(CONFIGS / "hapo.yaml"), "--response_tokens", "10"]
-    made = {tokens: plan(command(*args, "--demonstration_tokens", str(tokens)).run()) for tokens in (10, 32)}
-    assert made[10].tokens == plan(command("--config", str(CONFIGS / "hapo.yaml"), "--response_tokens", "10",
+    made = {tokens: plan_memory(command(*args, "--demonstration_tokens", str(tokens)).run()) for tokens in (10, 32)}
+    assert made[10].tokens == plan_memory(command("--config", str(CONFIGS / "hapo.yaml"), "--response_tokens", "10",
                                           "--model.class_path", "GRPO").run()).tokens  # fmt: skip
     assert made[32].largest["student"].tokens == 8 * (7 * 10 + 32)  # 8 groups in one micro-batch
     assert made[32].largest["student"].width == 31  # the last token predicts nothing
@@ -361,7 +361,7 @@ def test_what_is_not_understood_is_refused(args, message, capsys):
 def test_a_teacher_on_the_host_visits_the_device_for_the_gradients():
     args = ["--config", str(CONFIGS / "quickstart.yaml"), "--device", "cuda", "--trainer.precision", "bf16-mixed"]
     args += ["--data.batch_size", "2", "--data.eval_batch_size", "2", "--model.micro_batch_tokens", "1000"]
-    near, far = (plan(command(*args, "--model.teacher_offload", text).run()) for text in ("false", "true"))
+    near, far = (plan_memory(command(*args, "--model.teacher_offload", text).run()) for text in ("false", "true"))
     teacher = near.need.standing["teacher"]
     assert "teacher" not in far.need.standing
     assert (near.host, far.host) == (0, teacher)
@@ -389,7 +389,7 @@ def test_a_copied_teacher_costs_what_a_frozen_one_does_and_a_restarted_one_what_
     args = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.precision", "bf16-true"]
     costs = {}
     for kind in ("frozen", "gated", "ema", "restart"):
-        made = plan(command(*args, "--model.teacher_regularization", kind).run())
+        made = plan_memory(command(*args, "--model.teacher_regularization", kind).run())
         costs[kind] = (made.need.standing, made.need.peaks)
     assert costs["frozen"] == costs["gated"]
     assert costs["ema"] == costs["restart"]

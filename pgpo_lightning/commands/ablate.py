@@ -28,8 +28,8 @@ from pgpo_lightning.checkpoints.single_file import remove
 from pgpo_lightning.commands.study_progress import changed, expected_settings, state
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.monitoring.run_folder import clear
-from pgpo_lightning.monitoring.run_record import FILE, Run
-from pgpo_lightning.studies.spec import Lab, Planned, Settings, read_lab
+from pgpo_lightning.monitoring.run_record import FILE, RunRecord
+from pgpo_lightning.studies.spec import PlannedRun, Settings, StudySpec, read_study
 
 PROGRAM = [sys.executable, "-m", "pgpo_lightning.commands.main"]
 POLL = 0.2  # seconds
@@ -41,8 +41,8 @@ def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) 
     """Make the runs of a study that are missing.
 
     Args:
-        config: The file of the study, such as `configs/lab/toy.yaml`; its keys are those of
-        :class:`pgpo_lightning.studies.spec.Lab`.
+        config: The file of the study, such as `configs/studies/toy.yaml`; its keys are those of
+        :class:`pgpo_lightning.studies.spec.StudySpec`.
         dry_run: Print the commands of the missing runs instead, a line each, for a cluster.
         processes: Runs at a time; by default what the study says.
 
@@ -50,8 +50,8 @@ def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) 
         ValueError: If the study cannot be made, or has runs that were made with other settings.
         SystemExit: If a run broke (1), or the command was stopped.
     """
-    lab = read_lab(config)
-    runs = lab.runs()
+    study = read_study(config)
+    runs = study.runs()
     expected = expected_settings(runs)
     for run in runs:
         if state(run) in ("finished", "started") and (change := changed(run, expected[run.name])):
@@ -59,7 +59,7 @@ def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) 
     if dry_run:
         print("\n".join(job_lines(runs)))
     else:
-        Launcher(lab, runs, expected, processes or lab.processes).launch()
+        Launcher(study, runs, expected, processes or study.processes).launch()
 
 
 def main(args: list[str]) -> None:
@@ -75,7 +75,7 @@ def main(args: list[str]) -> None:
     ablate(**parser.parse_args([re.sub("^--dry-run", "--dry_run", word) for word in args]).as_dict())
 
 
-def job_lines(runs: list[Planned]) -> Iterator[str]:
+def job_lines(runs: list[PlannedRun]) -> Iterator[str]:
     """Yield the commands of the runs that are missing, in parts: each part reads nothing but what those before it record."""
     missing = {run.name: run for run in runs if state(run) != "finished"}
     if not missing:
@@ -98,7 +98,7 @@ def job_lines(runs: list[Planned]) -> Iterator[str]:
 
 @dataclass
 class _Child:
-    run: Planned
+    run: PlannedRun
     process: subprocess.Popen[bytes]
     log_start: int
     start: float
@@ -108,14 +108,14 @@ class Launcher:
     """Runs what is missing, a few processes at a time.
 
     Args:
-        lab: The study.
+        study: The study.
         runs: Its runs.
         expected: Their settings, see :func:`pgpo_lightning.commands.study_progress.expected_settings`.
         processes: Runs at a time.
     """
 
-    def __init__(self, lab: Lab, runs: list[Planned], expected: dict[str, Settings], processes: int) -> None:
-        self.lab = lab
+    def __init__(self, study: StudySpec, runs: list[PlannedRun], expected: dict[str, Settings], processes: int) -> None:
+        self.study = study
         self.runs = runs
         self.expected = expected
         self.processes = processes
@@ -136,7 +136,7 @@ class Launcher:
         for run in list(self.waiting):
             if state(run) == "finished":
                 self._finish(run)
-        recorded = [Run.load(run.folder).seconds for run in self.runs if run.name in self.done]
+        recorded = [RunRecord.load(run.folder).seconds for run in self.runs if run.name in self.done]
         terminate = signal.signal(signal.SIGTERM, _terminate)
         try:
             while self._advance():
@@ -164,10 +164,10 @@ class Launcher:
             self._start(run)
         return bool(self.running or self._ready())
 
-    def _ready(self) -> list[Planned]:
+    def _ready(self) -> list[PlannedRun]:
         return [run for run in self.waiting if self.done.issuperset(run.needs)]
 
-    def _start(self, run: Planned) -> None:
+    def _start(self, run: PlannedRun) -> None:
         if state(run) == "finished":  # by another process
             self._finish(run)
             return
@@ -215,17 +215,17 @@ class Launcher:
         last = [line for line in text.splitlines() if line.strip()][-SHOWN:]
         self._break(run, "\n".join([f"{ended}; {run.log} ends with", *(f"    {line}" for line in last)]))
 
-    def _finish(self, run: Planned) -> None:
+    def _finish(self, run: PlannedRun) -> None:
         if run in self.waiting:
             self.waiting.remove(run)
         self.done.add(run.name)
-        if not self.lab.keep_checkpoints:
+        if not self.study.keep_checkpoints:
             found, _ = look(run.folder / "checkpoints")
             for checkpoint in found:
                 if checkpoint.mark is not None:
                     remove(checkpoint.path)
 
-    def _break(self, run: Planned, reason: str) -> None:
+    def _break(self, run: PlannedRun, reason: str) -> None:
         if run in self.waiting:
             self.waiting.remove(run)
         self.broken[run.name] = reason
@@ -256,7 +256,7 @@ class Launcher:
 
     def _conclude(self) -> None:
         if not self.broken:
-            print(f"Every run is in {self.lab.folder}. `pgpo report {self.lab.folder}` compares them.")
+            print(f"Every run is in {self.study.folder}. `pgpo report {self.study.folder}` compares them.")
             return
         for name, reason in self.broken.items():
             print(f"\nbroken: {name}: {reason}")

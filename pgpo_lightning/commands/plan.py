@@ -14,8 +14,8 @@ from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
 from pgpo_lightning.memory_planner.parameters import configuration, skeleton
-from pgpo_lightning.memory_planner.plan import AVERAGING, Plan, Run, plan
-from pgpo_lightning.memory_planner.report import content, table
+from pgpo_lightning.memory_planner.plan import AVERAGING, MemoryPlan, RunSpec, plan_memory
+from pgpo_lightning.memory_planner.plan_report import content, table
 from pgpo_lightning.memory_planner.workload import Lengths
 from pgpo_lightning.modules import HAPO, OnPolicyModule
 from pgpo_lightning.rollout.engine import TransformersEngine
@@ -59,7 +59,7 @@ class PlanCommand(BuildCommand):
         """Take a tokenizer that is always there."""
         model.init_args.tokenizer = "toy"
 
-    def run(self) -> Run:
+    def run(self) -> RunSpec:
         """Return what the run's need depends on.
 
         Raises:
@@ -87,7 +87,7 @@ class PlanCommand(BuildCommand):
         adapters = _adapters(module, str(trainer.precision))
         engine = module.engine
         data = self.datamodule
-        return Run(
+        return RunSpec(
             config=config,
             compute=compute,
             optimizer=module.make_optimizer,
@@ -206,7 +206,7 @@ def _devices(devices: Any, device: str) -> int:
     return count
 
 
-def main(args: list[str]) -> Plan:
+def main(args: list[str]) -> MemoryPlan:
     """Run the command.
 
     Args:
@@ -218,7 +218,7 @@ def main(args: list[str]) -> Plan:
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     check("memory", memory, Positive | None)
-    made = plan(command.run())
+    made = plan_memory(command.run())
     print(table(made, memory))
     if path is not None:
         Path(path).write_text(json.dumps(content(made, memory), indent=1) + "\n", encoding="utf-8")

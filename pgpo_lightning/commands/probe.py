@@ -28,7 +28,7 @@ from pgpo_lightning.probe.figures import draw_gaps, draw_line
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
 from pgpo_lightning.probe.line import fit
 from pgpo_lightning.probe.measure import Prober, write
-from pgpo_lightning.probe.report import calibration_content, calibration_report, probe_report, summary
+from pgpo_lightning.probe.probe_report import calibration_content, calibration_report, probe_report, summary
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.studies.output import output_folder
 from pgpo_lightning.teachers.reprompt import RepromptBuilder

@@ -13,7 +13,7 @@ from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.monitoring.configurations import configurations
 from pgpo_lightning.monitoring.run_folder import made
 from pgpo_lightning.monitoring.run_record import FILE
-from pgpo_lightning.studies.spec import Planned, Settings, leaves
+from pgpo_lightning.studies.spec import PlannedRun, Settings, leaves
 
 FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
 """Settings that may differ from those a run was made with, beside those of `watch` and `checkpoint`."""
@@ -21,7 +21,7 @@ FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enab
 State = Literal["new", "begun", "started", "finished"]
 
 
-def state(run: Planned) -> State:
+def state(run: PlannedRun) -> State:
     """Return how far a run is: ``started`` has a checkpoint to go on from, ``begun`` has none."""
     if (run.folder / FILE).exists():
         return "finished"
@@ -49,14 +49,14 @@ class _Parser(PGPOCommand):
         pass
 
 
-def expected_settings(runs: list[Planned]) -> dict[str, Settings]:
+def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
     """Return all settings of every run, as it will write them into its folder.
 
     Raises:
         ValueError: If `pgpo fit` would not accept them, or a run would not leave its record where it belongs.
     """
     command = None
-    first: dict[tuple[str, str], tuple[Planned, Settings]] = {}
+    first: dict[tuple[str, str], tuple[PlannedRun, Settings]] = {}
     expected = {}
     for run in runs:
         if (run.condition, run.arm) not in first:
@@ -86,7 +86,7 @@ def expected_settings(runs: list[Planned]) -> dict[str, Settings]:
     return expected
 
 
-def changed(run: Planned, expected: Settings) -> str | None:
+def changed(run: PlannedRun, expected: Settings) -> str | None:
     """Return what is wrong if a run was made with other settings than are expected.
 
     Its own ``config.yaml`` knows, and the configurations that it was resumed with. What only one of both knows is passed over: a

@@ -45,7 +45,7 @@ AVERAGING = ("ema", "restart")
 
 @checked
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """Everything about a run that its memory and its operations depend on.
 
     Args:
@@ -111,7 +111,7 @@ class Run:
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """What a run needs.
 
     Attributes:
@@ -129,7 +129,7 @@ class Plan:
         host: Bytes of the host's memory that the teacher takes for each device.
     """
 
-    run: Run
+    run: RunSpec
     count: Count
     trainable: int
     optimizer: OptimizerNeed
@@ -143,7 +143,7 @@ class Plan:
     host: int = 0
 
 
-def plan(run: Run, rows: list[Sample] | None = None) -> Plan:
+def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     """Work out what a run needs, without its weights and without its data.
 
     Args:
@@ -211,7 +211,7 @@ def plan(run: Run, rows: list[Sample] | None = None) -> Plan:
     averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes nothing of the device
     need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
 
-    return Plan(
+    return MemoryPlan(
         run,
         counted,
         trainable,
@@ -228,7 +228,7 @@ def plan(run: Run, rows: list[Sample] | None = None) -> Plan:
 
 
 def _standing(
-    run: Run, counted: Count, trainable: int, optimizer: OptimizerNeed, kind: torch.dtype, own: bool
+    run: RunSpec, counted: Count, trainable: int, optimizer: OptimizerNeed, kind: torch.dtype, own: bool
 ) -> dict[str, int]:
     state = 0 if optimizer.paged else optimizer.state
     if run.adapters is None:
@@ -243,7 +243,7 @@ def _standing(
 
 
 def _saving(
-    run: Run, trainable: int, shapes: list[tuple[int, ...]], optimizer: OptimizerNeed, kind: torch.dtype
+    run: RunSpec, trainable: int, shapes: list[tuple[int, ...]], optimizer: OptimizerNeed, kind: torch.dtype
 ) -> Saving:
     teacher = torch.float32 if run.adapters is not None else run.compute.teacher
     saved = "own" in TEACHERS[run.teacher] if run.adapters is not None else run.teacher in MOVING
@@ -258,7 +258,7 @@ def _saving(
     )
 
 
-def _sampled(run: Run, rows: list[Sample]) -> Sampled:
+def _sampled(run: RunSpec, rows: list[Sample]) -> Sampled:
     """Return what is decoded at the same time; as in the engine, whole questions as far as possible."""
     limit = run.at_once or len(rows)
     questions, samples = max(1, limit // run.samples), min(run.samples, limit)
@@ -282,7 +282,7 @@ def _tokens(rows: list[Sample], batches: list[Any]) -> dict[str, int]:
 
 
 def _flops(
-    run: Run, counted: Count, trainable: int, batches: list[Any], rows: list[Sample], trains_head: bool
+    run: RunSpec, counted: Count, trainable: int, batches: list[Any], rows: list[Sample], trains_head: bool
 ) -> dict[str, int]:
     width = flops.Width.of(run.config, counted)
     teachers = len(TEACHERS[run.teacher])

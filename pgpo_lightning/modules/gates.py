@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.core.settings import Count, Fraction, NonNegative, Positive, PositiveFraction, Text, checked
 from pgpo_lightning.losses.hindsight import below, confidence
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 
 
 class Group(NamedTuple):
@@ -320,7 +320,7 @@ class MatchedRandomGate(RandomGate):
         super().__init__(0.0)
         self.match = match
         curve = "hapo/gate_open" if match == "open" else "hapo/injected_groups"
-        steps, rates = Run.load(run).curves.get(curve, [[], []])
+        steps, rates = RunRecord.load(run).curves.get(curve, [[], []])
         if not steps or list(steps) != list(range(1, len(steps) + 1)):
             raise ValueError(
                 f"Expected `run` to be a run of HAPO with `{curve}` of every step, but {run} has {len(steps)} of them. "

@@ -40,7 +40,7 @@ CURVES = (
 
 
 @dataclass
-class Run:
+class RunRecord:
     """One finished run.
 
     Attributes:
@@ -93,7 +93,7 @@ class Run:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Run":
+    def load(cls, path: str | Path) -> "RunRecord":
         """Read a run.
 
         Args:
@@ -109,7 +109,7 @@ class Run:
         return cls.parse(_read(path), str(path))
 
     @classmethod
-    def parse(cls, text: str, where: str) -> "Run":
+    def parse(cls, text: str, where: str) -> "RunRecord":
         """Read a run from its JSON.
 
         Args:
@@ -137,7 +137,7 @@ class Run:
         return cls(**content)
 
 
-def load_runs(paths: list[Path]) -> list[Run]:
+def load_runs(paths: list[Path]) -> list[RunRecord]:
     """Read many runs.
 
     Args:
@@ -149,15 +149,15 @@ def load_runs(paths: list[Path]) -> list[Run]:
     Raises:
         ValueError: If a path has no run, or a run is there twice; names them.
     """
-    runs: dict[tuple[str, str, int], Run] = {}
+    runs: dict[tuple[str, str, int], RunRecord] = {}
     for path in map(Path, paths):
         if path.suffix == ".jsonl" and path.is_file():
             lines = enumerate(_read(path).splitlines(), start=1)
-            found = [Run.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
+            found = [RunRecord.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
         elif path.is_dir():
-            found = [Run.load(file) for file in sorted(path.rglob(FILE))]
+            found = [RunRecord.load(file) for file in sorted(path.rglob(FILE))]
         else:
-            found = [Run.load(path)]
+            found = [RunRecord.load(path)]
         if not found:
             raise ValueError(f"Expected finished runs in {path}, but there is none: no {FILE} anywhere below.")
         for run in found:
@@ -168,13 +168,13 @@ def load_runs(paths: list[Path]) -> list[Run]:
     return [runs[key] for key in sorted(runs)]
 
 
-def write_runs(runs: list[Run], path: str | Path) -> None:
+def write_runs(runs: list[RunRecord], path: str | Path) -> None:
     """Write runs to one file, a line each."""
     lines = [json.dumps(asdict(run), separators=(",", ":"), sort_keys=True) for run in runs]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: Any) -> Run:
+def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: Any) -> RunRecord:
     """Make the record of the run in `folder` from its curves and its held-out answers.
 
     Study and arm are the names of the two folders above; a folder that is not inside a study is an arm of its own.
@@ -183,7 +183,7 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
         folder: With ``validation/step=*.jsonl``.
         scalars: Its curves.
         train: Hash of the training questions, if it is known.
-        known: The other fields of :class:`Run`.
+        known: The other fields of :class:`RunRecord`.
     """
     kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
     questions, asked = {}, set()
@@ -197,7 +197,7 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
         # Evaluations that did not ask the same questions are like those of no other run.
         data["validation"] = asked.pop() if len(asked) == 1 else joint_sha256(sorted(asked))
     place = folder.resolve()
-    return Run(
+    return RunRecord(
         study=place.parent.parent.name,
         arm=place.parent.name,
         curves={tag: _points(scalars, tag) for tag in kept},

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pgpo_lightning.monitoring.run_record import FILE, Run
+from pgpo_lightning.monitoring.run_record import FILE, RunRecord
 from pgpo_lightning.probe.contexts import effective
 from pgpo_lightning.probe.gaps import question_draws
 from pgpo_lightning.probe.line import lines
@@ -73,10 +73,10 @@ def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
         if not found:
             raise ValueError(f"Expected finished runs in {path}, but there is none: no {FILE} anywhere below.")
         files |= dict.fromkeys(file.resolve() for file in found)
-    groups: dict[tuple[str, str, Path, str], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, str, Path, str], list[RunRecord]] = defaultdict(list)
     probes: dict[Path, dict[str, Any]] = {}
     for file in files:
-        run = Run.load(file)
+        run = RunRecord.load(file)
         source = _probe_of(file, gaps)
         if source not in probes:
             probes[source] = read_probe(source)
@@ -121,7 +121,7 @@ def _probe_of(file: Path, gaps: Path | None) -> Path:
     raise ValueError(f"Expected a {PROBE} in the folder of {file} or above it. Give the probe's folder as `--gaps`.")
 
 
-def _context_of(run: Run, file: Path, probe: dict[str, Any], source: Path) -> str:
+def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path) -> str:
     measured = {row["name"]: row for row in probe["contexts"] if row["control"] is None}
     config = file.parent / "config.yaml"
     if not config.is_file():
@@ -175,7 +175,7 @@ def _same(theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
     return not _differ(theirs, mine)
 
 
-def _point(name: str, context: str, runs: list[Run], probe: dict[str, Any], source: Path, scale: Scale) -> Point:
+def _point(name: str, context: str, runs: list[RunRecord], probe: dict[str, Any], source: Path, scale: Scale) -> Point:
     runs = sorted(runs, key=lambda run: run.seed)
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):

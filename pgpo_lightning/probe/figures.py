@@ -48,7 +48,7 @@ def draw_line(line: Line, content: dict[str, Any], path: Path) -> None:
 
     Args:
         line: Through the points.
-        content: From :func:`pgpo_lightning.probe.report.calibration_content`.
+        content: From :func:`pgpo_lightning.probe.probe_report.calibration_content`.
         path: Of the PNG.
     """
     figure = Figure(figsize=(7, 4.8), layout="constrained")

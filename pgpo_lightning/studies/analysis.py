@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies import measures
-from pgpo_lightning.studies.comparisons import Arm, Design, Study, common, paired, pairs, studies
+from pgpo_lightning.studies.comparisons import Arm, Condition, Design, common, paired, pairs, studies
 from pgpo_lightning.studies.inference import (
     Answer,
     Mean,
@@ -39,7 +39,7 @@ NOTHING = Mean(math.nan, math.nan, math.nan, math.nan, 0, 0)
 """The difference of arms without a common seed."""
 
 
-def analyse(runs: list[Run], design: Design) -> dict[str, Any]:
+def analyse(runs: list[RunRecord], design: Design) -> dict[str, Any]:
     """Turn runs into the content of a report.
 
     Args:
@@ -118,7 +118,7 @@ def _arm_answer(found: set[Answer]) -> Answer:
     return "no" if "no" in found else "yes" if found == {"yes"} else "not resolved"
 
 
-def _pooled(groups: list[Study], design: Design, measure: Measure) -> dict[str, Any]:
+def _pooled(groups: list[Condition], design: Design, measure: Measure) -> dict[str, Any]:
     """Answer for the mean over studies: each counts alike, on the seeds that are in all of them."""
     asked: dict[tuple[str, str], list[tuple[Arm, Arm]]] = {}
     for study in groups:
@@ -154,7 +154,7 @@ class Comparison:
     mean: Mean
 
 
-def compare(study: Study, design: Design, measure: Measure) -> list[Comparison]:
+def compare(study: Condition, design: Design, measure: Measure) -> list[Comparison]:
     """Return all paired differences of a study on one measure."""
     found = []
     for a, b, kind in pairs(study, design):
@@ -168,7 +168,7 @@ def decide_study(compared: list[Comparison], design: Design) -> dict[str, Any]:
     return decide([(row.arm, row.against, row.mean) for row in compared if row.kind in design.decisive], design)
 
 
-def _study(study: Study, design: Design) -> dict[str, Any]:
+def _study(study: Condition, design: Design) -> dict[str, Any]:
     compared = {measure: compare(study, design, measure) for measure in MEASURES}
     rows: list[dict[str, Any]] = [
         {"arm": row.arm, "against": row.against, "kind": row.kind, "seeds": row.mean.seeds} for row in compared["final"]
@@ -202,7 +202,7 @@ def _told(mean: Mean, table: Table, design: Design) -> dict[str, Any]:
     return told
 
 
-def _arm(arm: Arm, study: Study, design: Design) -> dict[str, Any]:
+def _arm(arm: Arm, study: Condition, design: Design) -> dict[str, Any]:
     collapsed = [measures.collapse_step(study.steps, scores, design.collapse) for scores in arm.answers.mean(axis=2)]
     at = [step for step in collapsed if step is not None]
     low, high = share(len(at), len(collapsed))
@@ -257,7 +257,7 @@ def _doses(arm: Arm, control: Arm) -> dict[str, Any]:
     }
 
 
-def _notes(study: Study, design: Design) -> list[str]:
+def _notes(study: Condition, design: Design) -> list[str]:
     """Say what a reader has to know about the runs that are there, and about those that are not."""
     notes = [
         f"{arm.name} has no seed {', '.join(missing)}: its differences are on the common seeds."
@@ -309,7 +309,7 @@ def _notes(study: Study, design: Design) -> list[str]:
     return notes
 
 
-def _different_bases(study: Study) -> list[int]:
+def _different_bases(study: Condition) -> list[int]:
     """Return the seeds whose runs do not start with the same answers; evaluation is seeded, so they should."""
     bases: dict[int, set[bytes]] = {}
     for arm in study.arms.values():

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from pgpo_lightning.core.settings import Natural, Positive, Range, checked
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies import measures
 from pgpo_lightning.studies.inference import Table
 from pgpo_lightning.studies.measures import MEASURES, Measure
@@ -94,7 +94,7 @@ class Arm:
     """The runs of one arm of a study, in order of their seeds."""
 
     name: str
-    runs: list[Run]
+    runs: list[RunRecord]
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -124,14 +124,14 @@ class Arm:
 
 
 @dataclass
-class Study:
+class Condition:
     """The runs of one condition: compared with each other, and with no others."""
 
     name: str
     arms: dict[str, Arm]
 
     @property
-    def first(self) -> Run:
+    def first(self) -> RunRecord:
         """Return any run: what all share."""
         return next(iter(self.arms.values())).runs[0]
 
@@ -161,7 +161,7 @@ class Study:
         return len(self.first.questions[str(self.steps[0])])
 
 
-def studies(runs: list[Run], design: Design) -> list[Study]:
+def studies(runs: list[RunRecord], design: Design) -> list[Condition]:
     """Group runs, in every study first the baseline, then information arms, their controls, and all others.
 
     Of runs whose records are of a version that did not keep which questions were held out, only the number is compared.
@@ -173,7 +173,7 @@ def studies(runs: list[Run], design: Design) -> list[Study]:
     Raises:
         ValueError: If runs of a study have not the same steps, evaluations, held-out questions or samples; names them.
     """
-    grouped: dict[str, dict[str, list[Run]]] = {}
+    grouped: dict[str, dict[str, list[RunRecord]]] = {}
     for run in sorted(runs, key=lambda run: (run.study, run.arm, run.seed)):
         grouped.setdefault(run.study, {}).setdefault(run.arm, []).append(run)
     for study, arms in grouped.items():
@@ -189,13 +189,13 @@ def studies(runs: list[Run], design: Design) -> list[Study]:
         if broken := [run for run in members if not run.questions or not np.isfinite(measures.answers(run)).all()]:
             raise ValueError(f"Expected a finite score of every held-out question, but got none in {_names(broken)}.")
     return [
-        Study(name, {arm: Arm(arm, arms[arm]) for arm in sorted(arms, key=design.order)})
+        Condition(name, {arm: Arm(arm, arms[arm]) for arm in sorted(arms, key=design.order)})
         for name, arms in grouped.items()
     ]
 
 
-def _check(study: str, runs: list[Run], what: str, value: Callable[[Run], Any]) -> None:
-    found: dict[str, list[Run]] = {}
+def _check(study: str, runs: list[RunRecord], what: str, value: Callable[[RunRecord], Any]) -> None:
+    found: dict[str, list[RunRecord]] = {}
     for run in runs:
         found.setdefault(str(value(run)), []).append(run)
     if len(found) > 1:
@@ -203,7 +203,7 @@ def _check(study: str, runs: list[Run], what: str, value: Callable[[Run], Any]) 
         raise ValueError(f"Expected all runs of study {study} to have the same {what}, but got {got}.")
 
 
-def _names(runs: list[Run]) -> str:
+def _names(runs: list[RunRecord]) -> str:
     names = ", ".join(f"{run.study}/{run.arm}/{run.seed}" for run in runs[:6])
     return names + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
 
@@ -218,7 +218,7 @@ def paired(a: Arm, b: Arm, measure: Measure, seeds: list[int]) -> Table:
     return a.tables[measure][a.rows(seeds)] - b.tables[measure][b.rows(seeds)]
 
 
-def pairs(study: Study, design: Design) -> list[tuple[Arm, Arm, str]]:
+def pairs(study: Condition, design: Design) -> list[tuple[Arm, Arm, str]]:
     """Return what is compared with what, and why: each arm with the baseline, each information arm with its controls."""
     arms = study.arms
     found = [

@@ -9,16 +9,16 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies import measures
-from pgpo_lightning.studies.comparisons import Arm, Design, Study
+from pgpo_lightning.studies.comparisons import Arm, Condition, Design
 from pgpo_lightning.studies.inference import quantile_t
 
-Curve = Callable[[Run], tuple[list[float], list[float]]]
+Curve = Callable[[RunRecord], tuple[list[float], list[float]]]
 """Steps and values of one run."""
 
 
-def draw_curves(groups: list[Study], design: Design, path: Path) -> None:
+def draw_curves(groups: list[Condition], design: Design, path: Path) -> None:
     """Draw held-out score, length and entropy over the steps, a column per study.
 
     A band is the 95 % interval of the mean over seeds, for these questions. Arms share seeds and questions, so whether two
@@ -37,7 +37,7 @@ def draw_curves(groups: list[Study], design: Design, path: Path) -> None:
     _grid(groups, design, rows, path, "mean and 95 % interval over seeds")
 
 
-def draw_multipliers(groups: list[Study], design: Design, path: Path) -> None:
+def draw_multipliers(groups: list[Condition], design: Design, path: Path) -> None:
     """Draw the multiplier rho and the information I over the steps, a column per study."""
     rows: list[tuple[str, Curve]] = [
         ("multiplier ρ", lambda run: (list(range(1, len(run.rho) + 1)), run.rho)),
@@ -78,7 +78,7 @@ def draw_forest(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _grid(groups: list[Study], design: Design, rows: list[tuple[str, Curve]], path: Path, title: str) -> None:
+def _grid(groups: list[Condition], design: Design, rows: list[tuple[str, Curve]], path: Path, title: str) -> None:
     names = list(dict.fromkeys(name for study in groups for name in study.arms))
     figure = Figure(figsize=(4.6 * len(groups) + 2, 2.8 * len(rows) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -121,7 +121,7 @@ def _half_width(values: list[float]) -> float:
     return quantile_t(0.05, n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else 0.0
 
 
-def _scores(run: Run) -> tuple[list[float], list[float]]:
+def _scores(run: RunRecord) -> tuple[list[float], list[float]]:
     return list(measures.evaluations(run)), measures.answers(run).mean(axis=1).tolist()
 
 

@@ -18,7 +18,7 @@ import jsonargparse
 from pgpo_lightning.core.settings import PositiveFraction, Seed, Text, checked
 from pgpo_lightning.monitoring.collapse_rules import REWARD, RULES, CollapseRules, alarms, medians
 from pgpo_lightning.monitoring.curves import Scalars, series
-from pgpo_lightning.monitoring.run_record import Run, load_runs
+from pgpo_lightning.monitoring.run_record import RunRecord, load_runs
 from pgpo_lightning.studies.inference import exact_share
 from pgpo_lightning.studies.report_text import table
 
@@ -41,7 +41,7 @@ class Fate:
         first: Rule to the first step at which it fires, and :data:`ANY` to the first of all.
     """
 
-    run: Run
+    run: RunRecord
     lost: int | None
     declining: bool
     reward_lost: int | None
@@ -78,7 +78,7 @@ class Row:
     reward_leads: list[int]
 
 
-def scalars_of(run: Run) -> Scalars:
+def scalars_of(run: RunRecord) -> Scalars:
     """Return the curves of a record in the form of :data:`pgpo_lightning.monitoring.curves.Scalars`."""
     return {
         tag: dict(zip((int(step) for step in steps), values, strict=True))
@@ -107,7 +107,7 @@ def lost_step(steps: list[int], scores: list[float], below: float = 0.5, when: W
     return next((step for step, is_lost in zip(steps, lost, strict=True) if is_lost), None)
 
 
-def fate(run: Run, rules: CollapseRules, below: float = 0.5, when: When = "any", healthy: float = 0.9) -> Fate:
+def fate(run: RunRecord, rules: CollapseRules, below: float = 0.5, when: When = "any", healthy: float = 0.9) -> Fate:
     """Replay a run.
 
     Args:
@@ -142,7 +142,11 @@ def fate(run: Run, rules: CollapseRules, below: float = 0.5, when: When = "any",
 
 
 def guard_table(
-    runs: list[Run], rules: CollapseRules | None = None, below: float = 0.5, when: When = "any", healthy: float = 0.9
+    runs: list[RunRecord],
+    rules: CollapseRules | None = None,
+    below: float = 0.5,
+    when: When = "any",
+    healthy: float = 0.9,
 ) -> list[Row]:
     """Count detections and false alarms of every rule, and of all together.
 

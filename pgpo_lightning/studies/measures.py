@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 
 Measure = Literal["final", "best", "area"]
 """A held-out score: at the last evaluation, at the run's best one, or its mean over the steps (area under the curve)."""
@@ -20,12 +20,12 @@ ENTROPY = "rollout/neg_log_prob"
 INFORMATION = "information/mean"
 
 
-def evaluations(run: Run) -> list[int]:
+def evaluations(run: RunRecord) -> list[int]:
     """Return the steps at which a run was evaluated, in order."""
     return sorted(map(int, run.questions))
 
 
-def answers(run: Run) -> NDArray[np.float64]:
+def answers(run: RunRecord) -> NDArray[np.float64]:
     """Return the mean reward of every held-out question at every evaluation, shape ``(evaluations, questions)``."""
     return np.array([run.questions[str(step)] for step in evaluations(run)], dtype=float)
 
@@ -71,18 +71,18 @@ def collapse_step(steps: list[int], scores: NDArray[np.float64], below: float = 
     return next((step for step, score in zip(steps, scores, strict=True) if score < below * scores[0]), None)
 
 
-def curve(run: Run, tag: str) -> tuple[list[float], list[float]]:
+def curve(run: RunRecord, tag: str) -> tuple[list[float], list[float]]:
     """Return steps and values of a curve; both empty if the run has none."""
     steps, values = run.curves.get(tag, ([], []))
     return list(steps), list(values)
 
 
-def at_the_end(run: Run, tag: str) -> float:
+def at_the_end(run: RunRecord, tag: str) -> float:
     """Return the mean of a curve over the last tenth of the run's steps, NaN if it has no point there."""
     values = [value for step, value in zip(*curve(run, tag), strict=True) if step > 0.9 * run.steps]
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def dose(run: Run) -> float:
+def dose(run: RunRecord) -> float:
     """Return the mean multiplier over the optimizer steps; 1 without a multiplier."""
     return math.fsum(run.rho) / len(run.rho) if run.rho else 1.0

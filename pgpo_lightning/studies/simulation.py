@@ -10,7 +10,7 @@ from typing import Any
 import jsonargparse
 import numpy as np
 
-from pgpo_lightning.monitoring.run_record import Run
+from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies.analysis import compare, decide_study
 from pgpo_lightning.studies.comparisons import Design, studies
 from pgpo_lightning.studies.inference import pigeonhole
@@ -57,7 +57,7 @@ def simulate(
     study: str = "simulated",
     doses: dict[str, float] | None = None,
     steps: int = 30,
-) -> list[Run]:
+) -> list[RunRecord]:
     """Return the runs of a study.
 
     Args:
@@ -95,7 +95,7 @@ def simulate(
                 "information/mean": [training, np.interp(training, at, 0.2 * (1 - score)).tolist()],
             }
             questions = {str(step): row.tolist() for step, row in zip(at, table, strict=True)}
-            runs.append(Run(study, arm, number, steps, world.samples, 60.0, 60.0, curves, questions, rho))
+            runs.append(RunRecord(study, arm, number, steps, world.samples, 60.0, 60.0, curves, questions, rho))
     return runs
 
 

@@ -28,7 +28,7 @@ OWN = ("seed_everything", "trainer.default_root_dir", "ckpt_path", "checkpoint.d
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of a study.
 
     Attributes:
@@ -69,7 +69,7 @@ class Planned:
 
 @checked
 @dataclass(frozen=True)
-class Lab:
+class StudySpec:
     """A study: every arm under every condition with every seed.
 
     Attributes:
@@ -105,7 +105,7 @@ class Lab:
                         f"Expected condition {condition} and arm {arm} to set different things, but both set `{contrary}`."
                     )
 
-    def runs(self) -> list[Planned]:
+    def runs(self) -> list[PlannedRun]:
         """Return every run: all arms of the first seed, then of the next, so that a study can be read before it is complete.
 
         Raises:
@@ -122,7 +122,7 @@ class Lab:
             ) from None
         return runs
 
-    def _run(self, condition: str, arm: str, seed: int) -> Planned:
+    def _run(self, condition: str, arm: str, seed: int) -> PlannedRun:
         needs: dict[str, None] = {}
 
         def filled(value: Any) -> Any:
@@ -149,14 +149,14 @@ class Lab:
 
         settings = filled(merged(self.settings, self.conditions[condition], self.arms[arm]))
         folder = self.folder / _name(condition, arm, seed)
-        return Planned(condition, arm, seed, self.base, settings, folder, tuple(needs))
+        return PlannedRun(condition, arm, seed, self.base, settings, folder, tuple(needs))
 
 
-def read_lab(path: str | Path) -> Lab:
+def read_study(path: str | Path) -> StudySpec:
     """Read a study.
 
     Args:
-        path: YAML with the attributes of :class:`Lab`.
+        path: YAML with the attributes of :class:`StudySpec`.
 
     Raises:
         ValueError: If the file or something it names is not there, or says what cannot be; names the key.
@@ -177,7 +177,7 @@ def read_lab(path: str | Path) -> Lab:
         json.dumps(content)
     except (TypeError, ValueError, RecursionError) as error:  # such as a date, or a mapping that contains itself
         raise ValueError(f"Expected {path} to hold texts, numbers, lists and mappings, but {error}.") from None
-    known = [f.name for f in fields(Lab)]
+    known = [f.name for f in fields(StudySpec)]
     if unknown := [str(key) for key in content if key not in known]:
         raise ValueError(f"Expected {path} to have the keys {', '.join(known)}, but got `{'`, `'.join(unknown)}`.")
     if missing := [key for key in ("base", "folder", "seeds", "arms") if content.get(key) is None]:
@@ -188,7 +188,7 @@ def read_lab(path: str | Path) -> Lab:
     if "settings" in given:
         given["settings"] = _allowed("`settings`", given["settings"])
     check("folder", given["folder"], Text)
-    return Lab(
+    return StudySpec(
         **given | {"base": _base(given["base"]), "folder": Path(given["folder"]), "seeds": _seeds(given["seeds"])}
     )
 

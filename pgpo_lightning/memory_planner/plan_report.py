@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from pgpo_lightning.memory_planner.memory import GIB
-from pgpo_lightning.memory_planner.plan import Plan
+from pgpo_lightning.memory_planner.plan import MemoryPlan
 
 _ROOM = 0.92  # share of a device that tensors may fill; the rest is for its context, libraries and fragmentation
 
 
-def verdict(made: Plan, memory: float) -> str:
+def verdict(made: MemoryPlan, memory: float) -> str:
     """Return whether the highest peak fits a device.
 
     Args:
@@ -27,7 +27,7 @@ def verdict(made: Plan, memory: float) -> str:
     return f"does not fit {memory:.4g} GiB: {need:.1f} GiB in {phase}"
 
 
-def remarks(made: Plan) -> list[str]:
+def remarks(made: MemoryPlan) -> list[str]:
     """Return what stands in the way of such a run, beside its size."""
     run, saved = made.run, made.saving
     room = (
@@ -51,7 +51,7 @@ def remarks(made: Plan) -> list[str]:
     return found
 
 
-def table(made: Plan, memory: float | None) -> str:
+def table(made: MemoryPlan, memory: float | None) -> str:
     """Return the plan as Markdown.
 
     Args:
@@ -106,7 +106,7 @@ def table(made: Plan, memory: float | None) -> str:
     return "\n".join(lines)
 
 
-def content(made: Plan, memory: float | None) -> dict[str, Any]:
+def content(made: MemoryPlan, memory: float | None) -> dict[str, Any]:
     """Return the plan as JSON takes it; sizes in bytes."""
     run = made.run
     return {
