@@ -1,0 +1,98 @@
+"""Every path, dotted name and link that the pages and the configurations mention exists."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("pgpo_lightning", "callbacks", "configs", "docs", "benchmarks", "tests")
+PAGES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
+    if "runs" not in path.relative_to(ROOT).parts
+)
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# `docs/findings/report.md`, `losses/fused.py`, `scale/24gb-qwen3-0.6b.yaml`, `test_teacher.py`; no URL, no {braces}.
+PATH = re.compile(r"(?<![\w./{}~$=-])((?:[\w.+=-]+/)*[\w.+=-]+\.(?:py|yaml|md|jsonl|png|toml))(?![\w/])")
+FOLDER = re.compile(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/(?:[\w-]+/)*)(?![\w.*{{<])")
+DOTTED = re.compile(r"(?<![\w./-])((?:pgpo_lightning|benchmarks)(?:\.[A-Za-z_]\w*)+)")
+WRITTEN_BY_RUNS = {
+    "calibration.md", "config.resumed-at-step=N.yaml", "config.yaml", "gpu.jsonl", "hparams.yaml", "large.jsonl", "mine.yaml",
+    "my.yaml", "estimator.md", "estimator.png", "momentum.md", "momentum.png", "report.md", "runs.jsonl", "sde.md", "sde.png",
+    "stability.png", "test.jsonl", "train.jsonl",
+}  # fmt: skip
+OF_OTHERS = {"teacher_sync.py", "trl/experimental/sdpo/sdpo_trainer.py"}  # TRL's
+
+
+def existing() -> set[str]:
+    """Every file of the repository, as its path and as every ending of it that starts at a folder's name."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    parts = [path.relative_to(ROOT).parts for path in files]
+    return {"/".join(part[i:]) for part in parts for i in range(len(part))}
+
+
+FILES = existing()
+
+
+def texts(path: Path) -> str:
+    """The page, without the addresses that it links to."""
+    return re.sub(r"https?://\S+", "", path.read_text(encoding="utf-8"))
+
+
+def resolves(name: str) -> bool:
+    """Whether the dotted name is a module, or an attribute of one."""
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:i]))
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or " "):
+                raise
+            continue
+        for part in parts[i:]:
+            if not hasattr(value, part):
+                return False
+            value = getattr(value, part)
+        return True
+    return False
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ +(.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_and_names_exist(page):
+    text = texts(page)
+    paths = (
+        {path for path in PATH.findall(text) if not path.startswith(("runs/", "questions/"))}
+        - WRITTEN_BY_RUNS
+        - OF_OTHERS
+    )
+    assert not sorted(path for path in paths if path not in FILES and not (page.parent / path).exists())
+    assert not sorted(folder for folder in set(FOLDER.findall(text)) if not (ROOT / folder).is_dir())
+    assert not sorted(name for name in set(DOTTED.findall(text)) if not resolves(name.removesuffix(".py")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = page if not file else page.parent / file
+        if not target.exists() or (anchor and anchor not in slugs(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_pages_that_use_our_terms_link_the_glossary(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if page.name != "glossary.md" and re.search(r"\b(dose|arms?|rho|demonstrations?)\b|\bI\b", prose):
+        assert "(glossary.md" in prose
