@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pgpo_lightning.checkpoints.finding import MARK, look
 from pgpo_lightning.checkpoints.sharded import finish_shards
-from pgpo_lightning.checkpoints.single_file import PARTIAL, claimed, not_saved, remove, remove_partials, sync_folder
+from pgpo_lightning.checkpoints.single_file import claimed, not_saved, remove, remove_partials
+from pgpo_lightning.core.files import PARTIAL, sync_folder
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.distributed.collectives import together
 

@@ -1,6 +1,5 @@
 """What a person sees of a run: grouped curves, sampled texts, a picture and a summary at the end."""
 
-import json
 import math
 import statistics
 import time
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.callbacks.step_size import StepSizeMultiplier
+from pgpo_lightning.core.files import write_json
 from pgpo_lightning.core.identity import training_sha256
 from pgpo_lightning.core.settings import Natural, checked
 from pgpo_lightning.core.types import Sample
@@ -98,7 +98,7 @@ class Watch(L.Callback):
             draw_stability(scalars, picture, f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps")
         seconds, cpu_seconds = self._elapsed()
         summary = summarise(scalars, pl_module.steps, seconds, pl_module.eval_samples)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "summary.json", summary, indent=2)
         multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
         if ended:  # the record says that a run is complete
             collect(

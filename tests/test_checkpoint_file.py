@@ -10,7 +10,6 @@ import torch
 
 from pgpo_lightning.checkpoints.checkpoint_io import CheckpointFiles
 from pgpo_lightning.checkpoints.single_file import (
-    PARTIAL,
     CheckpointNotSavedError,
     DamagedCheckpointError,
     _whole,
@@ -19,6 +18,7 @@ from pgpo_lightning.checkpoints.single_file import (
     read_file,
     write_checkpoint,
 )
+from pgpo_lightning.core.files import PARTIAL
 
 SMALL = {"pgpo_lightning": {"steps": 3}, "state_dict": {"weight": torch.arange(40.0)}}
 

@@ -26,8 +26,8 @@ from pgpo_lightning.checkpoints.single_file import (
     peek,
     read_file,
     refuse_code,
-    sync_folder,
 )
+from pgpo_lightning.core.files import sync_folder
 
 INDEX, REST, CHECKSUM = ".metadata", "meta.pt", "metadata.crc32"
 _DATA = {

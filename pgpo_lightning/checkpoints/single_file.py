@@ -16,13 +16,12 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from pgpo_lightning.core.files import PARTIAL, replacing
+
 try:
     import fcntl
 except ImportError:  # Windows, where nothing tells a partial file that is being written from one that was left behind
     fcntl = None  # type: ignore[assignment]
-
-PARTIAL = ".partial"
-"""Ends the name of a checkpoint that is being written."""
 
 _whole: dict[Path, tuple[int, int, int]] = {}  # files whose checksums were found right, as they were then
 
@@ -49,20 +48,14 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent)
-    partial = path.with_name(path.name + PARTIAL)
     stream = None
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        with partial.open("wb") as file, claimed(file.fileno()):
-            stream = _Stream(file)
+        with replacing(path) as file, claimed(file.stream.fileno()):
+            stream = _Stream(file.stream)
             torch.save(content, stream)
-            file.flush()
-            os.fsync(file.fileno())
-            partial.replace(path)
-        sync_folder(path.parent)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
         cause = (stream and stream.error) or error  # torch tells of another error than the one that it met
         if isinstance(cause, OSError):
             raise not_saved(path, cause, _size(content)) from error
@@ -129,16 +122,6 @@ def _size(content: dict[str, Any]) -> int:
     return counter.size
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names of a folder's files on the disk, where the system can do that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 @contextmanager
 def claimed(handle: int) -> Iterator[None]:
     """Show others that an open file or folder is being written; the system ends this with the process, however it ends."""
@@ -150,7 +133,7 @@ def claimed(handle: int) -> Iterator[None]:
 
 def remove_partials(folder: Path) -> None:
     """Remove what processes left behind that were killed while they wrote a checkpoint."""
-    for path in folder.glob(f"*.ckpt{PARTIAL}"):
+    for path in folder.glob(f"*.ckpt*{PARTIAL}"):
         if not _is_claimed(path):
             remove(path)
 

@@ -8,9 +8,10 @@ What is *not* a rule: short responses, because self-distillation is meant to sho
 loss, which looks calm in every collapse of the toy task.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 from pgpo_lightning.core.settings import AtLeastOne, Count, Fraction, NonNegative, checked
 from pgpo_lightning.monitoring.curves import Scalars, matching, series
@@ -87,6 +88,33 @@ class CollapseRules:
     solved: NonNegative = 0.9
     gap_growth: AtLeastOne | None = 3.0
     broken_teacher: Fraction | None = 0.5
+
+
+When = Literal["any", "end"]
+"""Whether one low evaluation makes a collapse (``any``), or only low evaluations up to the end of the run (``end``)."""
+
+
+def collapse_step(steps: Sequence[int], scores: Sequence[float], below: float = 0.5, when: When = "any") -> int | None:
+    """Return when a run collapsed: the first evaluation whose score is below a fraction of the first score, or None.
+
+    This is the definition of a collapse everywhere in this package; the rules are early signs of it.
+
+    Args:
+        steps: Of the evaluations. The first one is that of the base model, at step 0, where there is one.
+        scores: Held-out score of each evaluation.
+        below: The fraction.
+        when: ``any``: one low evaluation is enough. ``end``: all later evaluations must be low as well.
+
+    Example:
+        >>> collapse_step([0, 10, 20, 30, 40], [0.5, 0.2, 0.3, 0.1, 0.0])
+        10
+        >>> collapse_step([0, 10, 20, 30, 40], [0.5, 0.2, 0.3, 0.1, 0.0], when="end")
+        30
+    """
+    low = [score < below * scores[0] for score in scores]
+    if when == "end":
+        low = [all(low[i:]) for i in range(len(low))]
+    return next((step for step, is_low in zip(steps, low, strict=True) if is_low), None)
 
 
 def medians(values: list[float], window: int) -> list[float]:

@@ -30,7 +30,9 @@ MADE = (
     "checkpoints/*.partial",
     "stability.png",
     "summary.json",
-    "run.partial",
+    "run.json.*.partial",
+    "summary.json.*.partial",
+    "stability.png.*.partial",
 )
 """What a run writes into its folder before its first checkpoint, and at its end."""
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from pgpo_lightning.core.files import write_json, write_text
 from pgpo_lightning.core.identity import joint_sha256
 from pgpo_lightning.core.settings import Count, Measured, Natural, Seed, check, shown
 from pgpo_lightning.monitoring.curves import Scalars, series
@@ -86,11 +87,7 @@ class RunRecord:
 
     def save(self, path: str | Path) -> None:
         """Write the run as JSON, all at once: a reader never meets half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, asdict(self), separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "RunRecord":
@@ -171,7 +168,7 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
 def write_runs(runs: list[RunRecord], path: str | Path) -> None:
     """Write runs to one file, a line each."""
     lines = [json.dumps(asdict(run), separators=(",", ":"), sort_keys=True) for run in runs]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: Any) -> RunRecord:

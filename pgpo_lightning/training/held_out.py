@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import torch
 
+from pgpo_lightning.core.files import replacing
 from pgpo_lightning.core.identity import joint_sha256, question_sha256
 from pgpo_lightning.core.texts import json_line
 from pgpo_lightning.core.types import Question, Rollout, Verdict
@@ -109,26 +110,22 @@ def score(
         "cut_off": CutOffShare(sync_on_compute=False),
     }
     hashes, voted = [], False
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-    with nullcontext() if file is None else partial.open("wb") as out:
-        for result in _each_once(parts, out):
+    with nullcontext() if file is None else replacing(file) as out:
+        for result in _each_once(parts, None if out is None else out.stream):
             _update(metrics, result)
             hashes.append(result["sha256"])
             voted |= any(answer is not None for answer in result["answers"])
-    if not voted:  # without answers to vote on there is no majority, rather than one of zero
-        del metrics["maj"]
-    found = HeldOut(
-        {name: float(metric.compute()) for name, metric in metrics.items()},
-        {name: float(metric.standard_error()) for name, metric in metrics.items()},
-        len(hashes),
-        joint_sha256(hashes),
-        file,
-    )
-    if file is not None:
-        found.path = file if name is None else name(found)
-        partial.replace(found.path)
+        if not voted:  # without answers to vote on there is no majority, rather than one of zero
+            del metrics["maj"]
+        found = HeldOut(
+            {name: float(metric.compute()) for name, metric in metrics.items()},
+            {name: float(metric.standard_error()) for name, metric in metrics.items()},
+            len(hashes),
+            joint_sha256(hashes),
+            file,
+        )
+        if out is not None and name is not None:
+            found.path = out.path = name(found)
     return found
 
 
