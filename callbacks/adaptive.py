@@ -28,7 +28,7 @@ from pgpo_lightning.core.settings import (
 )
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
-from pgpo_lightning.distributed.fsdp import whole
+from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import OnPolicyModule
 
@@ -261,7 +261,7 @@ def slope(optimizer: Optimizer) -> float:
                 second = beta * state.get("exp_avg_sq", 0.0) + (1 - beta) * product
                 product = product / ((second / (1 - beta**step)).sqrt() + group["eps"])
             total = total + group["lr"] * product.sum(dtype=torch.float64)
-    return float(whole(total))
+    return float(full_tensor(total))
 
 
 @checked

@@ -18,7 +18,7 @@ from helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_mod
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from pgpo_lightning.callbacks import InformationMultiplier  # noqa: E402
-from pgpo_lightning.distributed.fsdp import whole  # noqa: E402
+from pgpo_lightning.distributed.fsdp import full_tensor  # noqa: E402
 from pgpo_lightning.losses.step_statistics import information  # noqa: E402
 from pgpo_lightning.losses.token_weights import Allocation  # noqa: E402
 from pgpo_lightning.models.packing import shares  # noqa: E402
@@ -86,9 +86,9 @@ def main():
         callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
     )  # fmt: skip
     trainer.fit(module, loader(range(STEPS * ranks), 1))
-    weights = torch.cat([whole(p.detach()).flatten() for p in module.model.parameters()])
+    weights = torch.cat([full_tensor(p.detach()).flatten() for p in module.model.parameters()])
     theirs = getattr(module.teacher, "model", module.model)
-    teacher = torch.cat([whole(p.detach()).flatten() for p in theirs.parameters()])
+    teacher = torch.cat([full_tensor(p.detach()).flatten() for p in theirs.parameters()])
     torch.save({"seen": module.seen, "weights": weights, "teacher": teacher}, f"{output}.{trainer.global_rank}")
 
 

@@ -28,7 +28,7 @@ from pgpo_lightning.callbacks import (  # noqa: E402
     ReplayedMultiplier,
 )
 from pgpo_lightning.callbacks.run_summary import before_after, summarise  # noqa: E402
-from pgpo_lightning.distributed.fsdp import whole  # noqa: E402
+from pgpo_lightning.distributed.fsdp import full_tensor  # noqa: E402
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO  # noqa: E402
 from pgpo_lightning.monitoring.run_record import RunRecord  # noqa: E402
 from pgpo_lightning.training.no_signal import Outcomes, explain  # noqa: E402
@@ -286,7 +286,7 @@ def main():
     class Kept(SDPO):
         def report(self, rows, statistics):
             super().report(rows, statistics)
-            weights.append(torch.cat([whole(p.detach()).flatten().clone() for p in self.model.parameters()]))
+            weights.append(torch.cat([full_tensor(p.detach()).flatten().clone() for p in self.model.parameters()]))
 
     weights = []
     module = Kept(tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4,

@@ -86,7 +86,7 @@ def test_the_device_holds_one_copy_in_the_type_of_the_products_and_only_for_the_
     model = made.teacher.model
     sources = made.teacher.sources(made.model, sequences)
     assert {s.hidden.device.type for s in sources} == {s.head.weight.device.type for s in sources} == {"meta"}
-    copies = list(made.teacher.visit.copies.values())
+    copies = list(made.teacher.device_copy.copies.values())
     assert all(copy.device.type == "meta" for copy in copies)
     whole = sum(p.nbytes for p in model.parameters())
     narrow = 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not model.model.embed_tokens.weight)
@@ -106,10 +106,10 @@ def test_gradients_are_made_with_a_copy_and_end_without():
     made._synchronised = lambda last: torch.enable_grad()
     seen = []
     sources = made.teacher.sources
-    made.teacher.sources = lambda *args: (sources(*args), seen.append(len(made.teacher.visit.copies)))[0]
+    made.teacher.sources = lambda *args: (sources(*args), seen.append(len(made.teacher.device_copy.copies)))[0]
     made.accumulate_gradients(random_rows(2))
     assert seen[0] > 20
-    assert made.teacher.visit.copies == {}
+    assert made.teacher.device_copy.copies == {}
 
 
 def test_half_precision_converts_a_frozen_teacher_and_a_copy_but_no_moving_average():

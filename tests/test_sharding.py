@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from processes import finish, start_ranks
 
 from pgpo_lightning.checkpoints.sharded import read_shards
-from pgpo_lightning.distributed.fsdp import Sharded
+from pgpo_lightning.distributed.fsdp import FullySharded
 from pgpo_lightning.monitoring.curves import read_scalars
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def test_a_precision_that_scales_gradients_is_refused():
     with pytest.raises(
         MisconfigurationException, match=r"bf16-mixed or bf16-true with sharded weights, but got 16-mixed"
     ):
-        Sharded(tiny_model(), None, None, precision)
+        FullySharded(tiny_model(), None, None, precision)
 
 
 def test_a_model_without_named_layers_is_refused():
@@ -115,7 +115,7 @@ def test_a_model_without_named_layers_is_refused():
     with pytest.raises(
         MisconfigurationException, match=r"Qwen3ForCausalLM to name its layers .* `trainer.strategy` to ddp"
     ):
-        Sharded(model, None, None, Precision())
+        FullySharded(model, None, None, Precision())
 
 
 def test_an_evaluation_with_sharded_weights_takes_a_checkpoint_whose_weights_are_loaded_already():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pgpo_lightning.losses.divergence import entropy, forward_kl, student_top_k
-from pgpo_lightning.losses.fused_backward import TokenStatistics, rows
+from pgpo_lightning.losses.fused_backward import TokenStatistics, row_statistics
 from pgpo_lightning.losses.step_statistics import StepStatistics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +53,7 @@ def token_statistics(student: Tensor, teacher: Tensor, targets: Tensor, view: Vi
         view: What is seen.
     """
     student, teacher = (logits.to(DTYPES[view.precision]).float() for logits in (student, teacher))
-    _, tokens = rows(student.clone(), teacher.clone(), targets, None)
+    _, tokens = row_statistics(student.clone(), teacher.clone(), targets, None)
     if view.top_k is None:
         return tokens
     log_s, log_t = student_top_k(student.log_softmax(-1), teacher.log_softmax(-1), view.top_k, view.add_tail)

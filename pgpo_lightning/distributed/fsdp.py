@@ -1,9 +1,10 @@
-"""Where the weights are: whole on every device, or sharded over the ranks by FSDP2, a layer at a time.
+"""Where the weights live: replicated on every rank, or sharded over the ranks by FSDP2, one layer at a time.
 
-FSDP2 gathers weights around the forward pass of the module it was given, and sends gradients out behind that module's outputs.
-The loss of this project needs embedding and head outside of any forward pass of the model, so it is made part of one.
+FSDP2 gathers weights around the forward pass of the module that it wraps, and reduces gradients behind that module's outputs.
+Our loss uses the embedding and the head outside of any forward pass of the model, so it runs inside the forward pass of a shell.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -20,22 +21,40 @@ from transformers import PreTrainedModel
 T = TypeVar("T")
 
 
-class Whole:
-    """Every process has all weights, and they are used as they are."""
+class Placement(ABC):
+    """Where the weights of student and teacher live, and how they are made available for a computation.
+
+    Attributes:
+        sharded: Whether each rank holds only a slice of every weight.
+    """
+
+    sharded: bool
+
+    @abstractmethod
+    def run(self, function: Callable[[], T]) -> T:
+        """Call a function with all weights that it needs available, and return its result."""
+
+    @abstractmethod
+    def generation(self) -> AbstractContextManager[None]:
+        """Context in which forward passes of the student need no collectives: its weights stay gathered."""
+
+
+class Replicated(Placement):
+    """Every rank holds all weights."""
 
     sharded = False
 
-    def inside(self, function: Callable[[], T]) -> T:
-        """Return what the function returns; while it runs, the weights that it needs are there."""
+    def run(self, function: Callable[[], T]) -> T:
+        """See :meth:`Placement.run`."""
         return function()
 
     def generation(self) -> AbstractContextManager[None]:
-        """While it lasts, the student's forward passes take no part of any other rank."""
+        """See :meth:`Placement.generation`."""
         return nullcontext()
 
 
 class _Shell(nn.Module):
-    """A forward pass for weights that are used outside of the forward passes of the layers: embedding, last norm, head."""
+    """A forward pass for weights used outside of the layers' own forward passes: embedding, last norm, head."""
 
     def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
@@ -45,17 +64,17 @@ class _Shell(nn.Module):
         return function()
 
 
-class Sharded(Whole):
-    """Each rank keeps a slice of every weight of student and teacher, of its gradient and of the optimizer's state.
+class FullySharded(Placement):
+    """Each rank holds a slice of every weight of student and teacher, of its gradient and of the optimizer's state.
 
     Args:
-        student: On any device; its parameters become ``DTensor``.
-        teacher: A teacher's own model, or ``None``.
-        mesh: One-dimensional, of the ranks that share the data.
-        precision: The trainer's. With bf16-mixed, weights are kept and gradients summed in fp32, gathered in bf16.
+        student: On any device. Its parameters become ``DTensor``.
+        teacher: The model of a teacher with weights of its own, or ``None``.
+        mesh: One-dimensional, over the data-parallel ranks.
+        precision: The trainer's. With bf16-mixed, weights are stored and gradients reduced in fp32, and gathered in bf16.
 
     Raises:
-        MisconfigurationException: If the model does not say what its layers are, or the precision needs a gradient scaler.
+        MisconfigurationException: If the model does not name its layers, or the precision needs a gradient scaler.
     """
 
     sharded = True
@@ -70,52 +89,57 @@ class Sharded(Whole):
                 f"{precision.precision}."
             )
         if precision.precision == "bf16-true":
-            student.to(torch.bfloat16)  # Lightning would convert it only after this, behind FSDP2's back
+            module: nn.Module = student
+            module.to(torch.bfloat16)  # Lightning converts only later, when FSDP2 would not notice
         narrow = compute[precision.precision]
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=None if narrow is None else torch.float32)
-        shells = []
+        shells: list[nn.Module] = []
         for model in (teacher, student):
             if model is None:
                 continue
             for layer in _layers(model):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
-            # The teacher's inside the student's: FSDP2 knows one root, and both may have a type of their own.
-            shells.append(fully_shard(_Shell(model, *shells), mesh=mesh, mp_policy=policy))
+            # The teacher's shell is nested in the student's: FSDP2 has one root, and each may have a dtype of its own.
+            shell = _Shell(model, *shells)
+            fully_shard(shell, mesh=mesh, mp_policy=policy)
+            shells.append(shell)
         self.student, self.shells = student, shells[::-1]
 
-    def inside(self, function: Callable[[], T]) -> T:
-        """See :meth:`Whole.inside`. Every rank has to call it as often as the others."""
+    def run(self, function: Callable[[], T]) -> T:
+        """See :meth:`Placement.run`. Every rank must call it equally often."""
         for shell in reversed(self.shells):
             function = _within(shell, function)
         return function()
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """See :meth:`Whole.generation`. All of the student is gathered once, at the beginning."""
-        layers = [module for module in self.student.modules() if isinstance(module, FSDPModule)]
+        """See :meth:`Placement.generation`. The whole student is gathered once, on entry."""
         root = self.shells[0]
-        root(lambda: None)  # before anything else FSDP2 has to see its root
-        for module in (*layers, root):
+        modules = [module for module in (*self.student.modules(), root) if isinstance(module, FSDPModule)]
+        root(lambda: None)  # FSDP2 must run its root before anything else
+        for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield
         finally:
-            for module in (*layers, root):
+            for module in modules:
                 module.set_reshard_after_forward(module is not root, recurse=False)
                 module.reshard()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """While it lasts, backward passes keep their gradients to themselves."""
-        self.shells[0].set_requires_gradient_sync(False)
+        """Context in which backward passes accumulate gradients locally, without reducing them over ranks."""
+        root = self.shells[0]
+        assert isinstance(root, FSDPModule)  # noqa: S101  (for the type checker: `fully_shard` changed its class)
+        root.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.shells[0].set_requires_gradient_sync(True)
+            root.set_requires_gradient_sync(True)
 
 
-def _within(shell: nn.Module, function: Callable[[], T]) -> Callable[[], T]:
+def _within(shell: Callable[..., T], function: Callable[[], T]) -> Callable[[], T]:
     return lambda: shell(function)
 
 
@@ -130,6 +154,6 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with what all ranks have of it; every rank has to ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one. This is a collective operation: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

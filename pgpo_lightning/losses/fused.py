@@ -24,7 +24,7 @@ from pgpo_lightning.losses.fused_backward import (
     TokenStatistics,
     gradient_of,
     logit_gradient,
-    rows,
+    row_statistics,
     statistics_of,
 )
 
@@ -296,7 +296,7 @@ class _Chunks:
         z, slope = _finish(logits, self.head, self.temperature)
         targets = self.targets[part]
         buffers = [buffer[: len(targets)] for buffer in buffers]
-        made, mine = rows(z, teacher_logits, targets, self.which, buffers=buffers)
+        made, mine = row_statistics(z, teacher_logits, targets, self.which, buffers=buffers)
         for everyone, here in zip(statistics, mine, strict=True):
             everyone[part] = here
         if coefficients is not None and (by := coefficients(mine, part)) is not None:

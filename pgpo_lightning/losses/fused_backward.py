@@ -51,7 +51,7 @@ class Coefficients(NamedTuple):
     entropy: Tensor | None
 
 
-class Rows(NamedTuple):
+class RowTerms(NamedTuple):
     """What statistics and gradient share: tensors of shape ``(n, V)``.
 
     Attributes:
@@ -76,14 +76,14 @@ def log_normalised(logits: Tensor, normaliser: Tensor | None, out: Tensor | None
     return torch.log_softmax(logits, -1, out=out) if normaliser is None else logits - normaliser
 
 
-def rows(
+def row_statistics(
     logits: Tensor,
     teacher_logits: Tensor | None,
     targets: Tensor,
     which: Divergence | None,
     normalisers: tuple[Tensor | None, Tensor | None] = (None, None),
     buffers: Buffers = None,
-) -> tuple[Rows, TokenStatistics]:
+) -> tuple[RowTerms, TokenStatistics]:
     """Return the statistics of some rows and what their gradient is made of.
 
     Args:
@@ -107,7 +107,7 @@ def rows(
     nothing = torch.full_like(log_p_student, torch.nan)
     if teacher_logits is None:
         statistics = TokenStatistics(nothing, log_p_student, nothing, entropy_student, nothing, nothing, nothing)
-        return Rows(a, q, None, None, None, 0.0), statistics
+        return RowTerms(a, q, None, None, None, 0.0), statistics
     b = log_normalised(teacher_logits, normalisers[1], into_b)
     p = torch.exp(b, out=into_p)
     log_p_teacher, entropy_teacher = b.gather(-1, at).squeeze(-1), -dot(p, b)
@@ -140,11 +140,11 @@ def rows(
             value = which.alpha * (kl - dot(p, inner)) + scale * mean
     statistics = TokenStatistics(value, log_p_student, log_p_teacher, entropy_student, entropy_teacher, kl,
                                  value.clone() if plain is None else plain)  # fmt: skip
-    return Rows(a, q, inner, mean, outer, scale), statistics
+    return RowTerms(a, q, inner, mean, outer, scale), statistics
 
 
 def logit_gradient(
-    made: Rows,
+    made: RowTerms,
     statistics: TokenStatistics,
     targets: Tensor,
     by: Coefficients,
@@ -196,10 +196,10 @@ class Normalisation(NamedTuple):
 def statistics_of(
     logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, which: Divergence | None
 ) -> tuple[TokenStatistics, Normalisation]:
-    """Return what :func:`rows` does, but nothing of the size of the logits: to be compiled."""
+    """Return what :func:`row_statistics` does, but nothing of the size of the logits: to be compiled."""
     student = logits.logsumexp(-1, keepdim=True)
     teacher = None if teacher_logits is None else teacher_logits.logsumexp(-1, keepdim=True)
-    made, statistics = rows(logits, teacher_logits, targets, which, (student, teacher))
+    made, statistics = row_statistics(logits, teacher_logits, targets, which, (student, teacher))
     return statistics, Normalisation(student, teacher, made.mean)
 
 
@@ -218,5 +218,5 @@ def gradient_of(
 
     Fused into one pass over both logits, making them again costs less than keeping what statistics and gradient share.
     """
-    made, _ = rows(logits, teacher_logits, targets, which, (sums.student, sums.teacher))
+    made, _ = row_statistics(logits, teacher_logits, targets, which, (sums.student, sums.teacher))
     return logit_gradient(made._replace(mean=sums.mean), statistics, targets, by, slope).to(dtype)

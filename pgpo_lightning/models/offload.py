@@ -12,8 +12,8 @@ from pgpo_lightning.models.loading import decoder, head
 from pgpo_lightning.models.packing import Sequences, SharedSequences
 
 
-class Visit:
-    """Copies of a model's weights on another device; made when they are first asked for, gone with :meth:`end`.
+class DeviceCopy:
+    """Copies of a model's weights on another device; made when they are first asked for, gone with :meth:`free`.
 
     Under autocast the matrices of linear layers are copied in the type that autocast would give them for every product, so
     that the result is the same to the last bit; everything else keeps its type.
@@ -49,6 +49,6 @@ class Visit:
             self.copies[tensor] = there.to(torch.get_autocast_dtype(device.type)) if autocast else there
         return self.copies[tensor]
 
-    def end(self) -> None:
+    def free(self) -> None:
         """Free the copies."""
         self.copies.clear()

@@ -13,7 +13,7 @@ from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.core.seeding import generators_kept, global_seed, has_global_seed
 from pgpo_lightning.core.types import Question, Rollout, Verdict
 from pgpo_lightning.distributed.collectives import gather, together
-from pgpo_lightning.distributed.fsdp import Whole
+from pgpo_lightning.distributed.fsdp import Placement
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.rewards.grade import Verifier, check_question, grade
 from pgpo_lightning.rollout.checks import check_rollouts
@@ -37,7 +37,7 @@ class Acting(L.LightningModule):
 
     _new_verifier_errors: int
     """Of this rank, since then."""
-    placement: Whole
+    placement: Placement
     given_seed: int | None
     _decided_seed: int | None = None
     _in_step = False

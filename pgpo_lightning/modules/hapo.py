@@ -18,7 +18,7 @@ from pgpo_lightning.core.seeding import generators_kept
 from pgpo_lightning.core.settings import Natural, Positive, checked
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.distributed.collectives import gather
-from pgpo_lightning.distributed.fsdp import whole
+from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.losses.hindsight import Choice, shaped, to_replace
 from pgpo_lightning.models.packing import TokenInputs
@@ -211,7 +211,7 @@ class HAPO(GRPO):
             self.model.zero_grad()
         self._part = None
         products = [
-            float(sum(whole((a * b).sum()) for a, b in zip(gradients[i], gradients[j], strict=True)))
+            float(sum(full_tensor((a * b).sum()) for a, b in zip(gradients[i], gradients[j], strict=True)))
             for i, j in ((0, 0), (1, 1), (0, 1))
         ]
         given, sampled = products[0] ** 0.5, products[1] ** 0.5

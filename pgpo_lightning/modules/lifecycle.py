@@ -22,7 +22,7 @@ from pgpo_lightning.checkpoints.checkpoint_io import check_checkpoint, install
 from pgpo_lightning.core.settings import shown
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.distributed.collectives import gather
-from pgpo_lightning.distributed.fsdp import Sharded, Whole
+from pgpo_lightning.distributed.fsdp import FullySharded, Placement
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.models.loading import (
     architecture,
@@ -59,7 +59,7 @@ class Lifecycle(Resuming):
     training_run: bool
     """False if the module only evaluates, which needs no teacher."""
     teacher: Teacher | None
-    placement: Whole
+    placement: Placement
     _warned_of_speed = False
 
     def setup(self, stage: str) -> None:
@@ -117,7 +117,7 @@ class Lifecycle(Resuming):
         if isinstance(strategy, ModelParallelStrategy) and not self.placement.sharded:
             theirs = getattr(self.teacher, "model", None)
             mesh = strategy.device_mesh["data_parallel"]
-            self.placement = Sharded(self.model, theirs, mesh, self.trainer.precision_plugin)
+            self.placement = FullySharded(self.model, theirs, mesh, self.trainer.precision_plugin)
             # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
             self.strict_loading = not isinstance(self.teacher, FrozenTeacher)
 

@@ -19,7 +19,7 @@ from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Seed, Temperature, checked
 from pgpo_lightning.core.types import Question, Sample
 from pgpo_lightning.distributed.collectives import gather, together
-from pgpo_lightning.distributed.fsdp import Whole
+from pgpo_lightning.distributed.fsdp import Replicated
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.losses.step_statistics import StepStatistics
@@ -164,7 +164,7 @@ class OnPolicyModule(Reporting):
 
         self.model: PreTrainedModel | None = None
         self.teacher: Teacher | None = None
-        self.placement = Whole()
+        self.placement = Replicated()
         object.__setattr__(self, "given_model", model)  # or a checkpoint would hold a model object twice
         self.lora = lora
         self.base_identity = None
@@ -310,7 +310,7 @@ class OnPolicyModule(Reporting):
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
                 weight = scale if group.counts else 0.0
-                loss, part, weights = self.placement.inside(partial(self._micro_batch, group.rows, weight))
+                loss, part, weights = self.placement.run(partial(self._micro_batch, group.rows, weight))
                 self.manual_backward(loss)
             if group.counts:
                 statistics.append(part)
@@ -393,7 +393,7 @@ class OnPolicyModule(Reporting):
             return found
         with evaluating(self.model):
             for group in self.passes(rows, batch, lambda row: [row.rollout.prompt_ids]):
-                parts = self.placement.inside(partial(self._log_probs, group.rows))
+                parts = self.placement.run(partial(self._log_probs, group.rows))
                 found += zip(group.rows, parts, strict=True) if group.counts else ()
         return found
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 
-from pgpo_lightning.distributed.fsdp import Sharded, whole
+from pgpo_lightning.distributed.fsdp import FullySharded, full_tensor
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules.lifecycle import Lifecycle
 from pgpo_lightning.training.rates import check_rates
@@ -47,7 +47,7 @@ class Updating(Lifecycle):
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         scaler = None if self._trainer is None else getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit * scale))) / scale
         rate = float(self.optimizers().param_groups[0]["lr"])
         self.scalars |= {"actor/pg_loss": loss, "actor/grad_norm": norm, "lr/base": rate}
         if torch.isfinite(torch.tensor([loss, norm])).all():
@@ -119,7 +119,7 @@ class Updating(Lifecycle):
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         if last:
             return nullcontext()
-        if isinstance(self.placement, Sharded):
+        if isinstance(self.placement, FullySharded):
             return self.placement.accumulating()
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()

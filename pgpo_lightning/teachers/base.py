@@ -19,7 +19,7 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.fused import Head, Source
 from pgpo_lightning.models.loading import evaluating, fingerprint, head, source
 from pgpo_lightning.models.lora import adapter, copy_adapter, decoder_with
-from pgpo_lightning.models.offload import Visit
+from pgpo_lightning.models.offload import DeviceCopy
 from pgpo_lightning.models.packing import Sequences
 
 TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restart", "gated"]
@@ -89,7 +89,7 @@ class OwnWeights(Teacher):
         self.model = copy.deepcopy(student).requires_grad_(False)
         if offload:
             self.model.cpu()
-        self.visit = Visit(self.model) if offload else None
+        self.device_copy = DeviceCopy(self.model) if offload else None
         self.train(False)
 
     @torch.no_grad()
@@ -99,25 +99,25 @@ class OwnWeights(Teacher):
 
     def own(self, sequences: Sequences, weight: float = 1.0) -> Source:
         """Return what these weights say, as a part of a mixture."""
-        if self.visit is None:
+        if self.device_copy is None:
             return source(self.model, sequences, weight)
-        return self.visit.source(sequences, weight)
+        return self.device_copy.source(sequences, weight)
 
     def head(self, student: PreTrainedModel) -> Head:
         """See :meth:`Teacher.head`."""
-        return head(self.model) if self.visit is None else self.visit.head(head(student).weight.device)
+        return head(self.model) if self.device_copy is None else self.device_copy.head(head(student).weight.device)
 
     def release(self) -> None:
         """See :meth:`Teacher.release`."""
-        if self.visit is not None:
-            self.visit.end()
+        if self.device_copy is not None:
+            self.device_copy.free()
 
     def train(self, mode: bool = True) -> "OwnWeights":
         """Stay in evaluation mode: a teacher with dropout would be another teacher for every token."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OwnWeights":
-        if self.visit is None:
+        if self.device_copy is None:
             return super()._apply(fn, recurse)
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).dtype), recurse)  # another type, but no other place
 
