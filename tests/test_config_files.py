@@ -1,5 +1,7 @@
 """Configurations that loop, fill the memory or lose a key are refused, naming the file."""
 
+import json
+
 import pytest
 
 from pgpo_lightning.commands.config_files import LARGEST
@@ -44,3 +46,9 @@ def test_aliases_and_merges_are_fine(tmp_path):
     from pgpo_lightning.commands.config_files import check_config_files
 
     check_config_files(["fit", "--config", str(path)])
+
+
+def test_settings_longer_than_a_file_name_are_no_file():
+    from pgpo_lightning.commands.config_files import check_config_files
+
+    check_config_files(["fit", "--config", json.dumps({"trainer": {"max_steps": 1}, "data": "x" * 300})])

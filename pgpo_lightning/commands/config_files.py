@@ -1,5 +1,6 @@
 """Configuration files looked at before they are read: what would loop, fill the memory or lose a key is refused by name."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -21,7 +22,8 @@ def check_config_files(words: list[str]) -> None:
     """
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name = following if word in ("--config", "-c") else word.removeprefix("--config=")
-        if name != word and Path(name).exists():
+        # Not `Path.exists`, which raises for settings given as JSON that are longer than a file name may be.
+        if name != word and os.path.exists(name):
             _check(Path(name))
 
 
