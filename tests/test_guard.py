@@ -9,7 +9,7 @@ import pytest
 from pgpo_lightning.monitoring.collapse_rules import RULES, CollapseRules
 from pgpo_lightning.monitoring.run_record import RunRecord, write_runs
 from pgpo_lightning.studies.guard import ANY, fate, guard_table, lost_step, main, markdown, scalars_of
-from pgpo_lightning.studies.inference import exact_share
+from pgpo_lightning.studies.inference import exact_interval
 
 
 def record(seed=0, rewards=(0.5,) * 20, scores=(0.5, 0.5, 0.5), entropies=(0.1,) * 20, arm="sdpo"):
@@ -137,7 +137,7 @@ def test_the_printed_table_has_exact_intervals(tmp_path, capsys):
     quick = ["--rules.window", "3", "--rules.reward_fall", "0.6", "--rules.score_fall", "null"]
     main([str(path), "--each", "true", *quick])
     text = capsys.readouterr().out
-    low, high = exact_share(4, 5)
+    low, high = exact_interval(4, 5)
     cells = [line[2:-2].split(" | ", 1) for line in text.splitlines() if line.startswith("| ")]
     lines = dict(cells)
     assert (

@@ -4,18 +4,18 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import t as student_t
 
 from pgpo_lightning.studies.inference import (
+    Mean,
     answer,
-    exact_share,
+    exact_interval,
     holm,
     pigeonhole,
-    quantile_t,
     questions_for,
     seeds_for,
-    share,
-    tail_t,
     two_way,
+    wilson_interval,
 )
 from pgpo_lightning.studies.simulation import World, main, measure
 
@@ -45,17 +45,17 @@ def tables(rng, seeds, questions=100, mean=0.0, of_seed=0.03, of_question=0.08, 
         (0.001, 1, 636.619),
     ],
 )
-def test_students_t_agrees_with_printed_tables(p, freedom, t):
-    assert quantile_t(p, freedom) == pytest.approx(t, rel=1e-5)
-    assert tail_t(t, freedom) == pytest.approx(p, rel=1e-4)
+def test_interval_and_p_agree_with_printed_tables_of_students_t(p, freedom, t):
+    mean = Mean(value=t, seed_variance=1, question_variance=0, cell_variance=0, seeds=freedom + 1, questions=1)
+    assert mean.interval(1 - p) == pytest.approx((0, 2 * t), rel=1e-5, abs=1e-5 * t)
+    assert mean.p() == pytest.approx(p, rel=1e-4)
 
 
-def test_students_t_is_the_normal_far_out_and_exact_for_two_degrees():
-    assert quantile_t(0.05, 1e6) == pytest.approx(1.959964, abs=1e-5)
-    assert tail_t(0.0, 5) == 1
+def test_far_out_students_t_is_the_normal_and_exact_for_two_degrees():
+    assert Mean(0, 1, 0, 0, 10**6 + 1, 1).interval()[1] == pytest.approx(1.959964, abs=1e-5)
+    assert Mean(0, 1, 0, 0, 6, 1).p() == 1
     for t in (0.1, 1.0, 3.0, 30.0):  # closed form at two degrees of freedom
-        assert tail_t(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
-    assert quantile_t(0.05, 9.5) == pytest.approx((quantile_t(0.05, 9) + quantile_t(0.05, 10)) / 2, abs=0.003)
+        assert Mean(t, 1, 0, 0, 3, 1).p() == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
 
 
 def test_holm_against_its_definition():
@@ -66,9 +66,9 @@ def test_holm_against_its_definition():
 
 
 def test_share_against_a_published_value():
-    assert share(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert share(0, 10)[0] == 0
-    assert share(10, 10)[1] == pytest.approx(1)
+    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson_interval(0, 10)[0] == 0
+    assert wilson_interval(10, 10)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 10), (3, 24), (5, 10), (10, 10), (105, 105), (162, 195)])
@@ -76,7 +76,7 @@ def test_an_exact_interval_ends_where_the_count_becomes_too_unlikely(count, of):
     def likely(counts, p):
         return sum(math.comb(of, k) * p**k * (1 - p) ** (of - k) for k in counts)
 
-    low, high = exact_share(count, of)
+    low, high = exact_interval(count, of)
     assert (low == 0) == (count == 0)
     assert (high == 1) == (count == of)
     if count:
@@ -108,9 +108,9 @@ def test_the_variance_is_that_of_the_mean_squares():
     assert (
         high - mean.value
         == pytest.approx(mean.value - low)
-        == pytest.approx(quantile_t(0.05, mean.freedom) * mean.error)
+        == pytest.approx(student_t.isf(0.025, mean.freedom) * mean.error)
     )
-    assert tail_t(abs(mean.value) / mean.error, mean.freedom) == mean.p()
+    assert 2 * student_t.sf(abs(mean.value) / mean.error, mean.freedom) == mean.p()
 
 
 def test_without_questions_it_is_the_t_interval_of_the_seeds():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_sdpo
+from scipy.stats import t as student_t
 
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.probe import calibrate, dumps, measure, save
@@ -24,7 +25,6 @@ from pgpo_lightning.probe.line import fit, lines, reliability
 from pgpo_lightning.probe.measure import Prober, write
 from pgpo_lightning.rewards.verifiers import BoxedAnswer
 from pgpo_lightning.rollout.engine import Engine, Sampling
-from pgpo_lightning.studies.inference import quantile_t
 from pgpo_lightning.studies.spec import read_study
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
@@ -153,7 +153,7 @@ def test_the_prediction_interval_is_the_textbook_one():
     x = np.column_stack([np.ones(4), g])
     residuals = d - x @ np.linalg.lstsq(x, d, rcond=None)[0]
     new = np.array([1, 0.1])
-    half = quantile_t(0.05, 2) * np.sqrt(residuals @ residuals / 2 * (1 + new @ np.linalg.inv(x.T @ x) @ new))
+    half = student_t.isf(0.025, 2) * np.sqrt(residuals @ residuals / 2 * (1 + new @ np.linalg.inv(x.T @ x) @ new))
     assert fit(g, d).predict(0.1)[1] == pytest.approx(half)
 
 

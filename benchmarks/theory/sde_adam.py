@@ -7,9 +7,9 @@ Adam divides by the size of the gradient, so neither SDE of SGD is Adam's. Where
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import t as student_t
 
 from benchmarks.theory.sde_quadratic import Quadratic
-from pgpo_lightning.studies.inference import quantile_t
 
 RULES = ("SGD, update", "SGD, loss", "Adam, update", "Adam, loss")
 """Optimizer, and what rho multiplies."""
@@ -65,5 +65,5 @@ def simulate(problem: Quadratic, rule: str, rho: float, eta: float, steps: int, 
             squares += theta.detach().square()
     squares /= steps - steps // 2
     value = squares.mean().item()
-    half = quantile_t(0.05, chains - 1) * squares.std().item() / chains**0.5
+    half = float(student_t.isf(0.025, chains - 1)) * squares.std().item() / chains**0.5
     return Simulated(rule, rho, value, value - half, value + half)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from pgpo_lightning.studies.inference import quantile_t
+from scipy.stats import t as student_t
 
 FLOOR = 1e-11
 """Errors below are rounding, and have no order."""
@@ -49,5 +48,5 @@ def fit_order(etas: Sequence[float], errors: Sequence[float]) -> Order:
     x = x - x.mean()
     slope = float(x @ y / (x @ x))
     residual = y - y.mean() - slope * x
-    half = quantile_t(0.05, len(x) - 2) * math.sqrt(residual @ residual / (len(x) - 2) / (x @ x))
+    half = float(student_t.isf(0.025, len(x) - 2)) * math.sqrt(residual @ residual / (len(x) - 2) / (x @ x))
     return Order(slope, slope - half, slope + half)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pgpo_lightning.studies.inference import quantile_t
+from scipy.stats import t as student_t
 
 Vector = NDArray[np.float64]
 
@@ -109,7 +108,7 @@ class Line:
                 "beyond it, or give `--extrapolate` to go on regardless."
             )
         away = 1 + 1 / self.n + (gap - self.gaps.mean()) ** 2 / self.spread
-        half = quantile_t(1 - level, self.n - 2) * self.scatter * math.sqrt(away)
+        half = float(student_t.isf((1 - level) / 2, self.n - 2)) * self.scatter * math.sqrt(away)
         return self.intercept + self.slope * gap, half
 
 

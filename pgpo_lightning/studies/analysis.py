@@ -18,8 +18,8 @@ from pgpo_lightning.studies.inference import (
     pigeonhole,
     questions_for,
     seeds_for,
-    share,
     two_way,
+    wilson_interval,
 )
 from pgpo_lightning.studies.measures import MEASURES, Measure
 
@@ -205,7 +205,7 @@ def _told(mean: Mean, table: Table, design: Design) -> dict[str, Any]:
 def _arm(arm: Arm, study: Condition, design: Design) -> dict[str, Any]:
     collapsed = [measures.collapse_step(study.steps, scores, design.collapse) for scores in arm.answers.mean(axis=2)]
     at = [step for step in collapsed if step is not None]
-    low, high = share(len(at), len(collapsed))
+    low, high = wilson_interval(len(at), len(collapsed))
     return {
         "arm": arm.name,
         "seeds": len(arm.runs),

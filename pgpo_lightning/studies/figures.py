@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies import measures
 from pgpo_lightning.studies.comparisons import Arm, Condition, Design
-from pgpo_lightning.studies.inference import quantile_t
 
 Curve = Callable[[RunRecord], tuple[list[float], list[float]]]
 """Steps and values of one run."""
@@ -118,7 +118,7 @@ def _band(axis: Axes, arm: Arm, curve: Curve, **style: Any) -> Any:
 
 def _half_width(values: list[float]) -> float:
     n = len(values)
-    return quantile_t(0.05, n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else 0.0
+    return float(student_t.isf(0.025, n - 1) * np.std(values, ddof=1)) / n**0.5 if n > 1 else 0.0
 
 
 def _scores(run: RunRecord) -> tuple[list[float], list[float]]:

@@ -19,7 +19,7 @@ from pgpo_lightning.core.settings import PositiveFraction, Seed, Text, checked
 from pgpo_lightning.monitoring.collapse_rules import REWARD, RULES, CollapseRules, alarms, medians
 from pgpo_lightning.monitoring.curves import Scalars, series
 from pgpo_lightning.monitoring.run_record import RunRecord, load_runs
-from pgpo_lightning.studies.inference import exact_share
+from pgpo_lightning.studies.inference import exact_interval
 from pgpo_lightning.studies.report_text import table
 
 ANY = "any rule"
@@ -212,7 +212,7 @@ def markdown(rows: list[Row]) -> str:
 def _share(count: int, of: int) -> str:
     if not of:
         return "0 of 0"
-    low, high = exact_share(count, of)
+    low, high = exact_interval(count, of)
     return f"{count} of {of} [{low:.2f}, {high:.2f}]"
 
 

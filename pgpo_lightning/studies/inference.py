@@ -1,28 +1,33 @@
-r"""Statistics of scores that vary over seeds and over held-out questions at once. Pure functions of numpy arrays.
+r"""Inference for scores that vary over seeds and over held-out questions at once. Pure functions of numpy arrays.
 
 Runs of one study share their held-out questions, and arms share their seeds. The scores of an arm, or the paired differences
-of two, are therefore a table ``(seeds, questions)`` with the crossed random effects
+between two arms, are therefore a table ``(seeds, questions)`` with crossed random effects:
 
 .. math:: d_{sq} = \delta + u_s + v_q + w_{sq}
 
-and the mean of the table misses :math:`\delta` by the variance :math:`\sigma_u^2/S + \sigma_v^2/Q + \sigma_w^2/(SQ)`.
-:func:`two_way` estimates it from the mean squares of the table (the two-way clustered variance, Cameron, Gelbach and Miller
-2011) with degrees of freedom after Satterthwaite (1946). :func:`pigeonhole` is the bootstrap of both at once (Owen 2007).
-`python -m pgpo_lightning.studies.simulation` measures how often either covers the truth.
+The mean of the table estimates :math:`\delta` with variance :math:`\sigma_u^2/S + \sigma_v^2/Q + \sigma_w^2/(SQ)`.
+:func:`two_way` estimates this variance from the mean squares of the table (two-way clustered variance, Cameron, Gelbach and
+Miller 2011), with degrees of freedom after Satterthwaite (1946). :func:`pigeonhole` is the bootstrap over seeds and questions
+at once (Owen 2007). ``python -m benchmarks.study_simulation`` measures how often either interval covers the true value.
+
+Student's t and binomial intervals are SciPy's. SciPy has no inference for crossed random effects (:func:`two_way`,
+:func:`pigeonhole`; `scipy.stats.bootstrap` resamples one axis), no Holm correction (:func:`holm`;
+`scipy.stats.false_discovery_control` controls another error rate) and no equivalence test (:func:`answer`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, norm
+from scipy.stats import t as student_t
 
 Table = NDArray[np.float64]
-"""Scores of shape ``(seeds, questions)``, or ``(seeds, 1)`` for what has no questions."""
+"""Scores of shape ``(seeds, questions)``, or ``(seeds, 1)`` for quantities without questions."""
 
 Answer = Literal["yes", "no", "not resolved"]
 """Whether information helps beyond its dose."""
@@ -30,13 +35,13 @@ Answer = Literal["yes", "no", "not resolved"]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and questions, with what is known of its error.
+    """A mean over seeds and questions, with its variance components.
 
     Attributes:
         value: The mean.
         seed_variance: Variance of the mean over seeds, for these questions; NaN for a single seed.
         question_variance: Variance of the mean over questions, for these seeds.
-        cell_variance: The part that is in both, which counts once.
+        cell_variance: The part that both of them contain; it counts once.
         seeds: Number of seeds.
         questions: Number of questions.
     """
@@ -51,7 +56,7 @@ class Mean:
     @property
     def error(self) -> float:
         """Standard error of the mean; NaN for a single seed."""
-        # No component is negative, so no sum of them is less than what the cells alone bring.
+        # No component is negative, so the sum cannot be below what the cells alone contribute.
         return math.sqrt(max(self.seed_variance + (self.question_variance - self.cell_variance), self.cell_variance))
 
     @property
@@ -70,38 +75,38 @@ class Mean:
         return math.sqrt(self.seed_variance * self.seeds)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the interval that covers the truth with probability `level`; NaN for a single seed."""
+        """Return the interval that covers the true value with probability `level`; NaN for a single seed."""
         if self.seeds < 2:
             return math.nan, math.nan
-        half = quantile_t(1 - level, self.freedom) * self.error
+        half = float(student_t.isf((1 - level) / 2, self.freedom)) * self.error
         return self.value - half, self.value + half
 
     def p(self) -> float:
-        """Return the probability of a mean this far from zero if the truth is zero; NaN for a single seed."""
+        """Return the two-sided p-value of the hypothesis that the true value is 0; NaN for a single seed."""
         if self.seeds < 2:
             return math.nan
         if self.error == 0:
             return 1.0 if self.value == 0 else 0.0
-        return tail_t(abs(self.value) / self.error, self.freedom)
+        return float(2 * student_t.sf(abs(self.value) / self.error, self.freedom))
 
     def with_seeds(self, seeds: int) -> "Mean":
-        """Return what to expect of another number of seeds with the same questions."""
-        less = self.seeds / seeds
+        """Return the expected result with another number of seeds and the same questions."""
+        ratio = self.seeds / seeds
         return replace(
             self,
-            seed_variance=self.seed_variance * less,
-            question_variance=self.question_variance - self.cell_variance * (1 - less),
-            cell_variance=self.cell_variance * less,
+            seed_variance=self.seed_variance * ratio,
+            question_variance=self.question_variance - self.cell_variance * (1 - ratio),
+            cell_variance=self.cell_variance * ratio,
             seeds=seeds,
         )
 
 
 def two_way(tables: Sequence[Table]) -> Mean:
-    """Average over seeds and questions; the mean of several studies if there are several tables.
+    """Average over seeds and questions. With several tables, return the mean over their conditions.
 
-    Tables with equally many questions are averaged cell by cell, which is right whether or not the questions are the same;
-    otherwise the questions of different studies are taken as independent. What questions add to the variance is never taken as
-    negative.
+    Tables with equally many questions are averaged cell by cell, which is correct whether or not the questions are the same.
+    Otherwise the questions of different conditions are treated as independent. The variance that questions add is never
+    estimated as negative.
 
     Args:
         tables: Each ``(seeds, questions)``, with the same seeds in the same order.
@@ -137,10 +142,11 @@ def two_way(tables: Sequence[Table]) -> Mean:
 
 
 def pigeonhole(table: Table, draws: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap percentile interval of the mean over seeds and questions, both drawn anew (Owen 2007).
+    """Return the bootstrap percentile interval of the mean, resampling seeds and questions independently (Owen 2007).
 
-    The same `seed` draws the same questions and seeds for every table of one shape: arms are compared on common draws. It is
-    given beside :meth:`Mean.interval` and not instead: of ten seeds it covers too little where single seeds collapse.
+    The same `seed` draws the same questions and seeds for every table of one shape, so arms are compared on common draws. The
+    interval supplements :meth:`Mean.interval` and does not replace it: with ten seeds its coverage is too low where single
+    runs collapse.
 
     Args:
         table: ``(seeds, questions)``.
@@ -151,22 +157,22 @@ def pigeonhole(table: Table, draws: int = 2000, seed: int = 0, level: float = 0.
     seeds, questions = table.shape
     if seeds < 2:
         return math.nan, math.nan
-    of_seeds, of_questions = _draws(seeds, questions, draws, seed)
-    means = ((of_seeds @ table) * of_questions).sum(axis=1) / table.size
+    seed_counts, question_counts = _draws(seeds, questions, draws, seed)
+    means = ((seed_counts @ table) * question_counts).sum(axis=1) / table.size
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 @lru_cache(maxsize=16)
 def _draws(seeds: int, questions: int, draws: int, seed: int) -> tuple[Table, Table]:
-    """Return how often each resample holds each seed, ``(draws, seeds)``, and question, ``(draws, questions)``."""
+    """Return how often each resample contains each seed, ``(draws, seeds)``, and each question, ``(draws, questions)``."""
     rng = np.random.default_rng(seed)
-    of_questions = rng.multinomial(questions, np.full(questions, 1 / questions), draws).astype(float)
-    return rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws).astype(float), of_questions
+    question_counts = rng.multinomial(questions, np.full(questions, 1 / questions), draws).astype(float)
+    return rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws).astype(float), question_counts
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Correct p-values for their number (Holm 1979); NaN stays and does not count.
+    """Correct p-values for multiple comparisons (Holm 1979), which SciPy does not offer. NaN stays NaN and is not counted.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -181,57 +187,41 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def share(count: int, of: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927), also for none and for all.
+def wilson_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of a proportion (Wilson 1927), also for none and for all.
 
     Example:
-        >>> low, high = share(0, 10)
+        >>> low, high = wilson_interval(0, 10)
         >>> round(low, 2), round(high, 2)
         (0.0, 0.28)
     """
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    centre, spread = count + z * z / 2, z * math.sqrt(count * (of - count) / of + z * z / 4)
-    return max(0.0, (centre - spread) / (of + z * z)), min(1.0, (centre + spread) / (of + z * z))
+    interval = binomtest(count, total).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def exact_share(count: int, of: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact binomial interval of a share (Clopper and Pearson 1934): never too short, whatever the share.
+def exact_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact interval of a proportion (Clopper and Pearson 1934), whose coverage is never below `level`.
 
     Example:
-        >>> low, high = exact_share(0, 10)
+        >>> low, high = exact_interval(0, 10)
         >>> round(low, 3), round(high, 3)
         (0.0, 0.308)
     """
-    tail = (1 - level) / 2
-
-    def below(p: float) -> bool:  # so many or more are too unlikely
-        return _incomplete_beta(count, of - count + 1, p) < tail
-
-    def above(p: float) -> bool:  # so few or fewer are not yet too unlikely
-        return _incomplete_beta(count + 1, of - count, p) < 1 - tail
-
-    return (_last(below) if count else 0.0), (_last(above) if count < of else 1.0)
-
-
-def _last(holds: Callable[[float], bool]) -> float:
-    """Return the end of the part of (0, 1), from its left, in which something holds."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    interval = binomtest(count, total).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def answer(low: float, high: float, margin: float) -> Answer:
-    """Answer whether something helps, from the interval of what it adds.
+    """Answer whether information helps, from the interval of the gain.
 
-    `yes` if the interval lies above 0. `no` if it lies below `margin`: then a gain that matters is excluded, whether the
-    interval is narrow around 0 or wholly below it. An interval with neither 0 nor `margin` inside is a `yes`: small, but there.
+    `yes` if the interval is above 0. `no` if it is below `margin`: then a gain of interest is excluded, whether the interval
+    is narrow around 0 or entirely below it. An interval above 0 and below `margin` is a `yes`: the gain is small but
+    significant. This is not the two one-sided tests of equivalence: a loss, however large, is a `no`.
 
     Args:
-        low: Lower end of the interval, corrected for the number of questions asked.
+        low: Lower end of the interval, corrected for the number of comparisons.
         high: Upper end.
-        margin: The smallest gain that matters.
+        margin: The smallest gain of interest.
     """
     if low > 0:
         return "yes"
@@ -239,24 +229,24 @@ def answer(low: float, high: float, margin: float) -> Answer:
 
 
 def seeds_for(mean: Mean, distance: float, level: float = 0.95, power: float = 0.8) -> int | None:
-    """Return how many seeds it takes until an interval, `distance` away from a value, excludes it with probability `power`.
+    """Return the number of seeds with which an interval excludes a value at `distance` from the true mean.
 
-    The spread is the one that was seen, and so are the questions.
+    Variances and questions are those observed.
 
     Args:
         mean: Of the paired differences.
-        distance: Of the true mean from the value to exclude.
+        distance: Between the true mean and the value to exclude.
         level: Of the interval.
-        power: Probability that it excludes the value.
+        power: Probability that the interval excludes the value.
 
     Returns:
-        The number; None if the spread between questions alone is too large for any number of seeds.
+        The number of seeds, or None if the variance between questions alone is too large for any number of seeds.
     """
 
     def enough(seeds: int) -> bool:
         planned = mean.with_seeds(seeds)
-        reach = quantile_t(1 - level, planned.freedom) + quantile_t(2 * (1 - power), planned.freedom)
-        return reach * planned.error <= distance
+        reach = student_t.isf([(1 - level) / 2, 1 - power], planned.freedom).sum()
+        return float(reach) * planned.error <= distance
 
     high = 2
     while not enough(high):
@@ -271,59 +261,6 @@ def seeds_for(mean: Mean, distance: float, level: float = 0.95, power: float = 0
 
 
 def questions_for(mean: Mean, distance: float, level: float = 0.95, power: float = 0.8) -> int:
-    """Return how many held-out questions :func:`seeds_for` needs at least, with any number of seeds."""
-    normal = NormalDist()
-    reach = normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)
+    """Return the least number of held-out questions that :func:`seeds_for` needs with an unlimited number of seeds."""
+    reach = float(norm.isf([(1 - level) / 2, 1 - power]).sum())
     return math.ceil(mean.questions * (mean.question_variance - mean.cell_variance) * (reach / distance) ** 2)
-
-
-@lru_cache(maxsize=4096)
-def tail_t(t: float, freedom: float) -> float:
-    """Return the probability that Student's t is farther from 0 than `t`, on both sides together.
-
-    Example:
-        >>> round(tail_t(2.262157, 9), 4)
-        0.05
-    """
-    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t)) if t else 1.0
-
-
-@lru_cache(maxsize=4096)
-def quantile_t(p: float, freedom: float) -> float:
-    """Return the t that Student's t exceeds in size with probability `p`: the inverse of :func:`tail_t`.
-
-    Example:
-        >>> round(quantile_t(0.05, 9), 4)
-        2.2622
-    """
-    # The tail is convex, and the normal quantile lies left of the root: Newton's steps come from the left and never pass it.
-    t = NormalDist().inv_cdf(1 - p / 2)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-    for _ in range(100):
-        step = (tail_t(t, freedom) - p) / (2 * scale * (1 + t * t / freedom) ** (-(freedom + 1) / 2))
-        t += step
-        if abs(step) < 1e-10 * t:
-            break
-    return t
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Return the regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
-    if not 0 < x < 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    # Lentz's method: ratios of successive numerators and denominators.
-    upper, lower = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction = lower
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            lower, upper = 1 / (1 + term * lower), 1 + term / upper
-            change = lower * upper
-            fraction *= change
-        if abs(change - 1) < 1e-13:
-            break
-    return math.exp(log_front) * fraction / a
