@@ -2,7 +2,7 @@ r"""PGPO in one file: a language model learns from itself, in steps that follow 
 
 Physics-Guided Policy Optimization (PGPO, arXiv 2606.03620) on top of Self-Distilled Policy Optimization (SDPO, arXiv 2601.20802):
 one device, `generate`, whole logits, plain autograd. The package does the same with several devices, chunks of the vocabulary and
-shared prompts; `tests/test_one_file.py` holds the package to this file.
+shared prompts; `tests/unit/modules/test_one_file.py` holds the package to this file.
 
     python docs/pgpo_in_one_file.py            # the shipped toy task, 20 steps, about a minute on one CPU core
 

@@ -8,9 +8,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from shared import (
+
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.rollout.engine import Sampling
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
+from tests.support.vllm_checks import (
     Counting,
     check_handover,
     check_samples,
@@ -21,10 +25,6 @@ from shared import (
     prompts_of,
     student,
 )
-
-from pgpo_lightning.core.types import Question
-from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout.engine import Sampling
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -8,11 +8,11 @@ import sys
 import lightning as L
 import pytest
 import torch
-from helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
-from shared import Counting, check_handover, check_samples, check_seeds, student
 
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.weight_sync import write_weights
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
+from tests.support.vllm_checks import Counting, check_handover, check_samples, check_seeds, student
 
 pytestmark = pytest.mark.timeout(900)
 

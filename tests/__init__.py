@@ -1,0 +1,1 @@
+"""Tests in three levels: unit (formulas and small objects), integration (whole runs), distributed (several ranks)."""

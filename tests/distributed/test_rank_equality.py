@@ -1,0 +1,124 @@
+"""Two processes are one: equal weights, and one information estimate that is the true mean over all rows."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+
+from pgpo_lightning.models.lora import LoRA
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.rollout.engine import TransformersEngine
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
+from tests.support.processes import finish, start_ranks
+
+START = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+WORKER = "tests.support.ranks_worker"
+
+
+def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"):
+    output, log = folder / f"out{ranks}", folder / f"log{ranks}"
+    finish(*start_ranks([WORKER, output, ranks, split, strategy, teacher, precision], log, ranks), log=log)
+    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("split", "strategy", "teacher"),
+    [
+        ("uneven", "ddp", "ema"),
+        ("one-sided", "ddp", "ema"),
+        ("uneven", "fsdp2", "trust-region"),
+        ("one-sided", "fsdp2", "ema"),
+        ("updates", "ddp", "ema"),
+        ("routed", "ddp", "restart"),
+        ("routed", "fsdp2", "gated"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
+    (one,), two = run(tmp_path, 1, split, teacher=teacher), run(tmp_path, 2, split, strategy, teacher)
+    assert torch.equal(two[0]["weights"], two[1]["weights"])
+    assert torch.equal(two[0]["teacher"], two[1]["teacher"])
+    assert two[0]["seen"] == two[1]["seen"]
+    torch.testing.assert_close(torch.tensor(two[0]["seen"]), torch.tensor(one["seen"]), rtol=1e-3, atol=1e-6)
+    assert len({rho for *_, rho in one["seen"]}) == len(one["seen"]), (
+        "the multiplier must move for the comparison to mean anything"
+    )
+    # Adam divides by the gradient's size, so a rounding difference of a tiny gradient can show: compare in the mean too.
+    torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=0, atol=3e-4)
+    assert (two[0]["weights"] - one["weights"]).abs().mean() < 1e-6
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_two_sharded_processes_equal_one_as_far_as_bf16_tells(tmp_path, precision, kept):
+    (one,), two = (run(tmp_path, n, "uneven", s, precision=precision) for n, s in ((1, "one"), (2, "fsdp2")))
+    assert torch.equal(two[0]["weights"], two[1]["weights"])
+    assert {r["weights"].dtype for r in (one, *two)} == {kept}
+    assert {r["teacher"].dtype for r in (one, *two)} == {torch.float32}
+    (loss, signal, _, _), (ours, our_signal, _, _) = (torch.tensor(r["seen"]).T for r in (one, two[0]))
+    torch.testing.assert_close(ours, loss, rtol=0.01, atol=0)
+    torch.testing.assert_close(our_signal, signal, rtol=0, atol=2e-3)
+    moved, ours_moved = (r["weights"].float() - START.to(kept) for r in (one, two[0]))
+    assert torch.cosine_similarity(ours_moved, moved, dim=0) > 0.98
+    assert moved.norm() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (FSDPStrategy, "got FSDPStrategy: FSDP1 has no weights outside .* Take FSDP2"),
+        # It needs a package to be made, and passes for DDP, of which it is a subclass.
+        (
+            DeepSpeedStrategy,
+            "got DeepSpeedStrategy: its engine keeps gradients .* ddp with bitsandbytes.optim.AdamW8bit",
+        ),
+        (Strategy, "got Strategy: gradients would not be exchanged"),
+    ],
+)
+def test_a_strategy_under_which_steps_would_be_wrong_is_refused(strategy, why):
+    module = tiny_sdpo()
+    strategy = strategy() if strategy is FSDPStrategy else Mock(spec=strategy)
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=rf"ModelParallelStrategy \(FSDP2\), but {why}"):
+        module.setup("fit")
+
+
+def test_tensor_parallelism_is_refused():
+    module = tiny_sdpo()
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(
+        MisconfigurationException, match=r"`tensor_parallel_size` of 1.*but got 2.*`data_parallel_size`"
+    ):
+        module.setup("fit")
+
+
+class OwnWeights(TransformersEngine):
+    has_weights = True
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharded", "message"),
+    [
+        ({"lora": LoRA()}, True, "no `lora` with sharded weights, but got ModelParallelStrategy"),
+        ({"engine": OwnWeights()}, True, "no sharded weights with OwnWeights"),
+        ({"engine": OwnWeights(), "lora": LoRA()}, False, "no `lora` with OwnWeights"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, sharded, message):
+    pytest.importorskip("peft")
+    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | settings)
+    strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy("cpu")
+    if sharded:
+        strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=message):
+        module.setup("fit")

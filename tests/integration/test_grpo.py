@@ -1,0 +1,117 @@
+"""GRPO's formulas, and several updates on one batch."""
+
+import pytest
+import torch
+
+from pgpo_lightning.modules import GRPO
+from pgpo_lightning.modules.grpo import clipped_policy_loss, group_advantages
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+
+GRPO_LIMITS = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(group_advantages(rewards, False)[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    torch.testing.assert_close(
+        group_advantages(rewards, True)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), rtol=1e-5, atol=0
+    )
+    assert (group_advantages(rewards, True)[1] == 0).all()
+    # The mean of seven times 0.1 is not 0.1 in fp32, and dividing by a standard deviation of nothing would blow it up.
+    assert (group_advantages(torch.full((1, 7), 0.1), True) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.2, 2.0, -2.4, -2.0),  # inside the clip range above
+        (1.5, 2.0, -2.56, 0.0),  # beyond it: 1.28, no gradient
+        (0.5, 2.0, -1.0, -2.0),  # moving away from a good response is not clipped
+        (0.5, -2.0, 1.6, 0.0),  # beyond the range below: 0.8
+        (1.5, -2.0, 3.0, 2.0),
+        (5.0, -2.0, 6.0, 0.0),  # dual clip at 3
+    ],
+)
+def test_clipped_loss_and_gradient(ratio, advantage, loss, slope):
+    log_p = torch.tensor([ratio]).log().requires_grad_()
+    value = clipped_policy_loss(log_p, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.28, 3.0)
+    assert value.item() == pytest.approx(loss, rel=1e-5)
+    (gradient,) = torch.autograd.grad(value.sum(), log_p)
+    assert gradient.item() == pytest.approx(slope * ratio, rel=1e-5)
+
+
+def test_without_dual_clip_the_loss_grows():
+    value = clipped_policy_loss(torch.tensor([5.0]).log(), torch.zeros(1), torch.tensor([-2.0]), 0.2, 0.28, None)
+    assert value.item() == pytest.approx(10.0, rel=1e-5)
+
+
+def fit(folder, steps=2, **settings):
+    module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
+                  **({"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)} | GRPO_LIMITS | settings))  # fmt: skip
+    t = trainer(folder, max_steps=steps)
+    t.fit(module, loader(questions(8), 4))
+    return module, t
+
+
+def test_one_update_is_reinforce_with_the_group_mean_as_baseline(tmp_path):
+    """Ratio 1, clipping inert: the gradient of -1/B sum_i A_i 1/L_i sum_t log p."""
+    module, _ = fit(tmp_path, steps=1, max_grad_norm=None)
+    start = tiny_model()
+    loss = 0.0
+    for row in module.last_rows:
+        prompt, y = row.rollout.prompt_ids, row.rollout.response_ids
+        log_p = start(torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        loss = loss - row.advantage * log_p[torch.arange(len(y)), torch.tensor(y)].mean() / len(module.last_rows)
+    loss.backward()
+    assert {row.advantage for row in module.last_rows} - {0.0}
+    for before, after in zip(start.parameters(), module.model.parameters(), strict=True):
+        torch.testing.assert_close(after - before, -1e-2 * before.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_several_updates_use_the_policy_that_sampled_as_reference(tmp_path):
+    """Two shares of a batch: on the second the ratio is no longer 1, because the weights have moved."""
+    ratios = []
+
+    class Recording(GRPO):
+        def objective(self, tokens, given):
+            old = given.old_log_probs(tokens)
+            ratios.append((tokens.log_p_student - old).abs().max().item())
+            return super().objective(tokens, given)
+
+    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
+                       optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **GRPO_LIMITS)  # fmt: skip
+    t = trainer(tmp_path, max_steps=2)
+    t.fit(module, loader(questions(4), 4))
+    assert t.global_step == 2
+    assert module.steps == 1
+    assert ratios[0] < 1e-5
+    assert ratios[-1] > 1e-3
+    assert all((row.old_log_probs is not None) == (row.advantage != 0) for row in module.last_rows)
+
+
+def test_rows_without_advantage_cost_no_forward_pass(tmp_path):
+    module, _ = fit(tmp_path, steps=1)
+    informative = sum(row.advantage != 0 for row in module.last_rows)
+    assert len(module.step_statistics) == informative
+    assert 0 < informative <= len(module.last_rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, "`num_generations` of at least 2"),
+        ({"clip_ratio_low": -0.1}, r"`clip_ratio_low` to lie in \[0, 1\]"),
+        ({"clip_ratio_low": 1.5}, r"`clip_ratio_low` to lie in \[0, 1\]"),
+        ({"clip_ratio_c": 1.1}, "`clip_ratio_c` to exceed"),
+        ({"updates_per_batch": 0}, "`updates_per_batch` to be at least 1"),
+    ],
+)
+def test_bad_settings_name_the_field(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(GRPO_LIMITS | settings))
+
+
+def test_more_updates_than_questions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one question for each of 8 updates, but the batch has 4"):
+        fit(tmp_path, updates_per_batch=8)

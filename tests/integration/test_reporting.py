@@ -1,0 +1,233 @@
+"""What a step is reported as is what happened, of all ranks together. As a program: a worker under DDP.
+
+Usage: test_reporting.py OUTPUT RANKS trains, saves, resumes and writes down what was reported.
+"""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from pgpo_lightning.callbacks import CollapseGuard
+from pgpo_lightning.losses.divergence import (
+    Divergence,
+    Softening,
+    clipped_divergence,
+    divergence,
+    sampled_token,
+    softened_reverse_kl,
+    student_top_k,
+)
+from pgpo_lightning.losses.step_statistics import StepStatistics, information
+from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
+from pgpo_lightning.training.step_log import loss_scalars
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
+from tests.support.processes import finish, start_ranks
+
+TOP_K = {"distillation_topk": 5}
+NO_TAIL = {**TOP_K, "distillation_add_tail": False}
+SOFT = Softening(0.5, 50.0)
+jsd = lambda s, t: divergence(s, t, 0.5)  # noqa: E731
+reverse = lambda s, t: divergence(s, t, 1.0)  # noqa: E731
+reduced = lambda tail, alpha: lambda s, t: divergence(*student_top_k(s, t, 5, tail), alpha)  # noqa: E731
+
+# Settings, the divergence that is reported, its bound, and what is minimised where it is something else.
+OBJECTIVES = {
+    "forward KL": (SDPO, {"divergence_alpha": 0.0}, lambda s, t: divergence(s, t, 0.0), None, None),
+    "JSD": (SDPO, {}, jsd, math.log(2), None),
+    "JSD of another alpha": (SDPO, {"divergence_alpha": 0.2}, lambda s, t: divergence(s, t, 0.2), 0.5004, None),
+    "reverse KL": (SDPO, {"divergence_alpha": 1.0}, reverse, None, None),
+    "top-k with tail": (SDPO, TOP_K, reduced(True, 0.5), math.log(2), None),
+    "top-k without tail": (SDPO, NO_TAIL, reduced(False, 0.5), math.log(2), None),
+    "clipped": (SDPO, {"entry_clip": 0.05}, jsd, math.log(2), lambda s, t, y: clipped_divergence(s, t, 0.5, 0.05)),
+    "clipped forward KL": (SDPO, {"entry_clip": 0.05, "divergence_alpha": 0.0}, lambda s, t: divergence(s, t, 0.0), None,
+                           lambda s, t, y: clipped_divergence(s, t, 0.0, 0.05)),
+    "clipped top-k": (SDPO, {**TOP_K, "entry_clip": 0.05}, reduced(True, 0.5), math.log(2),
+                      lambda s, t, y: clipped_divergence(*student_top_k(s, t, 5, True), 0.5, 0.05)),
+    "softened": (SDPO, {"divergence_alpha": 1.0, "softening": SOFT}, reverse, None,
+                 lambda s, t, y: softened_reverse_kl(s, t, SOFT)),
+    "sampled tokens": (SDPO, {"divergence_alpha": 1.0, "full_logit_distillation": False}, reverse, None, sampled_token),
+    "SRPO": (SRPO, {}, jsd, math.log(2), None),
+    "RLSD": (RLSD, {"mixing": 0.0}, jsd, math.log(2), lambda s, t, y: torch.full(y.shape, -0.75)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_divergence_is_reported_whatever_the_objective(name):
+    base, settings, measure, bound, minimised = OBJECTIVES[name]
+    module = base(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=2, **LIMITS | settings)
+    module.configure_model()
+    with torch.no_grad():
+        for p in module.teacher.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    rows = random_rows(6)
+    for row in rows:
+        row.advantage = 0.75
+    _, statistics, _ = module._micro_batch(rows, 1.0)
+    expected, losses = [], []
+    for row in rows:
+        y = torch.tensor(row.rollout.response_ids)
+
+        def log_p(model, prompt, y=y):
+            ids = torch.tensor([[*prompt, *y.tolist()]])
+            return model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).detach()
+
+        s, t = log_p(module.model, row.rollout.prompt_ids), log_p(module.teacher.model, row.reprompt_ids)
+        expected.append(measure(s, t).mean())
+        losses.append((measure(s, t) if minimised is None else minimised(s, t, y)).mean())
+    torch.testing.assert_close(statistics.divergence, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics.loss, torch.stack(losses), rtol=1e-4, atol=1e-5)
+    assert statistics.has_teacher.tolist() == [1.0] * 6
+    assert module.measured.bound == (None if bound is None else pytest.approx(bound, abs=1e-4))
+    scalars = loss_scalars(statistics, 0.5, module.measured.bound)
+    assert scalars["self_distillation/divergence"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    assert scalars["self_distillation/objective"] == pytest.approx(
+        torch.stack(losses).mean().item(), rel=1e-4, abs=1e-6
+    )
+    assert scalars.get("self_distillation/divergence_bound") == module.measured.bound
+    right = [value for value, row in zip(expected, rows, strict=True) if row.verdict.reward >= 0.5]
+    assert scalars["self_distillation/divergence_success"] == pytest.approx(torch.stack(right).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("base", [GRPO, HAPO])
+def test_without_a_teacher_there_is_no_divergence(base):
+    limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
+    module = base(tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
+    module.configure_model()
+    rows = random_rows(4, with_reprompt=False)
+    for row in rows:
+        row.advantage = 0.5
+    _, statistics, _ = module._micro_batch(rows, 1.0)
+    assert not statistics.has_teacher.any()
+    assert statistics.divergence.isnan().all()
+    assert not any(tag.startswith("self_distillation") for tag in loss_scalars(statistics, 0.5))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+def test_the_bound_is_what_distributions_with_nothing_in_common_have(alpha):
+    apart = torch.tensor([[1.0, 1e-30], [1e-30, 1.0]]).log()
+    assert divergence(apart[0], apart[1], alpha).item() == pytest.approx(Divergence(alpha).bound, rel=1e-5)
+
+
+def test_a_guard_lets_a_reverse_kl_run_go_on(tmp_path):
+    """Its divergence at the first step is above half of the largest Jensen-Shannon divergence, which says nothing about a KL."""
+
+    class Apart(SDPO):
+        def configure_model(self):
+            super().configure_model()
+            with torch.no_grad():
+                for p in self.teacher.parameters():
+                    p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+
+    guard = CollapseGuard()
+    module = Apart(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, divergence_alpha=1.0, **LIMITS)
+    trainer(tmp_path, max_steps=2, callbacks=[guard]).fit(module, loader(questions(4), 2))
+    assert guard.curves["self_distillation/divergence"][1] > 0.5 * math.log(2)
+    assert module.steps == 2
+    assert "broken-teacher" not in guard.warned
+
+
+def test_with_several_updates_the_curves_are_of_the_policy_that_sampled(tmp_path):
+    """Later updates find a policy that has moved: their information is not that of Eq. 8."""
+    seen = []
+
+    class Kept(SDPO):
+        def accumulate_gradients(self, rows):
+            loss = super().accumulate_gradients(rows)
+            seen.append(self.step_statistics)
+            return loss
+
+    module = Kept(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2, num_iterations=2,
+                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS)  # fmt: skip
+    t = trainer(tmp_path, max_epochs=1)
+    t.fit(module, loader(questions(4), 4))
+    assert len(seen) == 4
+    told = t.callback_metrics
+    first, everything = information(seen[0]).value, information(StepStatistics.concatenate(seen)).value
+    assert told["information/mean"].item() == pytest.approx(first, rel=1e-5)
+    assert abs(everything - first) > 1e-3 * abs(first)
+    assert told["rollout_corr/log_ratio_max"] < 1e-4  # trainer and sampler are one policy
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_counts_and_spreads_are_those_of_all_ranks_together_and_survive_a_resume(tmp_path):
+    output, log = tmp_path / "out", tmp_path / "log"
+    finish(*start_ranks([__file__, output, 2], log, 2), log=log)
+    one, two = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
+    # Rank 0 fails on one response of each batch, rank 1 on two; evaluation on one of each rank. Batch 3 follows a resume.
+    for rank in (one, two):
+        assert rank["errors"] == [3, 6, 8 + 3]
+    advantages = torch.cat(
+        [torch.cat([rank["advantages"][step] for rank in (one, two)]).view(1, -1) for step in range(3)]
+    )
+    for rank in (one, two):
+        assert rank["std"] == pytest.approx(advantages.std(1).tolist(), rel=1e-5)
+    mean = torch.stack(
+        [torch.stack([rank["advantages"][step].std() for rank in (one, two)]).mean() for step in range(3)]
+    )
+    assert (advantages.std(1) - mean).abs().max() > 1e-3, "or the test could not fail"
+    assert one["seconds"] == two["seconds"]
+
+
+def main():
+    output, ranks = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(1)
+    kept = {"errors": [], "advantages": [], "std": [], "seconds": []}
+    limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
+
+    class Kept(GRPO):
+        def report(self, rows, statistics):
+            super().report(rows, statistics)
+            told = self.trainer.callback_metrics
+            kept["errors"].append(int(told["rollout/verifier_errors"]))
+            kept["std"].append(told["critic/advantages/std"].item())
+            kept["advantages"].append(torch.tensor([row.advantage for row in rows]))
+            kept["seconds"].append(told["timing_s/step"].item())
+
+    def fit(steps, checkpoint=None):
+        calls = itertools.count()
+
+        def verifier(question, response):
+            number = next(calls)
+            if module.trainer.validating:
+                if number == 1000:
+                    raise ValueError("broken")
+                return 0.0
+            if number % 8 <= module.global_rank:
+                raise ValueError("broken")
+            return float(number % 8 > 5 - 2 * module.global_rank)
+
+        class Counted(L.Callback):
+            def on_validation_start(self, *_):
+                nonlocal calls
+                calls = itertools.count(1000)
+
+            def on_validation_end(self, *_):
+                nonlocal calls
+                calls = itertools.count()
+
+        module = Kept(tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
+                      on_verifier_error="zero", **limits)  # fmt: skip
+        t = L.Trainer(
+            accelerator="cpu", default_root_dir=Path(output).parent,
+            devices=ranks, strategy="ddp", max_steps=steps, val_check_interval=2, logger=False,
+            check_val_every_n_epoch=None, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0, callbacks=[Counted()],
+        )  # fmt: skip
+        t.fit(module, loader(questions(12), 2), loader(questions(2), 1), ckpt_path=checkpoint)
+        t.save_checkpoint(f"{output}.ckpt")
+        return t
+
+    fit(2)
+    t = fit(3, f"{output}.ckpt")
+    torch.save(kept, f"{output}.{t.global_rank}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A module whose gradients do not depend on its weights, so that the effect of a multiplier is known exactly."""
+
+import math
+
+import bitsandbytes
+import torch
+
+from pgpo_lightning.callbacks import StepSizeMultiplier
+from pgpo_lightning.losses.step_statistics import StepStatistics
+from pgpo_lightning.modules import SDPO
+
+STEPS, PARTS, LR = 20, 3, 0.01
+RHO = [1.0 + 0.5 * math.sin(k) for k in range(STEPS)]
+
+
+class Scripted(StepSizeMultiplier):
+    """A given sequence."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def multiplier(self, statistics, step):
+        return self.values[step]
+
+
+class FixedGradients(SDPO):
+    """The real update, clip and schedule, on gradients that do not depend on the weights: the loss is linear in them."""
+
+    def configure_model(self):
+        self.model = torch.nn.Linear(64, 80)  # over 4096 elements: below, the 8-bit optimizer keeps 32-bit state
+        with torch.no_grad():
+            self.model.weight.zero_()
+            self.model.bias.zero_()
+        self.path, self.rates = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        generator = torch.Generator().manual_seed(self.steps)
+        for _ in range(PARTS):
+            loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in self.model.parameters())
+            self.manual_backward(loss / PARTS)
+        self.update(0.0)
+        self._advance_schedule()
+        self.steps += 1
+        self.path.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.0),
+    "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(LR), weight_decay=0.0, foreach=False),
+    "adamw-8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=LR, weight_decay=0.0),
+}
+
+
+def one_row(student, teacher):
+    values = {name: torch.ones(1) for name in StepStatistics.__dataclass_fields__}
+    return StepStatistics(
+        **values | {"entropy_student": torch.tensor([student]), "entropy_teacher": torch.tensor([teacher])}
+    )

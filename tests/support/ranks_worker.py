@@ -1,0 +1,94 @@
+"""Trains on fixed rows under DDP or FSDP2, each rank with its own share; run by test_rank_equality.py.
+
+Usage: python -m tests.support.ranks_worker OUTPUT RANKS SPLIT STRATEGY TEACHER PRECISION
+
+SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a
+teacher at all), `routed` (likewise, but the rows without are reinforced, and the others share the step by the teacher's
+certainty) or `updates` (two optimizer steps per batch, each on half of the questions). With `uneven` under DDP the teacher is
+on the host.
+"""
+
+import sys
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from pgpo_lightning.callbacks import InformationMultiplier
+from pgpo_lightning.distributed.fsdp import full_tensor
+from pgpo_lightning.losses.step_statistics import information
+from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.models.packing import shares
+from pgpo_lightning.modules import SDPO, SRPO
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model
+
+ROWS, STEPS = 8, 3
+STRATEGIES = {
+    "one": lambda ranks: "auto",
+    "ddp": lambda ranks: "ddp",
+    "fsdp2": lambda ranks: ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1),
+}
+
+
+def rows_of(step, split):
+    rows = random_rows(ROWS, seed=step)
+    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "updates": [4, 6]}[split]
+    for i in masked:
+        rows[i].reprompt_ids = None
+        rows[i].advantage = 0.75 if i % 2 else -0.25
+    return rows
+
+
+class Fixed:
+    """Everything after sampling, on rows that are split between ranks."""
+
+    def training_step(self, batch, batch_idx):
+        rows = rows_of(self.steps, self.split)
+        share = ROWS // self.trainer.world_size
+        self.scalars = {}
+        mine = rows[self.global_rank * share : (self.global_rank + 1) * share]
+        if self.trainer.world_size == 1 and self.split == "updates":  # the shares that two ranks have together
+            mine = [row for question in (0, 2, 1, 3) for row in rows if row.rollout.question.index == question]
+        for part in shares(mine, 2 if self.split == "updates" else 1):
+            loss = self.accumulate_gradients(part)
+            self.update(loss)
+            signal = information(self.step_statistics)
+            self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
+        self.after_update()
+        self.steps += 1
+
+
+class FixedSDPO(Fixed, SDPO):
+    pass
+
+
+class FixedSRPO(Fixed, SRPO):
+    pass
+
+
+def main():
+    output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    torch.set_num_threads(1)
+    routed = split == "routed"
+    given = {"allocation": Allocation("token", 2.0, None, "teacher-certainty")} if routed else {}
+    module = (FixedSRPO if routed else FixedSDPO)(
+        tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
+        loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher,
+        teacher_offload=(split, strategy) == ("uneven", "ddp"), **LIMITS, **given,
+    )  # fmt: skip
+    module.split, module.seen = split, []
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=precision,
+        callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
+    )  # fmt: skip
+    trainer.fit(module, loader(range(STEPS * ranks), 1))
+    weights = torch.cat([full_tensor(p.detach()).flatten() for p in module.model.parameters()])
+    theirs = getattr(module.teacher, "model", module.model)
+    teacher = torch.cat([full_tensor(p.detach()).flatten() for p in theirs.parameters()])
+    torch.save({"seen": module.seen, "weights": weights, "teacher": teacher}, f"{output}.{trainer.global_rank}")
+
+
+if __name__ == "__main__":
+    main()

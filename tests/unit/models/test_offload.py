@@ -1,0 +1,154 @@
+"""A teacher whose weights stay on the host is the ordinary teacher, and no tensor of it stays on the device."""
+
+import gc
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
+
+from pgpo_lightning.models.lora import LoRA
+from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.teachers.base import RefreshGate
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
+
+OPEN = RefreshGate(min_steps=1, window=1, reward_gain=-1.0, max_length_ratio=100.0, check_every=2)
+OWN = {"ema": {}, "frozen": {}, "trust-region": {}, "restart": {"teacher_period": 2}, "gated": {"teacher_gate": OPEN}}
+
+
+def module(kind, offload, tied=True, **settings):
+    return tiny_sdpo(
+        model=tiny_model(tie_word_embeddings=tied),
+        teacher_regularization=kind,
+        teacher_offload=offload,
+        **OWN[kind],
+        **settings,
+    )
+
+
+def steps(kind, offload, tied, autocast):
+    made = module(kind, offload, tied, num_iterations=2)
+    made.manual_backward = lambda loss: loss.backward()
+    made._synchronised = lambda last: torch.enable_grad()
+    made.log = lambda *_: None
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+    losses, same = [], random_rows(4)
+    for rows in (same, same, random_rows(4, 1)):  # the second pass has the teacher's hidden states already
+        made.teacher.observe(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses.append(made.accumulate_gradients(rows))
+        optimizer.step()
+        optimizer.zero_grad()
+        made.after_update()
+    return losses, torch.cat([p.detach().flatten() for p in (*made.model.parameters(), *made.teacher.parameters())])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", OWN)
+def test_it_is_the_ordinary_teacher_to_the_last_bit(kind, autocast, tied):
+    losses, weights = steps(kind, False, tied, autocast)
+    ours, our_weights = steps(kind, True, tied, autocast)
+    assert losses == ours
+    assert len(set(losses)) == 3
+    student, teacher = our_weights.view(2, -1)
+    assert (teacher != torch.cat([p.flatten() for p in tiny_model(tie_word_embeddings=tied).parameters()])).any() == (
+        kind in ("ema", "restart", "gated")
+    )
+    assert (student != teacher).any()
+    assert torch.equal(weights, our_weights)
+
+
+@pytest.fixture
+def autocast_on_meta(monkeypatch, request):
+    """Lets the device without data, which the tests take for a GPU, have autocast or not."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: request.param)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())
+    # Asks for data: whether several sequences share a row, told by their positions.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *args: None)
+    return request.param
+
+
+@pytest.mark.parametrize("autocast_on_meta", [False, True], indirect=True)
+@pytest.mark.parametrize("kind", OWN)
+def test_the_device_holds_one_copy_in_the_type_of_the_products_and_only_for_the_pass(kind, autocast_on_meta):
+    made = module(kind, True, tied=False)
+    made.to("meta")
+    pairs = [(row.reprompt_ids, row.rollout.response_ids) for row in random_rows(2)]
+    sequences = Sequences.pack(pairs, TOKENIZER.pad_token_id, torch.device("meta"))
+    assert {p.device.type for p in made.model.parameters()} == {"meta"}
+    assert {p.device.type for p in made.teacher.parameters()} == {"cpu"}
+    model = made.teacher.model
+    sources = made.teacher.sources(made.model, sequences)
+    assert {s.hidden.device.type for s in sources} == {s.head.weight.device.type for s in sources} == {"meta"}
+    copies = list(made.teacher.device_copy.copies.values())
+    assert all(copy.device.type == "meta" for copy in copies)
+    whole = sum(p.nbytes for p in model.parameters())
+    narrow = 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not model.model.embed_tokens.weight)
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert sum(copy.nbytes for copy in copies) == whole - narrow * autocast_on_meta + buffers
+    alive = [weakref.ref(copy) for copy in copies]
+    del copies, sources
+    made.teacher.release()
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+    assert {p.device.type for p in made.teacher.parameters()} == {"cpu"}
+
+
+def test_gradients_are_made_with_a_copy_and_end_without():
+    made = module("ema", True)
+    made.manual_backward = lambda loss: loss.backward()
+    made._synchronised = lambda last: torch.enable_grad()
+    seen = []
+    sources = made.teacher.sources
+    made.teacher.sources = lambda *args: (sources(*args), seen.append(len(made.teacher.device_copy.copies)))[0]
+    made.accumulate_gradients(random_rows(2))
+    assert seen[0] > 20
+    assert made.teacher.device_copy.copies == {}
+
+
+def test_half_precision_converts_a_frozen_teacher_and_a_copy_but_no_moving_average():
+    for kind, expected in (("frozen", torch.bfloat16), ("gated", torch.bfloat16), ("ema", torch.float32)):
+        made = module(kind, True)
+        made.to(torch.bfloat16)
+        assert {p.dtype for p in made.teacher.parameters()} == {expected}
+
+
+def test_ddp_does_not_ask_for_one_device(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        made = module("ema", True, tied=False)
+        made.teacher.model.to("meta")  # anything but the student's
+        DistributedDataParallel(made)
+        made._ddp_params_and_buffers_to_ignore = []
+        with pytest.raises(ValueError, match="same type of devices"):
+            DistributedDataParallel(made)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"teacher_regularization": "live"},
+            "no `teacher_offload` with a teacher that has no weights but the student's",
+        ),
+        ({"lora": LoRA()}, "no `teacher_offload` with a teacher that has an adapter"),
+    ],
+)
+def test_where_it_would_save_nothing_it_is_refused(settings, message):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message):
+        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, teacher_offload=True, **LIMITS | settings)
+
+
+def test_sharded_weights_are_refused():
+    made = module("ema", True)
+    with pytest.raises(MisconfigurationException, match=r"no `teacher_offload` with sharded weights.*strategy` to ddp"):
+        made._check_combination(sharded=True)

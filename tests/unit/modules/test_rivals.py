@@ -1,0 +1,310 @@
+"""Rivals of PGPO against their formulas: question weights, routing, certainty weights, bounded entries, credited advantages."""
+
+import math
+
+import pytest
+import torch
+
+from pgpo_lightning.losses.divergence import (
+    Softening,
+    clipped_divergence,
+    entropy,
+    generalised_jsd,
+    softened_reverse_kl,
+)
+from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO, sdpo
+from pgpo_lightning.modules.rlsd import credited_advantages
+from pgpo_lightning.modules.sdpo import question_weights
+from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
+
+
+class Alone:
+    """Runs `accumulate_gradients` without a trainer."""
+
+    def optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    def manual_backward(self, loss):
+        loss.backward()
+
+    def _synchronised(self, last):
+        return torch.enable_grad()
+
+
+def alone(base, **settings):
+    """A module in float64 whose frozen teacher is not the student."""
+    module = type(base.__name__, (Alone, base), {})(
+        tiny_model().double(), half_right, tokenizer=TOKENIZER, teacher_regularization="frozen", **(LIMITS | settings)
+    )
+    module.configure_model()
+    with torch.no_grad():
+        for p in module.teacher.parameters():
+            p.mul_(1.5)
+    return module
+
+
+def log_distributions(module, row):
+    """Log-probabilities of student and teacher at the response, ``(L, V)``; the student's in place of a teacher there is not."""
+    y = row.rollout.response_ids
+
+    def run(model, prompt):
+        return model(torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+    log_s = run(module.model, row.rollout.prompt_ids)
+    with torch.no_grad():
+        log_t = log_s.detach() if row.reprompt_ids is None else run(module.teacher.model, row.reprompt_ids)
+    return log_s, log_t, (torch.arange(len(y)), torch.tensor(y))
+
+
+def assert_gradients(module, rows, expected):
+    """Compare loss and gradients of the step with a formula's, for one pass and for many."""
+    value = expected()
+    theirs = torch.autograd.grad(value, list(module.model.parameters()))
+    for budget in (60, 10_000):
+        module.micro_batch_tokens = budget
+        module.model.zero_grad()
+        assert module.accumulate_gradients(rows) == pytest.approx(value.item(), rel=1e-5)
+        for p, g in zip(module.model.parameters(), theirs, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-8)
+    assert max(g.abs().max() for g in theirs) > 1e-4
+
+
+def capped(module, row, log_s, at):
+    return (log_s[at].detach() - row.rollout.log_probs).exp().clamp(max=module.is_clip)
+
+
+# ------------------------------------------------------------------------------------------------------------- SC-SDPO
+
+
+def test_question_weights():
+    rates = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    everyone = torch.cat([rates, torch.tensor([0.75, 0.0], dtype=torch.float64)])
+    mean = ((0.25 * 0.75) ** 0.5 * 2 + 0.5) / 3
+    expected = torch.tensor([0.0, (0.25 * 0.75) ** 0.5 / mean, 0.5 / mean, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(question_weights(rates, everyone, 0.5), expected)
+    assert question_weights(everyone, everyone, 0.5).sum() == pytest.approx(3)
+    assert (question_weights(rates[::3], rates[::3], 0.5) == 0).all()
+
+
+def test_weights_of_questions_multiply_their_rows_and_zero_costs_nothing(monkeypatch):
+    module = alone(SDPO, question_weight_exponent=0.5, num_generations=4)
+    rows = random_rows(12)
+    for row, reward in zip(rows, [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1], strict=True):
+        row.verdict.reward = float(reward)
+    prompts = [row.reprompt_ids for row in rows]
+    monkeypatch.setattr(module.reprompt, "attach", lambda *_: {})
+    other = torch.tensor([0.5, 1.0], dtype=torch.float64)  # of another rank
+    monkeypatch.setattr(sdpo, "gather", lambda mine: [mine, other])
+    scalars = module.prepare_rows(rows, None)
+    assert prompts == [row.reprompt_ids for row in rows]
+    assert scalars["self_distillation/weighted_questions"] == pytest.approx(2 / 3)
+    mean = (0.1875**0.5 + 0.5 + 0.5) / 3
+    weights = [0.1875**0.5 / mean] * 4 + [0.5 / mean] * 4 + [0.0] * 4
+
+    def expected():
+        total = 0.0
+        for row, weight in zip(rows, weights, strict=True):
+            log_s, log_t, at = log_distributions(module, row)
+            loss = generalised_jsd(log_s, log_t, 0.5) * capped(module, row, log_s, at)
+            total = total + weight * loss.mean() / len(rows)
+        return total
+
+    assert_gradients(module, rows, expected)
+    assert len(module.step_statistics) == 8
+    assert module.loss_tokens(rows) == sum(row.length for row in rows)
+
+
+# --------------------------------------------------------------------------------------------- SRPO, DW-SDPO
+
+
+def routed_rows():
+    rows = random_rows(8)
+    for row, advantage in zip(rows, [-0.5, 0.5, -0.5, 0.5, 0.7, -0.3, 0.0, -0.3], strict=True):
+        row.advantage = advantage
+    for i in (1, 3, 4, 5, 6):  # of these the sixth has no advantage either
+        rows[i].reprompt_ids = None
+    return rows
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_failures_are_distilled_and_the_others_reinforced_over_all_tokens(dynamic):
+    allocation = Allocation("token", 1.3, None, "teacher-certainty") if dynamic else None
+    module = alone(SRPO, loss_agg_mode="token-mean", allocation=allocation)
+    rows = routed_rows()
+
+    def expected():
+        made = [(row, *log_distributions(module, row)) for row in rows]
+        weights = torch.cat([(-1.3 * entropy(log_t)).exp() for row, _, log_t, _ in made if row.reprompt_ids])
+        mean, total = weights.mean(), 0.0
+        for row, log_s, log_t, at in made:
+            if row.reprompt_ids is not None:
+                w = (-1.3 * entropy(log_t)).exp() / mean if dynamic else 1.0
+                loss = w * generalised_jsd(log_s, log_t, 0.5)
+            else:
+                ratio = (log_s[at] - log_s[at].detach()).exp()
+                loss = -row.advantage * ratio
+            total = total + (loss * capped(module, row, log_s, at)).sum()
+        return total / sum(row.length for row in rows)
+
+    assert_gradients(module, rows, expected)
+    assert module.step_statistics.has_teacher.sum() == 3
+    assert len(module.step_statistics) == 7
+
+
+def test_certainty_weights_without_routing():
+    module = alone(SDPO, loss_agg_mode="token-mean", allocation=Allocation("token", 0.8, None, "teacher-certainty"))
+    rows = random_rows(5)
+
+    def expected():
+        made = [(row, *log_distributions(module, row)) for row in rows]
+        weights = [(-0.8 * entropy(log_t)).exp() for _, _, log_t, _ in made]
+        total = sum(
+            (w * generalised_jsd(log_s, log_t, 0.5) * capped(module, row, log_s, at)).sum()
+            for w, (row, log_s, log_t, at) in zip(weights, made, strict=True)
+        )
+        return total / torch.cat(weights).mean() / sum(row.length for row in rows)
+
+    assert_gradients(module, rows, expected)
+
+
+def test_a_routed_run_distils_failures_with_a_teacher_only(tmp_path):
+    module = SRPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
+                  optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
+    trainer(tmp_path, max_steps=4).fit(module, loader(questions(8), 4))
+    kinds = set()
+    for group in (module.last_rows[i : i + 4] for i in range(0, len(module.last_rows), 4)):
+        mean = sum(row.verdict.reward for row in group) / 4
+        for row in group:
+            assert (row.reprompt_ids is not None) == (row.verdict.reward == 0 and mean > 0)
+            assert row.advantage == pytest.approx(row.verdict.reward - mean)  # over the whole group
+            assert (row.old_log_probs is not None) == (row.reprompt_ids is None and row.advantage != 0)
+            kinds.add((row.reprompt_ids is not None, row.advantage != 0))
+    assert {(True, True), (False, True)} <= kinds
+
+
+# ------------------------------------------------------------------------------------------ OPSD's clip, DemoPSD
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ({"entry_clip": 0.05}, lambda a, b: clipped_divergence(a, b, 0.5, 0.05)),
+        ({"entry_clip": 0.05, "divergence_alpha": 0.0}, lambda a, b: clipped_divergence(a, b, 0.0, 0.05)),
+        (
+            {"divergence_alpha": 1.0, "softening": Softening(0.4, 25.0)},
+            lambda a, b: softened_reverse_kl(a, b, Softening(0.4, 25.0)),
+        ),
+    ],
+    ids=["clip", "forward clip", "softened"],
+)
+def test_bounded_entries_and_softened_targets_reach_the_step(settings, loss):
+    module = alone(SDPO, is_clip=None, **settings)
+    rows = random_rows(4)
+    assert_gradients(
+        module, rows, lambda: sum(loss(*log_distributions(module, row)[:2]).mean() for row in rows) / len(rows)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- RLSD
+
+
+def test_credited_advantages():
+    advantages = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
+    log_ratio = torch.tensor([0.1, 3.0, 0.1, 3.0, 0.0, -3.0], dtype=torch.float64)
+    factor = torch.tensor([1.10517091808, 1.2, 0.90483741804, 0.8, 1.0, 1.2], dtype=torch.float64)
+    got = credited_advantages(advantages, log_ratio, 0.3, 0.2)
+    torch.testing.assert_close(got, advantages * (0.7 + 0.3 * factor))
+    assert (got.sign() == advantages.sign()).all()
+    assert torch.equal(credited_advantages(advantages, log_ratio, 0.0, 0.2), advantages)
+
+
+def test_rlsd_is_grpo_with_credited_advantages():
+    module = alone(RLSD, mixing=0.8, mixing_steps=10, evidence_clip=0.2)
+    module.steps = 4
+    assert module.current_mixing == pytest.approx(0.8 * 0.6)
+    rows = routed_rows()
+
+    def expected():
+        total = 0.0
+        for row in rows:
+            log_s, log_t, at = log_distributions(module, row)
+            evidence = (torch.tensor(row.advantage).sign() * (log_t[at] - log_s[at].detach())).exp().clamp(0.8, 1.2)
+            advantage = row.advantage * (0.52 + 0.48 * evidence)
+            loss = -advantage * (log_s[at] - log_s[at].detach()).exp() * capped(module, row, log_s, at)
+            total = total + loss.mean() / len(rows)
+        return total
+
+    assert_gradients(module, rows, expected)
+
+
+def test_a_teacher_that_says_nothing_finite_is_not_taken_for_none():
+    module = alone(RLSD)
+    with torch.no_grad():
+        next(module.teacher.parameters()).fill_(torch.nan)
+    assert not math.isfinite(module.accumulate_gradients(routed_rows()))
+
+
+def test_rlsd_forgets_the_teacher_and_copies_the_student(tmp_path):
+    module = RLSD(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, teacher_period=2, mixing_steps=3,
+                  optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
+    seen = []
+    update = module.after_update
+    module.after_update = lambda: (update(), seen.append((module.current_mixing, same(module))))
+    trainer(tmp_path, max_steps=4).fit(module, loader(questions(16), 4))
+    assert [mixing for mixing, _ in seen] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.0])
+    assert [copied for _, copied in seen] == [False, True, False, True]
+
+
+def same(module):
+    pairs = zip(module.model.parameters(), module.teacher.model.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        (SDPO, {"entry_clip": 0.0}, "`entry_clip` to be above 0"),
+        (SDPO, {"question_weight_exponent": -1.0}, r"`question_weight_exponent` to lie in \[0, 10\]"),
+        (
+            SDPO,
+            {"question_weight_exponent": 0.5, "num_generations": 1},
+            "`num_generations` of at least 2 with `question",
+        ),
+        (SDPO, {"softening": Softening()}, "`divergence_alpha` 1 with `softening`.* 0.5"),
+        (SDPO, {"softening": Softening(), "alpha": 1.0, "entry_clip": 0.1}, "no `entry_clip` with `softening`"),
+        (SDPO, {"softening": Softening(), "alpha": 1.0, "distillation_topk": 5}, "no `distillation_topk` with `soft"),
+        (SDPO, {"full_logit_distillation": False, "alpha": 1.0, "entry_clip": 0.1}, "no `entry_clip` with `full_logit"),
+        (SDPO, {"full_logit_distillation": False, "alpha": 1.0, "softening": Softening()}, "no `softening` with `full"),
+        (SDPO, {"teacher_period": 5}, "no `teacher_period` with the ema teacher"),
+        (SRPO, {"question_weight_exponent": 0.5}, "no `question_weight_exponent` with SRPO"),
+        (SRPO, {"num_generations": 1}, "`num_generations` of at least 2"),
+        (SRPO, {"clip_ratio_low": 2.0}, r"`clip_ratio_low` to lie in \[0, 1\]"),
+        (RLSD, {"mixing": 1.5}, r"`mixing` to lie in \[0, 1\]"),
+        (RLSD, {"evidence_clip": -0.1}, r"`evidence_clip` to lie in \[0, 1\]"),
+        (RLSD, {"mixing_steps": 0}, "`mixing_steps` to be at least 1"),
+        (RLSD, {"teacher_regularization": "frozen", "teacher_period": 3}, "no `teacher_period` with the frozen"),
+    ],
+)
+def test_contradictory_settings_name_the_field(base, settings, message):
+    with pytest.raises(ValueError, match=message):
+        base(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+
+
+def test_settings_of_other_modules_are_unknown():
+    for base, name in (
+        (RLSD, "divergence_alpha"),
+        (RLSD, "allocation"),
+        (GRPO, "entry_clip"),
+        (SDPO, "clip_ratio_low"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            base(tiny_model(), half_right, tokenizer=TOKENIZER, **{name: 0.5})
+
+
+def test_the_signal_of_the_allocation_is_checked():
+    with pytest.raises(ValueError, match=r"`allocation.signal` to be one of information, teacher-certainty"):
+        Allocation(signal="student")

@@ -1,0 +1,418 @@
+"""SDPO's step against a plain re-computation, and its invariances."""
+
+import math
+
+import pytest
+import torch
+
+from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
+from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.losses.divergence import divergence, entropy, sampled_token, student_top_k
+from pgpo_lightning.losses.step_statistics import information
+from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.modules import SDPO
+from tests.support.helpers import (
+    LIMITS,
+    TOKENIZER,
+    half_right,
+    loader,
+    questions,
+    random_rows,
+    tiny_model,
+    tiny_sdpo,
+    trainer,
+)
+
+
+class Detached(SDPO):
+    """Runs `accumulate_gradients` without a trainer."""
+
+    def optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    def manual_backward(self, loss):
+        loss.backward()
+
+    def _synchronised(self, last):
+        return torch.enable_grad()
+
+
+def detached(rows_seed=0, **settings):
+    module = Detached(
+        settings.pop("model", None) or tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings)
+    )
+    module.configure_model()
+    with torch.no_grad():  # a teacher that is not the student
+        for p in module.teacher.parameters():
+            p.mul_(1.5)
+    return module
+
+
+def plain_loss(module, rows, denominator, cap=2.0):
+    """SDPO's formula, one row at a time, from the models' own logits."""
+    total = 0.0
+    for row in rows:
+        if row.reprompt_ids is None:
+            continue
+        y = torch.tensor(row.rollout.response_ids)
+        ids = lambda prompt, y=y: torch.tensor([[*prompt, *y.tolist()]])  # noqa: E731
+        log_s = (
+            module.model(ids(row.rollout.prompt_ids)).logits[0, len(row.rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        )
+        with torch.no_grad():
+            log_t = (
+                module.teacher.model(ids(row.reprompt_ids)).logits[0, len(row.reprompt_ids) - 1 : -1].log_softmax(-1)
+            )
+        log_s_y = log_s[torch.arange(len(y)), y]
+        if not module.full_logit_distillation:
+            d = sampled_token(log_s, log_t, y)
+        else:
+            a, b = log_s, log_t
+            if module.divergence.top_k is not None:
+                a, b = student_top_k(a, b, module.divergence.top_k, module.divergence.add_tail)
+            d = divergence(a, b, module.divergence_alpha)
+        weight = (log_s_y.detach() - row.rollout.log_probs).exp().clamp(max=cap) if cap else 1.0
+        if denominator == "tokens":
+            total = total + (d * weight).sum() / sum(r.length for r in rows if r.reprompt_ids is not None)
+        else:
+            total = total + (d * weight).mean() / len(rows)
+    return total
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+CASES = [
+    {},
+    {"divergence_alpha": 0.0},
+    {"alpha": 1.0},
+    {"divergence_alpha": 0.1},
+    {"distillation_topk": 5},
+    {"distillation_topk": 5, "distillation_add_tail": False},
+    {"divergence_alpha": 1.0, "full_logit_distillation": False},
+    {"loss_agg_mode": "token-mean"},
+    {"is_clip": None},
+    {"is_clip": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_loss_and_gradient_equal_the_formula(settings):
+    module = detached(**settings)
+    rows = random_rows(6)
+    rows[1].reprompt_ids = None  # a masked row stays in the denominator
+    loss = module.accumulate_gradients(rows)
+    ours = gradients(module.model)
+    module.model.zero_grad()
+    tokens = "tokens" if settings.get("loss_agg_mode") == "token-mean" else "rows"
+    plain = plain_loss(module, rows, tokens, settings.get("is_clip", 2.0))
+    plain.backward()
+    assert loss == pytest.approx(plain.item(), rel=1e-5)
+    for a, b in zip(ours, gradients(module.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert max(g.abs().max() for g in ours) > 2e-4
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["seq-mean-token-mean", "token-mean"])
+def test_micro_batches_do_not_change_anything(loss_agg_mode):
+    results = []
+    for budget in (1, 150, 10_000):
+        module = detached(micro_batch_tokens=budget, loss_agg_mode=loss_agg_mode)
+        rows = random_rows(8)
+        loss = module.accumulate_gradients(rows)
+        results.append((loss, gradients(module.model), information(module.step_statistics)))
+    for loss, grads, signal in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert signal.value == pytest.approx(results[0][2].value, abs=1e-6)
+        assert signal.standard_error == pytest.approx(results[0][2].standard_error, abs=1e-6)
+        for a, b in zip(grads, results[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_masked_rows_cost_no_forward_pass():
+    module = detached()
+    rows = random_rows(6)
+    for row in rows[:4]:
+        row.reprompt_ids = None
+    seen = []
+    for model in (module.model, module.teacher.model):
+        model.get_decoder().register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["input_ids"].size(0)), with_kwargs=True
+        )
+    module.accumulate_gradients(rows)
+    assert sum(seen) == 2 * 2
+    assert len(module.step_statistics) == 2
+
+
+def test_no_row_with_a_teacher_gives_zero_gradients_and_no_information():
+    module = detached()
+    rows = random_rows(4, with_reprompt=False)
+    assert module.accumulate_gradients(rows) == 0.0
+    assert all((g == 0).all() for g in gradients(module.model))
+    assert information(module.step_statistics).value == 0.0
+
+
+def test_statistics_are_those_of_the_sequences():
+    module = detached()
+    rows = random_rows(3)
+    module.accumulate_gradients(rows)
+    got = module.step_statistics
+    order = [(got.length == row.length).nonzero()[0, 0].item() for row in rows]
+    assert len(set(order)) == 3, "the example needs rows of different lengths"
+    for row, i in zip(rows, order, strict=True):
+        y = row.rollout.response_ids
+        with torch.no_grad():
+            log_s = module.model(torch.tensor([[*row.rollout.prompt_ids, *y]])).logits[
+                0, len(row.rollout.prompt_ids) - 1 : -1
+            ]
+            log_t = module.teacher.model(torch.tensor([[*row.reprompt_ids, *y]])).logits[
+                0, len(row.reprompt_ids) - 1 : -1
+            ]
+        log_s, log_t = log_s.log_softmax(-1), log_t.log_softmax(-1)
+        at_y = (torch.arange(len(y)), torch.tensor(y))
+        assert got.entropy_student[i].item() == pytest.approx(entropy(log_s).mean().item(), abs=1e-5)
+        assert got.entropy_teacher[i].item() == pytest.approx(entropy(log_t).mean().item(), abs=1e-5)
+        assert got.log_ratio[i].item() == pytest.approx((log_t - log_s)[at_y].mean().item(), abs=1e-5)
+        expected = (log_s[at_y] - row.rollout.log_probs).mean().item()
+        assert got.sampler_log_ratio[i].item() == pytest.approx(expected, abs=1e-5)
+        assert got.reward[i].item() == row.verdict.reward
+
+
+def fit(folder, callbacks=(), steps=3, model=None, **settings):
+    module = SDPO(model or tiny_model(), settings.pop("verifier", half_right), tokenizer=TOKENIZER,
+                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **({"num_generations": 4} | LIMITS | settings))  # fmt: skip
+    t = trainer(folder, max_steps=steps, callbacks=list(callbacks))
+    t.fit(module, loader(questions(2 * steps), 2))
+    return module, t
+
+
+def state(module):
+    return [p.detach().clone() for p in module.model.parameters()]
+
+
+def test_no_multiplier_and_a_constant_of_one_are_the_same_run_bit_for_bit(tmp_path):
+    plain, _ = fit(tmp_path)
+    one, _ = fit(tmp_path, [ConstantMultiplier(1.0)])
+    other, _ = fit(tmp_path, [ConstantMultiplier(1.1)])
+    assert all(torch.equal(a, b) for a, b in zip(state(plain), state(one), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(state(plain), state(other), strict=True))
+
+
+def test_pgpo_takes_exactly_the_step_of_sdpo_times_rho(tmp_path):
+    """One step on one seed: the same gradients, so the parameters move exp(sensitivity * I) times as far."""
+    start = state(tiny_sdpo())
+    plain, _ = fit(tmp_path, steps=1, model=tiny_model())
+    pgpo, t = fit(
+        tmp_path, [InformationMultiplier(sensitivity=30.0, rho_min=None, rho_max=50.0)], steps=1, model=tiny_model()
+    )
+    rho = math.exp(30.0 * information(pgpo.step_statistics).value)
+    assert t.callback_metrics["rho"].item() == pytest.approx(rho, rel=1e-6)
+    assert abs(rho - 1) > 0.02
+    for a, b, s in zip(state(plain), state(pgpo), start, strict=True):
+        torch.testing.assert_close(b - s, rho * (a - s), rtol=2e-3, atol=2e-7)
+
+
+def test_rollouts_are_on_policy(tmp_path):
+    """The sampler's and the trainer's log-probabilities agree at every step, so no sample is older than the weights."""
+    ratios = []
+
+    class Recording(SDPO):
+        def report(self, rows, statistics):
+            ratios.append(self.step_statistics.sampler_log_ratio.abs().max().item())
+            super().report(rows, statistics)
+
+    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
+                       optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **LIMITS)  # fmt: skip
+    trainer(tmp_path, max_steps=4).fit(module, loader(questions(8), 2))
+    assert len(ratios) == 4
+    assert max(ratios) < 1e-4
+
+
+def test_feedback_per_attempt_reaches_the_teacher_of_that_attempt(tmp_path):
+    def verifier(question, response):
+        return Verdict(0.0, feedback=f"The final answer {len(response)} is wrong.")
+
+    module, _ = fit(tmp_path, steps=1, verifier=verifier)
+    assert len(module.last_rows) == 8
+    for row in module.last_rows:
+        assert f"earlier attempt:\n\nThe final answer {len(row.rollout.text)} is wrong.\n\nCorrectly" in row.reprompt
+        assert module.encoder.text(row.reprompt_ids).count(f"answer {len(row.rollout.text)} is") == 1
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, _ = fit(tmp_path, model=tiny_model())
+    checkpointed, _ = fit(tmp_path, model=tiny_model(), gradient_checkpointing=True)
+    for a, b in zip(state(plain), state(checkpointed), strict=True):
+        # Without checkpoints prompts are run once for several responses, which rounds otherwise; Adam magnifies it.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        assert (a - b).abs().mean() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"demonstration_choice": "best"}, "`demonstration_choice` to be one of"),
+        ({"divergence_alpha": 1.2}, r"`divergence_alpha` to lie in \[0, 1\], but got 1.2"),
+        ({"divergence_alpha": 0.2, "alpha": 0.3}, "only one of `divergence_alpha` and `alpha`"),
+        ({"full_logit_distillation": False}, "`divergence_alpha` 1 with `full_logit_distillation` false"),
+        ({"full_logit_distillation": False, "alpha": 1.0, "distillation_topk": 5}, "no `distillation_topk`"),
+        ({"distillation_add_tail": True}, "`distillation_topk` with `distillation_add_tail`"),
+        ({"distillation_topk": 0}, "`distillation_topk` to be at least 1"),
+        ({"teacher_regularization": "emma"}, "`teacher_regularization` to be one of"),
+        ({"teacher_update_rate": 2.0}, "`teacher_update_rate` to lie in"),
+        ({"max_reprompt_len": 64}, "`max_reprompt_len` to exceed `max_prompt_length`"),
+        ({"reprompt_template": "{prompt}{solution}"}, r"`reprompt_template` to contain the placeholder \{feedback\}"),
+        ({"num_generations": 0}, "`num_generations` to be at least 1"),
+        (
+            {"num_generations": 1, "include_environment_feedback": False},
+            "`num_generations` to be at least 2 without `include_environment_feedback`, but got 1",
+        ),
+        ({"temperature": 0.0}, r"`temperature` to lie in \[0.0001, 100\]"),
+        ({"eval_top_p": 1.5}, r"`eval_top_p` to lie in \[0.001, 1\]"),
+        ({"loss_agg_mode": "mean"}, "`loss_agg_mode` to be one of"),
+        ({"on_verifier_error": "ignore"}, "`on_verifier_error` to be one of"),
+        ({"max_skipped_steps": -1}, "`max_skipped_steps` to be at least 0"),
+        ({"is_clip": 0.0}, "`is_clip` to be above 0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings_name_the_field(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+
+
+def test_one_rollout_per_question_needs_feedback(tmp_path):
+    feedback = {"verifier": lambda question, response: (0.0, "Wrong."), "num_generations": 1}
+    module, _ = fit(tmp_path, steps=1, **feedback)
+    assert all(module.in_loss(row) for row in module.last_rows)
+    with pytest.warns(UserWarning, match="Step 1: no rollout is in the loss.* With `num_generations` 1") as caught:
+        fit(tmp_path, steps=2, num_generations=1)
+    assert len([w for w in caught if "no rollout is in the loss" in str(w.message)]) == 1
+
+
+def test_gradients_do_not_stay_through_the_next_rollouts(tmp_path):
+    held = []
+
+    class Recording(SDPO):
+        def sample(self, *args):
+            held.append(sum(p.grad is not None for p in self.model.parameters()))
+            return super().sample(*args)
+
+    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    trainer(tmp_path, max_steps=2).fit(module, loader(questions(4), 2))
+    assert held == [0, 0]
+
+
+def test_questions_that_cannot_be_told_apart_are_refused(tmp_path):
+    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    same = [Question("1+1?", "2"), Question("1+2?", "3")]
+    with pytest.raises(ValueError, match="questions with different `index`"):
+        trainer(tmp_path, max_steps=1).fit(module, loader(same, 2))
+
+
+def test_the_information_that_rho_was_made_from_is_reported(tmp_path):
+    multiplier = InformationMultiplier(sensitivity=0.01, rho_min=None, estimator="kl", aggregation="sequence-sum")
+    module, t = fit(tmp_path, [multiplier], steps=1)
+    used = information(module.step_statistics, "kl", "sequence-sum")
+    assert t.callback_metrics["information/used"].item() == pytest.approx(used.value, rel=1e-5)
+    assert t.callback_metrics["I"].item() == pytest.approx(used.value, rel=1e-5)
+    assert t.callback_metrics["lr/multiplier"].item() == pytest.approx(math.exp(0.01 * used.value), rel=1e-6)
+    assert abs(used.value - information(module.step_statistics).value) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "rereads"), [("ema", False), ("frozen", False), ("live", True), ("trust-region", True)]
+)
+def test_a_teacher_that_stands_still_is_run_in_the_first_pass_over_a_batch_only(tmp_path, monkeypatch, kind, rereads):
+    def run(again):
+        sizes = []
+        sources = type(module := tiny_sdpo(teacher_regularization=kind)).teacher_sources
+        teacher = type(module.teacher)
+        counted = teacher.sources
+        monkeypatch.setattr(teacher, "sources", lambda *a: sizes.append(1) or counted(*a))
+        if again:  # as if every pass were the first
+            monkeypatch.setattr(SDPO, "teacher_sources", lambda self, rows: [forget(rows), sources(self, rows)][1])
+        fitted, t = fit(tmp_path, model=tiny_model(), teacher_regularization=kind, num_iterations=3, steps=3)
+        monkeypatch.undo()
+        assert (t.global_step, fitted.steps) == (3, 1)
+        assert all(row.teacher_hidden is None for row in fitted.last_rows)
+        return len(sizes), state(fitted)
+
+    def forget(rows):
+        for row in rows:
+            row.teacher_hidden = None
+
+    (once, weights), (always, expected) = run(again=False), run(again=True)
+    assert always == 3 * once if not rereads else always == once
+    for a, b in zip(weights, expected, strict=True):
+        assert torch.equal(a, b)
+    assert not all(torch.equal(a, b) for a, b in zip(weights, tiny_model().parameters(), strict=False))
+
+
+@pytest.mark.parametrize("budget", [150, 10_000])
+@pytest.mark.parametrize("loss_agg_mode", ["seq-mean-token-mean", "token-mean"])
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_information_weights_share_out_the_step(unit, loss_agg_mode, budget):
+    allocation = Allocation(unit, sensitivity=0.5, maximum=2.0)
+    module = detached(allocation=allocation, loss_agg_mode=loss_agg_mode, micro_batch_tokens=budget)
+    module.scalars = {}
+    rows = random_rows(6)
+    rows[1].reprompt_ids = None
+    loss = module.accumulate_gradients(rows)
+    ours = gradients(module.model)
+    module.model.zero_grad()
+    losses, weights, coefficients = [], [], []
+    active = [row for row in rows if row.reprompt_ids is not None]
+    for row in active:
+        y = torch.tensor(row.rollout.response_ids)
+
+        def log_p(model, prompt, y=y):
+            logits = model(torch.tensor([[*prompt, *y.tolist()]])).logits[0, len(prompt) - 1 : -1]
+            return logits.log_softmax(-1)
+
+        log_s, log_t = (
+            log_p(module.model, row.rollout.prompt_ids),
+            log_p(module.teacher.model, row.reprompt_ids).detach(),
+        )
+        gain = (entropy(log_s) - entropy(log_t)).detach()
+        gain = gain.mean().expand(len(y)) if unit == "sequence" else gain
+        weights.append((0.5 * gain).exp().clamp(0.5, 2.0))
+        ratio = (log_s[torch.arange(len(y)), y].detach() - row.rollout.log_probs).exp().clamp(max=2.0)
+        losses.append(divergence(log_s, log_t, 0.5) * ratio)
+        by_token = loss_agg_mode == "token-mean"
+        scale = 1 / sum(r.length for r in active) if by_token else 1 / len(y) / len(rows)
+        coefficients.append(torch.full((len(y),), scale))
+    losses, weights, coefficients = (torch.cat(parts) for parts in (losses, weights, coefficients))
+    assert weights.std() > 0.005
+    mean = (weights * coefficients).sum() / coefficients.sum()
+    expected = (losses * weights / mean * coefficients).sum()
+    expected.backward()
+    assert module.scalars["information/allocation_mean"] == pytest.approx(mean.item(), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(ours, gradients(module.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_information_weights_of_no_sensitivity_change_nothing():
+    results = []
+    for allocation in (None, Allocation("token", 0.0), Allocation("sequence", 0.0)):
+        module = detached(allocation=allocation)
+        module.scalars = {}
+        results.append([module.accumulate_gradients(random_rows(6)), *gradients(module.model)])
+    for other in results[1:]:
+        assert other[0] == pytest.approx(results[0][0], rel=1e-6)
+        for a, b in zip(other[1:], results[0][1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_settings_of_the_allocation_are_checked():
+    with pytest.raises(ValueError, match=r"`allocation.unit` to be one of token, sequence, but got 'row'"):
+        Allocation("row")
+    with pytest.raises(ValueError, match=r"`allocation.maximum` to be at least 1"):
+        Allocation(maximum=0.5)
+
+
+def test_a_model_that_came_as_an_object_is_saved_once():
+    module = tiny_sdpo(teacher_regularization="live")
+    assert {name.split(".")[0] for name in module.state_dict()} == {"model"}
