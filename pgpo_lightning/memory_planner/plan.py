@@ -28,7 +28,7 @@ from pgpo_lightning.memory_planner.optimizers import OptimizerNeed, optimizer_ne
 from pgpo_lightning.memory_planner.parameters import Count, count
 from pgpo_lightning.memory_planner.saving import MOVING, Saving, saving
 from pgpo_lightning.memory_planner.workload import Layout, Lengths, group, with_demonstrations
-from pgpo_lightning.models.packing import Share
+from pgpo_lightning.models.packing import PromptSharing
 
 TEACHERS = {
     "ema": ["own"],
@@ -102,7 +102,7 @@ class RunSpec:
         one_of(tuple(TEACHERS), teacher=self.teacher)
 
     @property
-    def share(self) -> Share:
+    def share(self) -> PromptSharing:
         """As the module's, without trying it out."""
         layers = DynamicCache(config=self.config).layers
         if self.compute.checkpointing or not all(type(layer) is DynamicLayer for layer in layers):

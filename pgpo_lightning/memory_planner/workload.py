@@ -7,7 +7,8 @@ import torch
 
 from pgpo_lightning.core.settings import Count, Decay, checked
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
-from pgpo_lightning.models.packing import Sequences, Share, SharedSequences, micro_batches
+from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
+from pgpo_lightning.training.mini_batches import micro_batches
 
 Packed = Sequences | SharedSequences
 
@@ -126,7 +127,7 @@ class MicroBatch:
         return max(layout.padded + layout.rows * (layout.prompt + layout.width) for layout in layouts)
 
 
-def group(rows: list[Sample], budget: int, share: Share, with_teacher: bool) -> list[MicroBatch]:
+def group(rows: list[Sample], budget: int, share: PromptSharing, with_teacher: bool) -> list[MicroBatch]:
     """Group rows as the module does, and lay them out.
 
     Args:

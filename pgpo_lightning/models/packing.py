@@ -1,6 +1,6 @@
-"""Rows to micro-batches: the one place where padding is decided."""
+"""Layouts of prompts with responses for one forward pass: the one place where padding is decided."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,103 +8,69 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from pgpo_lightning.core.types import Sample
-from pgpo_lightning.losses.fused import TokenStatistics
-
-Share = Literal["never", "if-cheaper", "always"]
-"""Whether equal prompts are run once."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The rows of one forward pass, and whether they count or are there for the sake of other ranks."""
-
-    rows: list[Sample]
-    counts: bool
+PromptSharing = Literal["never", "if-cheaper", "always"]
+"""Whether equal prompts are computed once per forward pass: never, where that needs fewer padded tokens, or always."""
 
 
 @dataclass
-class _Load:
-    """What one forward pass over some rows costs."""
+class PaddedTokens:
+    """Counts the padded tokens of one forward pass as sequences are added to it.
 
-    share: Share
-    rows: int = 0
+    Attributes:
+        prompt_sharing: Whether equal prompts are computed once.
+        sequences: Sequences so far.
+        longest: Tokens of the longest prompt with its response.
+        longest_prompt: Tokens of the longest prompt.
+        longest_response: Tokens of the longest response.
+        prompts: The different prompts so far.
+    """
+
+    prompt_sharing: PromptSharing
+    sequences: int = 0
     longest: int = 0
     longest_prompt: int = 0
     longest_response: int = 0
     prompts: set[tuple[int, ...]] = field(default_factory=set)
 
-    def plus(self, prompt: tuple[int, ...], response: int) -> "_Load":
-        """Return the load with one more row. The set of prompts is shared until :meth:`keep`."""
-        return _Load(
-            self.share,
-            self.rows + 1,
+    def plus(self, prompt: tuple[int, ...], response: int) -> "PaddedTokens":
+        """Return the count with one more sequence.
+
+        The set of prompts is the same object, to which :meth:`keep` adds the prompt if the sequence stays in this pass.
+
+        Args:
+            prompt: Token ids of its prompt.
+            response: Tokens of its response.
+        """
+        return PaddedTokens(
+            self.prompt_sharing,
+            self.sequences + 1,
             max(self.longest, len(prompt) + response),
             max(self.longest_prompt, len(prompt)),
             max(self.longest_response, response),
             self.prompts,
         )
 
-    def keep(self, prompt: tuple[int, ...]) -> "_Load":
+    def keep(self, prompt: tuple[int, ...]) -> "PaddedTokens":
+        """Add the prompt of the newest sequence to the set of prompts."""
         self.prompts.add(prompt)
         return self
 
+    @property
+    def unshared(self) -> int:
+        """Padded tokens if every sequence holds its own prompt."""
+        return self.sequences * self.longest
+
     def tokens(self, new_prompt: tuple[int, ...] | None = None) -> int:
-        """Return the padded tokens of the cheaper layout."""
-        whole = self.rows * self.longest
-        if self.share == "never":
-            return whole
+        """Return the padded tokens of the layout that would be used.
+
+        Args:
+            new_prompt: The prompt of the newest sequence, if it is not in the set yet.
+        """
+        if self.prompt_sharing == "never":
+            return self.unshared
         prompts = len(self.prompts) + (new_prompt is not None and new_prompt not in self.prompts)
-        apart = prompts * self.longest_prompt + self.rows * max(1, self.longest_response - 1)
-        return apart if self.share == "always" else min(whole, apart)
-
-
-def micro_batches(
-    rows: list[Sample], token_budget: int, contexts: Callable[[Sample], list[list[int]]], share: Share
-) -> list[list[Sample]]:
-    """Group rows so that no forward pass costs more than `token_budget` padded tokens.
-
-    Rows of similar length together waste little on padding; rows with the same prompt together need to run it only once.
-    Which of the two is cheaper depends on the data, so both are worked out.
-
-    Args:
-        rows: The rows of one optimizer step, in any order.
-        token_budget: Most padded tokens of one forward pass. A single row that is longer makes a group of its own.
-        contexts: The prompts that a row's forward passes put before its response: the student's, and the teacher's if any.
-        share: Whether equal prompts are run once.
-
-    Returns:
-        Groups of rows, longest first, so that a run that is going to be out of memory is so at once.
-    """
-    prompts = {id(row): [tuple(prompt) for prompt in contexts(row)] for row in rows}
-
-    def length(row: Sample) -> int:
-        return max(map(len, prompts[id(row)])) + row.length
-
-    def fill(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
-        groups: list[list[Sample]] = []
-        total, loads = 0, []
-        for row in ordered:
-            mine = prompts[id(row)]
-            more = [load.plus(prompt, row.length) for load, prompt in zip(loads, mine, strict=False)]
-            if not groups or max(load.tokens(prompt) for load, prompt in zip(more, mine, strict=True)) > token_budget:
-                total += sum(load.tokens() for load in loads)
-                groups.append([])
-                more = [_Load(share).plus(prompt, row.length) for prompt in mine]
-            groups[-1].append(row)
-            loads = [load.keep(prompt) for load, prompt in zip(more, mine, strict=True)]
-        return total + sum(load.tokens() for load in loads), groups
-
-    cost, groups = fill(sorted(rows, key=length, reverse=True))
-    if share == "never":
-        return groups
-    longest: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        key = prompts[id(row)][0]
-        longest[key] = max(longest.get(key, 0), row.length)
-    together = sorted(rows, key=lambda row: (longest[key := prompts[id(row)][0]], key, row.length), reverse=True)
-    cost_together, groups_together = fill(together)
-    return groups_together if cost_together < cost else groups
+        shared = prompts * self.longest_prompt + self.sequences * max(1, self.longest_response - 1)
+        return shared if self.prompt_sharing == "always" else min(self.unshared, shared)
 
 
 @dataclass
@@ -129,7 +95,11 @@ class Sequences:
 
     @classmethod
     def pack(
-        cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device, share: Share = "never"
+        cls,
+        pairs: list[tuple[list[int], list[int]]],
+        pad_id: int,
+        device: torch.device,
+        prompt_sharing: PromptSharing = "never",
     ) -> "Sequences | SharedSequences":
         """Lay out (prompt, response) pairs of token ids.
 
@@ -137,15 +107,15 @@ class Sequences:
             pairs: At least one pair; prompts and responses are not empty.
             pad_id: Any valid token id.
             device: Where the tensors are to live.
-            share: Whether equal prompts are run once; if so, the model is run twice, on prompts and on responses.
+            prompt_sharing: Whether equal prompts are computed once. If so, the model runs twice: on prompts and on responses.
         """
-        if share == "always":
+        if prompt_sharing == "always":
             return SharedSequences.pack_shared(pairs, pad_id, device)
-        if share == "if-cheaper":
-            load = _Load(share)
+        if prompt_sharing == "if-cheaper":
+            load = PaddedTokens(prompt_sharing)
             for prompt, response in pairs:
                 load = load.plus(tuple(prompt), len(response)).keep(tuple(prompt))
-            if load.tokens() < load.rows * load.longest:
+            if load.tokens() < load.unshared:
                 return SharedSequences.pack_shared(pairs, pad_id, device)
         ids = _padded([[*prompt, *response] for prompt, response in pairs], pad_id)
         row, position = _places(pairs, [len(prompt) - 1 for prompt, _ in pairs])
@@ -233,81 +203,3 @@ def _places(pairs: list[tuple[list[int], list[int]]], starts: list[int]) -> tupl
     row = [i for i, (_, response) in enumerate(pairs) for _ in response]
     position = [start + t for start, (_, response) in zip(starts, pairs, strict=True) for t in range(len(response))]
     return torch.tensor(row), torch.tensor(position)
-
-
-@dataclass
-class TokenInputs:
-    """What is known about each response token before the forward pass; shape ``(N,)`` each, fp32.
-
-    Attributes:
-        sampler: Log-probability under the sampler (nats).
-        coefficient: Factor of the token's loss in the loss of the step.
-        advantage: Of its response.
-        old: Log-probability under the policy before the first of several updates; ``None`` where that is the current one.
-        taught: Whether the rows have a teacher's prompt. Those with and without never share a pass.
-        demonstration: Whether the token is of a demonstration, bool; ``None`` if none is. `sampler` and `old` say nothing there.
-    """
-
-    sampler: Tensor
-    coefficient: Tensor
-    advantage: Tensor
-    old: Tensor | None
-    taught: bool
-    demonstration: Tensor | None = None
-
-    @classmethod
-    def of(cls, rows: list[Sample], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
-        """Collect what the rows know.
-
-        Args:
-            rows: In the order of the packed sequences.
-            lengths: Their response tokens, shape ``(rows,)``, on the device of the model.
-            scale: Factor of a sequence's mean over its tokens, or of a token.
-            by_sequence: Which of the two.
-        """
-        device = lengths.device
-        sampler = torch.cat([row.rollout.log_probs for row in rows]).to(device)
-
-        def spread(values: Tensor) -> Tensor:
-            return values.repeat_interleave(lengths, output_size=sampler.numel())
-
-        coefficient = (
-            scale / lengths if by_sequence else torch.full(lengths.shape, scale, dtype=torch.float32, device=device)
-        )
-        if any(row.weight != 1 for row in rows):
-            weight = torch.tensor([row.weight for row in rows], dtype=torch.float32, device=device)
-            coefficient = coefficient * weight
-        advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device)
-        old = given = None
-        if any(row.old_log_probs is not None for row in rows):
-            known = [row.rollout.log_probs if row.demonstration else row.old_log_probs for row in rows]
-            old = torch.cat(known).to(device)
-        if any(row.demonstration for row in rows):
-            given = spread(torch.tensor([row.demonstration for row in rows], device=device))
-        taught = rows[0].reprompt_ids is not None
-        return cls(sampler, spread(coefficient), spread(advantage), old, taught, given)
-
-    def __getitem__(self, part: slice) -> "TokenInputs":
-        """Return the same for some of the tokens."""
-        old, given = (None if values is None else values[part] for values in (self.old, self.demonstration))
-        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given)
-
-    def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
-        """Return log-probabilities under the policy that the batch was sampled from, as the trainer sees it."""
-        return tokens.log_p_student.detach() if self.old is None else self.old
-
-
-def shares(rows: list[Sample], count: int) -> Iterator[list[Sample]]:
-    """Split rows into `count` shares for that many updates, whole questions each, in the order of the batch.
-
-    Raises:
-        ValueError: If there are fewer questions than shares.
-    """
-    questions = list(dict.fromkeys(row.rollout.question.index for row in rows))
-    if len(questions) < count:
-        raise ValueError(
-            f"Expected at least one question for each of {count} updates, but the batch has {len(questions)}."
-        )
-    for i in range(count):
-        mine = set(questions[i * len(questions) // count : (i + 1) * len(questions) // count])
-        yield [row for row in rows if row.rollout.question.index in mine]

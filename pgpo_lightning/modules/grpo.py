@@ -9,8 +9,8 @@ from pgpo_lightning.core.settings import Fraction, NonNegative, Positive, checke
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.training.mini_batches import TokenInputs
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool, correction: int = 1) -> Tensor:

@@ -21,11 +21,11 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.losses.hindsight import Choice, shaped, to_replace
-from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, Demonstrations
 from pgpo_lightning.modules.gates import ConfidenceGate, Decision, Gate, Group
 from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.rewards.grade import grade
+from pgpo_lightning.training.mini_batches import TokenInputs
 
 
 @checked

@@ -33,7 +33,7 @@ from pgpo_lightning.models.loading import (
     source,
 )
 from pgpo_lightning.models.lora import LoRA, check_settings
-from pgpo_lightning.models.packing import Pass, Sequences, Share, SharedSequences, TokenInputs, micro_batches, shares
+from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
 from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.rewards.grade import Verifier
@@ -42,6 +42,7 @@ from pgpo_lightning.rollout.engine import Engine, Sampling, TransformersEngine
 from pgpo_lightning.rollout.mismatch import check_sampler
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.teachers.base import Teacher
+from pgpo_lightning.training.mini_batches import Pass, TokenInputs, micro_batches, mini_batches
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
@@ -207,7 +208,7 @@ class OnPolicyModule(Reporting):
             with self._timed("update_actor"):
                 updated, seen, missed = False, [], []
                 learned = [row.replaced_by or row for row in rows]  # a demonstration may stand in for a failure
-                for share in [*shares(learned, self.updates_per_batch)] * self.num_iterations:
+                for share in [*mini_batches(learned, self.updates_per_batch)] * self.num_iterations:
                     if not any(gather(any(self.in_loss(row) for row in share))):
                         missed.append(share)
                         self.leave_out()
@@ -310,7 +311,7 @@ class OnPolicyModule(Reporting):
         for i, group in enumerate(groups):
             with self._synchronised(last=i == len(groups) - 1):
                 weight = scale if group.counts else 0.0
-                loss, part, weights = self.placement.run(partial(self._micro_batch, group.rows, weight))
+                loss, part, weights = self.placement.run(partial(self._micro_batch, group.samples, weight))
                 self.manual_backward(loss)
             if group.counts:
                 statistics.append(part)
@@ -333,7 +334,9 @@ class OnPolicyModule(Reporting):
     def _micro_batch(self, rows: list[Sample], scale: float) -> tuple[Tensor, StepStatistics, Tensor]:
         """Return the loss of some rows, their statistics, and their coefficients with and without information weights."""
         sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
-        given = TokenInputs.of(rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean")
+        given = TokenInputs.from_samples(
+            rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean"
+        )
 
         allocation = self.allocation if given.taught else None
 
@@ -393,8 +396,8 @@ class OnPolicyModule(Reporting):
             return found
         with evaluating(self.model):
             for group in self.passes(rows, batch, lambda row: [row.rollout.prompt_ids]):
-                parts = self.placement.run(partial(self._log_probs, group.rows))
-                found += zip(group.rows, parts, strict=True) if group.counts else ()
+                parts = self.placement.run(partial(self._log_probs, group.samples))
+                found += zip(group.samples, parts, strict=True) if group.counts else ()
         return found
 
     def _log_probs(self, rows: list[Sample]) -> tuple[Tensor, ...]:
@@ -423,17 +426,17 @@ class OnPolicyModule(Reporting):
             contexts: The prompts that a pass puts before a row's response; by default those of the loss.
             taught: Whether a pass that is made up has a teacher.
         """
-        groups = micro_batches(rows, self.micro_batch_tokens, contexts or self.contexts, self.share)
+        groups = micro_batches(rows, self.micro_batch_tokens, contexts or self.contexts, self.prompt_sharing)
         passes = [Pass(group, counts=True) for group in groups]
         wanted = max(gather(len(passes))) if self.placement.sharded else 1
         return passes + [Pass([batch[0].stand_in(taught)], counts=False)] * (max(1, wanted) - len(passes))
 
     def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
         """Lay out (prompt, response) pairs on this module's device."""
-        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device, self.share)
+        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device, self.prompt_sharing)
 
     @property
-    def share(self) -> Share:
+    def prompt_sharing(self) -> PromptSharing:
         """Whether equal prompts are run once. Under sharded weights no rank may decide that for itself."""
         return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
 

@@ -9,10 +9,10 @@ from pgpo_lightning.core.settings import Count, Fraction, checked
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.grpo import GRPO, clipped_policy_loss
 from pgpo_lightning.modules.self_teaching import SelfTeaching, apart
 from pgpo_lightning.teachers.base import TeacherRegularization
+from pgpo_lightning.training.mini_batches import TokenInputs
 
 
 def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bound: float) -> Tensor:

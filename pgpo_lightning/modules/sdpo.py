@@ -16,8 +16,8 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence, Softening
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.losses.token_weights import Allocation
-from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.self_teaching import SelfTeaching
+from pgpo_lightning.training.mini_batches import TokenInputs
 
 
 def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor:

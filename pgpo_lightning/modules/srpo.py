@@ -8,10 +8,10 @@ from torch import Tensor
 from pgpo_lightning.core.settings import checked
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.modules.sdpo import SDPO
 from pgpo_lightning.modules.self_teaching import apart
+from pgpo_lightning.training.mini_batches import TokenInputs
 
 
 @checked

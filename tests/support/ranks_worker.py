@@ -18,8 +18,8 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.step_statistics import information
 from pgpo_lightning.losses.token_weights import Allocation
-from pgpo_lightning.models.packing import shares
 from pgpo_lightning.modules import SDPO, SRPO
+from pgpo_lightning.training.mini_batches import mini_batches
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model
 
 ROWS, STEPS = 8, 3
@@ -49,7 +49,7 @@ class Fixed:
         mine = rows[self.global_rank * share : (self.global_rank + 1) * share]
         if self.trainer.world_size == 1 and self.split == "updates":  # the shares that two ranks have together
             mine = [row for question in (0, 2, 1, 3) for row in rows if row.rollout.question.index == question]
-        for part in shares(mine, 2 if self.split == "updates" else 1):
+        for part in mini_batches(mine, 2 if self.split == "updates" else 1):
             loss = self.accumulate_gradients(part)
             self.update(loss)
             signal = information(self.step_statistics)

@@ -35,9 +35,10 @@ from pgpo_lightning.models.loading import (
     resolve_model,
     source,
 )
-from pgpo_lightning.models.packing import Sequences, SharedSequences, micro_batches, shares
+from pgpo_lightning.models.packing import Sequences, SharedSequences
 from pgpo_lightning.models.soundness import shares_prompts
 from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.training.mini_batches import micro_batches, mini_batches
 from tests.support.architectures import tiny
 from tests.support.helpers import TOKENIZER, random_rows, tiny_model
 
@@ -489,10 +490,10 @@ def test_activations_are_recomputed_under_the_name_that_transformers_has_for_it(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_shares_are_whole_questions_and_hold_all_rows_once(count):
+def test_mini_batches_are_whole_questions_and_hold_all_rows_once(count):
     rows = random_rows(10)  # two of each of five questions
     rows = [rows[i] for i in (4, 0, 6, 5, 1, 9, 2, 8, 7, 3)]
-    parts = list(shares(rows, count))
+    parts = list(mini_batches(rows, count))
     assert len(parts) == count
     assert Counter(id(row) for part in parts for row in part) == Counter(map(id, rows))
     asked = [list(dict.fromkeys(row.rollout.question.index for row in part)) for part in parts]
@@ -502,13 +503,13 @@ def test_shares_are_whole_questions_and_hold_all_rows_once(count):
         3,
         4,
         1,
-    ]  # in the order of the batch, none in two shares
+    ]  # in the order of the batch, none in two mini-batches
     assert max(map(len, asked)) - min(map(len, asked)) <= 1
     for part in parts:
         positions = [next(i for i, row in enumerate(rows) if row is mine) for mine in part]
         assert positions == sorted(positions)
 
 
-def test_shares_need_a_question_each():
+def test_mini_batches_need_a_question_each():
     with pytest.raises(ValueError, match="at least one question for each of 6 updates, but the batch has 5"):
-        list(shares(random_rows(10), 6))
+        list(mini_batches(random_rows(10), 6))

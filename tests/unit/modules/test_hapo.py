@@ -20,7 +20,6 @@ from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.losses.hindsight import below, confidence, shaped, to_replace
-from pgpo_lightning.models.packing import TokenInputs
 from pgpo_lightning.modules import GRPO, HAPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
 from pgpo_lightning.modules.gates import (
@@ -37,6 +36,7 @@ from pgpo_lightning.modules.grpo import group_advantages
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies.spec import read_study
+from pgpo_lightning.training.mini_batches import TokenInputs
 from tests.support import CONFIGS, hapo_worker
 from tests.support.helpers import TOKENIZER, config, half_right, loader, questions, tiny_model, trainer
 

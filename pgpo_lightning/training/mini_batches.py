@@ -1,0 +1,162 @@
+"""Samples to mini-batches and micro-batches, and what the loss knows about their tokens."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgpo_lightning.core.types import Sample
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.models.packing import PaddedTokens, PromptSharing
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The samples of one forward pass.
+
+    Attributes:
+        samples: At least one.
+        counts: False for a dummy pass, which keeps collectives in step across ranks and has no part in the loss.
+    """
+
+    samples: list[Sample]
+    counts: bool
+
+
+def mini_batches(samples: list[Sample], count: int) -> Iterator[list[Sample]]:
+    """Split samples into `count` mini-batches, one per optimizer step.
+
+    All samples of a question are in the same mini-batch, and the order of the batch is kept.
+
+    Args:
+        samples: Of one batch.
+        count: Number of mini-batches.
+
+    Raises:
+        ValueError: If there are fewer questions than mini-batches.
+    """
+    questions = list(dict.fromkeys(sample.rollout.question.index for sample in samples))
+    if len(questions) < count:
+        raise ValueError(
+            f"Expected at least one question for each of {count} updates, but the batch has {len(questions)}."
+        )
+    for i in range(count):
+        own = set(questions[i * len(questions) // count : (i + 1) * len(questions) // count])
+        yield [sample for sample in samples if sample.rollout.question.index in own]
+
+
+def micro_batches(
+    samples: list[Sample],
+    token_budget: int,
+    contexts: Callable[[Sample], list[list[int]]],
+    prompt_sharing: PromptSharing,
+) -> list[list[Sample]]:
+    """Group samples so that no forward pass has more than `token_budget` padded tokens.
+
+    Samples of similar length waste little on padding. Samples with the same prompt need to compute it only once. Which order is
+    cheaper depends on the data, so both are tried.
+
+    Args:
+        samples: Of one optimizer step, in any order.
+        token_budget: Maximum padded tokens of one forward pass. A single longer sample is a group of its own.
+        contexts: The prompts that precede a sample's response: the student's, and the teacher's if there is one.
+        prompt_sharing: Whether equal prompts are computed once.
+
+    Returns:
+        Groups of samples, longest first, so that a run that exceeds the memory does so in its first pass.
+    """
+    prompts = {id(sample): [tuple(prompt) for prompt in contexts(sample)] for sample in samples}
+
+    def length(sample: Sample) -> int:
+        return max(map(len, prompts[id(sample)])) + sample.length
+
+    def fill(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
+        groups: list[list[Sample]] = []
+        total, counts = 0, list[PaddedTokens]()
+        for sample in ordered:
+            own = prompts[id(sample)]
+            more = [count.plus(prompt, sample.length) for count, prompt in zip(counts, own, strict=False)]
+            if not groups or max(count.tokens(prompt) for count, prompt in zip(more, own, strict=True)) > token_budget:
+                total += sum(count.tokens() for count in counts)
+                groups.append([])
+                more = [PaddedTokens(prompt_sharing).plus(prompt, sample.length) for prompt in own]
+            groups[-1].append(sample)
+            counts = [count.keep(prompt) for count, prompt in zip(more, own, strict=True)]
+        return total + sum(count.tokens() for count in counts), groups
+
+    cost, by_length = fill(sorted(samples, key=length, reverse=True))
+    if prompt_sharing == "never":
+        return by_length
+    longest: dict[tuple[int, ...], int] = {}
+    for sample in samples:
+        key = prompts[id(sample)][0]
+        longest[key] = max(longest.get(key, 0), sample.length)
+    ordered = sorted(
+        samples, key=lambda sample: (longest[key := prompts[id(sample)][0]], key, sample.length), reverse=True
+    )
+    cost_by_prompt, by_prompt = fill(ordered)
+    return by_prompt if cost_by_prompt < cost else by_length
+
+
+@dataclass
+class TokenInputs:
+    """What is known about each response token before the forward pass, each of shape ``(N,)``, fp32.
+
+    Attributes:
+        sampler: Log-probability under the sampler (nats).
+        coefficient: Weight of the token's loss in the loss of the step.
+        advantage: Advantage of its response.
+        old: Log-probability under the policy before the first of several updates (nats); ``None`` where that is the current one.
+        taught: Whether the samples have a teacher's prompt. Samples with and without one are never in the same pass.
+        demonstration: Whether the token belongs to a demonstration, bool; ``None`` if none does. `sampler` and `old` are
+            undefined there.
+    """
+
+    sampler: Tensor
+    coefficient: Tensor
+    advantage: Tensor
+    old: Tensor | None
+    taught: bool
+    demonstration: Tensor | None = None
+
+    @classmethod
+    def from_samples(cls, samples: list[Sample], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
+        """Collect the inputs of all tokens of some samples.
+
+        Args:
+            samples: In the order of the packed sequences.
+            lengths: Their response tokens, shape ``(sequences,)``, on the device of the model.
+            scale: Weight of a sequence's mean over its tokens, or of a token.
+            by_sequence: Whether `scale` is the weight of a sequence.
+        """
+        device = lengths.device
+        sampler = torch.cat([sample.rollout.log_probs for sample in samples]).to(device)
+
+        def per_token(values: Tensor) -> Tensor:
+            return values.repeat_interleave(lengths, output_size=sampler.numel())
+
+        coefficient = (
+            scale / lengths if by_sequence else torch.full(lengths.shape, scale, dtype=torch.float32, device=device)
+        )
+        if any(sample.weight != 1 for sample in samples):
+            weight = torch.tensor([sample.weight for sample in samples], dtype=torch.float32, device=device)
+            coefficient = coefficient * weight
+        advantage = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32, device=device)
+        old = demonstration = None
+        if any(sample.old_log_probs is not None for sample in samples):
+            known = [sample.rollout.log_probs if sample.demonstration else sample.old_log_probs for sample in samples]
+            old = torch.cat(known).to(device)
+        if any(sample.demonstration for sample in samples):
+            demonstration = per_token(torch.tensor([sample.demonstration for sample in samples], device=device))
+        taught = samples[0].reprompt_ids is not None
+        return cls(sampler, per_token(coefficient), per_token(advantage), old, taught, demonstration)
+
+    def __getitem__(self, part: slice) -> "TokenInputs":
+        """Return the inputs of some of the tokens."""
+        old, given = (None if values is None else values[part] for values in (self.old, self.demonstration))
+        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given)
+
+    def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
+        """Return log-probabilities under the policy that the batch was sampled from, computed by the trainer, ``(N,)``."""
+        return tokens.log_p_student.detach() if self.old is None else self.old
