@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.core.types import Sample
-from pgpo_lightning.models.loading import head, source
+from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.lora import adapter, decoder_with
 from pgpo_lightning.modules import SDPO
 

@@ -15,7 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
-from pgpo_lightning.models.loading import decoder, load_tokenizer
+from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.loading import load_tokenizer
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout import engine as rollout
 

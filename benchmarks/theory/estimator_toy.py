@@ -10,7 +10,7 @@ from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.types import Question, Sample
 from pgpo_lightning.data.toy import questions
 from pgpo_lightning.losses.fused_backward import TokenStatistics
-from pgpo_lightning.models.loading import source
+from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rewards.verifiers import BoxedAnswer
 

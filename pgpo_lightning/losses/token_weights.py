@@ -59,3 +59,26 @@ class Allocation:
         # exp() of more than 80 overflows; the bound holds anyway.
         weights = (self.sensitivity * information).clamp(-80, 80).exp()
         return weights if self.maximum is None else weights.clamp(1 / self.maximum, self.maximum)
+
+
+def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor:
+    """Return SC-SDPO's weights of questions (arXiv 2605.27765): most for those that are answered half of the time.
+
+    ``(p (1 - p))^exponent``, divided by its mean over the questions of the step with 0 < p < 1; 0 for the others.
+
+    Args:
+        rates: p, the share of successes, of this rank's questions, shape ``(questions,)``.
+        everyone: That of all ranks' questions.
+        exponent: The paper's a.
+
+    Returns:
+        Shape ``(questions,)``.
+
+    Example:
+        >>> rates = torch.tensor([0.5, 0.1, 1.0])
+        >>> question_weights(rates, rates, 0.5)
+        tensor([1.2500, 0.7500, 0.0000])
+    """
+    mixed = everyone[(everyone > 0) & (everyone < 1)]
+    mean = (mixed * (1 - mixed)).pow(exponent).mean()
+    return torch.where((rates > 0) & (rates < 1), (rates * (1 - rates)).pow(exponent) / mean, 0.0)

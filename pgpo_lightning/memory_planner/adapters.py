@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pgpo_lightning.memory_planner.parameters import skeleton
-from pgpo_lightning.models.loading import decoder
+from pgpo_lightning.models.lm_head import decoder
 
 
 @dataclass(frozen=True)

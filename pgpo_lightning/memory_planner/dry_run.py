@@ -26,7 +26,8 @@ from pgpo_lightning.memory_planner.counter import LiveBytes
 from pgpo_lightning.memory_planner.parameters import with_layers
 from pgpo_lightning.memory_planner.workload import Packed
 from pgpo_lightning.models.decoding import Cached
-from pgpo_lightning.models.loading import decoder, recompute_activations
+from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.loading import recompute_activations
 
 Peaks = dict[str, int]
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pgpo_lightning.models.loading import decoder, resolve_model
+from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.loading import resolve_model
 
 SHAPES = Path(str(files("pgpo_lightning") / "assets" / "models"))
 

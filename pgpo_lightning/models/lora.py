@@ -24,7 +24,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Filled, Text, checked
-from pgpo_lightning.models.loading import decoder, fingerprint, load_model
+from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.loading import fingerprint, load_model
 from pgpo_lightning.models.quantization import Quantization
 
 _MATRICES = (".lora_A.default.", ".lora_B.default.")

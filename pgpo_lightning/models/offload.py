@@ -8,7 +8,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from pgpo_lightning.losses.fused import Head, Source
-from pgpo_lightning.models.loading import decoder, head
+from pgpo_lightning.models.lm_head import decoder, head
 from pgpo_lightning.models.packing import Sequences, SharedSequences
 
 
@@ -27,7 +27,7 @@ class DeviceCopy:
         self.copies: dict[Tensor, Tensor] = {}
 
     def source(self, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
-        """Do what :func:`pgpo_lightning.models.loading.source` does, on the device of the sequences."""
+        """Do what :func:`pgpo_lightning.models.lm_head.source` does, on the device of the sequences."""
         part, device = decoder(self.model), sequences.targets.device
         linear = {module.weight for module in part.modules() if isinstance(module, nn.Linear)}
         tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}

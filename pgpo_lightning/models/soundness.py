@@ -15,7 +15,8 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.models.decoding import WAYS, Way
-from pgpo_lightning.models.loading import damaged, evaluating, fp32_by_default, known_tokens, positions, source
+from pgpo_lightning.models.lm_head import damaged, source
+from pgpo_lightning.models.loading import evaluating, fp32_by_default, known_tokens, positions
 from pgpo_lightning.models.packing import Sequences, SharedSequences
 
 Pairs = list[tuple[list[int], list[int]]]

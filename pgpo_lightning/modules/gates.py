@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.core.settings import Count, Fraction, NonNegative, Positive, PositiveFraction, Text, checked
-from pgpo_lightning.losses.hindsight import below, confidence
+from pgpo_lightning.losses.policy_gradient import confidence, confidence_below
 from pgpo_lightning.monitoring.run_record import RunRecord
 
 
@@ -250,7 +250,7 @@ class ConfidenceGate(Gate):
             if self.posterior == "draw":
                 is_open = rng.betavariate(1 + successes, 1 + failures) < threshold
             else:
-                is_open = below(successes, failures, threshold)
+                is_open = confidence_below(successes, failures, threshold)
             decisions.append(Decision(is_open, confidence(successes, failures)))
         return decisions
 

@@ -9,53 +9,9 @@ from pgpo_lightning.core.settings import Fraction, NonNegative, Positive, checke
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.losses.policy_gradient import clipped_policy_loss, group_advantages
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.training.mini_batches import TokenInputs
-
-
-def group_advantages(rewards: Tensor, divide_by_std: bool, correction: int = 1) -> Tensor:
-    """Return each reward's distance from the mean of its group.
-
-    Args:
-        rewards: Shape ``(groups, n)``.
-        divide_by_std: Also divide by the group's standard deviation.
-        correction: The standard deviation has n less this in the denominator.
-
-    Returns:
-        Shape ``(groups, n)``; zero where all rewards of a group are equal.
-
-    Example:
-        >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), divide_by_std=False)
-        tensor([[ 0.5000, -0.5000, -0.5000,  0.5000]])
-    """
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if divide_by_std and rewards.size(1) > 1:
-        advantages = advantages / (rewards.std(1, keepdim=True, correction=correction) + 1e-6)
-    # Equal rewards have no advantage; rounding of their mean may say otherwise.
-    return torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, advantages)
-
-
-def clipped_policy_loss(
-    log_p: Tensor, old_log_p: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> Tensor:
-    """Return PPO's clipped surrogate loss per token, with the dual clip of verl.
-
-    Args:
-        log_p: Log-probabilities of the sampled tokens with gradient, shape ``(N,)``.
-        old_log_p: The same under the policy that the batch was sampled from, shape ``(N,)``.
-        advantages: Shape ``(N,)``.
-        clip_low: Ratios below ``1 - clip_low`` are clipped.
-        clip_high: Ratios above ``1 + clip_high`` are clipped.
-        dual_clip: Bound of the loss at negative advantages, in multiples of the advantage; null for none.
-
-    Returns:
-        Shape ``(N,)``.
-    """
-    ratio = (log_p - old_log_p).clamp(-20, 20).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
-    if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    return loss
 
 
 @checked

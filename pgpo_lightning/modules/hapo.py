@@ -20,7 +20,7 @@ from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.losses.hindsight import Choice, shaped, to_replace
+from pgpo_lightning.losses.policy_gradient import TieBreak, replaced_index, shaped_probability
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, Demonstrations
 from pgpo_lightning.modules.gates import ConfidenceGate, Decision, Gate, Group
 from pgpo_lightning.modules.grpo import GRPO
@@ -56,7 +56,7 @@ class HAPO(GRPO):
         *args: Any,
         demonstrations: Demonstrations | None = None,
         gate: Gate | None = None,
-        ties: Choice = "first",
+        ties: TieBreak = "first",
         demonstration_advantage: bool = True,
         confidence_weight: bool = False,
         shaping: Positive = 0.1,
@@ -107,7 +107,7 @@ class HAPO(GRPO):
         return sum(row.verdict.reward >= self.success_reward_threshold for row in group)
 
     def _inject(self, group: list[Sample], rng: random.Random) -> None:
-        worst = to_replace([row.verdict.reward for row in group], self.success_reward_threshold, self.ties, rng)
+        worst = replaced_index([row.verdict.reward for row in group], self.success_reward_threshold, self.ties, rng)
         if worst is None:
             return
         rollout = group[worst].rollout
@@ -182,7 +182,9 @@ class HAPO(GRPO):
         loss = super().objective(tokens, given)
         if given.demonstration is None:
             return loss
-        return torch.where(given.demonstration, -given.advantage * shaped(tokens.log_p_student, self.shaping), loss)
+        return torch.where(
+            given.demonstration, -given.advantage * shaped_probability(tokens.log_p_student, self.shaping), loss
+        )
 
     def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return GRPO's weights, ``(n,)``, and 1 for demonstrations, which no sampler drew."""

@@ -24,10 +24,10 @@ from pgpo_lightning.core.types import Question
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import FullySharded, Placement
 from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.models.lm_head import check_head
 from pgpo_lightning.models.loading import (
     architecture,
     check_architecture,
-    check_head,
     known_tokens,
     load_model,
     positions,

@@ -24,14 +24,8 @@ from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.losses.token_weights import Allocation
-from pgpo_lightning.models.loading import (
-    Dtype,
-    checked_tokenizer,
-    evaluating,
-    fp32_by_default,
-    load_tokenizer,
-    source,
-)
+from pgpo_lightning.models.lm_head import source
+from pgpo_lightning.models.loading import Dtype, checked_tokenizer, evaluating, fp32_by_default, load_tokenizer
 from pgpo_lightning.models.lora import LoRA, check_settings
 from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
 from pgpo_lightning.models.quantization import Quantization

@@ -9,28 +9,11 @@ from pgpo_lightning.core.settings import Count, Fraction, checked
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.modules.grpo import GRPO, clipped_policy_loss
+from pgpo_lightning.losses.policy_gradient import clipped_policy_loss, credited_advantages
+from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.modules.self_teaching import SelfTeaching, apart
 from pgpo_lightning.teachers.base import TeacherRegularization
 from pgpo_lightning.training.mini_batches import TokenInputs
-
-
-def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bound: float) -> Tensor:
-    """Return advantages of tokens: a response's, larger where the teacher's evidence points the same way.
-
-    ``A [(1 - mixing) + mixing clip(exp(sign(A) log_ratio), 1 - bound, 1 + bound)]``
-
-    Args:
-        advantages: Of the tokens' responses, shape ``(n,)``.
-        log_ratio: log T - log S of the sampled tokens (nats), shape ``(n,)``.
-        mixing: Weight of the evidence, lambda.
-        bound: Of its factor around 1.
-
-    Returns:
-        Shape ``(n,)``, without gradient.
-    """
-    evidence = (advantages.sign() * log_ratio.detach()).clamp(-20, 20).exp()
-    return advantages * ((1 - mixing) + mixing * evidence.clamp(1 - bound, 1 + bound))
 
 
 @checked

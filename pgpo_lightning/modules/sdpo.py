@@ -15,32 +15,9 @@ from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence, Softening
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.losses.token_weights import Allocation, question_weights
 from pgpo_lightning.modules.self_teaching import SelfTeaching
 from pgpo_lightning.training.mini_batches import TokenInputs
-
-
-def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor:
-    """Return SC-SDPO's weights of questions (arXiv 2605.27765): most for those that are answered half of the time.
-
-    ``(p (1 - p))^exponent``, divided by its mean over the questions of the step with 0 < p < 1; 0 for the others.
-
-    Args:
-        rates: p, the share of successes, of this rank's questions, shape ``(questions,)``.
-        everyone: That of all ranks' questions.
-        exponent: The paper's a.
-
-    Returns:
-        Shape ``(questions,)``.
-
-    Example:
-        >>> rates = torch.tensor([0.5, 0.1, 1.0])
-        >>> question_weights(rates, rates, 0.5)
-        tensor([1.2500, 0.7500, 0.0000])
-    """
-    mixed = everyone[(everyone > 0) & (everyone < 1)]
-    mean = (mixed * (1 - mixed)).pow(exponent).mean()
-    return torch.where((rates > 0) & (rates < 1), (rates * (1 - rates)).pow(exponent) / mean, 0.0)
 
 
 @checked
@@ -62,8 +39,8 @@ class SDPO(SelfTeaching):
         allocation: Weights of tokens or responses by their information or the teacher's certainty (DW-SDPO), of mean 1; null
             for equal weights.
         question_weight_exponent: Weigh questions by their success rate p: ``(p (1 - p))^exponent``, of mean 1
-            (:func:`question_weights`; SC-SDPO has 0.5; 0 to 10). Divisors of the loss stay what they are. Null for equal
-            weights.
+            (:func:`~pgpo_lightning.losses.token_weights.question_weights`; SC-SDPO has 0.5; 0 to 10). Divisors of the loss stay
+            what they are. Null for equal weights.
         entry_clip: Bound, in nats, of what a single vocabulary entry adds to the divergence of a token
             (:func:`~pgpo_lightning.losses.divergence.clipped_divergence`; 0.05 in OPSD). Null for none.
         softening: Mix the student into the teacher's distribution where they disagree (DemoPSD; needs divergence_alpha 1). Null

@@ -17,7 +17,8 @@ from pgpo_lightning.core.settings import AtLeastOne, Count, checked
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.fused import Head, Source
-from pgpo_lightning.models.loading import evaluating, fingerprint, head, source
+from pgpo_lightning.models.lm_head import head, source
+from pgpo_lightning.models.loading import evaluating, fingerprint
 from pgpo_lightning.models.lora import adapter, copy_adapter, decoder_with
 from pgpo_lightning.models.offload import DeviceCopy
 from pgpo_lightning.models.packing import Sequences

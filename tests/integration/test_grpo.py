@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pgpo_lightning.losses.policy_gradient import clipped_policy_loss, group_advantages
 from pgpo_lightning.modules import GRPO
-from pgpo_lightning.modules.grpo import clipped_policy_loss, group_advantages
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
 
 GRPO_LIMITS = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}

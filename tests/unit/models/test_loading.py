@@ -21,19 +21,16 @@ from transformers import (
 )
 
 from pgpo_lightning.core.types import Question, Sample
+from pgpo_lightning.models.lm_head import check_head, decoder, head, source
 from pgpo_lightning.models.loading import (
     architecture,
     check_architecture,
-    check_head,
     checked_tokenizer,
-    decoder,
     fingerprint,
-    head,
     load_model,
     load_tokenizer,
     recompute_activations,
     resolve_model,
-    source,
 )
 from pgpo_lightning.models.packing import Sequences, SharedSequences
 from pgpo_lightning.models.soundness import shares_prompts

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
 from pgpo_lightning.commands.main import main
-from pgpo_lightning.models.loading import head, source
+from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.lora import LoRA, adapter, add_adapter, write_adapter
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.models.quantization import Quantization

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.decoding import WAYS, Way
-from pgpo_lightning.models.loading import check_head, source
+from pgpo_lightning.models.lm_head import check_head, source
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.models.soundness import check_padding, shares_prompts, way_to_sample
 from pgpo_lightning.modules import SDPO

@@ -19,7 +19,13 @@ from pgpo_lightning.commands.main import main
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.losses.hindsight import below, confidence, shaped, to_replace
+from pgpo_lightning.losses.policy_gradient import (
+    confidence,
+    confidence_below,
+    group_advantages,
+    replaced_index,
+    shaped_probability,
+)
 from pgpo_lightning.modules import GRPO, HAPO
 from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
 from pgpo_lightning.modules.gates import (
@@ -32,7 +38,6 @@ from pgpo_lightning.modules.gates import (
     SigmoidThreshold,
     StepThreshold,
 )
-from pgpo_lightning.modules.grpo import group_advantages
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies.spec import read_study
@@ -62,10 +67,10 @@ def test_confidence_is_the_mean_of_the_posterior():
 
 
 def test_the_gate_is_strict_whatever_binary_fractions_say():
-    assert [below(s, N - s, 0.8) for s in range(N + 1)] == [True] * 7 + [False] * 2
+    assert [confidence_below(s, N - s, 0.8) for s in range(N + 1)] == [True] * 7 + [False] * 2
     for closed_at in range(N + 1):  # (1 + S) / 10 is not below (S + 1) / 10
         threshold = sum([0.1] * (closed_at + 1))  # 0.1 + 0.1 + 0.1 is 0.30000000000000004
-        assert [below(s, N - s, threshold) for s in range(N + 1)] == [s < closed_at for s in range(N + 1)]
+        assert [confidence_below(s, N - s, threshold) for s in range(N + 1)] == [s < closed_at for s in range(N + 1)]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_advantages_after_injection():
     before = torch.tensor([[1.0] * s + [0.0] * (N - s) for s in range(7)])
     after = before.clone()
     for group in after:
-        group[to_replace(group.tolist(), 0.5, "first", random.Random(0))] = 1.0
+        group[replaced_index(group.tolist(), 0.5, "first", random.Random(0))] = 1.0
     population = group_advantages(after, True, correction=0)
     assert population[:, 0].tolist() == pytest.approx([2.646, 1.732, 1.291, 1.0, 0.775, 0.577, 0.378], abs=6e-4)
     assert population[:, -1].tolist() == pytest.approx([-0.378, -0.577, -0.775, -1, -1.291, -1.732, -2.646], abs=6e-4)
@@ -124,14 +129,14 @@ def test_advantages_after_injection():
 
 def test_the_worst_failure_is_replaced():
     rng = random.Random(0)
-    assert to_replace([0.3, 0.1, 0.9, 0.1], 0.5, "first", rng) == 1
-    assert {to_replace([0.3, 0.1, 0.9, 0.1], 0.5, "random", rng) for _ in range(50)} == {1, 3}
-    assert to_replace([0.5, 1.0], 0.5, "first", rng) is None
+    assert replaced_index([0.3, 0.1, 0.9, 0.1], 0.5, "first", rng) == 1
+    assert {replaced_index([0.3, 0.1, 0.9, 0.1], 0.5, "random", rng) for _ in range(50)} == {1, 3}
+    assert replaced_index([0.5, 1.0], 0.5, "first", rng) is None
 
 
 def test_shaping_is_steepest_where_the_probability_is_g():
     log_p = torch.tensor([0.1, 0.001, 0.9]).log().requires_grad_()
-    value = shaped(log_p, 0.1)
+    value = shaped_probability(log_p, 0.1)
     p = log_p.detach().exp()
     torch.testing.assert_close(value.detach(), p / (p + 0.1))
     (slope,) = torch.autograd.grad(value.sum(), log_p)

@@ -12,10 +12,9 @@ from pgpo_lightning.losses.divergence import (
     generalised_jsd,
     softened_reverse_kl,
 )
-from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.losses.policy_gradient import credited_advantages
+from pgpo_lightning.losses.token_weights import Allocation, question_weights
 from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO, sdpo
-from pgpo_lightning.modules.rlsd import credited_advantages
-from pgpo_lightning.modules.sdpo import question_weights
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from pgpo_lightning.models.loading import head, source
+from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.teachers import base as teacher
