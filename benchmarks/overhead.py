@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rewards import BoxedAnswer
 
 
 class SameStep(SDPO):

@@ -153,7 +153,7 @@ def write_questions(out: Path) -> None:
 
 
 def module(kind: type, model: Path, seed: int, **settings: Any) -> Any:
-    from pgpo_lightning.rewards.verifiers import BoxedAnswer
+    from pgpo_lightning.rewards import BoxedAnswer
 
     sampling = {"num_generations": ROLLOUTS, "max_response_length": RESPONSE, "eval_samples": 8}
     lengths = {"max_prompt_length": 64, "max_reprompt_len": 160}

@@ -1,9 +1,129 @@
-"""Self-distilled policy optimisation of language models as PyTorch Lightning modules and callbacks."""
+"""Self-distilled policy optimisation of language models as PyTorch Lightning modules and callbacks.
+
+The public names are imported from here, as in ``from pgpo_lightning import SDPO, InformationMultiplier``. Each is loaded when it
+is first asked for: this import alone loads neither torch nor Lightning.
+"""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # Nothing leaves the machine: no usage reports of the libraries we call. They read this when they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+if TYPE_CHECKING:
+    from pgpo_lightning.callbacks import (
+        AdaptiveInformationMultiplier,
+        CentredMultiplier,
+        CollapseGuard,
+        ConstantMultiplier,
+        EffectiveSampleSizeMultiplier,
+        InformationMultiplier,
+        Interruption,
+        InverseMultiplier,
+        KLAdaptiveMultiplier,
+        LossScaledMultiplier,
+        MatchedConstantMultiplier,
+        MatchedRandomMultiplier,
+        PolyakMultiplier,
+        RandomMultiplier,
+        ReplayedMultiplier,
+        ResumeCheckpoint,
+        ShuffledMultiplier,
+        StabilityMonitor,
+        StepLines,
+        StepSizeMultiplier,
+        Watch,
+    )
+    from pgpo_lightning.core.types import Question, Rollout, Verdict
+    from pgpo_lightning.data import FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
+    from pgpo_lightning.losses.step_statistics import StepStatistics, information
+    from pgpo_lightning.models.lora import LoRA
+    from pgpo_lightning.models.quantization import Quantization
+    from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
+    from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
+    from pgpo_lightning.rollout.engine import Engine, Sampling, TransformersEngine
+    from pgpo_lightning.rollout.vllm_engine import VLLMEngine
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "GRPO",
+    "HAPO",
+    "RLSD",
+    "SDPO",
+    "SRPO",
+    "AdaptiveInformationMultiplier",
+    "BoxedAnswer",
+    "CentredMultiplier",
+    "CollapseGuard",
+    "ConstantMultiplier",
+    "EffectiveSampleSizeMultiplier",
+    "Engine",
+    "FileQuestions",
+    "InformationMultiplier",
+    "Interruption",
+    "InverseMultiplier",
+    "KLAdaptiveMultiplier",
+    "LoRA",
+    "LossScaledMultiplier",
+    "MatchedConstantMultiplier",
+    "MatchedRandomMultiplier",
+    "MultipleChoice",
+    "OnPolicyModule",
+    "PolyakMultiplier",
+    "Quantization",
+    "Question",
+    "QuestionData",
+    "RandomMultiplier",
+    "ReplayedMultiplier",
+    "ResumeCheckpoint",
+    "Rollout",
+    "Sampling",
+    "SciKnowEval",
+    "ShuffledMultiplier",
+    "StabilityMonitor",
+    "StepLines",
+    "StepSizeMultiplier",
+    "StepStatistics",
+    "ToyArithmetic",
+    "TransformersEngine",
+    "VLLMEngine",
+    "Verdict",
+    "Watch",
+    "information",
+]
+
+_HOMES = {
+    "callbacks": (
+        "AdaptiveInformationMultiplier CentredMultiplier CollapseGuard ConstantMultiplier EffectiveSampleSizeMultiplier "
+        "InformationMultiplier Interruption InverseMultiplier KLAdaptiveMultiplier LossScaledMultiplier "
+        "MatchedConstantMultiplier MatchedRandomMultiplier PolyakMultiplier RandomMultiplier ReplayedMultiplier "
+        "ResumeCheckpoint ShuffledMultiplier StabilityMonitor StepLines StepSizeMultiplier Watch"
+    ),
+    "core.types": "Question Rollout Verdict",
+    "data": "FileQuestions QuestionData SciKnowEval ToyArithmetic",
+    "losses.step_statistics": "StepStatistics information",
+    "models.lora": "LoRA",
+    "models.quantization": "Quantization",
+    "modules": "GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
+    "rewards": "BoxedAnswer MultipleChoice",
+    "rollout.engine": "Engine Sampling TransformersEngine",
+    "rollout.vllm_engine": "VLLMEngine",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return what is loaded already, and the public names."""
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from pgpo_lightning.data.toy import questions
 from pgpo_lightning.losses.fused_backward import TokenStatistics
 from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rewards import BoxedAnswer
 
 _AT_ONCE = 64  # questions whose logits are held at a time
 

@@ -3,8 +3,6 @@
 import math
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 Scalars = dict[str, dict[int, float]]
 """Tag to step to value."""
 
@@ -59,6 +57,9 @@ def read_scalars(folder: str | Path) -> Scalars:
     Args:
         folder: With the TensorBoard event files of one run.
     """
+    # TensorBoard takes a second to import, which training itself does without.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]

@@ -22,7 +22,7 @@ from pgpo_lightning.modules import SDPO, OnPolicyModule
 from pgpo_lightning.modules.demonstrations import Demonstrations
 from pgpo_lightning.modules.gates import Gate, Threshold
 from pgpo_lightning.monitoring.run_record import RunRecord
-from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, tiny_model

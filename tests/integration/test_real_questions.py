@@ -100,7 +100,7 @@ def test_training_evaluation_and_resume(tmp_path):
             "class_path": "SDPO",
             "init_args": {
                 "model": str(tmp_path / "model"),
-                "verifier": "pgpo_lightning.rewards.verifiers.MultipleChoice",
+                "verifier": "pgpo_lightning.rewards.MultipleChoice",
                 "num_generations": 8, "max_prompt_length": 900, "max_reprompt_len": 1024, "max_response_length": 48,
                 "eval_samples": 4, "include_environment_feedback": False,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},

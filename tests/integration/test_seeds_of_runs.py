@@ -15,7 +15,7 @@ from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.curves import read_scalars
-from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rewards import BoxedAnswer
 from tests.support import ROOT
 from tests.support.helpers import LIMITS, TOKENIZER, config, half_right, tiny_model, trainer
 

@@ -26,7 +26,7 @@ def config(folder, **changes):
     model = {
         "model": str(MODEL),
         "verifier": {
-            "class_path": "pgpo_lightning.rewards.verifiers.MultipleChoice",
+            "class_path": "pgpo_lightning.rewards.MultipleChoice",
             "init_args": {"variant": "lenient"},
         },
         "num_generations": 3,

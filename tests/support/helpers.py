@@ -98,7 +98,7 @@ def config(folder, steps=6, **changes):
     """A real run of a few seconds: the toy model, epochs of 3 steps, validation every 2, checkpoints every step, no picture."""
     model = {
         "model": "toy",
-        "verifier": "pgpo_lightning.rewards.verifiers.BoxedAnswer",
+        "verifier": "pgpo_lightning.rewards.BoxedAnswer",
         "num_generations": 4,
         "max_prompt_length": 64,
         "max_reprompt_len": 160,

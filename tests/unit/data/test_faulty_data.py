@@ -16,8 +16,8 @@ from pgpo_lightning.core.texts import json_line
 from pgpo_lightning.core.types import Rollout, Sample
 from pgpo_lightning.data import FileQuestions
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rewards.grade import check_question, grade
-from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.training.held_out import result_line
 from tests.support.helpers import LIMITS, TOKENIZER, tiny_model

@@ -11,7 +11,7 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.data.toy import questions
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rewards import BoxedAnswer
 from pgpo_lightning.rollout.engine import TransformersEngine
 from tests.support import ROOT
 from tests.support.helpers import loader, trainer

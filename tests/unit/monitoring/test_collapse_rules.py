@@ -13,7 +13,7 @@ from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.collapse_rules import RULES, TAGS, CollapseRules, alarms, medians, signs
 from pgpo_lightning.monitoring.run_record import CURVES
-from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rewards import BoxedAnswer
 from tests.support.helpers import questions
 
 LN2 = math.log(2)

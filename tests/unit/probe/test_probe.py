@@ -22,7 +22,7 @@ from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, answers, contexts,
 from pgpo_lightning.probe.gaps import gap, kept, question_draws, ratio
 from pgpo_lightning.probe.line import fit, lines, reliability
 from pgpo_lightning.probe.measure import Prober, write
-from pgpo_lightning.rewards.verifiers import BoxedAnswer
+from pgpo_lightning.rewards import BoxedAnswer
 from pgpo_lightning.rollout.engine import Engine, Sampling
 from pgpo_lightning.studies.spec import read_study
 from pgpo_lightning.teachers.reprompt import RepromptBuilder

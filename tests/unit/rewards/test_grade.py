@@ -13,8 +13,8 @@ import torch
 
 from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rewards.grade import check_question, grade
-from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
 from tests.support.processes import finish, start
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from pgpo_lightning.core.types import Question, Verdict
-from pgpo_lightning.rewards import symbolic
-from pgpo_lightning.rewards.verifiers import BoxedAnswer, MultipleChoice
+from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, symbolic
 
 
 def ask(answer, **kwargs):
