@@ -1,8 +1,8 @@
-r"""PGPO in one file: a language model learns from itself, in steps that follow how much the feedback tells.
+r"""PGPO in one file: a language model learns from itself, with a step size that follows the information in the feedback.
 
 Physics-Guided Policy Optimization (PGPO, arXiv 2606.03620) on top of Self-Distilled Policy Optimization (SDPO, arXiv 2601.20802):
-one device, `generate`, whole logits, plain autograd. The package does the same with several devices, chunks of the vocabulary and
-shared prompts; `tests/unit/modules/test_one_file.py` holds the package to this file.
+one device, `generate`, whole logits, plain autograd. The package works on several devices, with logits in chunks and prompts
+computed once. `test_one_file.py` compares the package's losses, gradients, multipliers and weights with those of this file.
 
     python docs/pgpo_in_one_file.py            # the shipped toy task, 20 steps, about a minute on one CPU core
 
@@ -12,8 +12,8 @@ One step, for a batch of questions x:
 2. The self-teacher is the same model with an exponential moving average of the student's weights. Its prompt also contains a
    correct sibling's response, the demonstration f. A response without a correct sibling has no teacher and no loss.
 3. For every token of y, student pi(.|x, y<t) and teacher pi(.|x, f, y<t) give a distribution over the vocabulary. The loss is the
-   Jensen-Shannon divergence between them. Its gradient reaches the student alone.
-4. I = H(student) - H(teacher) estimates how much f tells (nats per token, Eq. 8). This one step takes the learning rate times
+   Jensen-Shannon divergence between them. Only the student receives a gradient.
+4. I = H(student) - H(teacher) estimates the information in f (nats per token, Eq. 8). This step's learning rate is multiplied by
    rho = clip(exp(alpha I), 1, rho_max) (Eq. 9).
 
 Shapes: R rollouts in the loss, T tokens of the longest response, V entries of the vocabulary. Information is in nats.
@@ -33,7 +33,7 @@ from pgpo_lightning.data.toy import BASE_MODEL, questions
 
 @dataclass
 class Settings:
-    """What a run can be told; the defaults are those of configs/quickstart.yaml, but for half of its questions and steps."""
+    """Settings of a run. The defaults are those of configs/quickstart.yaml with half of its questions and steps."""
 
     steps: int = 20
     batch_size: int = 16  # questions per step
@@ -43,8 +43,8 @@ class Settings:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    divergence_alpha: float = 0.5  # weight of the teacher in the mixture of the divergence
-    teacher_update_rate: float = 0.05  # how far the teacher follows the student per step
+    divergence_alpha: float = 0.5  # weight of the teacher in the mixture M
+    teacher_update_rate: float = 0.05  # of the moving average, per step
     importance_weight_cap: float = 2.0
     sensitivity: float = 1.0  # PGPO's alpha; 0 is SDPO
     rho_max: float = 2.0
@@ -52,7 +52,7 @@ class Settings:
 
 @dataclass
 class Rollout:
-    """One sampled response, its reward, and what the teacher reads before it (None: the response has no teacher)."""
+    """One sampled response, its reward, and the teacher's prompt for it (None: the response has no teacher)."""
 
     question: Question
     prompt_ids: list[int]
@@ -67,7 +67,7 @@ class Rollout:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the prompt's token ids: one user turn in the chat template, up to where the answer starts."""
+    """Return the prompt's token ids: one user turn in the chat template, up to the start of the answer."""
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
         "input_ids"
@@ -110,11 +110,11 @@ def sample(
     return rollouts
 
 
-# ---------------------------------------------------------------------------------------------- 2. what the self-teacher reads
+# ---------------------------------------------------------------------------------------------- 2. the teacher's prompts
 
 
 def add_teacher_prompts(rollouts: list[Rollout], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> None:
-    """Show every rollout one successful sibling, never its own response: a random one for all rollouts of a question."""
+    """Give every rollout a teacher's prompt with one successful sibling, never its own; a question's rollouts share it."""
     successes: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         if rollout.reward >= 0.5:
@@ -134,14 +134,14 @@ def add_teacher_prompts(rollouts: list[Rollout], tokenizer: PreTrainedTokenizerB
 def response_log_probs(
     model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], temperature: float
 ) -> Tensor:
-    """Return log-probabilities over the vocabulary at every response token, ``(R, T, V)``; what lies behind a response is 0."""
+    """Return log-probabilities over the vocabulary at every response token, ``(R, T, V)``; 0 after the end of a response."""
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(
         rows, batch_first=True
-    )  # padded on the right, which causal attention never sees
+    )  # padded on the right, where causal attention does not look
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
     log_p = (model(input_ids=ids, attention_mask=mask).logits / temperature).log_softmax(-1)  # (R, prompt + T, V)
-    # The logits at one token are about the next: the response's first token is predicted by the prompt's last.
+    # Logits at a token predict the next one: the response's first token is predicted at the prompt's last.
     parts = [log_p[i, len(prompt) - 1 : len(rows[i]) - 1] for i, prompt in enumerate(prompts)]
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
@@ -175,14 +175,14 @@ def distil(
     targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(response) for response in responses], batch_first=True)
     sampled = torch.nn.utils.rnn.pad_sequence([rollout.log_probs for rollout in taught], batch_first=True)
 
-    def mean(values: Tensor) -> Tensor:  # over the tokens of each response, (R, T) -> (R,)
+    def mean(values: Tensor) -> Tensor:  # over each response's tokens, (R, T) -> (R,)
         return torch.where(mask, values, 0.0).sum(1) / length
 
-    # Sampler and trainer are the same policy up to rounding. The weight corrects the rest, capped from above.
+    # Sampler and trainer are the same policy up to rounding. The weight corrects the difference; it is capped from above.
     log_p = log_s.detach().gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     weight = (log_p - sampled).exp().clamp(max=settings.importance_weight_cap)  # (R, T)
     divergence = jensen_shannon(log_s, log_t, settings.divergence_alpha)  # (R, T)
-    # Over all rollouts: those without a teacher count as zero.
+    # Mean over all rollouts; those without a teacher count as zero.
     loss = mean(weight * divergence).sum() / len(rollouts)
     information = mean(entropy(log_s.detach()) - entropy(log_t)).mean()
     return loss, float(information)
@@ -193,7 +193,7 @@ def distil(
 
 @dataclass
 class Step:
-    """What one optimizer step did."""
+    """Values of one optimizer step."""
 
     loss: float
     information: float
@@ -208,7 +208,7 @@ def learn(
     rollouts: list[Rollout],
     settings: Settings,
 ) -> Step | None:
-    """Take one step, whose rate follows the information; return None if no rollout has a teacher, and leave everything alone."""
+    """Take one step with a rate that follows the information. If no rollout has a teacher, change nothing and return None."""
     if all(rollout.teacher_prompt_ids is None for rollout in rollouts):
         return None
     loss, information = distil(student, teacher, rollouts, settings)
@@ -216,7 +216,7 @@ def learn(
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
     rho = float(torch.tensor(settings.sensitivity * information).exp().clamp(1.0, settings.rho_max))  # Eq. 9
-    # The rate and not the loss: Adam divides by the gradient's own scale, so that a larger loss makes no larger step.
+    # The rate and not the loss: Adam divides by the gradient's own scale, so a larger loss makes no larger step.
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] *= rho
@@ -236,7 +236,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def main(settings: Settings) -> list[Step | None]:
-    """Train on the toy task, print every step, and return what the steps did."""
+    """Train on the toy task, print every step, and return the steps."""
     torch.manual_seed(0)
     rng = random.Random(0)
     student, teacher, tokenizer = load()
