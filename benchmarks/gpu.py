@@ -288,7 +288,8 @@ def generation(setup: Setup) -> Iterator[Row]:
 
     from pgpo_lightning.core.types import Question
     from pgpo_lightning.models.loading import load_tokenizer
-    from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
+    from pgpo_lightning.rollout.engine import Sampling
+    from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
     model = random_qwen3(setup.device, torch.bfloat16, **setup.shape)
     questions = [Question("?", "1", index=i) for i in range(setup.questions)]

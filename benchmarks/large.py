@@ -116,7 +116,8 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
     from standalone import Standalone, fixed_lengths, random_qwen3
 
     from pgpo_lightning.core.types import Sample, Verdict
-    from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
+    from pgpo_lightning.rollout.engine import Sampling
+    from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
     name, optimizer = eight_bit_adamw(setup.device)
     about: Row = {"setting": "checkpointing" if checkpointing else "shared", "optimizer": name}

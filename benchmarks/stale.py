@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pgpo_lightning.commands.main import main as pgpo
 from pgpo_lightning.core.types import Rollout
 from pgpo_lightning.monitoring.curves import read_scalars
-from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

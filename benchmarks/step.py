@@ -162,7 +162,7 @@ def run_ours(
 
     from pgpo_lightning.core.types import Question, Verdict
     from pgpo_lightning.modules import SDPO, on_policy
-    from pgpo_lightning.rollout.engine import TransformersEngine
+    from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
     class Step(SDPO):
         def judge(self, rollouts: list[Any]) -> list[Verdict]:

@@ -18,7 +18,7 @@ from pgpo_lightning.memory_planner.plan import AVERAGING, MemoryPlan, RunSpec, p
 from pgpo_lightning.memory_planner.plan_report import content, table
 from pgpo_lightning.memory_planner.workload import Lengths
 from pgpo_lightning.modules import HAPO, OnPolicyModule
-from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type of the weights, type of autocast
     "32-true": (None, None),

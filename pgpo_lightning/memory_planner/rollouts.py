@@ -6,10 +6,9 @@ _LOOK_EVERY = {"cpu": 1, "cuda": 16}
 def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> int:
     """Return the tokens that keys and values have room for at their highest, times `tensors`.
 
-    It goes through the steps of :func:`pgpo_lightning.rollout.engine._sample` with counts in place of tensors: room grows by
-    a quarter
-    when it is full, one tensor after the other, so that one tensor's old room stands beside all of the new; when a quarter of the
-    responses has ended, the others are copied while the old room is still there.
+    It goes through the steps of :func:`pgpo_lightning.rollout.transformers_engine._sample` with counts in place of tensors. Room
+    grows by a quarter when it is full, one tensor after the other, so that one tensor's old room stands beside all of the new;
+    when a quarter of the responses has ended, the others are copied while the old room is still there.
 
     Args:
         prompt: Tokens of the longest prompt.

@@ -37,7 +37,8 @@ from pgpo_lightning.models.lora import LoRA, add_adapter, check_identity, identi
 from pgpo_lightning.models.narrow import warn_of_slow_products
 from pgpo_lightning.models.soundness import check_padding, shares_prompts
 from pgpo_lightning.modules.resuming import Resuming
-from pgpo_lightning.teachers.base import FrozenTeacher, Teacher
+from pgpo_lightning.teachers.base import Teacher
+from pgpo_lightning.teachers.frozen import FrozenTeacher
 from pgpo_lightning.training.rates import build_optimizer, check_rates
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row", "steps_without_signal", "verifier_errors")

@@ -32,9 +32,10 @@ from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules.reports import Reporting
 from pgpo_lightning.rewards.grade import Verifier
 from pgpo_lightning.rollout.checks import check_batch
-from pgpo_lightning.rollout.engine import Engine, Sampling, TransformersEngine
+from pgpo_lightning.rollout.engine import Engine, Sampling
 from pgpo_lightning.rollout.mismatch import check_sampler
 from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from pgpo_lightning.teachers.base import Teacher
 from pgpo_lightning.training.mini_batches import Pass, TokenInputs, micro_batches, mini_batches
 

@@ -17,7 +17,9 @@ from pgpo_lightning.losses.fused import Source
 from pgpo_lightning.models.loading import fingerprint
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.modules.resuming import check_start
-from pgpo_lightning.teachers.base import FrozenTeacher, RefreshGate, Teacher, TeacherRegularization, make_teacher
+from pgpo_lightning.teachers.base import Teacher, TeacherRegularization
+from pgpo_lightning.teachers.build import make_teacher
+from pgpo_lightning.teachers.frozen import FrozenTeacher
 from pgpo_lightning.teachers.reprompt import (
     FEEDBACK_TEMPLATE,
     REPROMPT_TEMPLATE,
@@ -27,6 +29,7 @@ from pgpo_lightning.teachers.reprompt import (
     RepromptBuilder,
     fill,
 )
+from pgpo_lightning.teachers.schedules import RefreshGate
 from pgpo_lightning.training.preflight import joined, less_successful, net_gap
 
 _MOVING = ("ema", "trust-region", "restart")
@@ -46,7 +49,7 @@ class SelfTeaching(OnPolicyModule):
         verifier: Judges a response, and may return feedback for the teacher of that very response.
         teacher_regularization: Whose weights the teacher has: ``ema`` (moving average), ``frozen`` (the start), ``live``
             (the student), ``trust-region`` (a mixture of the start's and the student's logits), ``restart`` (moves every
-            `teacher_period` steps by what the average would have moved, :class:`~pgpo_lightning.teachers.base.Periodic`),
+            `teacher_period` steps by what the average would have moved, :class:`~pgpo_lightning.teachers.schedules.Periodic`),
             ``gated``
             (CGTR: a copy of the student taken when that has become better, `teacher_gate`).
         teacher_update_rate: Of the average (for ``restart`` per step; 1 is a hard copy), or weight of the student in the mixture.

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
 
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
 from tests.support.processes import finish, start_ranks
 

@@ -182,7 +182,7 @@ def test_bad_settings_stop_before_anything_is_generated(tmp_path, capsys, monkey
     def never(*_, **__):
         raise AssertionError("something was generated")
 
-    monkeypatch.setattr("pgpo_lightning.rollout.engine.TransformersEngine.generate", never)
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine.TransformersEngine.generate", never)
     with pytest.raises((Exception, SystemExit)) as error:
         run(tmp_path, *args)
     assert not isinstance(error.value, AssertionError)

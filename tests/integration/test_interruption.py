@@ -17,7 +17,7 @@ from tests.support.runs import assert_same, assert_same_run, final
 PARTS = '''
 import os, signal
 import lightning as L
-from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
 class Engine(TransformersEngine):
     """Asks the process to end when it has sampled for the nth time; of the steps of a run, that many evaluations included."""

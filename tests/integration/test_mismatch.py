@@ -9,8 +9,8 @@ import torch
 
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.rollout.engine import TransformersEngine
 from pgpo_lightning.rollout.mismatch import check_sampler
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from pgpo_lightning.callbacks import InformationMultiplier, StabilityMonitor, StepSizeMultiplier
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
 
 

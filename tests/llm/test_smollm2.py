@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.core.types import Question
-from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent.parent / ".models" / "smollm2-135m-instruct"

@@ -17,7 +17,7 @@ from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import linear_distillation, linear_statistics
 from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.models.packing import Sequences
-from pgpo_lightning.teachers.base import EMATeacher
+from pgpo_lightning.teachers.ema import EMATeacher
 from tests.support.helpers import TOKENIZER, random_rows, tiny_model
 
 ROWS = 4

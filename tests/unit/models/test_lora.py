@@ -15,7 +15,8 @@ from pgpo_lightning.models.lora import LoRA, adapter, add_adapter, write_adapter
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules import GRPO, SDPO
-from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,

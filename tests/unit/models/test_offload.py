@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.teachers.base import RefreshGate
+from pgpo_lightning.teachers.schedules import RefreshGate
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
 
 OPEN = RefreshGate(min_steps=1, window=1, reward_gain=-1.0, max_length_ratio=100.0, check_every=2)

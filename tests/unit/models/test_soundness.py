@@ -14,7 +14,8 @@ from pgpo_lightning.models.lm_head import check_head, source
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.models.soundness import check_padding, shares_prompts, way_to_sample
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout.engine import Sampling, TransformersEngine
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.architectures import NAMES, tiny
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
 
@@ -286,7 +287,7 @@ def test_ways_are_tried_from_the_fastest():
 def test_all_ways_sample_alike(way, monkeypatch):
     """Where all are right, which one is taken changes nothing but what is drawn from the generator."""
     model = tiny("qwen3")
-    monkeypatch.setattr("pgpo_lightning.rollout.engine.way_to_sample", lambda *_: way)
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine.way_to_sample", lambda *_: way)
     for rollout in sampled(model, max_tokens=14):
         torch.testing.assert_close(
             rollout.log_probs, own(model, rollout.prompt_ids, rollout.response_ids), rtol=0, atol=1e-5

@@ -558,7 +558,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
 
 
 def test_a_column_that_is_not_there_stops_before_anything_is_generated(tmp_path, monkeypatch):
-    monkeypatch.setattr("pgpo_lightning.rollout.engine.TransformersEngine.generate", None)
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine.TransformersEngine.generate", None)
     source = {"class_path": "ColumnDemonstrations", "init_args": {"column": "worked"}}
     with pytest.raises(ValueError, match=r"no training question has `worked`.*toy train:0.* domain, a, b, c, solution"):
         main(settings_of(tmp_path / "run", 2, demonstrations=source))

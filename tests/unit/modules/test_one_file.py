@@ -12,7 +12,7 @@ from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.data.toy import questions
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rewards import BoxedAnswer
-from pgpo_lightning.rollout.engine import TransformersEngine
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support import ROOT
 from tests.support.helpers import loader, trainer
 

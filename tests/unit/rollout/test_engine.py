@@ -14,7 +14,8 @@ from pgpo_lightning.core.seeding import derive_seed, seeded
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import recompute_activations
 from pgpo_lightning.models.soundness import way_to_sample
-from pgpo_lightning.rollout.engine import NotFiniteError, Sampling, TransformersEngine
+from pgpo_lightning.rollout.engine import NotFiniteError, Sampling
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import TOKENIZER, tiny_model
 
 EOS = TOKENIZER.eos_token_id
@@ -249,7 +250,7 @@ def test_what_a_response_draws_does_not_depend_on_when_others_end(monkeypatch):
     sizes = watched(model)
     leaving = generate(model, prompts, n=20, max_tokens=30)
     assert min(sizes[1:]) < 30 < max(sizes[1:])  # most have ended and left
-    monkeypatch.setattr("pgpo_lightning.rollout.engine._WORTH_LEAVING", -1.0)
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine._WORTH_LEAVING", -1.0)
     sizes.clear()
     staying = generate(model, prompts, n=20, max_tokens=30)
     assert set(sizes[1:]) == {60}
@@ -336,7 +337,9 @@ class Breaking(nn.Module):
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("look", [1, 16])
 def test_logits_that_are_not_finite_are_an_error_that_says_so(value, at, top_p, look, monkeypatch):
-    monkeypatch.setattr("pgpo_lightning.rollout.engine._looks", lambda device, step: step % look == look - 1)
+    monkeypatch.setattr(
+        "pgpo_lightning.rollout.transformers_engine._looks", lambda device, step: step % look == look - 1
+    )
     model = ending_model(-30.0)  # nothing ends
     way_to_sample(model, 64)
     Breaking(model, at, value)
@@ -363,7 +366,8 @@ def test_logits_of_minus_infinity_are_tokens_that_are_never_drawn():
 def test_what_is_not_finite_behind_the_end_of_a_response_is_nobodys_business(monkeypatch):
     model = ending_model(30.0)
     way_to_sample(model, 64)
-    monkeypatch.setattr("pgpo_lightning.rollout.engine._looks", lambda *_: False)  # as on a GPU: they stay in the batch
+    # As on a GPU: ended responses stay in the batch.
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine._looks", lambda *_: False)
     Breaking(model, 1, float("nan"))
     rollouts = generate(model, prompts_of(5, 9), n=2)
     assert responses(rollouts) == [[EOS]] * 4

@@ -9,8 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.teachers import base as teacher
-from pgpo_lightning.teachers.base import RefreshGate
+from pgpo_lightning.teachers import schedules
+from pgpo_lightning.teachers.schedules import RefreshGate
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
 
 
@@ -311,7 +311,7 @@ def test_a_copied_teacher_has_the_students_type():
 
 def test_all_ranks_see_the_same_outcome(monkeypatch):
     module = tiny_sdpo(teacher_regularization="gated", teacher_gate=RefreshGate(**GATE))
-    monkeypatch.setattr(teacher, "gather", lambda mine: [mine, [(1.0, 30)]])
+    monkeypatch.setattr(schedules, "gather", lambda mine: [mine, [(1.0, 30)]])
     outcome(module, 0.25, (10, 20))
     assert module.teacher.seen[-1] == (0.5, 30, 20.0)
 

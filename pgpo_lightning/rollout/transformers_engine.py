@@ -1,0 +1,189 @@
+"""Sampling with the model's own forward pass, through transformers."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
+
+from pgpo_lightning.core.seeding import derive_seed, uniform
+from pgpo_lightning.core.settings import Count, checked
+from pgpo_lightning.core.types import Question, Rollout
+from pgpo_lightning.models.decoding import Way
+from pgpo_lightning.models.loading import evaluating
+from pgpo_lightning.models.soundness import way_to_sample
+from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling, end_tokens
+
+_LOOK_EVERY = 16  # steps between two looks at which responses have ended, on a GPU
+_WORTH_LEAVING = 0.75  # share of responses still going from which on copying their keys and values pays
+
+
+@checked
+class TransformersEngine(Engine):
+    """Samples with the model's own forward pass; the prompt is run once for all of its responses.
+
+    How is found by trying, once for every model: prompts side by side; only those of one length, where padding would reach a
+    recurrent state; or without a cache, where the model has none that is right.
+
+    Args:
+        max_sequences: Most responses decoded at the same time. The whole step at once is fastest; less saves memory for
+            keys and values.
+    """
+
+    def __init__(self, max_sequences: Count | None = None) -> None:
+        self.max_sequences = max_sequences
+
+    def prepare(self, model: PreTrainedModel, longest: int) -> None:
+        """See :meth:`Engine.prepare`."""
+        way_to_sample(model, longest)
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: list[Question],
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+    ) -> list[Rollout]:
+        """See :meth:`Engine.generate`."""
+        limit = self.max_sequences or max(1, len(questions)) * n
+        at_once, each = max(1, limit // n), min(n, limit)
+        way = way_to_sample(model, max(map(len, prompts), default=1) + sampling.max_tokens)
+        found: list[list[Rollout]] = [[] for _ in questions]
+        with evaluating(model):
+            for places in _side_by_side(prompts, way):
+                for start in range(0, len(places), at_once):
+                    part = places[start : start + at_once]
+                    asked, theirs = [questions[i] for i in part], [prompts[i] for i in part]
+                    for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
+                        count = min(each, n - done)
+                        seeds = None if sampling.seeds is None else [sampling.seeds[i] for i in part]
+                        streams = seeds and [derive_seed(seed, i) for seed in seeds for i in range(done, done + count)]
+                        rollouts = _decode(model, tokenizer, asked, theirs, count, sampling, way, streams)
+                        for k, i in enumerate(part):
+                            found[i] += rollouts[k * count : (k + 1) * count]
+        return [rollout for rollouts in found for rollout in rollouts]
+
+
+def _side_by_side(prompts: list[list[int]], way: Way) -> list[list[int]]:
+    """Return places of prompts that may stand in one batch."""
+    if way.padding:
+        return [list(range(len(prompts)))]
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    return list(by_length.values())
+
+
+def _decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Question],
+    prompts: list[list[int]],
+    n: int,
+    sampling: Sampling,
+    way: Way,
+    streams: list[int] | None,
+) -> list[Rollout]:
+    ends = end_tokens(model, tokenizer)
+    tokens, log_probs = _sample(model, prompts, n, sampling, ends, way, streams)
+    rollouts = []
+    for i, row in enumerate(tokens.tolist()):
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        response = row[:length]
+        rollouts.append(
+            Rollout(
+                question=questions[i // n],
+                prompt_ids=prompts[i // n],
+                response_ids=response,
+                # A copy: a view would keep the whole padded matrix alive.
+                log_probs=log_probs[i, :length].clone(),
+                text=tokenizer.decode(response, skip_special_tokens=True),
+                finished=response[-1] in ends,
+            )
+        )
+    return rollouts
+
+
+@torch.no_grad()
+def _sample(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    n: int,
+    sampling: Sampling,
+    ends: set[int],
+    way: Way,
+    streams: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return sampled tokens and their log-probabilities, ``(prompts * n, T)`` each, on the CPU.
+
+    A loop of its own instead of ``generate``, for three reasons: the prompt is run once for all of its responses; responses
+    that have ended leave the batch, where ``generate`` decodes them on until the longest has ended; and the log-probability of a
+    token is taken where it is drawn, without keeping logits of all steps. What follows the end of a response is undefined.
+
+    `streams` holds a seed per response; without it torch's global generator is drawn from.
+
+    Raises:
+        NotFiniteError: If the model gave none to draw from.
+    """
+    device = next(model.parameters()).device
+    end_ids = torch.tensor(sorted(ends), device=device)
+    nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+    decoding = way.start(model, prompts, n, sampling.max_tokens)
+    total = len(prompts) * n
+    tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
+    log_probs = torch.zeros(sampling.max_tokens, total, device=device)
+    active = torch.arange(total, device=device)  # the responses that are still in the batch
+    seeds = None if streams is None else torch.tensor(streams, device=device)
+    ended = torch.zeros(total, dtype=torch.bool, device=device)
+    looked = 0
+    for step in range(sampling.max_tokens):
+        logits = decoding.logits.float()
+        p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
+        # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
+        drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
+        token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), drawn[active])
+        tokens[step, active] = token
+        log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0.0)
+        ended |= torch.isin(token, end_ids)
+        last = step + 1 == sampling.max_tokens
+        if last or _looks(device, step):
+            _check_finite(log_probs, looked, step)
+            looked = step + 1
+            going = (~ended).nonzero().squeeze(1)
+            if last or not len(going):
+                break
+            if len(going) <= _WORTH_LEAVING * len(active):
+                decoding.keep(going)
+                token, active, ended = token[going], active[going], ended[going]
+        decoding.append(token)
+    return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()
+
+
+def _looks(device: torch.device, step: int) -> bool:
+    """Tell whether to look at what was drawn, which makes the host wait for the device."""
+    return device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1
+
+
+def _check_finite(log_probs: Tensor, first: int, last: int) -> None:
+    """Raise if a token from step `first` to `last` was drawn from logits that are not finite."""
+    bad = ~log_probs[first : last + 1].isfinite()
+    if bad.any():
+        step = int(bad.any(1).nonzero()[0])
+        raise NotFiniteError(
+            f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
+            "NaN or infinity among them. Either weights are not finite any more (go back to a checkpoint, and lower the learning "
+            "rate), or float16 overflows: set `dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
+        )
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token per row by inverting the distribution function; several times as fast as ``torch.multinomial`` on a CPU.
+
+    Args:
+        weights: Probabilities up to a factor, shape ``(n, V)``.
+        uniform: Random numbers in [0, 1), shape ``(n, 1)``.
+    """
+    cumulative = weights.cumsum(-1)
+    # 1 - u lies in (0, 1]: no token of probability zero can be the first to reach it.
+    place = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
+    return place.clamp(max=weights.size(-1) - 1)  # NaN is behind all

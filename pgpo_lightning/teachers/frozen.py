@@ -1,0 +1,74 @@
+"""Teachers with the weights that the student started from: frozen, and mixed with the live student (trust region)."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from transformers import PreTrainedModel
+
+from pgpo_lightning.losses.fused import Source
+from pgpo_lightning.models.loading import fingerprint
+from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.teachers.base import OwnWeights, live
+
+
+class FrozenTeacher(OwnWeights):
+    """The weights that the student started from. Not saved: the checkpoint holds their fingerprint only.
+
+    Args:
+        student: The model whose weights, as they are now, stay the teacher's.
+        offload: See :class:`OwnWeights`.
+    """
+
+    def __init__(self, student: PreTrainedModel, offload: bool = False) -> None:
+        super().__init__(student, offload)
+        self.identity = fingerprint(self.model)
+        self._register_state_dict_hook(self._leave_out_weights)
+        self._register_load_state_dict_pre_hook(self._put_back_weights)
+
+    def get_extra_state(self) -> dict[str, str]:
+        """Return the identity of the weights, for the checkpoint."""
+        return {"identity": self.identity}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        """Check that a checkpoint was trained with this very teacher.
+
+        Raises:
+            MisconfigurationException: If it was another one.
+        """
+        if state["identity"] != self.identity:
+            raise MisconfigurationException(
+                f"Expected the checkpoint's frozen teacher ({state['identity']}) to be the configured model "
+                f"({self.identity}), but their weights differ. Set `model.model` to the base model of the interrupted run."
+            )
+
+    @staticmethod
+    def _leave_out_weights(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+            del state[name]
+
+    def _put_back_weights(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        # So that a strict load finds nothing missing.
+        state.update({f"{prefix}model.{name}": tensor for name, tensor in self.model.state_dict().items()})
+
+
+class TrustRegionTeacher(FrozenTeacher):
+    """A geometric mixture of the frozen start and the live student: ``lerp(start logits, student logits, rate)``.
+
+    Args:
+        student: The model whose weights, as they are now, are the fixed end of the mixture.
+        rate: Weight of the live student's logits.
+        offload: See :class:`OwnWeights`.
+    """
+
+    moves_with_student = True
+
+    def __init__(self, student: PreTrainedModel, rate: float, offload: bool = False) -> None:
+        super().__init__(student, offload)
+        self.rate = rate
+
+    @torch.no_grad()
+    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+        """See :meth:`Teacher.sources`."""
+        return [self.own(sequences, 1 - self.rate), live(student, sequences, self.rate)]

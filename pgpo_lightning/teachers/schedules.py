@@ -1,0 +1,163 @@
+"""Teachers that move at some steps only: every few steps (restart-and-freeze), or when a gate opens (CGTR)."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pgpo_lightning.core.settings import AtLeastOne, Count, checked
+from pgpo_lightning.core.types import Sample
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.teachers.base import OwnWeights, Teacher
+from pgpo_lightning.teachers.ema import EMATeacher
+from pgpo_lightning.teachers.lora import EMAAdapterTeacher
+
+
+class Periodic(Teacher):
+    """Restart-and-freeze: moves every `period` steps, by what a moving average would have moved in as many, and stands between.
+
+    ``theta_T <- (1 - g) theta_T + g theta_S`` with ``g = 1 - (1 - rate)^period`` ("Denser is not better", arXiv 2607.01763). At
+    rate 1 it is a hard copy every `period` steps. A mixin, before an averaging teacher.
+
+    Args:
+        student: See :class:`EMATeacher`.
+        rate: Per step.
+        period: Steps.
+        kwargs: Of the averaging teacher.
+    """
+
+    def __init__(self, student: PreTrainedModel, rate: float, period: int, **kwargs: Any) -> None:
+        super().__init__(student, 1 - (1 - rate) ** period, **kwargs)
+        self.period = period
+        self.steps = 0
+
+    def update(self, student: PreTrainedModel) -> None:
+        """See :meth:`Teacher.update`."""
+        self.steps += 1
+        if self.steps % self.period == 0:
+            super().update(student)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the steps so far, for the checkpoint."""
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.steps = state["steps"]
+
+
+class RestartTeacher(Periodic, EMATeacher):
+    """Restart-and-freeze over all weights, in fp32, saved with the checkpoint."""
+
+
+class RestartAdapterTeacher(Periodic, EMAAdapterTeacher):
+    """Restart-and-freeze over an adapter's matrices."""
+
+
+@partial(checked, prefix="teacher_gate.")
+@dataclass(frozen=True)
+class RefreshGate:
+    """When the teacher of CGTR becomes a copy of the student (arXiv 2606.03532).
+
+    If ``t - t_last >= min_steps`` and the mean reward of the last `window` steps exceeds ``r_ref + reward_gain`` and the longest
+    response of these steps is at most `max_length_ratio` times the mean one. r_ref is the window's mean reward at the last copy;
+    before the first, where the paper is silent, that of the first `window` steps.
+
+    Args:
+        min_steps: M_min.
+        window: w, steps.
+        reward_gain: delta_r.
+        max_length_ratio: L_max.
+        check_every: Steps between two looks.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    min_steps: Count = 30
+    window: Count = 5
+    reward_gain: float = 0.05
+    max_length_ratio: AtLeastOne = 3.2
+    check_every: Count = 5
+
+
+class Outcome(NamedTuple):
+    """What the rollouts of a step, of all ranks, came to: mean reward, longest and mean response in tokens."""
+
+    reward: float
+    longest: int
+    length: float
+
+
+class Gated(Teacher):
+    """CGTR: a copy of the student is taken when it has become better and does not ramble; see :class:`RefreshGate`.
+
+    A mixin, before an averaging teacher.
+
+    Args:
+        student: See :class:`EMATeacher`.
+        gate: When.
+        kwargs: Of the averaging teacher.
+    """
+
+    def __init__(self, student: PreTrainedModel, gate: RefreshGate, **kwargs: Any) -> None:
+        super().__init__(student, 1.0, **kwargs)
+        self.gate = gate
+        self.steps = self.last = 0
+        self.reference: float | None = None
+        self.seen: deque[Outcome] = deque(maxlen=gate.window)
+
+    def observe(self, rows: list[Sample]) -> None:
+        """See :meth:`Teacher.observe`."""
+        everyone = [pair for part in gather([(row.verdict.reward, row.length) for row in rows]) for pair in part]
+        rewards, lengths = zip(*everyone, strict=True)
+        self.seen.append(Outcome(sum(rewards) / len(rewards), max(lengths), sum(lengths) / len(lengths)))
+        if self.reference is None and len(self.seen) == self.gate.window:
+            self.reference = self._reward()
+
+    def update(self, student: PreTrainedModel) -> None:
+        """See :meth:`Teacher.update`."""
+        self.steps += 1
+        if self.steps % self.gate.check_every == 0 and self._opens():
+            super().update(student)
+            self.last, self.reference = self.steps, self._reward()
+
+    def _opens(self) -> bool:
+        if self.reference is None or self.steps - self.last < self.gate.min_steps:
+            return False
+        ratio = max(seen.longest for seen in self.seen) / (sum(seen.length for seen in self.seen) / len(self.seen))
+        gained = self._reward() > self.reference + self.gate.reward_gain
+        return gained and ratio <= self.gate.max_length_ratio
+
+    def _reward(self) -> float:
+        return sum(seen.reward for seen in self.seen) / len(self.seen)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the gate goes by, for the checkpoint."""
+        seen = [tuple(outcome) for outcome in self.seen]
+        return {"steps": self.steps, "last": self.last, "reference": self.reference, "seen": seen}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.steps, self.last, self.reference = state["steps"], state["last"], state["reference"]
+        self.seen = deque((Outcome(*outcome) for outcome in state["seen"]), maxlen=self.gate.window)
+
+
+class GatedTeacher(Gated, EMATeacher):
+    """CGTR over all weights, in the student's type, saved with the checkpoint."""
+
+    def dtype(self, student: PreTrainedModel) -> torch.dtype:
+        """Return the student's: what is only ever copied loses nothing."""
+        return next(student.parameters()).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedTeacher":
+        return OwnWeights._apply(self, fn, recurse)  # converted as the student is
+
+
+class GatedAdapterTeacher(Gated, EMAAdapterTeacher):
+    """CGTR over an adapter's matrices."""
