@@ -17,7 +17,8 @@ from pgpo_lightning.core.run_settings import Remembers
 from pgpo_lightning.core.seeding import derive_seed, global_seed
 from pgpo_lightning.core.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
 from pgpo_lightning.core.texts import shown
-from pgpo_lightning.losses.step_statistics import Aggregation, Estimator, StepStatistics, information
+from pgpo_lightning.losses.information import Aggregation, Estimator, information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 
 
 class StepSizeMultiplier(Remembers, StartsAfresh):
@@ -142,8 +143,8 @@ class InformationMultiplier(StepSizeMultiplier):
         alpha: The paper's own name of `sensitivity`.
         rho_max: Upper bound, at least 1. The paper gives no value.
         rho_min: Lower bound. 1.0 keeps the paper's promise that rho >= 1 where the estimate is negative; null for none.
-        estimator: See :func:`pgpo_lightning.losses.step_statistics.information`.
-        aggregation: See :func:`pgpo_lightning.losses.step_statistics.information`.
+        estimator: See :func:`pgpo_lightning.losses.information.information`.
+        aggregation: See :func:`pgpo_lightning.losses.information.information`.
 
     Raises:
         ValueError: If a setting is out of range.

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     )
     from pgpo_lightning.core.types import Question, Rollout, Verdict
     from pgpo_lightning.data import FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
-    from pgpo_lightning.losses.step_statistics import StepStatistics, information
+    from pgpo_lightning.losses.information import information
+    from pgpo_lightning.losses.step_statistics import StepStatistics
     from pgpo_lightning.models.lora import LoRA
     from pgpo_lightning.models.quantization import Quantization
     from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
     from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
-    from pgpo_lightning.rollout.engine import Engine, Sampling, TransformersEngine
-    from pgpo_lightning.rollout.vllm_engine import VLLMEngine
+    from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
 
 __version__ = "0.1.0"
 
@@ -104,13 +104,13 @@ _HOMES = {
     ),
     "core.types": "Question Rollout Verdict",
     "data": "FileQuestions QuestionData SciKnowEval ToyArithmetic",
-    "losses.step_statistics": "StepStatistics information",
+    "losses.information": "information",
+    "losses.step_statistics": "StepStatistics",
     "models.lora": "LoRA",
     "models.quantization": "Quantization",
     "modules": "GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
     "rewards": "BoxedAnswer MultipleChoice",
-    "rollout.engine": "Engine Sampling TransformersEngine",
-    "rollout.vllm_engine": "VLLMEngine",
+    "rollout": "Engine Sampling TransformersEngine VLLMEngine",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

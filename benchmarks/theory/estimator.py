@@ -24,7 +24,8 @@ from benchmarks.theory.estimator_toy import Bank, toy_bank
 from benchmarks.theory.estimator_views import View, sequence_statistics, token_statistics, views
 from benchmarks.theory.multiplier_law import multiplier_law
 from pgpo_lightning.core.settings import Count, Filled, LowerBound, Positive, Range, Seed, Text, UpperBound, checked
-from pgpo_lightning.losses.step_statistics import Estimator, StepStatistics
+from pgpo_lightning.losses.information import Estimator
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.studies.output import output_folder, write_study
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)

@@ -70,7 +70,7 @@ def arranged(values: Array, question: NDArray[np.int64], questions: int) -> Arra
 def draw_batches(table: Array, questions: int, draws: int, seed: int, siblings: int | None = None) -> Batches:
     """Draw batches of whole questions from a bank, with replacement.
 
-    Value and clustered error are those of :func:`pgpo_lightning.losses.step_statistics.information` (sequence-mean).
+    Value and clustered error are those of :func:`pgpo_lightning.losses.information.information` (sequence-mean).
 
     Args:
         table: From :func:`arranged`.

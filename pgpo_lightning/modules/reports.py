@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
-from pgpo_lightning.losses.step_statistics import StepStatistics, information
+from pgpo_lightning.losses.information import information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules.updating import Updating
 from pgpo_lightning.training.no_signal import Outcomes, explain
 from pgpo_lightning.training.preflight import less_certain

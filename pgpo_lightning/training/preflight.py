@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pgpo_lightning.losses.step_statistics import Information, StepStatistics, clustered_error, information
+from pgpo_lightning.losses.information import Information, clustered_error, information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 
 LEVEL = 0.01
 """Probability of a warning, in a run of its own, where the true value is 0; one-sided, Student's t over questions."""

@@ -8,7 +8,8 @@ import torch
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
-from pgpo_lightning.losses.step_statistics import Information, StepStatistics, information
+from pgpo_lightning.losses.information import Information, information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 
 
 @dataclass

@@ -22,7 +22,8 @@ from pgpo_lightning.losses.divergence import (
     softened_reverse_kl,
     student_top_k,
 )
-from pgpo_lightning.losses.step_statistics import StepStatistics, information
+from pgpo_lightning.losses.information import information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.training.step_log import loss_scalars
 from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer

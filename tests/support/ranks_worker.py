@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
-from pgpo_lightning.losses.step_statistics import information
+from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import Allocation
 from pgpo_lightning.modules import SDPO, SRPO
 from pgpo_lightning.training.mini_batches import mini_batches

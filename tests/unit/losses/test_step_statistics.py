@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.losses.step_statistics import StepStatistics, information
+from pgpo_lightning.losses.information import information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 
 
 def rows(student, teacher, length, has_teacher=None, kl=None, log_ratio=None, question=None):

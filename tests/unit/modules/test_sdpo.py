@@ -8,7 +8,7 @@ import torch
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
 from pgpo_lightning.core.types import Question, Verdict
 from pgpo_lightning.losses.divergence import divergence, entropy, sampled_token, student_top_k
-from pgpo_lightning.losses.step_statistics import information
+from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import Allocation
 from pgpo_lightning.modules import SDPO
 from tests.support.helpers import (

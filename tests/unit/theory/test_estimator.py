@@ -15,7 +15,8 @@ from benchmarks.theory.estimator_source import PAIRINGS, STUDENTS, Source, Stude
 from benchmarks.theory.estimator_toy import rows_with_teacher, toy_bank, toy_module
 from benchmarks.theory.estimator_views import View, sequence_statistics, token_statistics, views
 from pgpo_lightning.data.toy import questions
-from pgpo_lightning.losses.step_statistics import StepStatistics, information
+from pgpo_lightning.losses.information import information
+from pgpo_lightning.losses.step_statistics import StepStatistics
 
 SOURCE = Source(chances=(0.2, 0.5, 0.7), vocabulary=8)
 

@@ -1,0 +1,84 @@
+"""The information gain of a step (I_k of PGPO, arXiv 2606.03620), estimated from its statistics, with a standard error."""
+
+import math
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from pgpo_lightning.losses.step_statistics import StepStatistics
+
+Estimator = Literal["entropy-difference", "kl", "log-ratio"]
+Aggregation = Literal["sequence-mean", "token-mean", "sequence-sum"]
+
+
+class Information(NamedTuple):
+    """The information estimate of a step and its standard error, in nats."""
+
+    value: float
+    standard_error: float
+
+
+def information(
+    statistics: StepStatistics,
+    estimator: Estimator = "entropy-difference",
+    aggregation: Aggregation = "sequence-mean",
+) -> Information:
+    r"""Estimate how much the feedback tells the teacher: I_k of PGPO (arXiv 2606.03620, Eq. 8).
+
+    Estimators, per token:
+
+    - ``entropy-difference``: H(student) - H(teacher), the paper's Eq. 8. Negative where the feedback makes the teacher
+      less certain.
+    - ``kl``: KL(teacher||student). Never negative; its mean over feedback is the mutual information exactly when the
+      student is the teacher's marginal over the feedback.
+    - ``log-ratio``: log T(y) - log S(y) of the sampled tokens. Costs no full distribution; its mean under the student is
+      -KL(S||T), so it is negative on the student's own samples, and noisy.
+
+    Args:
+        statistics: The rows of one step. Only those with a teacher count.
+        estimator: Which of the three.
+        aggregation: ``sequence-mean``: mean over each sequence's tokens, then over sequences; ``token-mean``: mean over all
+            tokens; ``sequence-sum``: sum over each sequence's tokens, mean over sequences.
+
+    Returns:
+        The estimate and its standard error over questions (NaN for fewer than two). ``(0, nan)`` if no row has a teacher:
+        without feedback there is no information. Siblings answer one question and read one demonstration; taking them for
+        independent would make the error too small, by half on the toy (``docs/theory.md``).
+
+    Example:
+        >>> rows = StepStatistics.empty()
+        >>> information(rows).value
+        0.0
+    """
+    counted = statistics.has_teacher.bool()
+    values = {
+        "entropy-difference": statistics.entropy_student - statistics.entropy_teacher,
+        "kl": statistics.kl,
+        "log-ratio": statistics.log_ratio,
+    }[estimator][counted].double()
+    length = statistics.length[counted].double()
+    n = values.numel()
+    if n == 0:
+        return Information(0.0, math.nan)
+    if aggregation == "token-mean":
+        # A ratio of two means over sequences; its error is that of the residuals about the ratio.
+        value = (values * length).sum() / length.sum()
+        residuals = (values - value) * length / length.mean()
+    else:
+        values = values * length if aggregation == "sequence-sum" else values
+        value = values.mean()
+        residuals = values - value
+    return Information(value.item(), clustered_error(residuals, statistics.question[counted]))
+
+
+def clustered_error(residuals: Tensor, question: Tensor) -> float:
+    """Return the standard error of a mean over rollouts, clustered by question; NaN for fewer than two questions.
+
+    Args:
+        residuals: Of each rollout about the mean, shape ``(n,)``, fp64.
+        question: Number of each rollout's question, shape ``(n,)``.
+    """
+    asked, of = question.unique(return_inverse=True)
+    groups = asked.numel()
+    sums = residuals.new_zeros(groups).index_add(0, of, residuals)
+    return (sums.square().sum() * groups / (groups - 1)).sqrt().item() / residuals.numel() if groups > 1 else math.nan
