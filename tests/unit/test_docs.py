@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 FOLDERS = ("pgpo_lightning", "callbacks", "configs", "docs", "benchmarks", "tests")
 PAGES = sorted(
     path
