@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from pgpo_lightning.training.held_out import told
+from pgpo_lightning.training.held_out import summary_line
 
 
 class StepLines(ProgressBar):
@@ -55,4 +55,7 @@ class StepLines(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the scores of a training run's evaluation."""
         if self._enabled and trainer.state.fn == TrainerFn.FITTING and pl_module.held_out is not None:
-            print(f"step {pl_module.steps}, held-out {told(pl_module.held_out, pl_module.eval_samples)}", flush=True)
+            print(
+                f"step {pl_module.steps}, held-out {summary_line(pl_module.held_out, pl_module.eval_samples)}",
+                flush=True,
+            )

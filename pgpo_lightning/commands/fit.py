@@ -29,7 +29,7 @@ from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.monitoring.configurations import RESUMED, configurations, without_checkpoint
 from pgpo_lightning.monitoring.run_folder import Lock, clear, state, steps_made
-from pgpo_lightning.training.held_out import told
+from pgpo_lightning.training.held_out import summary_line
 
 OR_NEW = "last-or-new"
 """Value of `--ckpt_path`: from the newest checkpoint if there is one, else from the beginning."""
@@ -233,6 +233,8 @@ class PGPOCommand(LightningCLI):
     def after_validate(self) -> None:
         """Print the scores with their standard errors, and where the answers are."""
         if self.trainer.is_global_zero and self.model.held_out is not None:
-            print(f"\n{told(self.model.held_out, self.model.eval_samples)}\nanswers: {self.model.held_out.path}")
+            print(
+                f"\n{summary_line(self.model.held_out, self.model.eval_samples)}\nanswers: {self.model.held_out.path}"
+            )
 
     after_test = after_validate

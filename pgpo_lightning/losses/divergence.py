@@ -171,14 +171,14 @@ class Softening:
     maximum: PositiveFraction = 0.15
     sharpness: Positive = 50.0
 
-    def share(self, disagreement: Tensor) -> Tensor:
+    def student_fraction(self, disagreement: Tensor) -> Tensor:
         """Return a, the student's share of the target, from JSD(S, T) in nats; both of shape ``(...)``."""
         return 2 * self.maximum * (torch.sigmoid(self.sharpness * disagreement) - 0.5)
 
 
 def softened_reverse_kl(log_s: Tensor, log_t: Tensor, softening: Softening) -> Tensor:
     """Return KL(S||target) for :class:`Softening`'s target; shapes as in :func:`forward_kl`."""
-    share = softening.share(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)
+    share = softening.student_fraction(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)
     target = ((1 - share) * log_t + share * log_s).log_softmax(-1).detach()
     return reverse_kl(log_s, target)
 

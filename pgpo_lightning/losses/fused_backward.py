@@ -129,7 +129,7 @@ def row_statistics(
             if which.softening is not None:
                 plain = value
                 log_m = torch.exp(ratio, out=into_x).add_(1).mul_(0.5).log_()  # over q
-                rest = 1 - which.softening.share(0.5 * (kl - dot(p, log_m) - dot(q, log_m)))
+                rest = 1 - which.softening.student_fraction(0.5 * (kl - dot(p, log_m) - dot(q, log_m)))
                 # The normaliser of T^(1-a) S^a, from T/S: where they agree, nothing cancels.
                 log_target = torch.mul(ratio, rest.unsqueeze(-1), out=into_x).add_(a)
                 value, scale = rest * value + log_target.logsumexp(-1), -rest

@@ -19,7 +19,7 @@ from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.modules.acting import Acting
 from pgpo_lightning.rollout.checks import check_kind
 from pgpo_lightning.rollout.engine import Sampling
-from pgpo_lightning.training.held_out import SCORES, HeldOut, at, result_line, score
+from pgpo_lightning.training.held_out import SCORES, HeldOut, result_line, score, score_name
 
 
 class Evaluation(Acting):
@@ -97,9 +97,11 @@ class Evaluation(Acting):
     def _log_scores(self, prefix: str) -> None:
         """Log the scores, those of `validate` under that name: under training's the log of a run would hold them as its own."""
         k, found = self.eval_samples, self.held_out
-        scores = {f"{prefix}/{at(name, k)}": value for name, value in found.scores.items()}
+        scores = {f"{prefix}/{score_name(name, k)}": value for name, value in found.scores.items()}
         errors = {
-            f"{prefix}_standard_error/{at(name, k)}": found.errors[name] for name in SCORES if name in found.errors
+            f"{prefix}_standard_error/{score_name(name, k)}": found.errors[name]
+            for name in SCORES
+            if name in found.errors
         }
         if self.trainer.sanity_checking:
             # Lightning throws away what is logged here; it is the score of the base model.

@@ -69,7 +69,7 @@ class Reporting(Updating):
         if not missed or (before and now // 10 == before // 10):
             return
         rows = [row for share in missed for row in share if not row.demonstration]
-        seen = Outcomes.join(gather(Outcomes.of(rows)))
+        seen = Outcomes.join(gather(Outcomes.from_samples(rows)))
         why = explain(
             seen,
             self.success_reward_threshold,

@@ -117,8 +117,8 @@ class MeanLength(PerQuestionMean):
     """Mean length of the responses: ``value`` is the number of tokens of each, end-of-sequence included."""
 
 
-class CutOffShare(PerQuestionMean):
-    """Share of responses that were cut off at the length limit: ``value`` is 1 for those and 0 for the others."""
+class CutOffFraction(PerQuestionMean):
+    """Fraction of responses that were cut off at the length limit: ``value`` is 1 for those and 0 for the others."""
 
     higher_is_better = False
 

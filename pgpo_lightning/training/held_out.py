@@ -14,7 +14,7 @@ from pgpo_lightning.core.files import replacing
 from pgpo_lightning.core.identity import joint_sha256, question_sha256
 from pgpo_lightning.core.texts import json_line
 from pgpo_lightning.core.types import Question, Rollout, Verdict
-from pgpo_lightning.training.at_k import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
+from pgpo_lightning.training.at_k import AvgAtK, CutOffFraction, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
 
 
 @dataclass
@@ -40,24 +40,28 @@ SCORES = ("avg", "pass", "maj")
 """What is named ``name@k``, and told with its standard error."""
 
 
-def at(name: str, k: int) -> str:
+def score_name(name: str, k: int) -> str:
     """Return the name of a score of k samples per question.
 
     Example:
-        >>> at("avg", 8), at("length", 8)
+        >>> score_name("avg", 8), score_name("length", 8)
         ('avg@8', 'length')
     """
     return f"{name}@{k}" if name in SCORES else name
 
 
-def told(held_out: HeldOut, k: int) -> str:
+def summary_line(held_out: HeldOut, k: int) -> str:
     """Return the scores as a line of text.
 
     Example:
-        >>> told(HeldOut({"avg": 0.5, "pass": 1.0, "length": 21.0}, {"avg": 0.04, "pass": 0.0, "length": 1.0}, 9, ""), 8)
+        >>> summary_line(HeldOut({"avg": 0.5, "pass": 1.0, "length": 21.0}, {"avg": 0.04, "pass": 0.0, "length": 1.0}, 9, ""), 8)
         'avg@8 0.500 ± 0.040, pass@8 1.000 ± 0.000 (9 questions)'
     """
-    scores = [f"{at(n, k)} {held_out.scores[n]:.3f} ± {held_out.errors[n]:.3f}" for n in SCORES if n in held_out.scores]
+    scores = [
+        f"{score_name(n, k)} {held_out.scores[n]:.3f} ± {held_out.errors[n]:.3f}"
+        for n in SCORES
+        if n in held_out.scores
+    ]
     return f"{', '.join(scores)} ({held_out.questions} questions)"
 
 
@@ -107,7 +111,7 @@ def score(
         "pass": PassAtK(k, threshold, sync_on_compute=False),
         "maj": MajorityAtK(sync_on_compute=False),
         "length": MeanLength(sync_on_compute=False),
-        "cut_off": CutOffShare(sync_on_compute=False),
+        "cut_off": CutOffFraction(sync_on_compute=False),
     }
     hashes, voted = [], False
     with nullcontext() if file is None else replacing(file) as out:

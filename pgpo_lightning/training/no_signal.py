@@ -17,7 +17,7 @@ class Outcomes:
     feedback: list[bool]
 
     @classmethod
-    def of(cls, rows: list[Sample]) -> "Outcomes":
+    def from_samples(cls, rows: list[Sample]) -> "Outcomes":
         """Collect those of one rank."""
         return cls(
             question=[row.rollout.question.index for row in rows],

@@ -23,7 +23,7 @@ class RolloutSummary:
     negative_log_prob: list[float]
 
     @classmethod
-    def of(cls, rows: list[Sample]) -> "RolloutSummary":
+    def from_samples(cls, rows: list[Sample]) -> "RolloutSummary":
         """Summarise the rollouts of one rank."""
         return cls(
             reward=[row.verdict.reward for row in rows],
@@ -45,7 +45,7 @@ def rollout_scalars(rows: list[Sample], threshold: float) -> dict[str, float]:
     `rollout/neg_log_prob` is the mean of -log p over the sampled tokens of each response (nats): an unbiased estimate of the
     student's entropy that needs no forward pass, so it is there even when no row is in the loss.
     """
-    summary = RolloutSummary.join(gather(RolloutSummary.of(rows)))
+    summary = RolloutSummary.join(gather(RolloutSummary.from_samples(rows)))
     reward = torch.tensor(summary.reward, dtype=torch.float32)
     length = torch.tensor(summary.response_length, dtype=torch.float32)
     return {

@@ -358,7 +358,7 @@ def test_the_softened_target_scales_the_gradient_of_the_reverse_kl():
     (theirs,) = torch.autograd.grad(reverse_kl(z.log_softmax(-1), log_t).sum(), z)
     torch.testing.assert_close(ours, (1 - share).unsqueeze(-1) * theirs, rtol=1e-10, atol=1e-12)
     assert share.max() > 0.2
-    assert softening.share(torch.zeros(())) == 0
+    assert softening.student_fraction(torch.zeros(())) == 0
 
 
 def test_where_student_and_teacher_agree_the_softened_loss_is_zero_in_single_precision():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from pgpo_lightning.training.at_k import AvgAtK, CutOffShare, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
+from pgpo_lightning.training.at_k import AvgAtK, CutOffFraction, MajorityAtK, MeanLength, PassAtK, PerQuestionMean
 from tests.support import ROOT
 
 
@@ -17,7 +17,7 @@ def updated(metric, question, value, *answers):
     return metric
 
 
-@pytest.mark.parametrize("metric", [PerQuestionMean, AvgAtK, MeanLength, CutOffShare])
+@pytest.mark.parametrize("metric", [PerQuestionMean, AvgAtK, MeanLength, CutOffFraction])
 def test_mean_over_questions_of_means_over_samples(metric):
     # Question 9 has three samples and question 2 one: (1/3 + 5 + 2) / 3, while the mean over samples would be 2.
     metric = metric()
