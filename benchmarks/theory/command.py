@@ -1,13 +1,15 @@
-"""A research note as a program: the arguments of a function on the command line, user errors as one line."""
+"""A research note as a program: a function's arguments on the command line, user errors in one line, results as files."""
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import jsonargparse
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.core.errors import report
+from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 
 
 def run(note: Callable[..., Any], args: list[str] | None = None) -> None:
@@ -29,3 +31,30 @@ def run(note: Callable[..., Any], args: list[str] | None = None) -> None:
         note(**vars(instantiate(parser.parse_args(args))))
     except Exception as error:
         sys.exit(report(error, None))
+
+
+def write_note(
+    folder: Path, name: str, markdown: str, content: dict[str, Any], draw: Callable[[IO[bytes]], None]
+) -> dict[str, Any]:
+    """Write ``name.md``, ``name.json`` and ``name.png`` into a folder, which is created if needed.
+
+    Args:
+        folder: Of the files.
+        name: Of the files, without the suffix.
+        markdown: The report.
+        content: What the report was made from.
+        draw: Writes a PNG to an open file.
+
+    Returns:
+        The content with six significant digits, and None for numbers that are not finite.
+
+    Raises:
+        FileExistsError: If `folder` is a file.
+    """
+    output_folder(folder)
+    rounded = plain(content, digits=6)
+    write_text(folder / f"{name}.md", markdown)
+    write_json(folder / f"{name}.json", rounded, indent=1, allow_nan=False)
+    with replacing(folder / f"{name}.png") as file:
+        draw(file.stream)
+    return rounded

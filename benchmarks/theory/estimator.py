@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 import numpy as np
 import torch
 
-from benchmarks.theory.command import run
+from benchmarks.theory.command import run, write_note
 from benchmarks.theory.estimator_batches import (
     arranged,
     design_effect,
@@ -17,16 +17,16 @@ from benchmarks.theory.estimator_batches import (
     relative_spread,
     sequences_for,
 )
-from benchmarks.theory.estimator_pictures import draw
+from benchmarks.theory.estimator_figures import draw
 from benchmarks.theory.estimator_report import markdown, summary
 from benchmarks.theory.estimator_source import PAIRINGS, STUDENTS, Array, Pairing, Source, Student
 from benchmarks.theory.estimator_toy import Bank, toy_bank
 from benchmarks.theory.estimator_views import View, sequence_statistics, token_statistics, views
 from benchmarks.theory.multiplier_law import multiplier_law
+from pgpo_lightning.core.files import output_folder
 from pgpo_lightning.core.settings import Count, Filled, LowerBound, Positive, Range, Seed, Text, UpperBound, checked
 from pgpo_lightning.losses.information import Estimator
 from pgpo_lightning.losses.step_statistics import StepStatistics
-from pgpo_lightning.studies.output import output_folder, write_study
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 LOGIT = 10.0  # added to log-probabilities: the size of a language model's logits decides what rounding does to them
@@ -113,7 +113,7 @@ def estimator(
             for alpha in sensitivities
         ],
     }
-    plain = write_study(folder, "estimator", markdown(content), content, lambda path: draw(content, path))
+    plain = write_note(folder, "estimator", markdown(content), content, lambda file: draw(content, file))
     print(f"{summary(content)}\n\nreport: {folder / 'estimator.md'}")
     return plain
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pgpo_lightning.studies.report_text import table
+from pgpo_lightning.core.files import markdown_table
 
 NOTES = """\
 Values are nats per token (I over a response is a mean over its tokens). **entropy-difference** is Eq. 8 of PGPO, **kl** is
@@ -26,7 +26,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"## Students and feedback, {length} tokens: exact",
         "`I(Y;F)`: of the responses that the teachers write, which Eq. 8 is meant to be; *sampled*: of responses and feedback as "
         "they are drawn. Feedback is drawn from what the response says of it (own), or independently of it (sibling).",
-        table(
+        markdown_table(
             ["feedback", "student", "I(Y;F)", "sampled", *NAMES],
             [
                 [
@@ -39,7 +39,7 @@ def markdown(content: dict[str, Any]) -> str:
         ),
         "## Response length: simulated, calibrated student, own feedback",
         "In brackets: standard deviation of one sequence.",
-        table(
+        markdown_table(
             ["tokens", "I(Y;F) / tokens", *NAMES],
             [
                 [str(row["length"]), f"{row['truth']:.4f}"]
@@ -48,7 +48,7 @@ def markdown(content: dict[str, Any]) -> str:
             ],
         ),
         f"## Sequences per batch: the same, {length} tokens, independent sequences",
-        table(
+        markdown_table(
             ["estimator", "sequences", "spread", "error over sequences / spread"],
             [
                 [
@@ -66,7 +66,7 @@ def markdown(content: dict[str, Any]) -> str:
         "# The toy model's own rollouts",
         f"{toy['sequences']} rollouts with a teacher, of {toy['questions']} questions with {content['siblings']} rollouts each. "
         "*Design effect*: variance of the mean over that of independent sequences.",
-        table(
+        markdown_table(
             ["estimator", "mean", "sd of a rollout", "design effect"],
             [
                 [
@@ -79,7 +79,7 @@ def markdown(content: dict[str, Any]) -> str:
             ],
         ),
         "## Batches of whole questions",
-        table(
+        markdown_table(
             [
                 "estimator",
                 "questions",
@@ -106,7 +106,7 @@ def markdown(content: dict[str, Any]) -> str:
         ),
         "## Questions against siblings, entropy-difference",
         "About the same number of sequences in every row.",
-        table(
+        markdown_table(
             ["questions", "siblings", "sequences", "spread of I", "error over sequences / spread"],
             [
                 [
@@ -121,7 +121,7 @@ def markdown(content: dict[str, Any]) -> str:
         ),
         "## The first tokens of a response",
         "In brackets: standard deviation of one rollout.",
-        table(
+        markdown_table(
             ["tokens at most", "mean tokens", *NAMES],
             [
                 [str(row["length"]), f"{row['mean_length']:.1f}"]
@@ -136,7 +136,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"rho = clip(exp(alpha I), {content['bounds'][0]:g}, {content['bounds'][1]:g}). *Bias*: mean of rho over batches of 32 "
         "questions minus rho of the bank's mean, in brackets that of a normal I. *Sequences*: until the relative spread is below "
         f"{100 * content['spread']:g} %, from alpha times the spread of I; *then*: the relative spread drawn at that size.",
-        table(
+        markdown_table(
             ["estimator", "alpha", "rho", "bias", "relative spread at 32 questions", "sequences", "then"],
             [
                 [
@@ -186,7 +186,7 @@ def _views(rows: list[dict[str, Any]]) -> str:
             return f"{told['value']:.4f}"
         return f"{told['value']:.4f}, {_interval(change, '+.5f')}"
 
-    return table(["seen", *NAMES], [[row["view"], *(cell(row[name]) for name in NAMES)] for row in rows])
+    return markdown_table(["seen", *NAMES], [[row["view"], *(cell(row[name]) for name in NAMES)] for row in rows])
 
 
 def _interval(told: dict[str, float], form: str = ".4f") -> str:

@@ -8,17 +8,15 @@ multiplier of the *gradient*, before the moments, gives it rho_j. ``docs/theory.
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.theory.command import run
+from benchmarks.theory.command import run, write_note
+from pgpo_lightning.core.files import markdown_table, output_folder
 from pgpo_lightning.core.settings import Count, Multiplier, NonNegative, Positive, Range, Text, checked
-from pgpo_lightning.studies.output import output_folder, write_study
-from pgpo_lightning.studies.report_text import table
 
 Array = NDArray[np.float64]
 BETA2, EPSILON = 0.999, 1e-8  # Adam's
@@ -231,7 +229,7 @@ def momentum(
         }
         rows.append(row | {"settings": asdict(case)})
     content = {"problem": asdict(problem), "seeds": seeds, "full": full._asdict(), "rows": rows}
-    plain = write_study(folder, "momentum", _markdown(content), content, lambda path: _draw(content, path))
+    plain = write_note(folder, "momentum", _markdown(content), content, lambda file: _draw(content, file))
     print(f"{_summary(content)}\n\nreport: {folder / 'momentum.md'}")
     return plain
 
@@ -266,7 +264,7 @@ def _markdown(content: dict[str, Any]) -> str:
             "seeds. f: share of rho's variation that reaches its own batch. Predicted: the mean of theta moves by f times "
             "its shift with beta1 0.",
             "",
-            table(head, lines),
+            markdown_table(head, lines),
             "",
             "![weights and gains](momentum.png)",
             "",
@@ -274,7 +272,7 @@ def _markdown(content: dict[str, Any]) -> str:
     )
 
 
-def _draw(content: dict[str, Any], path: Path) -> None:
+def _draw(content: dict[str, Any], file: IO[bytes]) -> None:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     problem, steps = Problem(**content["problem"]), 60
@@ -298,7 +296,7 @@ def _draw(content: dict[str, Any], path: Path) -> None:
     right.set_xlabel("f, the share of rho's variation that reaches its own batch")
     right.set_ylabel("gain over a constant of the same dose")
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
+    figure.savefig(file, dpi=90, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ from typing import Annotated, Any
 import numpy as np
 
 from benchmarks.theory import sde_bernoulli, sde_quadratic
-from benchmarks.theory.command import run
+from benchmarks.theory.command import run, write_note
 from benchmarks.theory.multiplier_law import multiplier_law, variance_bound
 from benchmarks.theory.sde_adam import RULES, simulate
 from benchmarks.theory.sde_bernoulli import Bernoulli
+from benchmarks.theory.sde_figures import draw
 from benchmarks.theory.sde_orders import FLOOR, Order, fit_order
-from benchmarks.theory.sde_pictures import draw
 from benchmarks.theory.sde_quadratic import Quadratic
+from pgpo_lightning.core.files import markdown_table, output_folder
 from pgpo_lightning.core.settings import Filled, Positive, Range, Seed, Text, UpperBound, checked
-from pgpo_lightning.studies.output import output_folder, write_study
-from pgpo_lightning.studies.report_text import table
 
 NOTES = """\
 **Errors** are SDE minus discrete PGPO at the horizon, without sampling error: closed forms on the quadratic, powers of transfer
@@ -94,7 +93,7 @@ def sde(
             _bound(information, deviation, alpha, rho_max) for alpha in sensitivities for deviation in deviations
         ],
     }
-    plain = write_study(folder, "sde", _markdown(content), content, lambda path: draw(content, path))
+    plain = write_note(folder, "sde", _markdown(content), content, lambda file: draw(content, file))
     print(f"{_summary(content)}\n\nreport: {folder / 'sde.md'}")
     return plain
 
@@ -240,7 +239,7 @@ def _markdown(content: dict[str, Any]) -> str:
     parts += [
         f"## Stationary variance on the quadratic, eta = {eta:g}",
         "In brackets: discrete PGPO over the SDE. *Euler*: the SDE simulated with steps of eta.",
-        table(
+        markdown_table(
             ["rho", "discrete", "paper", "scaled", "paper, Euler", "scaled, Euler"],
             [
                 [
@@ -256,7 +255,7 @@ def _markdown(content: dict[str, Any]) -> str:
         ),
         f"## Stationary law of Bernoulli self-distillation, eta = {eta:g}",
         f"Mean (variance); the loss is least at {content['bernoulli_stationary'][0]['minimum']:.4f}.",
-        table(
+        markdown_table(
             ["I from", "discrete", "paper", "scaled", "matched"],
             [
                 [row["signal"]]
@@ -269,7 +268,7 @@ def _markdown(content: dict[str, Any]) -> str:
         ),
         f"## Stationary variance under SGD and Adam, eta = {eta:g}",
         "Simulated, with 95 % intervals over chains; what rho multiplies stands behind the optimizer.",
-        table(
+        markdown_table(
             ["rho", *RULES],
             [
                 [f"{rho:g}"]
@@ -283,7 +282,7 @@ def _markdown(content: dict[str, Any]) -> str:
         ),
         "## Var(rho) and its bound (alpha rho_max)² Var(I)",
         "Exact for normal I, rho between 1 and rho_max.",
-        table(
+        markdown_table(
             ["alpha", "sd of I", "mean rho", "sd of rho", "bound on it", "bound / Var(rho)"],
             [
                 [
@@ -315,7 +314,7 @@ def _orders(told: dict[str, Any], content: dict[str, Any]) -> str:
             relative = "–" if math.isnan(row["relative"]) else f"{100 * row['relative']:+.1f} %"
             rows.append([kind, function, *errors, relative, slope, last, f"{row['at_zero']:+.0e}"])
     header = ["SDE", "of theta", *(f"error at {etas[i]:g}" for i in ends), "relative", "order", "last two", "at eta 0"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _summary(content: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""The command `pgpo ablate`: makes the runs of a study that are missing, each an ordinary `pgpo fit` in a process of its own.
+"""The command `pgpo ablate`: make the missing runs of a study, each an ordinary `pgpo fit` in its own process.
 
-What has been done is read off the runs' folders and nowhere else, so the command may be killed at any moment and given again. The
-output of a run goes to ``seed=<n>.log`` beside its folder. That file is locked (``flock``) by whatever still writes to it: a run
-that outlived its ``ablate`` is waited for and not started twice, and several ``ablate`` may share one study. On Linux runs die
-with their ``ablate``; elsewhere (macOS) one that is killed with ``kill -9`` leaves them to finish. Windows has no ``flock``.
+The state of a study is read from the folders of its runs and stored nowhere else. The command can therefore be killed at any
+moment and repeated. The output of a run goes to ``seed=<n>.log`` beside its folder. Every process that writes to this file
+holds a lock on it (``flock``). A run that outlived its ``ablate`` is therefore not started twice, and several ``ablate`` can
+share one study. On Linux runs end with their ``ablate``. On macOS they continue if ``ablate`` is killed with ``kill -9``.
+Windows has no ``flock``.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ import jsonargparse
 
 from pgpo_lightning.checkpoints.finding import look
 from pgpo_lightning.checkpoints.single_file import remove
-from pgpo_lightning.commands.study_progress import changed, expected_settings, state
+from pgpo_lightning.commands.study_progress import State, changed, expected_settings, state
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.monitoring.run_folder import clear
 from pgpo_lightning.monitoring.run_record import FILE, RunRecord
@@ -33,22 +34,22 @@ from pgpo_lightning.studies.spec import PlannedRun, Settings, StudySpec, read_st
 
 PROGRAM = [sys.executable, "-m", "pgpo_lightning.commands.main"]
 POLL = 0.2  # seconds
-SHOWN = 10  # lines of a log, names of runs
+SHOWN = 10  # lines of a log, or names of runs, in a message
 
 
 @checked
 def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) -> None:
-    """Make the runs of a study that are missing.
+    """Make the missing runs of a study.
 
     Args:
-        config: The file of the study, such as `configs/studies/toy.yaml`; its keys are those of
-        :class:`pgpo_lightning.studies.spec.StudySpec`.
-        dry_run: Print the commands of the missing runs instead, a line each, for a cluster.
-        processes: Runs at a time; by default what the study says.
+        config: File of the study, such as `configs/studies/toy.yaml`. Its keys are those of
+            :class:`pgpo_lightning.studies.spec.StudySpec`.
+        dry_run: Print the commands of the missing runs, one per line, and run nothing; for a cluster.
+        processes: Number of runs at the same time; by default that of the study.
 
     Raises:
-        ValueError: If the study cannot be made, or has runs that were made with other settings.
-        SystemExit: If a run broke (1), or the command was stopped.
+        ValueError: If the study is invalid, or has runs with other settings.
+        SystemExit: If a run failed (1), or the command was interrupted (130) or terminated (143).
     """
     study = read_study(config)
     runs = study.runs()
@@ -68,15 +69,17 @@ def main(args: list[str]) -> None:
     Args:
         args: Without the program's name.
     """
-    parser = jsonargparse.ArgumentParser(prog="pgpo ablate", description="Make the runs of a study that are missing.")
+    parser = jsonargparse.ArgumentParser(prog="pgpo ablate", description="Make the missing runs of a study.")
     parser.add_function_arguments(ablate, as_group=False, skip={"dry_run"})
     action = jsonargparse.ActionYesNo(no_prefix="no_")
-    parser.add_argument("--dry_run", action=action, nargs="?", help="Print their commands instead, for a cluster.")
+    parser.add_argument(
+        "--dry_run", action=action, nargs="?", help="Print the commands and run nothing; for a cluster."
+    )
     ablate(**parser.parse_args([re.sub("^--dry-run", "--dry_run", word) for word in args]).as_dict())
 
 
 def job_lines(runs: list[PlannedRun]) -> Iterator[str]:
-    """Yield the commands of the runs that are missing, in parts: each part reads nothing but what those before it record."""
+    """Yield the commands of the missing runs in parts. The runs of a part depend only on records of earlier parts."""
     missing = {run.name: run for run in runs if state(run) != "finished"}
     if not missing:
         yield "# every run is finished"
@@ -87,12 +90,12 @@ def job_lines(runs: list[PlannedRun]) -> Iterator[str]:
             run for name, run in missing.items() if name not in ready and ready.issuperset(missing.keys() & run.needs)
         ]
         part += 1
-        yield f"# part {part}: {len(now)} runs" + (", when the parts before have ended" if part > 1 else "")
+        yield f"# part {part}: {len(now)} runs" + (", after the earlier parts have ended" if part > 1 else "")
         for run in now:
-            how = state(run)
-            if how == "begun":
-                yield f"# {run.folder} was begun and has no checkpoint: delete it first, unless it is running"
-            yield shlex.join(["pgpo", *run.arguments(*_resume(how))])
+            progress = state(run)
+            if progress == "begun":
+                yield f"# {run.folder} has files but no checkpoint: delete it first, unless the run is in progress"
+            yield shlex.join(["pgpo", *run.arguments(*_resume(progress))])
         ready |= {run.name for run in now}
 
 
@@ -105,13 +108,13 @@ class _Child:
 
 
 class Launcher:
-    """Runs what is missing, a few processes at a time.
+    """Runs the missing runs, several processes at the same time.
 
     Args:
         study: The study.
         runs: Its runs.
-        expected: Their settings, see :func:`pgpo_lightning.commands.study_progress.expected_settings`.
-        processes: Runs at a time.
+        expected: Their settings from :func:`pgpo_lightning.commands.study_progress.expected_settings`.
+        processes: Number of runs at the same time.
     """
 
     def __init__(self, study: StudySpec, runs: list[PlannedRun], expected: dict[str, Settings], processes: int) -> None:
@@ -122,16 +125,16 @@ class Launcher:
         self.waiting = list(runs)
         self.running: list[_Child] = []
         self.done: set[str] = set()
-        self.broken: dict[str, str] = {}  # name to reason
-        self.elsewhere: set[str] = set()  # another process makes them
-        self.seconds: list[float] = []  # of runs that ended since the start
+        self.failed: dict[str, str] = {}  # name to reason
+        self.elsewhere: set[str] = set()  # made by another process
+        self.seconds: list[float] = []  # of the runs that ended since the start
         self._shown = ""
 
     def launch(self) -> None:
         """Make the runs.
 
         Raises:
-            SystemExit: If a run broke (1), or this process was interrupted (130) or terminated (143).
+            SystemExit: If a run failed (1), or this process was interrupted (130) or terminated (143).
         """
         for run in list(self.waiting):
             if state(run) == "finished":
@@ -143,7 +146,7 @@ class Launcher:
                 self._show(recorded)
                 time.sleep(POLL)
         except KeyboardInterrupt:
-            print("\nStopped. The same command goes on from here.")
+            print("\nStopped. Repeat the command to continue.")
             raise SystemExit(130) from None
         finally:
             self._stop()
@@ -152,7 +155,7 @@ class Launcher:
         self._conclude()
 
     def _advance(self) -> bool:
-        """Take note of what ended and start what can be; return whether anything is left to wait for."""
+        """Handle runs that ended and start those that are ready. Return whether any run is in progress or ready."""
         for child in list(self.running):
             if child.process.poll() is not None:
                 self.running.remove(child)
@@ -168,7 +171,7 @@ class Launcher:
         return [run for run in self.waiting if self.done.issuperset(run.needs)]
 
     def _start(self, run: PlannedRun) -> None:
-        if state(run) == "finished":  # by another process
+        if state(run) == "finished":  # made by another process
             self._finish(run)
             return
         run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -176,23 +179,23 @@ class Launcher:
             if not _locked(log):
                 self.elsewhere.add(run.name)
                 return
-            how = state(run)  # once more: it may have ended just now
-            if how == "finished":
+            progress = state(run)  # read again under the lock, because the run may have ended meanwhile
+            if progress == "finished":
                 self._finish(run)
                 return
-            if how == "started" and (change := changed(run, self.expected[run.name])):
-                self._break(run, change)
+            if progress == "started" and (change := changed(run, self.expected[run.name])):
+                self._fail(run, change)
                 return
-            if how == "begun":
+            if progress == "begun":
                 clear(run.folder)
             start = log.tell()
             process = subprocess.Popen(  # noqa: S603  (our own program)
-                [*PROGRAM, *run.arguments(*_resume(how))],
+                [*PROGRAM, *run.arguments(*_resume(progress))],
                 stdin=subprocess.DEVNULL,
-                stdout=log,  # the lock is the child's, and its children's, from here on
+                stdout=log,  # the child and its children hold the lock from now on
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": "1", **os.environ},
-                start_new_session=True,  # so that Ctrl-C is ours, and all of its processes can be ended
+                start_new_session=True,  # so that only this process gets Ctrl-C, and can end the whole group
                 preexec_fn=_die_with(os.getpid()),
             )
             self.waiting.remove(run)
@@ -202,74 +205,74 @@ class Launcher:
         run, code = child.run, child.process.returncode
         if code == 0 and state(run) == "finished":
             if change := changed(run, self.expected[run.name]):
-                self._break(run, change)  # a base config was edited meanwhile
+                self._fail(run, change)  # a base config was changed meanwhile
             else:
                 self._finish(run)
                 self.seconds.append(time.monotonic() - child.start)
             return
-        how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-        ended = how if code else f"ended without {FILE}"
+        status = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
+        reason = status if code else f"ended without {FILE}"
         with run.log.open("rb") as log:
             log.seek(child.log_start)
             text = log.read().decode(errors="replace")
         last = [line for line in text.splitlines() if line.strip()][-SHOWN:]
-        self._break(run, "\n".join([f"{ended}; {run.log} ends with", *(f"    {line}" for line in last)]))
+        self._fail(run, "\n".join([f"{reason}; {run.log} ends with", *(f"    {line}" for line in last)]))
 
     def _finish(self, run: PlannedRun) -> None:
         if run in self.waiting:
             self.waiting.remove(run)
         self.done.add(run.name)
         if not self.study.keep_checkpoints:
-            found, _ = look(run.folder / "checkpoints")
-            for checkpoint in found:
+            checkpoints, _ = look(run.folder / "checkpoints")
+            for checkpoint in checkpoints:
                 if checkpoint.mark is not None:
                     remove(checkpoint.path)
 
-    def _break(self, run: PlannedRun, reason: str) -> None:
+    def _fail(self, run: PlannedRun, reason: str) -> None:
         if run in self.waiting:
             self.waiting.remove(run)
-        self.broken[run.name] = reason
+        self.failed[run.name] = reason
 
     def _stop(self) -> None:
-        # There is no need to ask: a run may be killed at any moment.
+        # A run can be killed at any moment and resumed.
         for child in self.running:
             with suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
             child.process.wait()
 
     def _show(self, recorded: list[float]) -> None:
-        """Print one line: over itself in a terminal, else whenever a run has ended."""
-        counts = f"{len(self.done)}/{len(self.runs)} runs done, {len(self.broken)} broken"
+        """Print one line: in place in a terminal, otherwise whenever a run has ended."""
+        counts = f"{len(self.done)}/{len(self.runs)} runs done, {len(self.failed)} failed"
         line = f"{counts}, {len(self.running)} running"
         if self.elsewhere:
-            line += f", {len(self.elsewhere)} run by another process"
-        if (each := self.seconds or recorded) and self.running:
+            line += f", {len(self.elsewhere)} running in another process"
+        if (durations := self.seconds or recorded) and self.running:
             now = time.monotonic()
-            spent = sum(min(now - child.start, fmean(each)) for child in self.running)
-            left = (len(self.waiting) + len(self.running)) * fmean(each) - spent
+            spent = sum(min(now - child.start, fmean(durations)) for child in self.running)
+            left = (len(self.waiting) + len(self.running)) * fmean(durations) - spent
             line += f", about {duration(left / self.processes)} left"
         terminal = sys.stdout.isatty()
         if (shown := line if terminal else counts) != self._shown:
-            over = terminal and (self.running or self.elsewhere)
-            print(f"\r{line}\x1b[K" if terminal else line, end="" if over else "\n", flush=True)
+            in_place = terminal and (self.running or self.elsewhere)
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if in_place else "\n", flush=True)
         self._shown = shown
 
     def _conclude(self) -> None:
-        if not self.broken:
-            print(f"Every run is in {self.study.folder}. `pgpo report {self.study.folder}` compares them.")
+        if not self.failed:
+            print(f"All runs are in {self.study.folder}. Compare them with `pgpo report {self.study.folder}`.")
             return
-        for name, reason in self.broken.items():
-            print(f"\nbroken: {name}: {reason}")
+        for name, reason in self.failed.items():
+            print(f"\nfailed: {name}: {reason}")
         if self.waiting:
             names = [run.name for run in self.waiting]
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            print(f"\nwaiting for a broken run: {', '.join(names[:SHOWN])}{more}")
-        print("\nThe same command tries again what broke.")
+            print(f"\nwaiting for a failed run: {', '.join(names[:SHOWN])}{more}")
+        print("\nRepeat the command to try the failed runs again.")
         raise SystemExit(1)
 
 
 def duration(seconds: float) -> str:
-    """Return a number of seconds as a person says it.
+    """Return a duration as text.
 
     Example:
         >>> duration(42), duration(130), duration(5400)
@@ -281,8 +284,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _resume(how: str) -> list[str]:
-    return ["--ckpt_path", "last"] if how == "started" else []
+def _resume(progress: State) -> list[str]:
+    return ["--ckpt_path", "last"] if progress == "started" else []
 
 
 def _locked(file: IO[bytes]) -> bool:
@@ -298,15 +301,15 @@ def _terminate(*_: object) -> None:
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:
-    """Return what a new process does so that it is killed when its parent ends, however that ends."""
+    """Return a function that a new process calls so that it is killed when its parent ends in any way."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
 
     def arrange() -> None:
-        # It follows the thread that started the process: the launcher has only its main thread.
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the line above
+        # The signal follows the thread that started the process, here the main thread.
+        prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # the parent ended before the call above
             os.kill(os.getpid(), signal.SIGKILL)
 
     return arrange

@@ -10,7 +10,7 @@ import warnings
 from pgpo_lightning.commands.config_files import check_config_files
 from pgpo_lightning.distributed.stopping import Stopped
 
-OWN_COMMANDS = ("export", "plan", "probe", "report", "ablate")
+OWN_COMMANDS = ("export", "plan", "probe", "report", "ablate", "guard")
 """Those with a parser of their own; the others are LightningCLI's subcommands."""
 
 HELP = """pgpo COMMAND, and pgpo COMMAND --help
@@ -23,6 +23,7 @@ probe      measures what each context of the teacher is worth, before training
 export     writes a checkpoint for transformers
 ablate     runs a study: arms, seeds, conditions
 report     compares the arms of a study
+guard      measures how well the collapse rules detect collapsed runs
 """
 
 

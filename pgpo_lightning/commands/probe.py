@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.commands.building import BuildCommand
+from pgpo_lightning.core.files import output_folder
 from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Text, check, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import fp32_by_default
@@ -30,7 +31,6 @@ from pgpo_lightning.probe.line import fit
 from pgpo_lightning.probe.measure import Prober, write
 from pgpo_lightning.probe.probe_report import calibration_content, calibration_report, probe_report, summary
 from pgpo_lightning.rollout.engine import Sampling
-from pgpo_lightning.studies.output import output_folder
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
 QUESTIONS = 128

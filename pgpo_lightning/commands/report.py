@@ -1,21 +1,20 @@
-"""The command ``pgpo report``: what finished runs say, as Markdown, JSON and pictures.
+"""The command ``pgpo report``: compare finished runs and write the result as Markdown, JSON and figures.
 
-It reads the records that runs leave and nothing else; the same records give the same report.
+It reads the records of runs and nothing else. The same records give the same report.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import jsonargparse
 
+from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 from pgpo_lightning.core.settings import Positive, Range, Text, checked
 from pgpo_lightning.monitoring.run_record import load_runs, write_runs
 from pgpo_lightning.studies.analysis import analyse
-from pgpo_lightning.studies.comparisons import CONTROLS, Design, studies
+from pgpo_lightning.studies.comparisons import CONTROLS, Design, conditions
 from pgpo_lightning.studies.figures import draw_curves, draw_forest, draw_multipliers
 from pgpo_lightning.studies.measures import Measure
-from pgpo_lightning.studies.output import output_folder, plain
 from pgpo_lightning.studies.report_text import conclude, markdown
 
 
@@ -34,26 +33,26 @@ def report(
     """Compare the arms of one or more studies: does information help beyond its dose?
 
     Args:
-        runs: Folders with finished runs anywhere below them, single records, or ``.jsonl`` files with a record per line.
-        output: The folder to write ``report.md``, ``report.json``, pictures and ``runs.jsonl``, the records themselves, into;
-            what is there is written over. The last is small enough to be kept: with it the report can be made again, with new
-            runs beside the old ones.
+        runs: Folders that contain finished runs at any depth, single records, or ``.jsonl`` files with one record per line.
+        output: Folder of ``report.md``, ``report.json``, the figures, and ``runs.jsonl`` with the records themselves. Existing
+            files are overwritten. ``runs.jsonl`` is small enough to keep: the report can be made from it again, also together
+            with new runs.
         baseline: The arm that every other arm is compared with.
-        information: Names of the arms that use information; ``*`` at the end stands for any suffix. Several in brackets:
+        information: Names of the arms that use information; ``*`` at the end matches any suffix. Several in brackets:
             ``[pgpo*,centred*]``.
-        controls: Names of the arms with the dose of an information arm, without its suffix: that of ``pgpo-1.0`` is
+        controls: Names, without the suffix, of the arms with the dose of an information arm: ``pgpo-1.0`` has the control
             ``constant-1.0``.
-        decisive: The controls that an information arm has to beat for a "yes". PGPO's referee would ask for
+        decisive: Controls that an information arm has to exceed for a "yes". The strict rule is
             ``[constant,random,shuffled,replayed]``.
-        measure: The held-out score that decides: at the last evaluation, at the best one, or the mean over the steps.
-        margin: The smallest difference of interest: a "no" excludes a gain of this size.
-        collapse: A run has collapsed when its held-out score falls below this share of the base model's.
+        measure: The deciding held-out score: at the last evaluation, at the best one, or the mean over the steps.
+        margin: The smallest difference of interest. A "no" excludes a gain of this size.
+        collapse: A run has collapsed if its held-out score is below this fraction of the base model's.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
 
     Raises:
-        ValueError: If there are no runs, if those of a study cannot be compared, or if a setting is out of range.
+        ValueError: If there are no runs, if the runs of a study cannot be compared, or if a setting is out of range.
         FileExistsError: If `output` is a file.
     """
     folder = output_folder(output)
@@ -63,20 +62,22 @@ def report(
     records = load_runs([Path(path) for path in runs])
     content = analyse(records, design)
     content["conclusion"] = conclude(content)
-    folder.mkdir(parents=True, exist_ok=True)
-    groups = studies(records, design)
-    draw_curves(groups, design, folder / "curves.png")
-    draw_forest(content, folder / "forest.png")
-    pictures = {"curves": "curves.png", "differences": "forest.png"}
-    if any(study.multipliers or study.informed for study in groups):
-        draw_multipliers(groups, design, folder / "multipliers.png")
-        pictures["multipliers and information"] = "multipliers.png"
-    (folder / "report.md").write_text(markdown(content, pictures), encoding="utf-8")
+    groups = conditions(records, design)
+    with replacing(folder / "curves.png") as file:
+        draw_curves(groups, design, file.stream)
+    with replacing(folder / "forest.png") as file:
+        draw_forest(content, file.stream)
+    figures = {"curves": "curves.png", "differences": "forest.png"}
+    if any(condition.multipliers or condition.informed for condition in groups):
+        with replacing(folder / "multipliers.png") as file:
+            draw_multipliers(groups, design, file.stream)
+        figures["multipliers and information"] = "multipliers.png"
+    write_text(folder / "report.md", markdown(content, figures))
     write_runs(records, folder / "runs.jsonl")
-    made = plain(content)
-    (folder / "report.json").write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    rounded = plain(content, digits=6)
+    write_json(folder / "report.json", rounded, indent=1, allow_nan=False)
     print(f"{content['conclusion']}\n\nreport: {folder / 'report.md'}")
-    return made
+    return rounded
 
 
 def main(args: list[str]) -> None:
@@ -92,5 +93,5 @@ def main(args: list[str]) -> None:
     report(**vars(parser.parse_args(args)))
 
 
-def _names(given: list[str] | str) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _names(names: list[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

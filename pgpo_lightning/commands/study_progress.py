@@ -1,4 +1,4 @@
-"""What of a study is done, as the folders of its runs tell: nothing else is kept of it."""
+"""Progress of a study, read from the folders of its runs. It is stored nowhere else."""
 
 import copy
 import re
@@ -16,13 +16,13 @@ from pgpo_lightning.monitoring.run_record import FILE
 from pgpo_lightning.studies.spec import PlannedRun, Settings, leaves
 
 FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
-"""Settings that may differ from those a run was made with, beside those of `watch` and `checkpoint`."""
+"""Settings in which a run may differ from the study, in addition to those of `watch` and `checkpoint`."""
 
 State = Literal["new", "begun", "started", "finished"]
 
 
 def state(run: PlannedRun) -> State:
-    """Return how far a run is: ``started`` has a checkpoint to go on from, ``begun`` has none."""
+    """Return the progress of a run: ``started`` has a checkpoint to resume from, ``begun`` has files but no checkpoint."""
     if (run.folder / FILE).exists():
         return "finished"
     if any((run.folder / "checkpoints").glob(PATTERN)):
@@ -31,7 +31,7 @@ def state(run: PlannedRun) -> State:
 
 
 class _Parser(PGPOCommand):
-    """Reads settings as `pgpo fit` does, and stops there."""
+    """Parses settings as `pgpo fit` does, and does nothing else."""
 
     def init_parser(self, **kwargs: Any) -> Any:
         return super().init_parser(exit_on_error=False, **kwargs)
@@ -50,10 +50,10 @@ class _Parser(PGPOCommand):
 
 
 def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
-    """Return all settings of every run, as it will write them into its folder.
+    """Return all settings of every run, as the run will write them into its folder.
 
     Raises:
-        ValueError: If `pgpo fit` would not accept them, or a run would not leave its record where it belongs.
+        ValueError: If `pgpo fit` does not accept them, or a run would not write its record into its folder.
     """
     command = None
     first: dict[tuple[str, str], tuple[PlannedRun, Settings]] = {}
@@ -74,7 +74,7 @@ def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
                         f"Expected `{key}` to be null, so that {run.condition}/{run.arm} writes into its folder, but got {value}."
                     )
             first[run.condition, run.arm] = run, settings
-        # Seeds differ in what placeholders became, and parsing takes a fifth of a second.
+        # Runs of other seeds differ only in replaced placeholders; parsing each would take a fifth of a second.
         model, settings = first[run.condition, run.arm]
         before = dict(leaves(model.settings))
         settings = copy.deepcopy(settings)
@@ -87,11 +87,11 @@ def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
 
 
 def changed(run: PlannedRun, expected: Settings) -> str | None:
-    """Return what is wrong if a run was made with other settings than are expected.
+    """Return an error message if a run was made with other settings than expected, else None.
 
-    Its own ``config.yaml`` knows, and the configurations that it was resumed with. What only one of both knows is passed over: a
-    setting that a newer version added does not make old runs invalid. The record that a run read may be of another seed, and
-    in another place, than it would be today: a study can be moved, and seeds added.
+    The settings of a run are in its ``config.yaml`` and in the configurations that it was resumed with. Settings that only one
+    side has are ignored, so a setting added by a newer version does not make old runs invalid. The record that a run has read
+    may have another seed or path than expected, because a study can be moved and seeds can be added.
     """
     for path in configurations(run.folder):
         try:
@@ -99,14 +99,14 @@ def changed(run: PlannedRun, expected: Settings) -> str | None:
         except (OSError, yaml.YAMLError):
             recorded = None
         if not isinstance(recorded, dict):
-            return f"Expected {path} to have the settings of the run, but they cannot be read. Delete the folder."
+            return f"Expected {path} to contain the settings of the run, but it cannot be read. Delete the folder."
         for key, old, new in _differences(recorded, expected):
             if key not in FREE and not key.startswith(("watch.", "checkpoint.")):
                 old, new = _comparable(old, run.seed), _comparable(new, run.seed)
                 if old != new:
                     return (
-                        f"Expected the run in {run.folder} to be the one that is planned, but its `{key}` is {old}, and planned "
-                        f"is {new}. Choose another `folder` for the study, or delete the run's."
+                        f"Expected the run in {run.folder} to have the settings of the study, but its `{key}` is {old} instead "
+                        f"of {new}. Choose another `folder` for the study, or delete that of the run."
                     )
     return None
 

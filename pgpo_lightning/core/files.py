@@ -102,6 +102,18 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
     write_text(path, json.dumps(value, **options) + "\n")
 
 
+def output_folder(output: str | Path) -> Path:
+    """Return the folder that results go to. Call this before anything is computed.
+
+    Raises:
+        FileExistsError: If there is a file of this name.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"Expected `output` to be a folder, but {folder} is a file.")
+    return folder
+
+
 def plain(value: Any, digits: int | None = None) -> Any:
     """Return nested dictionaries and lists as strict JSON takes them: numbers that are not finite become None.
 

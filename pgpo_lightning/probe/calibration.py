@@ -11,11 +11,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from pgpo_lightning.monitoring.collapse_rules import collapse_step
 from pgpo_lightning.monitoring.run_record import FILE, RunRecord
 from pgpo_lightning.probe.contexts import effective
 from pgpo_lightning.probe.gaps import question_draws
 from pgpo_lightning.probe.line import lines
-from pgpo_lightning.studies.measures import answers, collapse_step, evaluations
+from pgpo_lightning.studies.measures import answers, evaluations
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
 PROBE = "probe.json"

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from pgpo_lightning.core.files import markdown_table
 from pgpo_lightning.probe.calibration import Bootstrap, Point
 from pgpo_lightning.probe.contexts import Context
 from pgpo_lightning.probe.gaps import Gap, Table, Value, kept
 from pgpo_lightning.probe.line import Line, fit, reliability
 from pgpo_lightning.probe.measure import Measured
-from pgpo_lightning.studies.report_text import table
 
 _LINE = ("n", "intercept", "slope", "r2", "scatter", "loo_rmse", "loo_r2", "loo_constant")
 
@@ -90,7 +90,7 @@ def probe_report(content: dict[str, Any], picture: str) -> str:
         "recovery (net)",
         "tokens",
     ]
-    parts = ["# Probe", intro, table(header, rows), f"![net gaps]({picture})", "\n".join(_remarks(content))]
+    parts = ["# Probe", intro, markdown_table(header, rows), f"![net gaps]({picture})", "\n".join(_remarks(content))]
     own = str(settings["module"]["dont_reprompt_on_self_success"]).lower()
     return "\n\n".join([*parts, "## How to read it", READING.format(own=own, sure=SURE)]) + "\n"
 
@@ -203,7 +203,13 @@ def calibration_report(content: dict[str, Any], picture: str) -> str:
         f"{content['loo_rmse']:.4f} (R² {content['loo_r2']:.3f}); without any gap, from the mean of the other runs, it is "
         f"{content['loo_constant']:.4f}. Reliability of g: {content['reliability']:.3f}."
     )
-    parts = ["# Calibration", told, table(header, rows), f"![gain over gap]({picture})", "\n".join(_warnings(content))]
+    parts = [
+        "# Calibration",
+        told,
+        markdown_table(header, rows),
+        f"![gain over gap]({picture})",
+        "\n".join(_warnings(content)),
+    ]
     if content["predictions"]:
         cells = []
         for row in content["predictions"]:
@@ -211,7 +217,7 @@ def calibration_report(content: dict[str, Any], picture: str) -> str:
             where = "" if row["inside"] else f"**outside [{low:+.3f}, {high:+.3f}]**"
             gain = "not predicted" if row["gain"] is None else f"{row['gain']:+.3f} ± {row['half']:.3f}"
             cells.append([row["name"], f"{row['gap']:+.3f}", gain, where])
-        parts += ["## Predictions", table(["context", "net gap", "gain, 95 % prediction interval", ""], cells)]
+        parts += ["## Predictions", markdown_table(["context", "net gap", "gain, 95 % prediction interval", ""], cells)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

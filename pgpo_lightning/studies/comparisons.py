@@ -1,8 +1,8 @@
-"""The runs of a study in their arms, and what is compared with what.
+"""Runs grouped by condition and arm, and the pairs of arms that are compared.
 
-Seeds are paired by their number, questions by their index. An information arm and its controls share what follows their
-names: `pgpo-1.0` has the dose of `constant-1.0`, `random-1.0` and so on. The controls are those of PGPO's referee: a larger
-learning rate (constant), the same multipliers without their batches (random, shuffled, replayed), and the opposite rule
+Seeds are paired by their number, questions by their index. An information arm and its controls have the same suffix:
+`pgpo-1.0` has the dose of `constant-1.0`, `random-1.0` and so on. The controls answer the objections of a referee of PGPO: a
+larger learning rate (constant), the same multipliers on other batches (random, shuffled, replayed), and the opposite rule
 (inverse).
 """
 
@@ -20,23 +20,23 @@ from pgpo_lightning.studies.inference import Table
 from pgpo_lightning.studies.measures import MEASURES, Measure
 
 CONTROLS = ("constant", "random", "shuffled", "replayed", "inverse")
-"""Names of the arms with the dose of an information arm, before its suffix."""
+"""Names, without the suffix, of the arms with the dose of an information arm."""
 
 
 @checked
 @dataclass(frozen=True)
 class Design:
-    """What is compared with what, and what counts as an answer.
+    """Which arms are compared, and the criterion of an answer.
 
     Attributes:
         baseline: The arm that every arm is compared with.
-        information: Names of information arms; `*` at the end stands for any suffix.
+        information: Names of information arms; `*` at the end matches any suffix.
         controls: Names of their controls without the suffix.
-        decisive: The controls that an information arm has to beat for a `yes`: all of them.
-        measure: The measure that decides.
+        decisive: Controls that an information arm has to exceed for a `yes`, all of them.
+        measure: The deciding measure.
         margin: The smallest difference of interest, in the unit of the score.
-        collapse: A run has collapsed when its score is below this share of the base model's.
-        draws: Resamples of the bootstrap; 0 for none.
+        collapse: A run has collapsed if its score is below this fraction of the base model's.
+        draws: Number of bootstrap resamples; 0 for no bootstrap.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -58,9 +58,9 @@ class Design:
             )
 
     def suffix(self, arm: str) -> str | None:
-        """Return what an information arm shares with its controls, None for other arms.
+        """Return the suffix that an information arm shares with its controls; None for other arms.
 
-        It is what `*` stands for, or without a `*` what follows the last hyphen.
+        The suffix is what `*` matches. Without a `*` it is the part after the last hyphen.
 
         Example:
             >>> Design().suffix("pgpo-1.0"), Design().suffix("pgpo"), Design().suffix("sdpo")
@@ -80,18 +80,18 @@ class Design:
         return f"{name}-{suffix}" if suffix else name
 
     def order(self, arm: str) -> tuple[int, str]:
-        """Return where an arm stands in a table."""
+        """Return the sort key of an arm in tables."""
         if arm == self.baseline:
             return 0, arm
         if self.suffix(arm) is not None:
             return 1, arm
-        place = [i for i, control in enumerate(self.controls) if arm == control or arm.startswith(f"{control}-")]
-        return 2 + (place[0] if place else len(self.controls)), arm
+        positions = [i for i, control in enumerate(self.controls) if arm == control or arm.startswith(f"{control}-")]
+        return 2 + (positions[0] if positions else len(self.controls)), arm
 
 
 @dataclass
 class Arm:
-    """The runs of one arm of a study, in order of their seeds."""
+    """The runs of one arm under one condition, sorted by seed."""
 
     name: str
     runs: list[RunRecord]
@@ -119,20 +119,20 @@ class Arm:
         return np.array([measures.dose(run) for run in self.runs])
 
     def rows(self, seeds: list[int]) -> list[int]:
-        """Return where `seeds` stand."""
+        """Return the row indices of `seeds`."""
         return [self.seeds.index(seed) for seed in seeds]
 
 
 @dataclass
 class Condition:
-    """The runs of one condition: compared with each other, and with no others."""
+    """The runs of one condition. Arms are compared within it only."""
 
     name: str
     arms: dict[str, Arm]
 
     @property
     def first(self) -> RunRecord:
-        """Return any run: what all share."""
+        """Return one run, for what all runs have in common."""
         return next(iter(self.arms.values())).runs[0]
 
     @property
@@ -142,12 +142,12 @@ class Condition:
 
     @property
     def multipliers(self) -> bool:
-        """Return whether any run had a multiplier; without one there are no doses to speak of."""
+        """Return whether any run had a multiplier. Without one there are no doses."""
         return any(run.rho for arm in self.arms.values() for run in arm.runs)
 
     @property
     def informed(self) -> bool:
-        """Return whether any run measured information: objectives without a teacher do not."""
+        """Return whether any run measured information. Objectives without a teacher do not."""
         return any(measures.INFORMATION in run.curves for arm in self.arms.values() for run in arm.runs)
 
     @property
@@ -161,17 +161,17 @@ class Condition:
         return len(self.first.questions[str(self.steps[0])])
 
 
-def studies(runs: list[RunRecord], design: Design) -> list[Condition]:
-    """Group runs, in every study first the baseline, then information arms, their controls, and all others.
+def conditions(runs: list[RunRecord], design: Design) -> list[Condition]:
+    """Group runs by condition. Arms are in the order baseline, information arms, their controls, others.
 
-    Of runs whose records are of a version that did not keep which questions were held out, only the number is compared.
+    Records of older versions do not identify their held-out questions; for these only the number of questions is compared.
 
     Args:
-        runs: Of one or more studies.
+        runs: Of one or more conditions.
         design: For the names of the arms.
 
     Raises:
-        ValueError: If runs of a study have not the same steps, evaluations, held-out questions or samples; names them.
+        ValueError: If runs of a condition differ in steps, evaluations, held-out questions or samples; names them.
     """
     grouped: dict[str, dict[str, list[RunRecord]]] = {}
     for run in sorted(runs, key=lambda run: (run.study, run.arm, run.seed)):
@@ -199,7 +199,9 @@ def _check(study: str, runs: list[RunRecord], what: str, value: Callable[[RunRec
     for run in runs:
         found.setdefault(str(value(run)), []).append(run)
     if len(found) > 1:
-        got = "; ".join(f"{each} in {_names(of)}" for each, of in sorted(found.items(), key=lambda kv: len(kv[1])))
+        got = "; ".join(
+            f"{each} in {_names(members)}" for each, members in sorted(found.items(), key=lambda kv: len(kv[1]))
+        )
         raise ValueError(f"Expected all runs of study {study} to have the same {what}, but got {got}.")
 
 
@@ -214,13 +216,13 @@ def common(a: Arm, b: Arm) -> list[int]:
 
 
 def paired(a: Arm, b: Arm, measure: Measure, seeds: list[int]) -> Table:
-    """Return `a` minus `b` on these seeds, ``(seeds, questions)``."""
+    """Return the scores of `a` minus those of `b` on these seeds, ``(seeds, questions)``."""
     return a.tables[measure][a.rows(seeds)] - b.tables[measure][b.rows(seeds)]
 
 
-def pairs(study: Condition, design: Design) -> list[tuple[Arm, Arm, str]]:
-    """Return what is compared with what, and why: each arm with the baseline, each information arm with its controls."""
-    arms = study.arms
+def pairs(condition: Condition, design: Design) -> list[tuple[Arm, Arm, str]]:
+    """Return the compared pairs and their kind: each arm with the baseline, each information arm with its controls."""
+    arms = condition.arms
     found = [
         (arm, arms[design.baseline], "baseline")
         for name, arm in arms.items()

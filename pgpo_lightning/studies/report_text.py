@@ -1,8 +1,9 @@
-"""The words of a report: tables, notes, how it was computed, and the one sentence that it ends in."""
+"""The text of a report: tables, notes, the method, and the conclusion in one sentence."""
 
 import math
 from typing import Any
 
+from pgpo_lightning.core.files import markdown_table
 from pgpo_lightning.studies.analysis import DOSE_TOLERANCE
 from pgpo_lightning.studies.measures import MEASURES
 
@@ -10,49 +11,49 @@ QUESTION = "Information helps beyond its dose"
 
 METHOD = """\
 - **final**: held-out score (mean over questions of the mean reward of their samples) at the last evaluation. **best**: at the
-  run's best evaluation; chosen on the questions that it is scored on, so it is biased upwards, the more so the more evaluations
-  there are. **area**: mean score over the steps (trapezoid area under the curve / span); early steps count, so differences are
-  smaller. **length** (tokens) and **entropy** (nats per token): of the rollouts, over the last tenth of the steps. **dose**: mean
-  multiplier; 1 without one.
-- **collapsed**: runs whose held-out score fell below {collapse:g} of the base model's at any evaluation, with the 95 % interval
-  of the share (Wilson); *at*: the median over them of the first such step.
-- **Intervals** are for new seeds and new questions: Student's t with the variance clustered by seed and by question, and
-  degrees of freedom after Satterthwaite. **Differences** are paired by seed and question. The percentile bootstrap over both is
-  in `report.json`. On simulated differences of 10 seeds, the intervals shown cover the truth in 94 to 99 % of the studies; those
-  of the bootstrap in 98 %, but in 87 to 91 % where single runs collapse. The level of an arm (no difference) is less sure where
-  few runs collapse: ten seeds may show none of a collapse in ten. `python -m pgpo_lightning.studies.simulation` measures it
-  for any size.
-- **Holm**: p corrected for all differences of one measure in one study. Intervals beside it are not corrected.
-- **The answer** rests on the {measure} score, and on information arm minus {decisive} of the same dose. Its interval is widened
-  for the number of such differences in a study (Bonferroni). *yes*: it lies above 0. *no*: it lies below {margin:g}, the smallest
-  difference of interest, so a gain that matters is excluded. Either is false in at most 2.5 % of studies. Otherwise
-  *not resolved*; the seeds it would need tell a true difference of 0 from one of {margin:g} with a power of 80 %, with the spread
-  that was seen.{pool}"""
+  run's best evaluation. It is chosen on the questions that it is scored on, so it is biased upwards, more with more evaluations.
+  **area**: mean score over the steps (trapezoid area under the curve / span). Early steps count, so differences are smaller.
+  **length** (tokens) and **entropy** (nats per token): of the rollouts, over the last tenth of the steps. **dose**: mean
+  multiplier; 1 without a multiplier.
+- **collapsed**: runs whose held-out score fell below {collapse:g} of the base model's at any evaluation, with the 95 % Wilson
+  interval of their proportion. *at*: the first such step, median over these runs.
+- **Intervals** are for new seeds and new questions: Student's t, variance clustered by seed and by question, degrees of freedom
+  after Satterthwaite. **Differences** are paired by seed and question. `report.json` also has the percentile bootstrap over both.
+  In simulated studies with 10 seeds, the intervals of differences shown here cover the true value in 94 to 99 % of the studies.
+  Those of the bootstrap cover it in 98 %, but only in 87 to 91 % where single runs collapse. Intervals of an arm's score itself
+  are less reliable where few runs collapse: with one collapse in ten runs, ten seeds may show none.
+  `python -m benchmarks.study_simulation` measures the coverage for any study size.
+- **Holm**: p-value corrected for all differences of one measure under one condition. The intervals beside it are not corrected.
+- **The answer** is based on the {measure} score of the information arm minus that of {decisive} of the same dose. Its interval
+  is widened for the number of such differences under a condition (Bonferroni). *yes*: the interval is above 0. *no*: the
+  interval is below {margin:g}, the smallest difference of interest, so a gain of interest is excluded. Either answer is false
+  in at most 2.5 % of studies. Otherwise *not resolved*. The seeds needed distinguish a true difference of 0 from {margin:g}
+  (80 % power), with the variance observed.{pool}"""
 
-POOL = """ The studies together: their mean, each counting alike, on the seeds that all have."""
+POOL = """ All conditions together: the mean over conditions with equal weights, on the seeds that all of them have."""
 
 
-def markdown(content: dict[str, Any], pictures: dict[str, str]) -> str:
+def markdown(content: dict[str, Any], figures: dict[str, str]) -> str:
     """Return the report.
 
     Args:
         content: From :func:`pgpo_lightning.studies.analysis.analyse`.
-        pictures: Caption to file.
+        figures: Caption to file.
     """
     design, cost = content["design"], content["cost"]
     runs = f"{cost['runs']} runs, {cost['seconds'] / 3600:.2f} hours of wall time, {cost['cpu_seconds'] / 3600:.2f} of CPU time."
     parts = ["# Report", runs]
     parts += [_study(study, design) for study in content["studies"]]
-    parts += [f"![{caption}]({file})" for caption, file in pictures.items()]
+    parts += [f"![{caption}]({file})" for caption, file in figures.items()]
     parts += ["## How it was computed", method(content)]
     if content["pooled"]:
-        parts += ["## All studies together", _answers(content["pooled"], design)]
+        parts += ["## All conditions together", _answers(content["pooled"], design)]
     parts += ["## Answer", f"**{conclude(content)}**"]
     return "\n\n".join(parts) + "\n"
 
 
 def method(content: dict[str, Any]) -> str:
-    """Return how the numbers were computed."""
+    """Return the description of how the numbers were computed."""
     design = content["design"]
     return METHOD.format(
         **design | {"decisive": " and ".join(design["decisive"]), "pool": POOL if content["pooled"] else ""}
@@ -60,19 +61,19 @@ def method(content: dict[str, Any]) -> str:
 
 
 def conclude(content: dict[str, Any]) -> str:
-    """Return the answer in one sentence."""
+    """Return the conclusion in one sentence."""
     design, studies = content["design"], content["studies"]
     measure, margin = design["measure"], design["margin"]
     unmatched = _unmatched(studies, design)
     if not content["pooled"]:
         return f"{QUESTION}: {phrase(studies[0]['answers'][measure], margin, studies[0]['questions'])}{unmatched}."
-    told = phrase(content["pooled"][measure], margin, max(study["questions"] for study in studies))
+    overall = phrase(content["pooled"][measure], margin, max(study["questions"] for study in studies))
     each = "; ".join(f"{study['study']}: {_brief(study['answers'][measure])}" for study in studies)
-    return f"{QUESTION}, {len(studies)} studies together: {told}; {each}{unmatched}."
+    return f"{QUESTION}, {len(studies)} conditions together: {overall}; {each}{unmatched}."
 
 
 def phrase(decided: dict[str, Any], margin: float, questions: int) -> str:
-    """Return an answer in words, with the differences that it follows from.
+    """Return an answer in words, with the differences it is based on.
 
     Args:
         decided: From :func:`pgpo_lightning.studies.analysis.decide`.
@@ -81,9 +82,9 @@ def phrase(decided: dict[str, Any], margin: float, questions: int) -> str:
     """
     answer, rows = decided["answer"], decided["comparisons"]
     if answer is None:
-        return "not asked, for no information arm has its matched control beside it"
+        return "not asked, because no information arm has its matched control"
     rows = [row for row in rows if row["answer"] == answer == decided["arms"][row["arm"]]]
-    because = ", ".join(f"{row['arm']} over {row['control']} {difference(row)}" for row in rows)
+    because = ", ".join(f"{row['arm']} minus {row['control']} {difference(row)}" for row in rows)
     if answer == "yes":
         small = f", but less than {margin:g}" if all(row["high"] < margin for row in rows) else ""
         return f"yes{small} ({because})"
@@ -91,22 +92,18 @@ def phrase(decided: dict[str, Any], margin: float, questions: int) -> str:
         return f"no, a gain of {margin:g} or more is excluded ({because})"
     seeds = min(row["seeds"] for row in rows)
     if any(math.isnan(row["low"]) for row in rows):
-        why = (
-            "without common seeds there is"
-            if not seeds
-            else "a single seed has"
-            if seeds == 1
-            else "runs with the same answers have"
-        )
-        return f"not resolved, for {why} no interval ({because})"
-    told = f"not resolved at this sample size ({seeds} seeds), which "
-    if decided["questions_needed"]:
-        needs = f"no number of seeds would mend: it would need {decided['questions_needed']} questions or more, not {questions}"
-        return f"{told}{needs} ({because})"
-    needs = f"would need {decided['seeds_needed']} seeds"
+        if not seeds:
+            reason = "arms without common seeds have"
+        else:
+            reason = "a single seed has" if seeds == 1 else "runs with the same answers have"
+        return f"not resolved, because {reason} no interval ({because})"
+    size = f"not resolved at this sample size ({seeds} seeds)"
+    if needed := decided["questions_needed"]:
+        return f"{size}, cannot be resolved by more seeds: at least {needed} questions are needed, not {questions} ({because})"
+    needs = f"about {decided['seeds_needed']} seeds are needed"
     if decided["seeds_if_seen"] not in (None, decided["seeds_needed"]):
-        needs += f", or {decided['seeds_if_seen']} if the difference seen is the true one"
-    return f"{told}{needs} ({because})"
+        needs += f", or {decided['seeds_if_seen']} if the observed difference is the true one"
+    return f"{size}, {needs} ({because})"
 
 
 def _brief(decided: dict[str, Any]) -> str:
@@ -120,7 +117,7 @@ def _brief(decided: dict[str, Any]) -> str:
 def _unmatched(studies: list[dict[str, Any]], design: dict[str, Any]) -> str:
     decisive = {(r["arm"], r["control"]) for s in studies for r in s["answers"][design["measure"]]["comparisons"]}
     found = [
-        f"{row['control']} has {row['ratio']:.3f} of {row['arm']}'s in {study['study']}"
+        f"{row['control']} has {row['ratio']:.3f} of the dose of {row['arm']} in {study['study']}"
         for study in studies
         for row in study["doses"]
         if not row["matched"] and (row["arm"], row["control"]) in decisive
@@ -142,29 +139,29 @@ def _study(study: dict[str, Any], design: dict[str, Any]) -> str:
         parts.append(_doses(study))
     if study["answers"][design["measure"]]["answer"] is not None:
         parts.append(_answers(study["answers"], design))
-    told = phrase(study["answers"][design["measure"]], design["margin"], study["questions"])
-    return "\n\n".join([*parts, f"{QUESTION}: {told}."])
+    conclusion = phrase(study["answers"][design["measure"]], design["margin"], study["questions"])
+    return "\n\n".join([*parts, f"{QUESTION}: {conclusion}."])
 
 
 def _arms(study: dict[str, Any]) -> str:
     rows = []
     for arm in study["arms"]:
-        gone = arm["collapsed"]
-        share = f"{gone['count']}/{arm['seeds']} [{gone['low']:.2f}, {gone['high']:.2f}]"
-        at = "" if math.isnan(gone["step"]) else f"{gone['step']:g}"
+        collapsed = arm["collapsed"]
+        fraction = f"{collapsed['count']}/{arm['seeds']} [{collapsed['low']:.2f}, {collapsed['high']:.2f}]"
+        step = "" if math.isnan(collapsed["step"]) else f"{collapsed['step']:g}"
         scores = [_level(arm[name]) for name in ("base", *MEASURES)]
         rest = [
             _level(arm["length"], 1),
             _level(arm["entropy"]),
             *([_level(arm["dose"])] if study["multipliers"] else []),
         ]
-        rows.append([arm["arm"], str(arm["seeds"]), *scores, share, at, *rest])
+        rows.append([arm["arm"], str(arm["seeds"]), *scores, fraction, step, *rest])
     header = [
         "arm",
         "seeds",
         "base",
         "final",
-        "best (too high)",
+        "best (biased upwards)",
         "area",
         "collapsed",
         "at",
@@ -172,17 +169,17 @@ def _arms(study: dict[str, Any]) -> str:
         "entropy",
         *(["dose"] if study["multipliers"] else []),
     ]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _comparisons(study: dict[str, Any]) -> str:
     header = ["difference", "seeds", "final", "p", "Holm", "best", "p", "Holm", "area", "p", "Holm"]
     rows = []
     for row in study["comparisons"]:
-        told = [row[name] for name in MEASURES]
-        cells = [cell for each in told for cell in (difference(each), _p(each["p"]), _p(each["p_holm"]))]
+        results = [row[name] for name in MEASURES]
+        cells = [cell for each in results for cell in (difference(each), _p(each["p"]), _p(each["p_holm"]))]
         rows.append([f"{row['arm']} − {row['against']}", str(row["seeds"]), *cells])
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _doses(study: dict[str, Any]) -> str:
@@ -191,7 +188,9 @@ def _doses(study: dict[str, Any]) -> str:
         flag = "matched" if row["matched"] else f"**off by more than {100 * DOSE_TOLERANCE:g} %**"
         doses = [f"{row[name]:.4f}" for name in ("dose", "control_dose", "ratio", "farthest")]
         rows.append([row["arm"], row["control"], *doses, flag])
-    return table(["arm", "control", "dose", "control's dose", "ratio", "ratio of the farthest seed", ""], rows)
+    return markdown_table(
+        ["arm", "control", "dose", "control's dose", "ratio", "ratio of the most different seed", ""], rows
+    )
 
 
 def _answers(answers: dict[str, Any], design: dict[str, Any]) -> str:
@@ -206,31 +205,18 @@ def _answers(answers: dict[str, Any], design: dict[str, Any]) -> str:
     interval = f"[{100 * answers[design['measure']]['level']:.4g} % interval]"
     header = [
         "measure",
-        "beyond its dose",
+        "information minus control",
         "seeds",
         interval,
         "answer",
         "seeds needed",
-        "if the difference seen is true",
+        "if the observed difference is true",
     ]
-    return table(header, rows)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table.
-
-    Example:
-        >>> print(table(["arm", "score"], [["sdpo", "0.5"]]))
-        | arm | score |
-        |---|---|
-        | sdpo | 0.5 |
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|" for line in lines)
+    return markdown_table(header, rows)
 
 
 def difference(row: dict[str, Any]) -> str:
-    """Return a difference with its sign and its interval, if it has one.
+    """Return a difference with its sign, and its interval if there is one.
 
     Example:
         >>> difference({"value": 0.0312, "low": 0.004, "high": 0.0584})

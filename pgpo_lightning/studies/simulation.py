@@ -1,39 +1,35 @@
-"""Studies whose truth is known: do the report's intervals cover it, and how often is its answer wrong?
-
-``python -m pgpo_lightning.studies.simulation --seeds 10 --difference 0.02``, or with other numbers, before a study is paid for.
-"""
+"""Simulated studies with a known difference: coverage of the report's intervals, and how often its answer is wrong."""
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import jsonargparse
 import numpy as np
 
 from pgpo_lightning.monitoring.run_record import RunRecord
-from pgpo_lightning.studies.analysis import compare, decide_study
-from pgpo_lightning.studies.comparisons import Design, studies
+from pgpo_lightning.studies.analysis import compare, decide_condition
+from pgpo_lightning.studies.comparisons import Design, conditions
 from pgpo_lightning.studies.inference import pigeonhole
 
 
 @dataclass(frozen=True)
 class World:
-    """What simulated runs are made of. The defaults are near the toy task's between-seed spread of 0.02 to 0.03.
+    """Parameters of simulated runs. The defaults are near the toy task's standard deviation between seeds, 0.02 to 0.03.
 
-    The probability that a sample is right is a sum, so its mean over all seeds and questions is known exactly: the arm's own,
-    plus effects of the seed (that all arms share), of the arm's seed, of the question (shared), and of the arm's question.
+    The probability that a sample is correct is a sum, so its mean over all seeds and questions is known exactly: the level of
+    the arm, plus effects of the seed (shared by all arms), the arm's seed, the question (shared), and the arm's question.
 
     Attributes:
         seeds: Seeds per arm.
         questions: Held-out questions.
         samples: Samples per question; their rewards are 0 or 1.
         evaluations: Evaluations after the first one.
-        base: Probability before the first step; it rises to that of the arm along a straight line.
+        base: Probability before the first step. It changes linearly to that of the arm.
         level: Probability of an arm without a difference at the end.
-        of_seed: Standard deviation.
-        of_arm_seed: Standard deviation of what pairing cannot remove.
-        of_question: Half-width of a uniform.
-        of_arm_question: Half-width of a uniform.
+        seed_deviation: Standard deviation of the effect of the seed.
+        arm_seed_deviation: Standard deviation of the effect of the arm's seed, which pairing does not remove.
+        question_width: Half-width of the uniform effect of the question.
+        arm_question_width: Half-width of the uniform effect of the arm's question.
         collapse: Probability that a run ends at 0.
     """
 
@@ -43,10 +39,10 @@ class World:
     evaluations: int = 2
     base: float = 0.5
     level: float = 0.6
-    of_seed: float = 0.02
-    of_arm_seed: float = 0.015
-    of_question: float = 0.22
-    of_arm_question: float = 0.05
+    seed_deviation: float = 0.02
+    arm_seed_deviation: float = 0.015
+    question_width: float = 0.22
+    arm_question_width: float = 0.05
     collapse: float = 0.0
 
 
@@ -61,10 +57,10 @@ def simulate(
     """Return the runs of a study.
 
     Args:
-        arms: Name to what it adds to the probability at the end.
-        world: What runs are made of.
+        arms: Name to the amount that the arm adds to the final probability.
+        world: Parameters of the runs.
         seed: Of this study.
-        study: Its name.
+        study: Name of the condition.
         doses: Mean multiplier of arms that have one.
         steps: Of training.
     """
@@ -72,12 +68,14 @@ def simulate(
     shape = (world.seeds, 1, world.questions)
     along = np.linspace(0, 1, world.evaluations + 1)[:, None]  # (evaluations, 1)
     at = np.linspace(0, steps, world.evaluations + 1).round().astype(int).tolist()
-    shared = _normal(rng, world.of_seed, world.seeds) + rng.uniform(-world.of_question, world.of_question, shape[1:])
+    shared = _normal(rng, world.seed_deviation, world.seeds) + rng.uniform(
+        -world.question_width, world.question_width, shape[1:]
+    )
     base = rng.binomial(world.samples, np.clip(world.base + shared, 0, 1)) / world.samples  # the same for all arms
     runs = []
     for arm, difference in arms.items():
-        own = _normal(rng, world.of_arm_seed, world.seeds)
-        own = own + rng.uniform(-world.of_arm_question, world.of_arm_question, world.questions)
+        own = _normal(rng, world.arm_seed_deviation, world.seeds)
+        own = own + rng.uniform(-world.arm_question_width, world.arm_question_width, world.questions)
         p = (
             world.base + shared + along * (world.level + difference - world.base + own)
         )  # (seeds, evaluations, questions)
@@ -100,34 +98,34 @@ def simulate(
 
 
 def _normal(rng: np.random.Generator, deviation: float, seeds: int) -> np.ndarray:
-    """Draw one effect per seed, cut at three deviations so that probabilities stay probabilities: ``(seeds, 1, 1)``."""
+    """Return one effect per seed, clipped at three deviations to keep probabilities in [0, 1]: ``(seeds, 1, 1)``."""
     return np.clip(rng.normal(0, deviation, (seeds, 1, 1)), -3 * deviation, 3 * deviation)
 
 
 def measure(
     difference: float, world: World, repeats: int = 500, margin: float = 0.02, seed: int = 0, draws: int = 500
 ) -> dict[str, Any]:
-    """Analyse many studies as the report does, and count.
+    """Analyse many simulated studies as the report does, and count.
 
     Args:
-        difference: What the information arm truly adds beyond its dose.
-        world: What runs are made of.
+        difference: True gain of the information arm beyond its dose.
+        world: Parameters of the runs.
         repeats: Number of studies.
         margin: The smallest difference of interest.
         seed: Of the first study.
-        draws: Resamples of the bootstrap; 0 for none.
+        draws: Number of bootstrap resamples; 0 for no bootstrap.
 
     Returns:
-        Shares of the studies: `covered` (the 95 % interval holds the truth), `bootstrap_covered`, and those of each
-        answer; and the medians of `width` (of the interval) and `seeds_needed` (of those that are not resolved).
+        Fractions of the studies: `covered` (the 95 % interval contains the true gain), `bootstrap_covered`, and the fraction
+        with each answer. Medians: `width` of the interval, and `seeds_needed` of the studies that are not resolved.
     """
     truth = difference * (1 - world.collapse)
     covered, resampled, widths, needed, answers = [], [], [], [], Counter[str]()
     design = Design(margin=margin)
     for number in range(repeats):
         runs = simulate({"pgpo-1.0": difference, "constant-1.0": 0.0}, world, seed + number)
-        (compared,) = compare(studies(runs, design)[0], design, "final")
-        decided = decide_study([compared], design)
+        (compared,) = compare(conditions(runs, design)[0], design, "final")
+        decided = decide_condition([compared], design)
         low, high = compared.mean.interval()
         covered.append(low <= truth <= high)
         widths.append(high - low)
@@ -136,29 +134,11 @@ def measure(
             resampled.append(low <= truth <= high)
         answers[decided["answer"]] += 1
         needed.append(decided["seeds_needed"])
-    there = [number for number in needed if number is not None]
+    unresolved = [number for number in needed if number is not None]
     return {
         "covered": float(np.mean(covered)),
         "bootstrap_covered": float(np.mean(resampled)) if draws else None,
         **{answer: answers[answer] / repeats for answer in ("yes", "no", "not resolved")},
         "width": float(np.median(widths)),
-        "seeds_needed": float(np.median(there)) if there else None,
+        "seeds_needed": float(np.median(unresolved)) if unresolved else None,
     }
-
-
-def main(world: World, difference: float = 0.0, repeats: int = 500, margin: float = 0.02, seed: int = 0) -> None:
-    """Simulate studies with a known difference, and print how the report does on them.
-
-    Args:
-        world: What runs are made of.
-        difference: What the information arm truly adds beyond its dose.
-        repeats: Number of studies.
-        margin: The smallest difference of interest.
-        seed: Of the first study.
-    """
-    for name, value in measure(difference, world, repeats, margin, seed).items():
-        print(f"{name:18}" + ("-" if value is None else f"{value:.4g}"))
-
-
-if __name__ == "__main__":
-    jsonargparse.auto_cli(main)

@@ -1,4 +1,4 @@
-"""A study as data: its runs, what each of them is told, and which others it waits for. Nothing is launched here."""
+"""The specification of a study: its runs, the settings of each, and the runs that each depends on. Nothing is launched here."""
 
 import json
 import re
@@ -16,15 +16,15 @@ Settings = dict[str, Any]
 """Settings of ``pgpo fit`` as nested mappings."""
 
 NAME = re.compile(r"\w[\w.=+-]*")
-"""Names of conditions and arms: they are names of folders, and stand in placeholders."""
+"""Names of conditions and arms. They are also folder names and occur in placeholders."""
 
 MOST_SEEDS = 10_000
-"""A larger number of seeds is a seed that should stand in a list."""
+"""A larger number of seeds is taken for a seed that should be in a list."""
 
 PLACEHOLDER = re.compile(r"\{run:(?P<arm>[^:{}]+)(?P<next>:next)?\}|\{seed\}")
 
 OWN = ("seed_everything", "trainer.default_root_dir", "ckpt_path", "checkpoint.dirpath", "config")
-"""Settings that the study itself decides on."""
+"""Settings that the study sets itself."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class PlannedRun:
     """One run of a study.
 
     Attributes:
-        condition: What it is compared within.
-        arm: What is compared.
-        seed: Its ``seed_everything``, which decides on sampling and order of the questions: arms share both.
+        condition: Name of the condition. Arms are compared within it.
+        arm: Name of the arm.
+        seed: Its ``seed_everything``. It determines sampling and the order of the questions, which arms share.
         base: Config files.
-        settings: What it changes of them.
-        folder: Where it goes.
-        needs: Names of the runs whose record it reads.
+        settings: Changes to the config files.
+        folder: Output folder.
+        needs: Names of the runs whose records it reads.
     """
 
     condition: str
@@ -51,20 +51,20 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """The run's place in the study."""
+        """The run's name within the study."""
         return _name(self.condition, self.arm, self.seed)
 
     @property
     def log(self) -> Path:
-        """Where its output goes: beside its folder."""
+        """The file of its output, beside its folder."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def arguments(self, *more: str) -> list[str]:
-        """Return the arguments of ``pgpo`` that make this run; they need no other file than the base."""
+        """Return the arguments of ``pgpo`` for this run. They need no file besides the base."""
         configs = [*self.base, *([json.dumps(self.settings)] if self.settings else [])]
-        given = [word for config in configs for word in ("--config", config)]
+        options = [word for config in configs for word in ("--config", config)]
         seed, folder = ["--seed_everything", str(self.seed)], ["--trainer.default_root_dir", str(self.folder)]
-        return ["fit", *given, *seed, *folder, *more]
+        return ["fit", *options, *seed, *folder, *more]
 
 
 @checked
@@ -73,19 +73,19 @@ class StudySpec:
     """A study: every arm under every condition with every seed.
 
     Attributes:
-        base: Config files of ``pgpo fit``, later ones before earlier ones; paths as from the working folder.
+        base: Config files of ``pgpo fit``, relative to the working folder. Later files override earlier ones.
         folder: Runs go to ``<folder>/<condition>/<arm>/seed=<n>``.
-        seeds: A number, or a list.
-        arms: Name to settings, as nested mappings or with dots in their keys. In a value, ``{run:ARM}`` becomes the folder of the
-            run of that arm with the same condition and seed, ``{run:ARM:next}`` that with the next seed (the first follows the
-            last), and ``{seed}`` the run's seed. A run waits for those whose folders it names.
+        seeds: Their number, or a list.
+        arms: Name to settings, as nested mappings or with dots in their keys. In a value, ``{run:ARM}`` is replaced by the folder
+            of that arm's run with the same condition and seed, and ``{run:ARM:next}`` by that with the next seed (the first
+            follows the last). ``{seed}`` is replaced by the run's seed. A run starts after the runs whose folders it names.
         conditions: Name to settings, likewise.
-        settings: Of every run, likewise; conditions and arms come before them.
-        processes: Runs at a time.
+        settings: Of every run, likewise. Conditions and arms override them.
+        processes: Number of runs at the same time.
         keep_checkpoints: Keep the checkpoints of finished runs.
 
     Raises:
-        ValueError: If a setting is missing, contradicts another or cannot be; names it.
+        ValueError: If a setting is missing, contradicts another or is out of range; names it.
     """
 
     base: Annotated[tuple[Text, ...], Filled()]
@@ -98,18 +98,18 @@ class StudySpec:
     keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
-        for condition, given in self.conditions.items():
+        for condition, changes in self.conditions.items():
             for arm, settings in self.arms.items():
-                if contrary := contradiction(given, settings):
+                if both := contradiction(changes, settings):
                     raise ValueError(
-                        f"Expected condition {condition} and arm {arm} to set different things, but both set `{contrary}`."
+                        f"Expected condition {condition} and arm {arm} to set different settings, but both set `{both}`."
                     )
 
     def runs(self) -> list[PlannedRun]:
-        """Return every run: all arms of the first seed, then of the next, so that a study can be read before it is complete.
+        """Return every run: all arms of the first seed, then of the next. A study can thus be evaluated before it is complete.
 
         Raises:
-            ValueError: If runs wait for one another, or a placeholder leads nowhere.
+            ValueError: If runs depend on one another in a cycle, or a placeholder refers to nothing.
         """
         runs = [
             self._run(condition, arm, seed) for seed in self.seeds for condition in self.conditions for arm in self.arms
@@ -118,7 +118,7 @@ class StudySpec:
             TopologicalSorter({run.name: run.needs for run in runs}).prepare()
         except CycleError as error:
             raise ValueError(
-                f"Expected an order in which runs can be made, but these wait for one another: {' <- '.join(error.args[1])}."
+                f"Expected an order in which runs can be made, but these depend on one another: {' <- '.join(error.args[1])}."
             ) from None
         return runs
 
@@ -131,15 +131,15 @@ class StudySpec:
             if isinstance(value, list):
                 return [filled(each) for each in value]
             if value == "{seed}":
-                return seed  # a number, not a text
-            return PLACEHOLDER.sub(place, value) if isinstance(value, str) else value
+                return seed  # a number, not a string
+            return PLACEHOLDER.sub(folder_of, value) if isinstance(value, str) else value
 
-        def place(match: re.Match[str]) -> str:
+        def folder_of(match: re.Match[str]) -> str:
             if match["arm"] is None:
                 return str(seed)
             if match["arm"] not in self.arms:
                 raise ValueError(
-                    f"Expected `{match[0]}` of {condition}/{arm} to name an arm, but there is only {', '.join(self.arms)}."
+                    f"Expected `{match[0]}` of {condition}/{arm} to name an arm, but the arms are {', '.join(self.arms)}."
                 )
             if match["next"] and len(self.seeds) < 2:
                 raise ValueError(f"Expected at least two seeds for `{match[0]}` of {condition}/{arm}, but got one.")
@@ -153,43 +153,41 @@ class StudySpec:
 
 
 def read_study(path: str | Path) -> StudySpec:
-    """Read a study.
+    """Read the specification of a study.
 
     Args:
         path: YAML with the attributes of :class:`StudySpec`.
 
     Raises:
-        ValueError: If the file or something it names is not there, or says what cannot be; names the key.
+        ValueError: If the file or a file it names does not exist, or a setting is invalid; names the key.
     """
     if not Path(path).is_file():
         raise ValueError(f"Expected `config` to be the file of a study, but there is no {path}.")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # among them text that is not UTF-8, dates that are none
+    # ValueError includes text that is not UTF-8 and impossible dates.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be YAML in UTF-8, but {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"Expected {path} to hold the settings of a study, but got {shown(content)}.")
     try:
         json.dumps(content)
-    except (TypeError, ValueError, RecursionError) as error:  # such as a date, or a mapping that contains itself
+    # Such as a date, or a mapping that contains itself.
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Expected {path} to hold texts, numbers, lists and mappings, but {error}.") from None
     known = [f.name for f in fields(StudySpec)]
     if unknown := [str(key) for key in content if key not in known]:
         raise ValueError(f"Expected {path} to have the keys {', '.join(known)}, but got `{'`, `'.join(unknown)}`.")
     if missing := [key for key in ("base", "folder", "seeds", "arms") if content.get(key) is None]:
         raise ValueError(f"Expected {path} to have `{'`, `'.join(missing)}`.")
-    given = {key: value for key, value in content.items() if value is not None}
-    for key in given.keys() & {"arms", "conditions"}:
-        given[key] = _named(key, given[key])
-    if "settings" in given:
-        given["settings"] = _allowed("`settings`", given["settings"])
-    check("folder", given["folder"], Text)
+    values = {key: value for key, value in content.items() if value is not None}
+    for key in values.keys() & {"arms", "conditions"}:
+        values[key] = _named(key, values[key])
+    if "settings" in values:
+        values["settings"] = _allowed("`settings`", values["settings"])
+    check("folder", values["folder"], Text)
     return StudySpec(
-        **given | {"base": _base(given["base"]), "folder": Path(given["folder"]), "seeds": _seeds(given["seeds"])}
+        **values | {"base": _base(values["base"]), "folder": Path(values["folder"]), "seeds": _seeds(values["seeds"])}
     )
 
 
@@ -201,42 +199,42 @@ def nested(where: str, settings: Any) -> Settings:
         {'model': {'init_args': {'optimizer': {'class_path': 'SGD'}}}, 'multiplier': None}
 
     Args:
-        where: Whose they are, for the message.
-        settings: The mapping; null for none.
+        where: Name of the settings, for the message.
+        settings: The mapping, or None for no settings.
 
     Raises:
-        ValueError: If it is no mapping, sets something twice, or sets what the study decides on.
+        ValueError: If `settings` is not a mapping, has a key that is not a string, or sets something twice.
     """
     if not isinstance(settings, dict | None):
         raise ValueError(f"Expected {where} to be a mapping of settings, but got {settings!r}.")
-    made: Settings = {}
+    result: Settings = {}
     for key, value in (settings or {}).items():
         if not isinstance(key, str):
             raise ValueError(f"Expected the keys of {where} to be names of settings, but got {key!r}.")
-        if value is None and PLACEHOLDER.fullmatch(f"{{{key}}}"):  # what YAML makes of {run:ARM} without quotes
+        if value is None and PLACEHOLDER.fullmatch(f"{{{key}}}"):  # YAML reads {run:ARM} without quotes as a mapping
             raise ValueError(f"Expected quotes around the placeholder `{{{key}}}` in {where}.")
         *outer, last = key.split(".")
         part = {last: nested(where, value) if isinstance(value, dict) else value}
         for name in reversed(outer):
             part = {name: part}
-        if twice := contradiction(made, part, same=False):
+        if twice := contradiction(result, part, same=False):
             raise ValueError(f"Expected {where} to set everything once, but it sets `{twice}` twice.")
-        made = merged(made, part)
-    return made
+        result = merged(result, part)
+    return result
 
 
 def merged(*layers: Settings) -> Settings:
-    """Return nested settings in which later layers come before earlier ones."""
-    made: Settings = {}
+    """Return nested settings in which later layers override earlier ones."""
+    result: Settings = {}
     for layer in layers:
         for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(made.get(key), dict)
-            made[key] = merged(made[key], value) if both else value
-    return made
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
 
 
 def leaves(settings: Settings, *outer: str) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of everything that nested settings set."""
+    """Yield the dotted key and the value of every leaf of nested settings."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, *outer, key)
@@ -245,7 +243,7 @@ def leaves(settings: Settings, *outer: str) -> Iterator[tuple[str, Any]]:
 
 
 def contradiction(first: Settings, second: Settings, same: bool = True) -> str | None:
-    """Return the dotted key of something that both set, if there is one.
+    """Return the dotted key of a setting that both set, or None.
 
     Args:
         first: Nested settings.
@@ -266,40 +264,40 @@ def _name(condition: str, arm: str, seed: int) -> str:
     return f"{condition}/{arm}/seed={seed}"
 
 
-def _named(key: str, given: Any) -> dict[str, Settings]:
-    if not isinstance(given, dict) or not given:
-        raise ValueError(f"Expected `{key}` to map names to settings, but got {given!r}.")
-    for name in given:
+def _named(key: str, values: Any) -> dict[str, Settings]:
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"Expected `{key}` to map names to settings, but got {values!r}.")
+    for name in values:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
-                f"Expected the names in `{key}` to be of letters, digits and . = + - _, in quotes if it looks like a number, "
-                f"but got {name!r}."
+                f"Expected the names in `{key}` to consist of letters, digits and . = + - _, in quotes if they look like "
+                f"numbers, but got {name!r}."
             )
-    return {name: _allowed(f"`{key}.{name}`", settings) for name, settings in given.items()}
+    return {name: _allowed(f"`{key}.{name}`", settings) for name, settings in values.items()}
 
 
 def _allowed(where: str, settings: Any) -> Settings:
-    made = nested(where, settings)
-    if taken := [key for key, _ in leaves(made) if f"{key}.".startswith(tuple(f"{own}." for own in OWN))]:
-        raise ValueError(f"Expected {where} to leave `{taken[0]}` to the study.")
-    return made
+    result = nested(where, settings)
+    if taken := [key for key, _ in leaves(result) if f"{key}.".startswith(tuple(f"{own}." for own in OWN))]:
+        raise ValueError(f"Expected {where} not to set `{taken[0]}`, which the study sets itself.")
+    return result
 
 
-def _base(given: Any) -> tuple[str, ...]:
-    files = [given] if isinstance(given, str) else given
+def _base(value: Any) -> tuple[str, ...]:
+    files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
-        raise ValueError(f"Expected `base` to list config files, but got {given!r}.")
+        raise ValueError(f"Expected `base` to list config files, but got {value!r}.")
     if missing := [file for file in files if not Path(file).is_file()]:
-        raise ValueError(f"Expected the `base` config {missing[0]} to exist, as seen from {Path.cwd()}.")
+        raise ValueError(f"Expected the `base` config {missing[0]} to exist, relative to {Path.cwd()}.")
     return tuple(files)
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
-    if type(given) is int and given > MOST_SEEDS:
-        raise ValueError(f"Expected `seeds` to be at most {MOST_SEEDS}, but got {shown(given)}.")
-    seeds = list(range(given)) if type(given) is int else given
+def _seeds(value: Any) -> tuple[int, ...]:
+    if type(value) is int and value > MOST_SEEDS:
+        raise ValueError(f"Expected `seeds` to be at most {MOST_SEEDS}, but got {shown(value)}.")
+    seeds = list(range(value)) if type(value) is int else value
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
-        raise ValueError(f"Expected `seeds` to be their number or a list of numbers from 0 on, but got {given!r}.")
+        raise ValueError(f"Expected `seeds` to be their number or a list of numbers from 0 on, but got {value!r}.")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"Expected every one of `seeds` once, but got {given!r}.")
+        raise ValueError(f"Expected every one of `seeds` once, but got {value!r}.")
     return tuple(seeds)

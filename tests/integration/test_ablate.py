@@ -82,9 +82,9 @@ def test_runs_wait_for_what_they_read_and_finished_ones_are_not_repeated(study, 
     command.ablate(path)
     assert calls(tmp_path) == ["pgpo new 1", "control new 1"]
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "0/2 runs done, 0 broken, 1 running"
-    assert any(re.fullmatch(r"1/2 runs done, 0 broken, 1 running, about \d+ s left", line) for line in out)
-    assert out[-2] == "2/2 runs done, 0 broken, 0 running"
+    assert out[0] == "0/2 runs done, 0 failed, 1 running"
+    assert any(re.fullmatch(r"1/2 runs done, 0 failed, 1 running, about \d+ s left", line) for line in out)
+    assert out[-2] == "2/2 runs done, 0 failed, 0 running"
     assert f"pgpo report {tmp_path / 'study'}" in out[-1]
     command.ablate(path)
     assert len(calls(tmp_path)) == 2
@@ -109,11 +109,11 @@ def test_a_broken_run_is_reported_and_does_not_stop_the_rest(study, tmp_path, ca
     out = capsys.readouterr().out
     log = tmp_path / "study" / "base" / "broken" / "seed=0.log"
     assert (
-        f"broken: base/broken/seed=0: exit status 1; {log} ends with\n    first\n    second\n    error: it broke\n"
+        f"failed: base/broken/seed=0: exit status 1; {log} ends with\n    first\n    second\n    error: it broke\n"
         in out
     )
-    assert "broken: base/silent/seed=0: ended without run.json" in out
-    assert "waiting for a broken run: base/control/seed=0\n" in out
+    assert "failed: base/silent/seed=0: ended without run.json" in out
+    assert "waiting for a failed run: base/control/seed=0\n" in out
     assert (tmp_path / "study" / "base" / "fine" / "seed=0" / "run.json").exists()
     # Mended: what broke is tried again, in a folder that it had begun.
     kept = log.with_suffix("") / "mine.txt"
@@ -130,7 +130,7 @@ def test_a_run_with_a_checkpoint_goes_on_from_it(study, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.ablate(path)
     assert calls(tmp_path) == ["a new 1", "a resumed 1"]
-    with pytest.raises(ValueError, match=r"its `fail` is True, and planned is False"):
+    with pytest.raises(ValueError, match=r"its `fail` is True instead of False"):
         command.ablate(study({"a": {"checkpoint": True, "fail": False}}))
 
 
@@ -151,13 +151,13 @@ def test_a_finished_run_of_other_settings_is_refused_and_named(study, tmp_path, 
     arms = {"pgpo": {"x": 1.0}, "other": {"x": 1.0}, "control": {"run": "{run:pgpo}", "seed": "{seed}"}}
     command.ablate(study(arms, seeds=2))
     for changes, message in [
-        ({"pgpo": {"x": 2.0}}, r"pgpo/seed=0.*its `x` is 1\.0, and planned is 2\.0"),
+        ({"pgpo": {"x": 2.0}}, r"pgpo/seed=0.*its `x` is 1\.0 instead of 2\.0"),
         (
             {"control": {"run": "{run:other}", "seed": "{seed}"}},
-            "`run` is base/pgpo with the same seed.*is base/other with",
+            "`run` is base/pgpo with the same seed instead of base/other with",
         ),
         ({"control": {"run": "{run:pgpo:next}", "seed": "{seed}"}}, "with the same seed.*with another seed"),
-        ({"control": {"run": "{run:pgpo}", "seed": 0}}, r"control/seed=1.*its `seed` is 1, and planned is 0"),
+        ({"control": {"run": "{run:pgpo}", "seed": 0}}, r"control/seed=1.*its `seed` is 1 instead of 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             command.ablate(study(arms | changes, seeds=2))
@@ -175,7 +175,7 @@ def test_a_base_that_is_edited_meanwhile_is_noticed(study, tmp_path, monkeypatch
     monkeypatch.setattr(command, "expected_settings", lambda runs: {run.name: {"x": 2} for run in runs})
     with pytest.raises(SystemExit):
         command.ablate(study({"a": {"x": 1}}))
-    assert "its `x` is 1, and planned is 2" in capsys.readouterr().out
+    assert "its `x` is 1 instead of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("finishes", [False, True])
@@ -226,8 +226,8 @@ def test_a_dry_run_prints_what_is_missing_in_an_order_that_works(study, tmp_path
     comments = [line for line in lines if line.startswith("#")]
     assert comments == [
         "# part 1: 2 runs",
-        "# part 2: 1 runs, when the parts before have ended",
-        "# part 3: 1 runs, when the parts before have ended",
+        "# part 2: 1 runs, after the earlier parts have ended",
+        "# part 3: 1 runs, after the earlier parts have ended",
     ]
     script = "\n".join(lines).replace("pgpo fit", f"{sys.executable} {tmp_path}/fake.py fit")
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -247,7 +247,7 @@ def test_a_dry_run_goes_on_from_what_is_there(study, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# part 1: 3 runs"
     assert lines[1].endswith("--ckpt_path last")
-    assert lines[2].startswith(f"# {tmp_path}/study/base/b/seed=0 was begun")
+    assert lines[2].startswith(f"# {tmp_path}/study/base/b/seed=0 has files but no checkpoint")
     assert len(lines) == 6
 
 
@@ -298,7 +298,7 @@ def test_a_study_that_is_killed_and_started_again_is_the_study_that_was_not(real
     main(words)
     assert finished.stat().st_mtime_ns == made
     assert "fit from " in (study / "constant" / "seed=3.log").read_text()
-    assert "2/2 runs done, 0 broken" in capsys.readouterr().out
+    assert "2/2 runs done, 0 failed" in capsys.readouterr().out
 
     # The same, uninterrupted, from the commands that a dry run prints.
     whole = replace(read_study(real), folder=tmp_path / "whole")
@@ -339,7 +339,7 @@ def records(folder):
         ({"arms": {"a": {"multiplier.sensitivty": 1}}}, r"low/a to be accepted by `pgpo fit`(.|\n)*sensitivty"),
         ({"arms": {"a": {"modle.init_args.alpha": 1}}}, r"low/a to be accepted by `pgpo fit`(.|\n)*modle"),
         ({"arms": {"a": {"trainer.logger": False}}}, "`trainer.logger` to be null"),
-        ({"settings": {"checkpoint": {"dirpath": "x"}}}, "`settings` to leave `checkpoint.dirpath`"),
+        ({"settings": {"checkpoint": {"dirpath": "x"}}}, "`settings` not to set `checkpoint.dirpath`"),
         ({"sedes": 3}, "`sedes`"),
     ],
 )

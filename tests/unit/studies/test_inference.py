@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
+from benchmarks.study_simulation import main
 from pgpo_lightning.studies.inference import (
     Mean,
     answer,
@@ -17,7 +18,7 @@ from pgpo_lightning.studies.inference import (
     two_way,
     wilson_interval,
 )
-from pgpo_lightning.studies.simulation import World, main, measure
+from pgpo_lightning.studies.simulation import World, measure
 
 STUDIES = 500
 

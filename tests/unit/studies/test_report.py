@@ -10,10 +10,11 @@ import pytest
 
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.report import report
+from pgpo_lightning.monitoring.collapse_rules import collapse_step
 from pgpo_lightning.monitoring.run_record import RunRecord, write_runs
 from pgpo_lightning.studies import measures
 from pgpo_lightning.studies.analysis import analyse, decide
-from pgpo_lightning.studies.comparisons import Design, studies
+from pgpo_lightning.studies.comparisons import Design, conditions
 from pgpo_lightning.studies.inference import two_way
 from pgpo_lightning.studies.report_text import QUESTION, conclude, phrase
 from pgpo_lightning.studies.simulation import World, simulate
@@ -46,15 +47,15 @@ def test_runs_with_other_held_out_questions_are_not_compared():
     known = [tiny(0, "sdpo", data={"validation": "a" * 64}), tiny(0, "pgpo-1", data={"validation": "b" * 64})]
     message = "same held-out questions, but got those with sha256 bbbbbbbbbbbb in s/pgpo-1/0; those .* aaaaaaaaaaaa in s/sdpo/0"
     with pytest.raises(ValueError, match=message) as error:
-        studies(known, FAST)
+        conditions(known, FAST)
     assert "\n" not in str(error.value)
     known[1].data["validation"] = "a" * 64
     (same,) = analyse(known, FAST)["studies"]
     old = tiny(1, "sdpo")
     (mixed,) = analyse([*known, old], FAST)["studies"]
-    note = "1 of 3 runs were recorded without what identifies their held-out questions: for these only the number"
-    assert any(told.startswith(note) for told in mixed["notes"])
-    assert not any("identifies" in told for told in same["notes"])
+    expected = "The records of 1 of 3 runs do not identify their held-out questions: for these runs only the number"
+    assert any(note.startswith(expected) for note in mixed["notes"])
+    assert not any("identify" in note for note in same["notes"])
 
 
 def study_of(content, number=0):
@@ -81,9 +82,9 @@ def test_one_evaluation_is_all_measures_at_once():
 
 def test_collapse_is_the_first_score_below_half_of_the_base():
     steps = [0, 10, 20]
-    assert measures.collapse_step(steps, np.array([0.5, 0.2, 0.6])) == 10
-    assert measures.collapse_step(steps, np.array([0.5, 0.25, 0.3])) is None
-    assert measures.collapse_step(steps, np.array([0.5, 0.25, 0.3]), below=0.55) == 10
+    assert collapse_step(steps, np.array([0.5, 0.2, 0.6])) == 10
+    assert collapse_step(steps, np.array([0.5, 0.25, 0.3])) is None
+    assert collapse_step(steps, np.array([0.5, 0.25, 0.3]), below=0.55) == 10
     content = analyse([tiny(0), tiny(1, scores=((0.5, 0.5), (0.0, 0.0), (0.0, 0.0)))], FAST)
     gone = study_of(content)["arms"][0]["collapsed"]
     assert (gone["count"], gone["share"], gone["step"], gone["steps"]) == (1, 0.5, 10, {"0": None, "1": 10})
@@ -118,7 +119,7 @@ def test_information_arms_meet_the_controls_of_their_own_dose():
         "random-1.0",
         "grpo",
     ]
-    assert any(note.endswith("without an answer: pgpo-2.") for note in study_of(analyse(runs(), FAST))["notes"])
+    assert any(note.endswith("therefore no answer, for: pgpo-2.") for note in study_of(analyse(runs(), FAST))["notes"])
     for name in ("final", "best", "area"):  # corrected for all of them
         assert all(r[name]["p_holm"] >= r[name]["p"] for r in rows)
         assert min(r[name]["p_holm"] for r in rows) == pytest.approx(
@@ -158,13 +159,13 @@ def test_an_arm_answers_no_if_it_fails_one_control_and_yes_if_it_beats_all():
 
     design = Design(decisive=("constant", "random"))
 
-    def told(*values):
+    def decided(*values):
         return decide([("a", f"c{i}", value) for i, value in enumerate(values)], design)
 
-    assert told(mean(0.1), mean(0.1))["answer"] == "yes"
-    assert told(mean(0.1), mean(0.0))["answer"] == "no"
-    assert told(mean(0.1), mean(0.1, 0.5))["answer"] == "not resolved"
-    assert told(mean(0.1), mean(0.1))["level"] == 0.975
+    assert decided(mean(0.1), mean(0.1))["answer"] == "yes"
+    assert decided(mean(0.1), mean(0.0))["answer"] == "no"
+    assert decided(mean(0.1), mean(0.1, 0.5))["answer"] == "not resolved"
+    assert decided(mean(0.1), mean(0.1))["level"] == 0.975
     several = decide([("a", "c", mean(0.0)), ("b", "c", mean(0.0, 0.5)), ("d", "c", mean(0.1))], design)
     assert (several["answer"], several["arms"]) == ("yes", {"a": "no", "b": "not resolved", "d": "yes"})
     assert several["seeds_needed"] is None
@@ -182,23 +183,25 @@ def test_there_are_never_fewer_seeds_needed_than_there_are():
 
 
 def test_the_sentence_follows_from_the_numbers():
-    def told(answer, low=0.01, high=0.09, seeds=10, **needed):
+    def sentence(answer, low=0.01, high=0.09, seeds=10, **needed):
         needs = {"seeds_needed": None, "seeds_if_seen": None, "questions_needed": None} | needed
         row = {"arm": "a", "control": "c", "seeds": seeds, "value": 0.05, "low": low, "high": high, "answer": answer}
         return phrase({"answer": answer, "arms": {"a": answer}, "comparisons": [row]} | needs, 0.02, 100)
 
-    assert told("yes") == "yes (a over c +0.050 [+0.010, +0.090])"
-    assert told("yes", high=0.015).startswith("yes, but less than 0.02 (")
-    assert told("no", low=-0.01, high=0.01).startswith("no, a gain of 0.02 or more is excluded (")
-    assert "at this sample size (10 seeds), which would need 40 seeds (" in told(
+    assert sentence("yes") == "yes (a minus c +0.050 [+0.010, +0.090])"
+    assert sentence("yes", high=0.015).startswith("yes, but less than 0.02 (")
+    assert sentence("no", low=-0.01, high=0.01).startswith("no, a gain of 0.02 or more is excluded (")
+    assert "at this sample size (10 seeds), about 40 seeds are needed (" in sentence(
         "not resolved", seeds_needed=40, seeds_if_seen=40
     )
-    assert "40 seeds, or 20 if the difference seen" in told("not resolved", seeds_needed=40, seeds_if_seen=20)
-    assert "which no number of seeds would mend: it would need 400 questions or more, not 100" in told(
+    assert "40 seeds are needed, or 20 if the observed difference" in sentence(
+        "not resolved", seeds_needed=40, seeds_if_seen=20
+    )
+    assert "cannot be resolved by more seeds: at least 400 questions are needed, not 100" in sentence(
         "not resolved", questions_needed=400
     )
-    assert told("not resolved", seeds=1, low=math.nan, high=math.nan) == (
-        "not resolved, for a single seed has no interval (a over c +0.050)"
+    assert sentence("not resolved", seeds=1, low=math.nan, high=math.nan) == (
+        "not resolved, because a single seed has no interval (a minus c +0.050)"
     )
 
 
@@ -213,7 +216,7 @@ def test_a_large_planted_difference_is_found_and_pooled():
     values = [study_of(content, i)["answers"]["final"]["comparisons"][0]["value"] for i in (0, 1)]
     assert pooled["value"] == pytest.approx(sum(values) / 2)
     assert re.fullmatch(
-        r"Information helps beyond its dose, 2 studies together: yes \(pgpo-1 over constant-1 .*\); one: yes; two: yes\.",
+        r"Information helps beyond its dose, 2 conditions together: yes \(pgpo-1 minus constant-1 .*\); one: yes; two: yes\.",
         conclude(content),
     )
 
@@ -230,7 +233,7 @@ def test_a_single_seed_is_reported_without_intervals(tmp_path):
     write_runs(runs(world=World(seeds=1, questions=20)), tmp_path / "runs.jsonl")
     content = report([tmp_path / "runs.jsonl"], str(tmp_path / "out"))
     assert content["conclusion"].startswith(
-        "Information helps beyond its dose: not resolved, for a single seed has no interval"
+        "Information helps beyond its dose: not resolved, because a single seed has no interval"
     )
     row = study_of(content)["comparisons"][0]["final"]
     assert isinstance(row["value"], float)
@@ -252,21 +255,21 @@ def test_a_single_seed_is_reported_without_intervals(tmp_path):
 def test_runs_that_cannot_be_compared_are_named(change, message):
     mixed = [replace(run, **change) if (run.arm, run.seed) == ("pgpo-1.0", 2) else run for run in runs()[:18]]
     with pytest.raises(ValueError, match=message):
-        studies(mixed, FAST)
+        conditions(mixed, FAST)
 
 
 def test_what_a_reader_has_to_know_is_noted():
     changed = runs()
     changed[0] = replace(changed[0], questions=changed[0].questions | {"0": [0.25] * 20})
     notes = study_of(analyse(changed, FAST))["notes"]
-    assert any("answer differently with the same seed (0)" in note for note in notes)
+    assert any("give different answers with the same seed (0)" in note for note in notes)
     late = [
         replace(r, questions={k: v for k, v in r.questions.items() if k != "0"})
         for r in runs(arms={"x": 0.0, "y": 0.0})
     ]
     notes = " ".join(study_of(analyse(late, FAST))["notes"])
     assert "no evaluation at step 0" in notes
-    assert "no arm sdpo, so no differences to a baseline: `--baseline` names another one (" in notes
+    assert "no arm sdpo, so there are no differences to a baseline. Choose another one with `--baseline` (" in notes
     assert "no information arm (pgpo*)" in notes
 
 
@@ -282,7 +285,7 @@ def test_runs_that_agree_to_the_letter_are_noted():
     notes = study_of(content)["notes"]
     assert (
         conclude(content)
-        == f"{QUESTION}: not resolved, for runs with the same answers have no interval (pgpo over constant +0.000)."
+        == f"{QUESTION}: not resolved, because runs with the same answers have no interval (pgpo minus constant +0.000)."
     )
     assert any(note.startswith("pgpo and constant gave the same answers in every run") for note in notes)
     assert any(note.startswith("Fewer than 5 seeds") for note in notes)

@@ -7,14 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.theory.command import run
+from benchmarks.theory.command import run, write_note
 from benchmarks.theory.multiplier_law import multiplier_law, variance_bound
 from benchmarks.theory.sde import _orders, _quadratic_errors, sde
 from benchmarks.theory.sde_adam import simulate
 from benchmarks.theory.sde_bernoulli import SIGNALS, Bernoulli, Chebyshev, binary_entropy
 from benchmarks.theory.sde_orders import fit_order
 from benchmarks.theory.sde_quadratic import SDES, Quadratic
-from pgpo_lightning.studies.output import write_study
 
 PROBLEM = Quadratic(curvature=0.8, noise=1.3, start=0.7)
 ETAS = [0.2, 0.1, 0.05, 0.025, 0.0125]
@@ -277,13 +276,13 @@ def test_a_setting_that_makes_no_sense_is_one_line(tmp_path):
 
 
 def test_nothing_is_left_of_a_study_that_cannot_be_drawn(tmp_path):
-    def draw(path):
-        path.write_text("half")
+    def draw(file):
+        file.write(b"half")
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        write_study(tmp_path, "sde", "words", {}, draw)
+        write_note(tmp_path, "sde", "words", {}, draw)
     assert {path.name for path in tmp_path.iterdir()} == {"sde.md", "sde.json"}
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="`output` to be a folder"):
-        write_study(tmp_path / "file", "sde", "words", {}, draw)
+        write_note(tmp_path / "file", "sde", "words", {}, draw)

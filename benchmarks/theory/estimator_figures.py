@@ -1,7 +1,6 @@
 """The picture of :mod:`benchmarks.theory.estimator`: bias where the truth is known, spread and calibration on the toy, rho."""
 
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,12 +10,12 @@ from matplotlib.ticker import NullLocator
 _COLOURS = {"entropy-difference": "C0", "kl": "C1", "log-ratio": "C2"}
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
+def draw(content: dict[str, Any], file: IO[bytes]) -> None:
     """Draw what ``estimator.json`` holds.
 
     Args:
         content: From :func:`benchmarks.theory.estimator.estimator`.
-        path: Of the PNG.
+        file: Where the PNG goes.
     """
     figure = Figure(figsize=(16, 10), layout="constrained")
     ((one, two, three), (four, five, six)) = figure.subplots(2, 3)
@@ -30,7 +29,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         axis.tick_params(labelsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9, framealpha=0.7)
-    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
+    figure.savefig(file, dpi=90, pil_kwargs={"optimize": True})
 
 
 def _students(axis: Axes, content: dict[str, Any]) -> None:

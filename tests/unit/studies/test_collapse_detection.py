@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pgpo_lightning.monitoring.collapse_rules import RULES, CollapseRules
+from pgpo_lightning.commands.main import main
+from pgpo_lightning.monitoring.collapse_rules import RULES, CollapseRules, collapse_step
 from pgpo_lightning.monitoring.run_record import RunRecord, write_runs
-from pgpo_lightning.studies.guard import ANY, fate, guard_table, lost_step, main, markdown, scalars_of
+from pgpo_lightning.studies.collapse_detection import ANY, detection_table, markdown, outcome, scalars_from
 from pgpo_lightning.studies.inference import exact_interval
 
 
@@ -45,7 +46,7 @@ RUNS = [
 
 
 def test_rows_by_hand():
-    rows = {row.rule: row for row in guard_table(RUNS, QUICK)}
+    rows = {row.rule: row for row in detection_table(RUNS, QUICK)}
     assert list(rows) == [ANY, *RULES]
     any_rule, reward, entropy, score = rows[ANY], rows["reward"], rows["entropy-rises"], rows["score"]
     for row in rows.values():
@@ -63,36 +64,36 @@ def test_rows_by_hand():
 
 
 def test_what_counts_as_a_collapse_is_an_argument():
-    end = {row.rule: row for row in guard_table(RUNS, QUICK, when="end")}
+    end = {row.rule: row for row in detection_table(RUNS, QUICK, when="end")}
     assert (end[ANY].collapsed, end[ANY].healthy, end[ANY].declining) == (4, 2, 1)  # run 5 recovered, but not quite
     assert [(end[rule].false_alarms, end[rule].declining_alarms) for rule in ("score", "entropy-rises")] == [
         (0, 1),
         (1, 1),
     ]
-    assert guard_table(RUNS, QUICK, below=0.1)[0].collapsed == 1
-    assert guard_table(RUNS, replace(QUICK, score_fall=None))[0].detected == 4
+    assert detection_table(RUNS, QUICK, below=0.1)[0].collapsed == 1
+    assert detection_table(RUNS, replace(QUICK, score_fall=None))[0].detected == 4
 
 
 def test_runs_between_lost_and_healthy_are_counted_apart():
     runs = [record(7, scores=(0.5, 0.45, 0.5)), record(8, scores=(0.5, 0.44, 0.5), rewards=falling(10))]
-    (row, *_) = guard_table(runs, QUICK)
+    (row, *_) = detection_table(runs, QUICK)
     assert (row.healthy, row.false_alarms, row.declining, row.declining_alarms) == (1, 0, 1, 1)
-    (row, *_) = guard_table(runs, QUICK, healthy=0.8)
+    (row, *_) = detection_table(runs, QUICK, healthy=0.8)
     assert (row.healthy, row.false_alarms, row.declining, row.declining_alarms) == (2, 1, 0, 0)
     with pytest.raises(ValueError, match=r"Expected `healthy` to be at least `below` \(0.5\), but got 0.4"):
-        guard_table(runs, healthy=0.4)
+        detection_table(runs, healthy=0.4)
 
 
 def test_the_defaults_are_those_of_the_callbacks():
-    assert guard_table(RUNS) == guard_table(RUNS, CollapseRules()) != guard_table(RUNS, QUICK)
+    assert detection_table(RUNS) == detection_table(RUNS, CollapseRules()) != detection_table(RUNS, QUICK)
 
 
 def test_a_part_of_the_seeds(tmp_path, capsys):
     write_runs(RUNS, tmp_path / "runs.jsonl")
-    main([str(tmp_path / "runs.jsonl"), "--seeds", "[0,2]"])
+    main(["guard", str(tmp_path / "runs.jsonl"), "--seeds", "[0,2]"])
     assert re.search(r"any rule \| 1 of 1 \[.*?\] \| 0 \| 0 of 1 \[.*?\] \| 0 of 0 \|", capsys.readouterr().out)
     with pytest.raises(ValueError, match=r"Expected `seeds` to be among .* \[0, 1, 2, 3, 4, 5, 6\], but got \[9\]"):
-        main([str(tmp_path / "runs.jsonl"), "--seeds", "[9]"])
+        main(["guard", str(tmp_path / "runs.jsonl"), "--seeds", "[9]"])
 
 
 @pytest.mark.parametrize(
@@ -106,36 +107,36 @@ def test_a_part_of_the_seeds(tmp_path, capsys):
     ],
 )
 def test_the_step_at_which_a_score_is_lost(scores, any_step, end_step):
-    assert lost_step([0, 10, 20], scores) == any_step
-    assert lost_step([0, 10, 20], scores, when="end") == end_step
+    assert collapse_step([0, 10, 20], scores) == any_step
+    assert collapse_step([0, 10, 20], scores, when="end") == end_step
 
 
 def test_the_reward_is_measured_from_the_base_model():
-    assert fate(record(rewards=(0.5, 0.2, 0.1, 0.1)), QUICK).reward_lost == 3
-    assert fate(record(rewards=(0.5, 0.2, 0.5, 0.5)), QUICK).reward_lost is None  # one odd step
-    assert fate(record(rewards=(0.5, 0.3, 0.26, 0.3)), QUICK).reward_lost is None
+    assert outcome(record(rewards=(0.5, 0.2, 0.1, 0.1)), QUICK).reward_collapsed_at == 3
+    assert outcome(record(rewards=(0.5, 0.2, 0.5, 0.5)), QUICK).reward_collapsed_at is None  # one odd step
+    assert outcome(record(rewards=(0.5, 0.3, 0.26, 0.3)), QUICK).reward_collapsed_at is None
 
 
 def test_a_run_without_the_base_models_score_is_refused():
     run = record(7)
     run.curves["val/avg@8"] = [[10, 20], [0.5, 0.5]]
     with pytest.raises(ValueError, match=r"Expected toy/sdpo/7 to be evaluated before the first step .* at \[10, 20\]"):
-        guard_table([run])
+        detection_table([run])
     with pytest.raises(ValueError, match="Expected toy/sdpo/0 to be evaluated before the first step and after it"):
-        guard_table([record(scores=(0.5,))])
+        detection_table([record(scores=(0.5,))])
 
 
 def test_steps_of_a_record_are_whole_numbers():
     run = RunRecord.parse(json.dumps(vars(record())), "here")
     run.curves["critic/score/mean"][0] = [float(step) for step in run.curves["critic/score/mean"][0]]
-    assert list(scalars_of(run)["critic/score/mean"]) == list(range(1, 21))
+    assert list(scalars_from(run)["critic/score/mean"]) == list(range(1, 21))
 
 
 def test_the_printed_table_has_exact_intervals(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     write_runs(RUNS, path)
     quick = ["--rules.window", "3", "--rules.reward_fall", "0.6", "--rules.score_fall", "null"]
-    main([str(path), "--each", "true", *quick])
+    main(["guard", str(path), "--each", "true", *quick])
     text = capsys.readouterr().out
     low, high = exact_interval(4, 5)
     cells = [line[2:-2].split(" | ", 1) for line in text.splitlines() if line.startswith("| ")]
@@ -150,4 +151,4 @@ def test_the_printed_table_has_exact_intervals(tmp_path, capsys):
 
 
 def test_no_runs_of_a_kind_give_no_share():
-    assert "| any rule | 0 of 0 | 0 | 0 of 1 [0.00, 0.97] | 0 of 0 |  |  |" in markdown(guard_table(RUNS[:1]))
+    assert "| any rule | 0 of 0 | 0 | 0 of 1 [0.00, 0.97] | 0 of 0 |  |  |" in markdown(detection_table(RUNS[:1]))

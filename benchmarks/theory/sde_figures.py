@@ -1,7 +1,6 @@
 """The picture of :mod:`benchmarks.theory.sde`: orders on top, stationary variances and the bound on Var(rho) below."""
 
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,12 +14,12 @@ _MARKERS = {"paper": "o", "scaled": "s", "matched": "^", "order-2 drift": "d", "
 _STYLES = {"paper": "-", "scaled": "--", "matched": "-.", "order-2 drift": ":", "no noise": ":"}  # some lines coincide
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
+def draw(content: dict[str, Any], file: IO[bytes]) -> None:
     """Draw what ``sde.json`` holds.
 
     Args:
         content: From :func:`benchmarks.theory.sde.sde`.
-        path: Of the PNG.
+        file: Where the PNG goes.
     """
     figure = Figure(figsize=(16, 10), layout="constrained")
     ((one, two, three), (four, five, six)) = figure.subplots(2, 3)
@@ -35,7 +34,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         axis.tick_params(labelsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9, framealpha=0.7)
-    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
+    figure.savefig(file, dpi=90, pil_kwargs={"optimize": True})
 
 
 def _errors(axis: Axes, etas: list[float], told: dict[str, Any], function: str, title: str) -> None:
