@@ -23,9 +23,9 @@ from pgpo_lightning.callbacks.controls import (
     ShuffledMultiplier,
 )
 from pgpo_lightning.callbacks.interruption import Interruption
-from pgpo_lightning.callbacks.progress_lines import StepLines
+from pgpo_lightning.callbacks.progress_printer import ProgressPrinter
 from pgpo_lightning.callbacks.resume_checkpoint import ResumeCheckpoint
-from pgpo_lightning.callbacks.run_summary import Watch
+from pgpo_lightning.callbacks.run_summary import RunSummary
 from pgpo_lightning.callbacks.stability_monitor import StabilityMonitor
 from pgpo_lightning.callbacks.step_size import (
     ConstantMultiplier,
@@ -48,12 +48,12 @@ __all__ = [
     "MatchedConstantMultiplier",
     "MatchedRandomMultiplier",
     "PolyakMultiplier",
+    "ProgressPrinter",
     "RandomMultiplier",
     "ReplayedMultiplier",
     "ResumeCheckpoint",
+    "RunSummary",
     "ShuffledMultiplier",
     "StabilityMonitor",
-    "StepLines",
     "StepSizeMultiplier",
-    "Watch",
 ]

@@ -22,7 +22,7 @@ from pgpo_lightning.monitoring.run_record import FILE, collect
 
 
 @checked
-class Watch(L.Callback):
+class RunSummary(L.Callback):
     """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture, a summary and a record.
 
     Needs a TensorBoard logger; without one it says so and does nothing.

@@ -7,13 +7,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pgpo_lightning.callbacks.fresh import StartsAfresh
+from pgpo_lightning.callbacks.per_run_state import PerRunState
 from pgpo_lightning.core.settings import checked
 from pgpo_lightning.monitoring.collapse_rules import TAGS, CollapseRules, alarms, signs
 
 
 @checked
-class StabilityMonitor(StartsAfresh):
+class StabilityMonitor(PerRunState):
     """Logs the signs of a collapse as ``stability/*`` and warns once for every rule that fires, with its reason.
 
     The signs are those of :func:`pgpo_lightning.monitoring.collapse_rules.signs`; `stability/alarms` is the number of rules
@@ -41,7 +41,7 @@ class StabilityMonitor(StartsAfresh):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a second monitor: both would log the same curves."""
-        self.start_afresh(trainer, stage)
+        self.reset_for_new_run(trainer, stage)
         active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StabilityMonitor)]
         if len(active) > 1:
             raise MisconfigurationException(

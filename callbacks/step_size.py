@@ -12,7 +12,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from pgpo_lightning.callbacks.fresh import StartsAfresh
+from pgpo_lightning.callbacks.per_run_state import PerRunState
 from pgpo_lightning.core.run_settings import Remembers
 from pgpo_lightning.core.seeding import derive_seed, global_seed
 from pgpo_lightning.core.settings import LowerBound, Multiplier, NonNegative, Seed, UpperBound, checked, either
@@ -21,7 +21,7 @@ from pgpo_lightning.losses.information import Aggregation, Estimator, informatio
 from pgpo_lightning.losses.step_statistics import StepStatistics
 
 
-class StepSizeMultiplier(Remembers, StartsAfresh):
+class StepSizeMultiplier(Remembers, PerRunState):
     """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
 
     A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back by the module
@@ -94,7 +94,7 @@ class StepSizeMultiplier(Remembers, StartsAfresh):
                 f"Expected one step-size multiplier, but got {' and '.join(active)}. Keep it under `multiplier` and out of "
                 "`trainer.callbacks`."
             )
-        self.start_afresh(trainer, stage)
+        self.reset_for_new_run(trainer, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take note of the module's seed."""

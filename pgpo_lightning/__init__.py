@@ -27,14 +27,14 @@ if TYPE_CHECKING:
         MatchedConstantMultiplier,
         MatchedRandomMultiplier,
         PolyakMultiplier,
+        ProgressPrinter,
         RandomMultiplier,
         ReplayedMultiplier,
         ResumeCheckpoint,
+        RunSummary,
         ShuffledMultiplier,
         StabilityMonitor,
-        StepLines,
         StepSizeMultiplier,
-        Watch,
     )
     from pgpo_lightning.core.types import Question, Rollout, Verdict
     from pgpo_lightning.data import FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
@@ -73,6 +73,7 @@ __all__ = [
     "MultipleChoice",
     "OnPolicyModule",
     "PolyakMultiplier",
+    "ProgressPrinter",
     "Quantization",
     "Question",
     "QuestionData",
@@ -80,18 +81,17 @@ __all__ = [
     "ReplayedMultiplier",
     "ResumeCheckpoint",
     "Rollout",
+    "RunSummary",
     "Sampling",
     "SciKnowEval",
     "ShuffledMultiplier",
     "StabilityMonitor",
-    "StepLines",
     "StepSizeMultiplier",
     "StepStatistics",
     "ToyArithmetic",
     "TransformersEngine",
     "VLLMEngine",
     "Verdict",
-    "Watch",
     "information",
 ]
 
@@ -100,7 +100,7 @@ _HOMES = {
         "AdaptiveInformationMultiplier CentredMultiplier CollapseGuard ConstantMultiplier EffectiveSampleSizeMultiplier "
         "InformationMultiplier Interruption InverseMultiplier KLAdaptiveMultiplier LossScaledMultiplier "
         "MatchedConstantMultiplier MatchedRandomMultiplier PolyakMultiplier RandomMultiplier ReplayedMultiplier "
-        "ResumeCheckpoint ShuffledMultiplier StabilityMonitor StepLines StepSizeMultiplier Watch"
+        "ResumeCheckpoint ShuffledMultiplier StabilityMonitor ProgressPrinter StepSizeMultiplier RunSummary"
     ),
     "core.types": "Question Rollout Verdict",
     "data": "FileQuestions QuestionData SciKnowEval ToyArithmetic",

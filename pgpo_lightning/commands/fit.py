@@ -16,11 +16,11 @@ import pgpo_lightning.modules
 import pgpo_lightning.rollout.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
 from pgpo_lightning.callbacks import (
     Interruption,
+    ProgressPrinter,
     ResumeCheckpoint,
+    RunSummary,
     StabilityMonitor,
-    StepLines,
     StepSizeMultiplier,
-    Watch,
 )
 from pgpo_lightning.checkpoints.finding import resolve
 from pgpo_lightning.commands.trainer_settings import check_trainer
@@ -61,7 +61,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class PGPOCommand(LightningCLI):
-    """LightningCLI with the multiplier, the checkpoints and the watch as arguments of their own."""
+    """LightningCLI with the multiplier, the checkpoints and the run summary as arguments of their own."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -85,7 +85,7 @@ class PGPOCommand(LightningCLI):
         """Add what a user swaps to the command line."""
         parser.add_lightning_class_args(StepSizeMultiplier, "multiplier", subclass_mode=True, required=False)
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Watch, "watch")
+        parser.add_lightning_class_args(RunSummary, "summary")
 
     def _set_seed(self) -> None:
         """Seed everything; module, data and multiplier take this seed unless they were given one of their own."""
@@ -122,7 +122,7 @@ class PGPOCommand(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
         if shown and not sys.stdout.isatty() and not any(isinstance(each, ProgressBar) for each in callbacks):
-            kwargs["callbacks"] = [*callbacks, StepLines()]
+            kwargs["callbacks"] = [*callbacks, ProgressPrinter()]
         trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         callbacks = [callback for callback in trainer.callbacks if callback is not None]
         if not any(isinstance(callback, Interruption) for callback in callbacks):

@@ -16,7 +16,7 @@ from pgpo_lightning.monitoring.run_record import FILE
 from pgpo_lightning.studies.spec import PlannedRun, Settings, leaves
 
 FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
-"""Settings in which a run may differ from the study, in addition to those of `watch` and `checkpoint`."""
+"""Settings in which a run may differ from the study, in addition to those of `summary` and `checkpoint`."""
 
 State = Literal["new", "begun", "started", "finished"]
 
@@ -101,7 +101,7 @@ def changed(run: PlannedRun, expected: Settings) -> str | None:
         if not isinstance(recorded, dict):
             return f"Expected {path} to contain the settings of the run, but it cannot be read. Delete the folder."
         for key, old, new in _differences(recorded, expected):
-            if key not in FREE and not key.startswith(("watch.", "checkpoint.")):
+            if key not in FREE and not key.startswith(("summary.", "checkpoint.")):
                 old, new = _comparable(old, run.seed), _comparable(new, run.seed)
                 if old != new:
                     return (

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 
-from pgpo_lightning.callbacks import ResumeCheckpoint, Watch
+from pgpo_lightning.callbacks import ResumeCheckpoint, RunSummary
 
 INSTEAD = {
     "barebones": (
@@ -28,7 +28,7 @@ CALLBACKS: dict[type[Callback], str] = {
     StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher_regularization: ema`",
     GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.micro_batch_tokens` to save memory",
     ResumeCheckpoint: "every run has its own. Set `checkpoint.every_n_train_steps` and `checkpoint.keep`",
-    Watch: "every run has its own. Set it by `watch`",
+    RunSummary: "every run has its own. Set it by `summary`",
 }
 
 

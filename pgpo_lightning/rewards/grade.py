@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.core.texts import is_text, shown
 from pgpo_lightning.core.types import Question, Verdict
-from pgpo_lightning.rewards.undisturbed import signals_heard, undisturbed
+from pgpo_lightning.rewards.isolation import process_state_kept, signals_recorded
 
 Verifier: TypeAlias = Callable[[Question, str], Verdict | float | tuple[float, str]]
 """A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens)."""
@@ -36,9 +36,9 @@ def grade(verifier: Verifier, question: Question, response: str) -> Verdict:
     """
     # A verifier may catch the interrupt, as `except:` does, or raise one by itself: only what a signal raised ends the run.
     failure: BaseException | None = None
-    with signals_heard() as heard:
+    with signals_recorded() as heard:
         try:
-            with undisturbed():
+            with process_state_kept():
                 return_value = verifier(_copy(question), response)
                 verdict, why = _verdict(return_value)
         except BaseException as error:

@@ -164,7 +164,7 @@ def test_a_finished_run_of_other_settings_is_refused_and_named(study, tmp_path, 
     assert len(calls(tmp_path)) == 6
     # The same study elsewhere, with more seeds, and with what changes no result.
     (tmp_path / "study").rename(tmp_path / "moved")
-    command.ablate(study(arms, seeds=3, folder=str(tmp_path / "moved"), conditions={"base": {"watch": {"texts": 1}}}))
+    command.ablate(study(arms, seeds=3, folder=str(tmp_path / "moved"), conditions={"base": {"summary": {"texts": 1}}}))
     assert len(calls(tmp_path)) == 9
     (tmp_path / "moved" / "base" / "pgpo" / "seed=0" / "config.yaml").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):

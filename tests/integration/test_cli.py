@@ -13,6 +13,7 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 
+import pgpo_lightning.modules
 from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, RandomMultiplier, StepSizeMultiplier
 from pgpo_lightning.callbacks.run_summary import before_after, summarise
 from pgpo_lightning.commands.fit import PGPOCommand
@@ -41,7 +42,7 @@ def parsed(*args):
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
 def test_every_config_parses_and_says_how_to_run_it(path):
     settings = parsed("--config", str(path))
-    assert settings["model"]["class_path"].startswith("pgpo_lightning.modules.")
+    assert settings["model"]["class_path"].removeprefix("pgpo_lightning.") in pgpo_lightning.modules.__all__
     header = path.read_text().split("\nseed_everything")[0]
     assert f"pgpo fit --config configs/{path.name}" in header
 
@@ -119,7 +120,7 @@ def test_the_progress_bar_of_a_run_that_counts_steps_has_no_number_of_epochs(tmp
 
 
 def test_redirected_output_has_a_line_per_step_and_no_progress_bar(tmp_path, capsys):
-    settings = config(tmp_path / "run", steps=3, watch={"picture": False})
+    settings = config(tmp_path / "run", steps=3, summary={"picture": False})
     main(["fit", "--config", settings, "--trainer.enable_progress_bar", "true"])
     out = capsys.readouterr().out
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f━]", out)
@@ -210,7 +211,7 @@ def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
 def test_a_run_ends_with_summary_picture_and_answers(tmp_path, capsys):
     folder = tmp_path / "run"
     constant = {"class_path": "ConstantMultiplier", "init_args": {"value": 1.25}}
-    main(["fit", "--config", config(folder, steps=2, multiplier=constant, watch={"picture": True})])
+    main(["fit", "--config", config(folder, steps=2, multiplier=constant, summary={"picture": True})])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["multiplier"] == {"mean": 1.25, "std": 0.0}
@@ -294,7 +295,7 @@ def test_a_setting_out_of_range_is_told_in_one_line(tmp_path):
 
 
 def test_two_processes_train_evaluate_and_finish(tmp_path):
-    settings = config(tmp_path / "run", steps=2, watch={"picture": True})
+    settings = config(tmp_path / "run", steps=2, summary={"picture": True})
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
     result = program(tmp_path, "fit", "--config", settings, *ddp)
     assert result.returncode == 0, result.stderr[-2000:]

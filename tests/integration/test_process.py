@@ -156,7 +156,7 @@ def test_one_command_starts_continues_and_ends(tmp_path, capsys):
             "callbacks+=ResumeCheckpoint",
             "without ResumeCheckpoint, but got one: every run has its own. Set `checkpoint",
         ),
-        ("callbacks+=pgpo_lightning.callbacks.Watch", "without Watch"),
+        ("callbacks+=pgpo_lightning.callbacks.RunSummary", "without RunSummary"),
     ],
 )
 def test_settings_of_the_trainer_that_mean_something_else_here_are_refused(tmp_path, args, message):

@@ -37,7 +37,7 @@ BASES = {
     "centred": ["ablations/centred.yaml"],
     "random": ["ablations/random.yaml"],
 }
-PARTS = ("model", "data", "multiplier", "checkpoint", "watch")
+PARTS = ("model", "data", "multiplier", "checkpoint", "summary")
 ODD = [math.nan, math.inf, -math.inf, -1, -0.5, 0, 1e30, 1e-30, 10**30, 1e9, 3.7, "", " ", "abc", "1e-3", "nan", "\u65e5\u672c",
        [], [1, 2], ["a"], {}, {"a": 1}, None, True, False, "../..", "null"]  # fmt: skip
 REFUSED = "refused by name"

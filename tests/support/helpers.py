@@ -125,7 +125,7 @@ def config(folder, steps=6, **changes):
         },
         "multiplier": {"class_path": "RandomMultiplier", "init_args": {"low": 0.5, "high": 1.5}},
         "checkpoint": {"every_n_train_steps": 1, "keep": None},
-        "watch": {"picture": False},  # drawing takes as long as three steps
+        "summary": {"picture": False},  # drawing takes as long as three steps
     }
     path = Path(folder).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(settings | changes))

@@ -516,7 +516,7 @@ def settings_of(folder, steps, **model):
     path = Path(config(folder, steps, module="HAPO", model={"max_response_length": 32} | model))
     settings = yaml.safe_load(path.read_text())
     del settings["model"]["init_args"]["max_reprompt_len"]
-    settings["watch"] = {"picture": False}
+    settings["summary"] = {"picture": False}
     path.write_text(yaml.safe_dump(settings))
     return ["fit", "--config", str(path)]
 

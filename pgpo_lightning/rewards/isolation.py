@@ -15,7 +15,7 @@ from pgpo_lightning.distributed.stopping import ENDING
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def process_state_kept() -> Iterator[None]:
     """Put back what the enclosed code changes for the whole process.
 
     That is the working folder, torch's default type and device, its gradient mode and number of threads, and the output streams.
@@ -60,7 +60,7 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def signals_heard() -> Iterator[list[BaseException]]:
+def signals_recorded() -> Iterator[list[BaseException]]:
     """Tell what a signal raises (Ctrl-C: ``KeyboardInterrupt``) from what the enclosed code raises by itself.
 
     Handlers do what they did. What they raise is also noted, so that it is known after the enclosed code caught it.

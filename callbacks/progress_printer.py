@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pgpo_lightning.training.held_out import summary_line
 
 
-class StepLines(ProgressBar):
+class ProgressPrinter(ProgressBar):
     """Prints step, reward, information I (nats), multiplier rho and seconds of every step; the scores of every evaluation.
 
     Stands in for a progress bar, which a log file would hold as thousands of control characters.

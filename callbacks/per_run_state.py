@@ -6,12 +6,12 @@ from typing import Any
 import lightning as L
 
 
-class StartsAfresh(L.Callback):
+class PerRunState(L.Callback):
     """A callback with a state, which a new run does not take over from the last one."""
 
     _fresh: dict[str, Any] | None = None
 
-    def start_afresh(self, trainer: L.Trainer, stage: str) -> None:
+    def reset_for_new_run(self, trainer: L.Trainer, stage: str) -> None:
         """Put back the state that there was before the first run, if a new run begins. To be called in `setup`.
 
         Afterwards a checkpoint's state is loaded, if one is resumed from. A Trainer that goes on has taken steps already.
