@@ -1,8 +1,8 @@
 """Divergences between student and teacher next-token distributions, as pure functions of log-probabilities.
 
-Notation of the SDPO paper (arXiv 2601.20802): S is the student, T the teacher. `alpha` is SDPO's name of the mixing weight:
-0 is the forward KL(T||S), 1 the reverse KL(S||T), anything between the generalised Jensen-Shannon divergence.
-All results are in nats. Gradients flow through S, inside the mixture too; T is expected to carry none.
+Notation of the SDPO paper (arXiv 2601.20802): S is the student, T the teacher. `alpha` is SDPO's name for the mixing weight:
+0 is the forward KL(T||S), 1 the reverse KL(S||T), and values in between the generalised Jensen-Shannon divergence.
+All results are in nats. Gradients flow through S, also inside the mixture; T is expected to carry none.
 """
 
 import math
@@ -43,11 +43,11 @@ def reverse_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
 def generalised_jsd(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
     r"""Return ``(1-alpha) KL(S||M) + alpha KL(T||M)`` with ``M = (1-alpha) S + alpha T``.
 
-    Written in the log-ratio ``d = log T - log S``: ``log M/S = log1p(alpha (e^d - 1))``. So nothing of the size of the
-    entropies cancels, and the result is accurate to second order when student and teacher nearly agree.
+    It is computed from the log-ratio ``d = log T - log S``: ``log M/S = log1p(alpha (e^d - 1))``. So no terms of the size of the
+    entropies cancel, and the result is accurate to second order when student and teacher nearly agree.
 
-    As ``alpha`` goes to 0 or 1 this goes to ``alpha KL(T||S)`` or ``(1-alpha) KL(S||T)``, not to the KL itself: the end
-    points of SDPO's `alpha` are separate losses (as in SDPO's code), about 4 times as steep as alpha = 0.5 near agreement.
+    As ``alpha`` goes to 0 or 1 this goes to ``alpha KL(T||S)`` or ``(1-alpha) KL(S||T)``, not to the KL itself. The end points of
+    SDPO's `alpha` are separate losses, as in SDPO's code, and are about 4 times as steep as alpha = 0.5 near agreement.
 
     Args:
         log_s: Student log-probabilities, shape ``(..., V)``.
@@ -74,13 +74,13 @@ def divergence(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
 def student_top_k(log_s: Tensor, log_t: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
     """Reduce both distributions to the student's `k` likeliest tokens (SDPO's top-k distillation).
 
-    The choice of tokens carries no gradient; their values do.
+    The selection of tokens carries no gradient; their values do.
 
     Args:
         log_s: Student log-probabilities over the full vocabulary, shape ``(..., V)``.
         log_t: Teacher log-probabilities over the full vocabulary, shape ``(..., V)``.
-        k: Number of tokens kept; at ``k >= V`` both distributions come back whole.
-        add_tail: Put everything else into one further bucket; otherwise renormalise over the `k` tokens.
+        k: Number of tokens kept; at ``k >= V`` both distributions are returned unchanged.
+        add_tail: Put all other tokens into one more bucket; otherwise renormalise over the `k` tokens.
 
     Returns:
         The two reduced log-distributions, shape ``(..., k+1)`` with a tail and ``(..., k)`` without.
@@ -95,8 +95,8 @@ def _reduce(log_p: Tensor, kept: Tensor, add_tail: bool) -> Tensor:
     log_kept = log_p.gather(-1, kept)
     if not add_tail:
         return log_kept.log_softmax(-1)
-    # The tail is summed over the complement. log(1 - sum of the kept) would be wrong by 1 nat at a tail mass of 3e-7.
-    # The lowest finite number instead of -inf keeps the gradient defined where the complement has no mass at all.
+    # The tail is summed over the complement: log(1 - sum of the kept) would be wrong by 1 nat at a tail mass of 3e-7. The lowest
+    # finite number instead of -inf keeps the gradient defined where the complement has no mass.
     log_rest = log_p.scatter(-1, kept, torch.finfo(log_p.dtype).min)
     return torch.cat([log_kept, log_rest.logsumexp(-1, keepdim=True)], dim=-1)
 
@@ -104,7 +104,7 @@ def _reduce(log_p: Tensor, kept: Tensor, add_tail: bool) -> Tensor:
 def sampled_token(log_s: Tensor, log_t: Tensor, targets: Tensor) -> Tensor:
     """Return SDPO's sampled-token form, ``stopgrad(log S(y) - log T(y)) * log S(y)``.
 
-    A policy gradient with the per-token advantage ``log T - log S``; its expected gradient is that of KL(S||T).
+    This is a policy gradient with the per-token advantage ``log T - log S``. Its expected gradient is that of KL(S||T).
 
     Args:
         log_s: Student log-probabilities, shape ``(..., V)``.
@@ -128,18 +128,18 @@ def entropy(log_p: Tensor) -> Tensor:
 def clipped_divergence(log_s: Tensor, log_t: Tensor, alpha: float, bound: float) -> Tensor:
     """Return :func:`divergence` with the contribution of every vocabulary entry bounded from above (OPSD, arXiv 2601.18734).
 
-    ``sum_v min(l_v, bound)``, where l_v is the summand of the definition: ``T log T/S`` for the forward KL, ``S log S/T`` for
-    the reverse one, ``(1-alpha) S log S/M + alpha T log T/M`` for the Jensen-Shannon divergence. Summands below zero, which the
-    KLs have, are left alone. A summand at its bound has no gradient.
+    The result is ``sum_v min(l_v, bound)`` with the summands l_v of the definition: ``T log T/S`` for the forward KL,
+    ``S log S/T`` for the reverse KL, ``(1-alpha) S log S/M + alpha T log T/M`` for the Jensen-Shannon divergence. Negative
+    summands, which the KLs have, are unchanged. A clipped summand has no gradient.
 
     Args:
         log_s: Student log-probabilities, shape ``(..., V)``.
         log_t: Teacher log-probabilities, shape ``(..., V)``.
         alpha: As in :func:`divergence`.
-        bound: Nats.
+        bound: Upper bound of a summand (nats).
 
     Returns:
-        Nats, shape ``(...)``; below zero where much was clipped.
+        Nats, shape ``(...)``; negative where much was clipped.
     """
     d, s, t = _log_ratio(log_s, log_t), log_s.exp(), log_t.exp()
     if alpha == 0.0:
@@ -155,14 +155,14 @@ def clipped_divergence(log_s: Tensor, log_t: Tensor, alpha: float, bound: float)
 @partial(checked, prefix="softening.")
 @dataclass(frozen=True)
 class Softening:
-    """DemoPSD's target: the less the teacher agrees with the student, the nearer the target is to the student.
+    """DemoPSD's target: the more student and teacher disagree, the closer the target is to the student (arXiv 2607.02502).
 
-    With ``d = JSD(S, T)`` and ``a = 2 maximum (sigmoid(sharpness d) - 1/2)``, the target is ``T^(1-a) S^a``, normalised, and
-    carries no gradient; the loss is KL(S||target), whose gradient is ``1 - a`` times that of KL(S||T) (arXiv 2607.02502).
+    With ``d = JSD(S, T)`` and ``a = 2 maximum (sigmoid(sharpness d) - 1/2)``, the target is ``T^(1-a) S^a``, normalised and
+    without gradient. The loss is KL(S||target), whose gradient is ``1 - a`` times that of KL(S||T).
 
     Args:
-        maximum: Of a, in (0, 1]; the paper's a_max.
-        sharpness: Of a to d; the paper's b, between 25 and 100 there.
+        maximum: Upper bound of a, in (0, 1]; the paper's a_max.
+        sharpness: How fast a grows with d; the paper's b, which is between 25 and 100 there.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -172,14 +172,14 @@ class Softening:
     sharpness: Positive = 50.0
 
     def student_fraction(self, disagreement: Tensor) -> Tensor:
-        """Return a, the student's share of the target, from JSD(S, T) in nats; both of shape ``(...)``."""
+        """Return a, the student's fraction of the target, from JSD(S, T) in nats; both have shape ``(...)``."""
         return 2 * self.maximum * (torch.sigmoid(self.sharpness * disagreement) - 0.5)
 
 
 def softened_reverse_kl(log_s: Tensor, log_t: Tensor, softening: Softening) -> Tensor:
-    """Return KL(S||target) for :class:`Softening`'s target; shapes as in :func:`forward_kl`."""
-    share = softening.student_fraction(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)
-    target = ((1 - share) * log_t + share * log_s).log_softmax(-1).detach()
+    """Return KL(S||target) for the target of :class:`Softening`; shapes as in :func:`forward_kl`."""
+    fraction = softening.student_fraction(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)
+    target = ((1 - fraction) * log_t + fraction * log_s).log_softmax(-1).detach()
     return reverse_kl(log_s, target)
 
 
@@ -189,10 +189,10 @@ class Divergence:
 
     Args:
         alpha: As in :func:`pgpo_lightning.losses.divergence.divergence`.
-        top_k: Only the student's likeliest tokens; ``None`` for all.
+        top_k: Number of the student's likeliest tokens that are compared; ``None`` for all.
         add_tail: With `top_k`, one more bucket for the rest.
-        entry_clip: Bound of every entry's (with `top_k`: bucket's) contribution, see :func:`clipped_divergence`.
-        softening: Of the target, for the reverse KL over all tokens.
+        entry_clip: Bound of the contribution of every entry (with `top_k`: bucket) in nats, see :func:`clipped_divergence`.
+        softening: Softening of the target, for the reverse KL over all tokens.
     """
 
     alpha: float
@@ -203,11 +203,11 @@ class Divergence:
 
     @property
     def bound(self) -> float | None:
-        """The largest value (nats), that of distributions with nothing in common; ``None`` for the KLs, which have none."""
+        """The largest value (nats), reached by distributions without overlap; ``None`` for the KLs, which are unbounded."""
         if self.alpha in (0.0, 1.0):
             return None
         return -(self.alpha * math.log(self.alpha) + (1 - self.alpha) * math.log1p(-self.alpha))
 
     def partial(self, vocabulary: int) -> bool:
-        """Whether it is a sum over something else than all tokens as they are."""
+        """Whether the divergence is not a plain sum over all tokens of the vocabulary."""
         return self.entry_clip is not None or (self.top_k is not None and self.top_k < vocabulary)

@@ -1,11 +1,12 @@
-"""The loss and its gradient from hidden states in one pass, without the logits of more than one chunk.
+"""The loss and its gradient from hidden states in one pass, without holding the logits of more than one chunk of tokens.
 
-The gradient with respect to the logits has a closed form for every objective here, so it is made while the chunk's logits are at
-hand and turned into gradients of hidden states and head at once: eight matrix products of N x V x D in all, none recomputed.
-What makes this possible is that the loss is ``sum_i c_i loss_i`` with coefficients that carry no gradient themselves; they may
-depend on the token's own statistics (importance weights, clipping), because they are asked for between the two halves of a chunk.
+Every objective here has a closed form for its gradient in the logits. So the gradient is computed while the chunk's logits are in
+memory, and turned into gradients of hidden states and head at once: eight matrix products of N x V x D, none recomputed.
+This works because the loss is ``sum_i c_i loss_i`` with coefficients ``c_i`` that carry no gradient. The coefficients may depend
+on the token's own statistics (importance weights, clipping), because the objective is called between the two halves of a chunk:
+after the statistics, before the gradient.
 
-Notation: q student, p teacher, a = log q, b = log p, z the student's logits over the temperature.
+Notation: q student, p teacher, a = log q, b = log p, z the student's logits divided by the temperature.
 """
 
 import functools
@@ -32,17 +33,15 @@ __all__ = ["Head", "Objective", "Source", "TokenStatistics", "linear_distillatio
 
 _CPU_CHUNK_ROWS = 256
 _CHUNK_ROWS = 1024  # keeps the accumulation of the head's gradient compute-bound on current GPUs
-_BLOCK_BYTES = {
-    "cpu": 2**20,
-    "cuda": 2**26,
-}  # of one fp32 block of rows in elementwise work; on a CPU it stays in the cache
+# Bytes of one fp32 block of rows in elementwise work. On a CPU it stays in the cache.
+_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}
 
 
 Objective = Callable[[TokenStatistics, slice], Tensor]
-"""Statistics of some tokens, and which tokens of the call they are, to a loss per token ``(n,)``.
+"""From the statistics of some tokens, and which tokens of the call they are, to a loss per token ``(n,)``.
 
-`divergence`, `log_p_student` and `entropy_student` may be differentiated; everything else is data. It must be pointwise: the
-loss of a token depends on that token's statistics alone.
+Only `divergence`, `log_p_student` and `entropy_student` may be differentiated; everything else is data. The objective must be
+pointwise: the loss of a token depends on that token's statistics alone.
 """
 
 
@@ -52,7 +51,7 @@ class Head:
 
     Args:
         weight: The output embedding, shape ``(V, D)``.
-        scale: Of the logits (Cohere, Granite).
+        scale: Factor of the logits (Cohere, Granite).
         softcap: ``cap * tanh(logits / cap)`` (Gemma); ``None`` for none.
     """
 
@@ -70,7 +69,12 @@ class Head:
 class Source:
     """Where logits come from: ``weight * head(hidden)``.
 
-    Several sources add up, which is how the trust-region teacher mixes two models (SDPO's trust region).
+    The logits of several sources are summed, which is how the trust-region teacher of SDPO mixes two models.
+
+    Args:
+        hidden: Hidden states, shape ``(N, D)``.
+        head: The head that belongs to them.
+        weight: Factor of the logits in the sum.
     """
 
     hidden: Tensor
@@ -91,22 +95,25 @@ def linear_distillation(
     """Return the summed loss of all response tokens and their statistics.
 
     Args:
-        student: Hidden states ``(N, D)`` at the positions that predict the response tokens, and the student's head. Those of
-            the two that require a gradient get one.
-        teacher: The teacher's sources for the same tokens in the same order; empty if there is none.
+        student: Hidden states ``(N, D)`` at the positions that predict the response tokens, and the student's head. Each of the
+            two gets a gradient if it requires one.
+        teacher: The teacher's sources for the same tokens in the same order; empty without a teacher.
         targets: The response tokens, shape ``(N,)``, int64.
         objective: From statistics to a loss per token.
-        which: The divergence; ``None`` where the objective does not ask for it.
-        temperature: Logits of both are divided by it; the temperature at which the rollouts were sampled.
-        chunk_rows: Tokens whose logits are held at a time; null for 1024, on a CPU at least 256.
-        compiled: Whether torch.compile fuses the elementwise work; null for: on a GPU, where it is a third of the time.
-            Elsewhere it pays for itself only in long runs at one size.
+        which: The divergence; ``None`` if the objective does not use it.
+        temperature: Logits of student and teacher are divided by it: the temperature at which the rollouts were sampled.
+        chunk_rows: Tokens whose logits are held at a time; ``None`` for 1024, on a CPU for at least 256.
+        compiled: Whether torch.compile fuses the elementwise work. ``None`` means on GPUs only, where that work is a third of
+            the time. On a CPU compilation pays off only in long runs with constant sizes.
 
     Returns:
         A scalar that can be differentiated once, and statistics without gradient.
+
+    Raises:
+        RuntimeError: On a second backward pass.
     """
-    over = _Chunks(student.head, teacher, targets, which, temperature, chunk_rows, compiled)
-    loss, *values = _Loss.apply(student.hidden, student.head.weight, over, objective)
+    chunks = _Chunks(student.head, teacher, targets, which, temperature, chunk_rows, compiled)
+    loss, *values = _Loss.apply(student.hidden, student.head.weight, chunks, objective)
     return loss, TokenStatistics(*values)
 
 
@@ -121,31 +128,31 @@ def linear_statistics(
 ) -> TokenStatistics:
     """Return statistics of which `divergence`, `log_p_student` and `entropy_student` can be differentiated.
 
-    For losses that are not pointwise: a weight that depends on the whole sequence, say. The logits are computed a second time
-    in the backward pass, 12 instead of 8 matrix products of N x V x D; memory is the same, less the two gradients that
-    :func:`linear_distillation` keeps. Arguments as there.
+    It serves losses that are not pointwise, for example with a weight that depends on the whole sequence. The backward pass
+    computes the logits again: 12 instead of 8 matrix products of N x V x D. Memory is the same, less the two gradients that
+    :func:`linear_distillation` keeps. The arguments are described there.
     """
-    over = _Chunks(student.head, teacher, targets, which, temperature, chunk_rows, compiled)
-    return TokenStatistics(*_Statistics.apply(student.hidden, student.head.weight, over))
+    chunks = _Chunks(student.head, teacher, targets, which, temperature, chunk_rows, compiled)
+    return TokenStatistics(*_Statistics.apply(student.hidden, student.head.weight, chunks))
 
 
 class _Loss(torch.autograd.Function):
-    """The gradient is made in the forward pass, for an upstream gradient of 1."""
+    """Computes the gradient in the forward pass, for an upstream gradient of 1."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, over: "_Chunks", objective: Objective
+        ctx: Any, hidden: Tensor, head_weight: Tensor, chunks: "_Chunks", objective: Objective
     ) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad[:2]
         total: list[Tensor] = []
 
         def coefficients(tokens: TokenStatistics, part: slice) -> Coefficients | None:
-            loss, by = _differentiate(objective, tokens, part, wants_gradient=any(wanted))
+            loss, derivatives = _differentiate(objective, tokens, part, wants_gradient=any(wanted))
             total.append(loss)
-            return by
+            return derivatives
 
-        statistics, ctx.gradients = over.run(hidden, head_weight, coefficients, wanted)
-        loss = torch.stack(total).sum() if total else statistics.kl.sum()  # no token: zero
+        statistics, ctx.gradients = chunks.run(hidden, head_weight, coefficients, wanted)
+        loss = torch.stack(total).sum() if total else statistics.kl.sum()  # zero for no tokens
         ctx.dtypes = (hidden.dtype, head_weight.dtype)
         ctx.mark_non_differentiable(*statistics)
         return loss, *statistics
@@ -154,7 +161,9 @@ class _Loss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("Expected one backward pass, but the gradients of this loss are used up by the first.")
+            raise RuntimeError(
+                "Expected one backward pass, but got a second: the first has used up the gradients of this loss."
+            )
         gradients = [
             gradient if gradient is None else gradient.mul_(upstream).to(dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
@@ -164,13 +173,13 @@ class _Loss(torch.autograd.Function):
 
 
 class _Statistics(torch.autograd.Function):
-    """The gradient is made in the backward pass, from logits that are computed again."""
+    """Computes the gradient in the backward pass, from logits that are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, over: "_Chunks") -> tuple[Tensor, ...]:
-        statistics, _ = over.run(hidden, head_weight)
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, chunks: "_Chunks") -> tuple[Tensor, ...]:
+        statistics, _ = chunks.run(hidden, head_weight)
         ctx.save_for_backward(hidden, head_weight)
-        ctx.over = over
+        ctx.chunks = chunks
         data = (statistics.log_p_teacher, statistics.entropy_teacher, statistics.kl, statistics.plain)
         ctx.mark_non_differentiable(*data)
         ctx.set_materialize_grads(False)
@@ -179,17 +188,17 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, by_divergence: Tensor | None, by_log_p: Tensor | None, _: None, by_entropy: Tensor | None, *__: None
+        ctx: Any, d_divergence: Tensor | None, d_log_p: Tensor | None, _: None, d_entropy: Tensor | None, *__: None
     ) -> tuple[Tensor | None, ...]:
         hidden, head_weight = ctx.saved_tensors
-        upstream = Coefficients(by_divergence, by_log_p, by_entropy)
+        upstream = Coefficients(d_divergence, d_log_p, d_entropy)
         if all(values is None for values in upstream):
             return None, None, None
 
         def coefficients(_: TokenStatistics, part: slice) -> Coefficients:
             return Coefficients(*(None if values is None else values[part] for values in upstream))
 
-        _, gradients = ctx.over.run(hidden, head_weight, coefficients, ctx.needs_input_grad[:2])
+        _, gradients = ctx.chunks.run(hidden, head_weight, coefficients, ctx.needs_input_grad[:2])
         return *(
             None if gradient is None else gradient.to(matrix.dtype)
             for gradient, matrix in zip(gradients, (hidden, head_weight), strict=True)
@@ -199,7 +208,7 @@ class _Statistics(torch.autograd.Function):
 def _differentiate(
     objective: Objective, tokens: TokenStatistics, part: slice, wants_gradient: bool
 ) -> tuple[Tensor, Coefficients | None]:
-    """Return the loss of some tokens and, if wanted, its derivatives by their statistics."""
+    """Return the summed loss of some tokens and, if wanted, its derivatives with respect to their statistics."""
     leaves = [tokens.divergence, tokens.log_p_student, tokens.entropy_student]
     with torch.enable_grad():
         for leaf in leaves:
@@ -207,15 +216,15 @@ def _differentiate(
         loss = objective(tokens, part).sum()
     if not wants_gradient:
         return loss.detach(), None
-    by = Coefficients(*torch.autograd.grad(loss, leaves, allow_unused=True))
+    derivatives = Coefficients(*torch.autograd.grad(loss, leaves, allow_unused=True))
     for leaf in leaves:
         leaf.requires_grad_(False)
-    return loss.detach(), by
+    return loss.detach(), derivatives
 
 
 @dataclass
 class _Chunks:
-    """Everything about one call but the two matrices that may need a gradient."""
+    """The inputs of one call except the two matrices that may need a gradient."""
 
     head: Head
     teacher: list[Source]
@@ -226,7 +235,7 @@ class _Chunks:
     compiled: bool | None
 
     def __post_init__(self) -> None:
-        # Here, because a backward pass runs outside of autocast.
+        # Decided here, because a backward pass runs outside of autocast.
         weight = self.head.weight
         self.product = _Product(weight.dtype, weight.device.type)
 
@@ -237,26 +246,32 @@ class _Chunks:
         coefficients: Callable[[TokenStatistics, slice], Coefficients | None] | None = None,
         wanted: tuple[bool, ...] = (False, False),
     ) -> tuple[TokenStatistics, tuple[Tensor | None, Tensor | None]]:
-        """Go over all tokens, a chunk at a time.
+        """Compute statistics and gradients of all tokens, one chunk at a time.
 
         Args:
-            hidden: Of the student, ``(N, D)``.
-            head_weight: Of the student, ``(V, D)``.
-            coefficients: Asked for each block of tokens between its statistics and its gradient; ``None`` for no gradient.
-            wanted: Whether gradients of the two are wanted.
+            hidden: Hidden states of the student, ``(N, D)``.
+            head_weight: Weight of the student's head, ``(V, D)``.
+            coefficients: Called for each block of tokens between its statistics and its gradient; ``None`` for no gradient.
+            wanted: Whether the gradients of `hidden` and of `head_weight` are wanted.
+
+        Returns:
+            The statistics, and the two gradients (``None`` where not wanted).
         """
         device, n, vocabulary = hidden.device, self.targets.numel(), head_weight.size(0)
         product = self.product
-        like = {"dtype": product.wide, "device": device}
-        statistics = TokenStatistics(*torch.full((len(TokenStatistics._fields), n), torch.nan, **like).unbind())
-        d_hidden = torch.zeros(hidden.shape, **like) if wanted[0] else None
-        d_head = torch.zeros(head_weight.shape, **like) if wanted[1] else None
+        shape = (len(TokenStatistics._fields), n)
+        statistics = TokenStatistics(*torch.full(shape, torch.nan, dtype=product.wide, device=device).unbind())
+        d_hidden = torch.zeros(hidden.shape, dtype=product.wide, device=device) if wanted[0] else None
+        d_head = torch.zeros(head_weight.shape, dtype=product.wide, device=device) if wanted[1] else None
         fused = (device.type == "cuda" and _compiles(device.type)) if self.compiled is None else self.compiled
         block = max(1, _BLOCK_BYTES.get(device.type, 2**26) // (4 * vocabulary))
         chunk_rows = self.chunk_rows or (max(_CPU_CHUNK_ROWS, block) if device.type == "cpu" else _CHUNK_ROWS)
         block = min(block, chunk_rows, max(1, n))
-        buffers = [] if fused else [torch.empty(block, vocabulary, **like) for _ in range(BUFFERS)]
-        # Autocast would narrow the logits, and cast the heads again for every chunk.
+        buffers = []
+        if not fused:
+            shape = (block, vocabulary)
+            buffers = [torch.empty(shape, dtype=product.wide, device=device) for _ in range(BUFFERS)]
+        # Autocast would narrow the logits, and would cast the heads again for every chunk.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             weight = product.operand(head_weight)
             teachers = [(source, product.operand(source.head.weight)) for source in self.teacher]
@@ -273,14 +288,15 @@ class _Chunks:
                     for first in range(start, chunk.stop, block):
                         part = slice(first, min(chunk.stop, first + block))
                         inside = slice(first - start, part.stop - start)
-                        theirs = None if teacher_logits is None else teacher_logits[inside]
-                        self._block(logits[inside], theirs, part, statistics, coefficients, buffers)
+                        teacher_part = None if teacher_logits is None else teacher_logits[inside]
+                        self._block(logits[inside], teacher_part, part, statistics, coefficients, buffers)
+                        del teacher_part  # a view that would keep the teacher's logits alive
                     d_logits = product.gradient(logits) if any(wanted) else None
-                if d_hidden is not None:
+                if d_hidden is not None and d_logits is not None:
                     d_hidden[chunk] = product(d_logits, weight)
-                if d_head is not None:
+                if d_head is not None and d_logits is not None:
                     product.add(d_head, d_logits.t(), h)
-                logits = teacher_logits = theirs = d_logits = None  # or the next chunk's would stand beside them
+                del logits, teacher_logits, d_logits  # before the logits of the next chunk are allocated
         return statistics, (d_hidden, d_head)
 
     def _block(
@@ -292,15 +308,15 @@ class _Chunks:
         coefficients: Callable[[TokenStatistics, slice], Coefficients | None] | None,
         buffers: list[Tensor],
     ) -> None:
-        """Fill in the statistics of some tokens; put the gradient in place of their logits."""
+        """Fill in the statistics of a block of tokens, and overwrite their logits with the gradient."""
         z, slope = _finish(logits, self.head, self.temperature)
         targets = self.targets[part]
         buffers = [buffer[: len(targets)] for buffer in buffers]
-        made, mine = row_statistics(z, teacher_logits, targets, self.which, buffers=buffers)
-        for everyone, here in zip(statistics, mine, strict=True):
-            everyone[part] = here
-        if coefficients is not None and (by := coefficients(mine, part)) is not None:
-            logit_gradient(made, mine, targets, by, slope, out=logits)
+        terms, block = row_statistics(z, teacher_logits, targets, self.which, buffers=buffers)
+        for whole, values in zip(statistics, block, strict=True):
+            whole[part] = values
+        if coefficients is not None and (derivatives := coefficients(block, part)) is not None:
+            logit_gradient(terms, block, targets, derivatives, slope, out=logits)
 
     def _fused(
         self,
@@ -310,21 +326,21 @@ class _Chunks:
         statistics: TokenStatistics,
         coefficients: Callable[[TokenStatistics, slice], Coefficients | None] | None,
     ) -> Tensor | None:
-        """Fill in the statistics of a whole chunk; return the gradient with respect to its logits."""
+        """Fill in the statistics of a whole chunk, and return the gradient with respect to its raw logits."""
         z, slope = _finish(logits, self.head, self.temperature)
         targets = self.targets[part]
-        mine, sums = _compiled(statistics_of)(z, teacher_logits, targets, self.which)
-        for everyone, here in zip(statistics, mine, strict=True):
-            everyone[part] = here
-        if coefficients is None or (by := coefficients(mine, part)) is None:
+        chunk, sums = _compiled(statistics_of)(z, teacher_logits, targets, self.which)
+        for whole, values in zip(statistics, chunk, strict=True):
+            whole[part] = values
+        if coefficients is None or (derivatives := coefficients(chunk, part)) is None:
             return None
-        gradient = _compiled(gradient_of)
-        return gradient(z, teacher_logits, targets, self.which, mine, sums, by, slope, self.product.operand_type)
+        gradient, dtype = _compiled(gradient_of), self.product.operand_type
+        return gradient(z, teacher_logits, targets, self.which, chunk, sums, derivatives, slope, dtype)
 
 
 @functools.cache
 def _compiles(device: str) -> bool:
-    """Whether torch.compile works here; it needs a C compiler, which slim images lack."""
+    """Whether torch.compile works here. It needs a C compiler, which slim images lack."""
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as error:
@@ -342,14 +358,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Product:
     """Matrix products of narrow operands with wide results.
 
-    Logits rounded to bf16 put 3e-4 nats under every divergence, and a head's gradient summed in bf16 loses what is small.
+    Logits rounded to bf16 add an error of 3e-4 nats to every divergence. A head's gradient summed in bf16 loses small terms.
     """
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        # Only CUDA multiplies narrow matrices into wide ones. Elsewhere the operands are rounded, then widened; so they are
-        # where that is fp16, in which the gradient of a logit, unscaled as it is here, would mostly be zero.
+        # Only CUDA multiplies narrow matrices into wide ones. Elsewhere the operands are rounded, then widened. So are operands
+        # in fp16 on CUDA, because the gradient of a logit is unscaled here and would mostly underflow.
         self.native = device == "cuda" and self.narrow == torch.bfloat16
         self.operand_type = self.narrow if self.native else self.wide
 

@@ -5,10 +5,11 @@ Notation: q student, p teacher, a = log q, b = log p, z the student's logits ove
 
     c_D q (x - <q, x>) + c_y (1[y] - q) - c_H q (a + H)
 
-where x is log m/q times -(1-alpha) for the Jensen-Shannon divergence, a - b for the reverse KL (times the teacher's share of the
-target, row by row, where that is softened), and where the first term is c_D (q - p) for the forward KL. Everything is a few
-passes over rows; on a CPU they go through buffers that are used again for every block of rows, because fresh memory costs as
-much as the arithmetic.
+where x is log m/q times -(1-alpha) for the Jensen-Shannon divergence, and a - b for the reverse KL. With a softened target, a - b
+is multiplied by the teacher's fraction of the target, row by row. For the forward KL the first term is c_D (q - p).
+
+All of this takes a few passes over rows. On a CPU they write into buffers that are reused for every block of rows, because
+allocating memory costs as much as the arithmetic.
 """
 
 from typing import NamedTuple
@@ -20,14 +21,16 @@ from pgpo_lightning.losses.divergence import MAX_LOG_RATIO, Divergence
 from pgpo_lightning.losses.top_k import top_k_gradient
 
 BUFFERS = 6
+"""Work tensors that :func:`row_statistics` can use."""
+
 Buffers = list[Tensor] | None
 
 
 class TokenStatistics(NamedTuple):
     """One value per response token, each of shape ``(N,)``, fp32 (fp64 for fp64 hidden states).
 
-    Teacher values are NaN without a teacher. Entropies, `kl` (teacher from student) and log-probabilities are in nats, over the
-    full vocabulary. `plain` is the divergence as it is without entry clip and softening.
+    Teacher values are NaN without a teacher. Entropies, `kl` (KL(teacher||student)) and log-probabilities are in nats, over the
+    full vocabulary. `plain` is the divergence without entry clip and softening.
     """
 
     divergence: Tensor
@@ -44,7 +47,7 @@ class TokenStatistics(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Derivatives of the loss by each token's divergence, log-probability and entropy, each ``(n,)``; ``None`` for zero."""
+    """Derivatives of the loss in each token's divergence, log-probability and entropy, ``(n,)``; ``None`` stands for zero."""
 
     divergence: Tensor | None
     log_p: Tensor | None
@@ -52,15 +55,15 @@ class Coefficients(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What statistics and gradient share: tensors of shape ``(n, V)``.
+    """Terms that statistics and gradient have in common, of shape ``(n, V)`` unless stated otherwise.
 
     Attributes:
         a: log q.
         q: The student's probabilities.
-        inner: x of the module's formula up to the factor `scale`, where the divergence has one.
+        inner: x of the module's formula without the factor `scale`; ``None`` if the divergence has no such form.
         mean: <q, inner>, shape ``(n,)``.
-        outer: The divergence's gradient, or a part of it, up to `scale`, where it has no such form.
-        scale: See `inner` and `outer`; of every row, shape ``(n,)``, where the target is softened.
+        outer: The gradient of a divergence without that form, or a part of it, without the factor `scale`.
+        scale: Factor of `inner` and `outer`. One per row, shape ``(n,)``, if the target is softened.
     """
 
     a: Tensor
@@ -72,7 +75,7 @@ class RowTerms(NamedTuple):
 
 
 def log_normalised(logits: Tensor, normaliser: Tensor | None, out: Tensor | None) -> Tensor:
-    """Return log-probabilities; with their log-normaliser ``(n, 1)`` at hand one pass is enough."""
+    """Return log-probabilities. If their log-normaliser ``(n, 1)`` is known, one pass is enough."""
     return torch.log_softmax(logits, -1, out=out) if normaliser is None else logits - normaliser
 
 
@@ -84,20 +87,21 @@ def row_statistics(
     normalisers: tuple[Tensor | None, Tensor | None] = (None, None),
     buffers: Buffers = None,
 ) -> tuple[RowTerms, TokenStatistics]:
-    """Return the statistics of some rows and what their gradient is made of.
+    """Return the statistics of some rows, and the terms of their gradient.
 
     Args:
-        logits: Of the student, over the temperature, finite, shape ``(n, V)``.
-        teacher_logits: Likewise, or ``None`` without a teacher.
+        logits: Logits of the student over the temperature, finite, shape ``(n, V)``.
+        teacher_logits: The same of the teacher, or ``None`` without a teacher.
         targets: Sampled tokens, shape ``(n,)``.
         which: The divergence; ``None`` for none.
-        normalisers: Log-normalisers of student and teacher, ``(n, 1)``, where they are known.
-        buffers: :data:`BUFFERS` tensors of the shape of `logits` to work in.
+        normalisers: Log-normalisers of student and teacher, ``(n, 1)``, if they are known.
+        buffers: :data:`BUFFERS` work tensors of the shape of `logits`.
     """
-    into_a, into_q, into_b, into_p, into_x, scratch = buffers or [None] * BUFFERS
+    work: list[Tensor | None] = [*buffers] if buffers else [None] * BUFFERS
+    into_a, into_q, into_b, into_p, into_x, scratch = work
 
     def dot(left: Tensor, right: Tensor) -> Tensor:
-        # Not a matrix product: on a GPU those may be rounded to TF32.
+        # Not a matrix product, which a GPU may round to TF32.
         return torch.mul(left, right, out=scratch).sum(-1)
 
     at = targets.unsqueeze(-1)
@@ -112,15 +116,15 @@ def row_statistics(
     p = torch.exp(b, out=into_p)
     log_p_teacher, entropy_teacher = b.gather(-1, at).squeeze(-1), -dot(p, b)
     value, inner, mean, outer = nothing, None, None, None
-    plain: Tensor | None = None  # where it is not the value
+    plain: Tensor | None = None  # only if it differs from the value
     scale: float | Tensor = 0.0
-    partial = which is not None and which.partial(a.size(-1))
-    if partial:
-        value, plain, outer = top_k_gradient(a, b, which)
+    partial = which if which is not None and which.partial(a.size(-1)) else None
+    if partial is not None:
+        value, plain, outer = top_k_gradient(a, b, partial)
         scale = 1.0
     ratio = b.sub_(a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     kl = dot(p, ratio)
-    if which is not None and not partial:
+    if which is not None and partial is None:
         if which.alpha == 0.0:
             value, outer, scale = kl.clone(), p, -1.0
         elif which.alpha == 1.0:
@@ -128,13 +132,13 @@ def row_statistics(
             value = -mean
             if which.softening is not None:
                 plain = value
-                log_m = torch.exp(ratio, out=into_x).add_(1).mul_(0.5).log_()  # over q
+                log_m = torch.exp(ratio, out=into_x).add_(1).mul_(0.5).log_()  # log of the mixture over q
                 rest = 1 - which.softening.student_fraction(0.5 * (kl - dot(p, log_m) - dot(q, log_m)))
-                # The normaliser of T^(1-a) S^a, from T/S: where they agree, nothing cancels.
+                # The normaliser of T^(1-a) S^a is computed from T/S, so that nothing cancels where they agree.
                 log_target = torch.mul(ratio, rest.unsqueeze(-1), out=into_x).add_(a)
                 value, scale = rest * value + log_target.logsumexp(-1), -rest
         else:
-            # log m/q from p/q: where student and teacher agree, its error is that of p/q, not of two logarithms.
+            # log m/q is computed from p/q: near agreement its error is that of p/q, not that of two logarithms.
             inner = torch.exp(ratio, out=into_x).mul_(which.alpha).add_(1 - which.alpha).log_()
             mean, scale = dot(q, inner), -(1 - which.alpha)
             value = which.alpha * (kl - dot(p, inner)) + scale * mean
@@ -144,44 +148,46 @@ def row_statistics(
 
 
 def logit_gradient(
-    made: RowTerms,
+    terms: RowTerms,
     statistics: TokenStatistics,
     targets: Tensor,
-    by: Coefficients,
+    derivatives: Coefficients,
     slope: Tensor | float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of the loss with respect to the raw logits, shape ``(n, V)``. Uses up `made`.
+    """Return the gradient of the loss with respect to the raw logits, shape ``(n, V)``. Overwrites the tensors in `terms`.
 
     Args:
-        made: Of these rows.
-        statistics: Of these rows.
+        terms: From :func:`row_statistics` for these rows.
+        statistics: From :func:`row_statistics` for these rows.
         targets: Sampled tokens, shape ``(n,)``.
-        by: Derivatives of the loss by the statistics.
-        slope: Derivative of the logits over the temperature by the raw ones.
-        out: Where to put it.
+        derivatives: Derivatives of the loss with respect to the statistics.
+        slope: Derivative of the logits over the temperature with respect to the raw logits.
+        out: Tensor that receives the gradient.
     """
-    a, q, inner, mean, outer, scale = made
-    everywhere = torch.zeros_like(statistics.log_p_student)  # times q
+    a, q, inner, mean, outer, scale = terms
+    constant = torch.zeros_like(
+        statistics.log_p_student
+    )  # the same for every token of the vocabulary; a factor of q, like x
     x: Tensor | None = None
-    if by.divergence is not None and inner is not None:
-        by_x = by.divergence * scale
-        x = inner.mul_(by_x.unsqueeze(-1))
-        everywhere = everywhere - by_x * mean
-    if by.divergence is not None and outer is not None and scale == -1.0:  # the forward KL: q - p
-        everywhere = everywhere + by.divergence
-    if by.log_p is not None:
-        everywhere = everywhere - by.log_p
-    if by.entropy is not None:
-        everywhere = everywhere - by.entropy * statistics.entropy_student
-        a = a.mul_(-by.entropy.unsqueeze(-1))
+    if derivatives.divergence is not None and inner is not None and mean is not None:
+        d_x = derivatives.divergence * scale
+        x = inner.mul_(d_x.unsqueeze(-1))
+        constant = constant - d_x * mean
+    if derivatives.divergence is not None and outer is not None and scale == -1.0:  # the forward KL: q - p
+        constant = constant + derivatives.divergence
+    if derivatives.log_p is not None:
+        constant = constant - derivatives.log_p
+    if derivatives.entropy is not None:
+        constant = constant - derivatives.entropy * statistics.entropy_student
+        a = a.mul_(-derivatives.entropy.unsqueeze(-1))
         x = a if x is None else x.add_(a)
-    everywhere = everywhere.unsqueeze(-1)
-    gradient = torch.mul(q, everywhere if x is None else x.add_(everywhere), out=out)
-    if by.divergence is not None and outer is not None:
-        gradient.addcmul_(outer, (by.divergence * scale).unsqueeze(-1))
-    if by.log_p is not None:
-        gradient.scatter_add_(-1, targets.unsqueeze(-1), by.log_p.unsqueeze(-1))
+    constant = constant.unsqueeze(-1)
+    gradient = torch.mul(q, constant if x is None else x.add_(constant), out=out)
+    if derivatives.divergence is not None and outer is not None:
+        gradient.addcmul_(outer, (derivatives.divergence * scale).unsqueeze(-1))
+    if derivatives.log_p is not None:
+        gradient.scatter_add_(-1, targets.unsqueeze(-1), derivatives.log_p.unsqueeze(-1))
     return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
 
 
@@ -196,11 +202,11 @@ class Normalisation(NamedTuple):
 def statistics_of(
     logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, which: Divergence | None
 ) -> tuple[TokenStatistics, Normalisation]:
-    """Return what :func:`row_statistics` does, but nothing of the size of the logits: to be compiled."""
+    """Return statistics and sums of some rows, but no tensor of the size of the logits. Meant for torch.compile."""
     student = logits.logsumexp(-1, keepdim=True)
     teacher = None if teacher_logits is None else teacher_logits.logsumexp(-1, keepdim=True)
-    made, statistics = row_statistics(logits, teacher_logits, targets, which, (student, teacher))
-    return statistics, Normalisation(student, teacher, made.mean)
+    terms, statistics = row_statistics(logits, teacher_logits, targets, which, (student, teacher))
+    return statistics, Normalisation(student, teacher, terms.mean)
 
 
 def gradient_of(
@@ -210,13 +216,13 @@ def gradient_of(
     which: Divergence | None,
     statistics: TokenStatistics,
     sums: Normalisation,
-    by: Coefficients,
+    derivatives: Coefficients,
     slope: Tensor | float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the gradient in the raw logits from the logits alone: to be compiled.
+    """Return the gradient in the raw logits, computed from the logits alone. Meant for torch.compile.
 
-    Fused into one pass over both logits, making them again costs less than keeping what statistics and gradient share.
+    Fused into one pass over both logits, recomputing the common terms costs less than storing them.
     """
-    made, _ = row_statistics(logits, teacher_logits, targets, which, (sums.student, sums.teacher))
-    return logit_gradient(made._replace(mean=sums.mean), statistics, targets, by, slope).to(dtype)
+    terms, _ = row_statistics(logits, teacher_logits, targets, which, (sums.student, sums.teacher))
+    return logit_gradient(terms._replace(mean=sums.mean), statistics, targets, derivatives, slope).to(dtype)

@@ -23,31 +23,31 @@ def information(
     estimator: Estimator = "entropy-difference",
     aggregation: Aggregation = "sequence-mean",
 ) -> Information:
-    r"""Estimate how much the feedback tells the teacher: I_k of PGPO (arXiv 2606.03620, Eq. 8).
+    r"""Estimate the information gain of the teacher from the feedback: I_k of PGPO (arXiv 2606.03620, Eq. 8).
 
     Estimators, per token:
 
-    - ``entropy-difference``: H(student) - H(teacher), the paper's Eq. 8. Negative where the feedback makes the teacher
-      less certain.
-    - ``kl``: KL(teacher||student). Never negative; its mean over feedback is the mutual information exactly when the
-      student is the teacher's marginal over the feedback.
-    - ``log-ratio``: log T(y) - log S(y) of the sampled tokens. Costs no full distribution; its mean under the student is
-      -KL(S||T), so it is negative on the student's own samples, and noisy.
+    - ``entropy-difference``: H(student) - H(teacher), the paper's Eq. 8. Negative where the feedback makes the teacher less
+      certain.
+    - ``kl``: KL(teacher||student), never negative. Its mean over feedback is the mutual information exactly if the student is
+      the teacher's marginal over the feedback.
+    - ``log-ratio``: log T(y) - log S(y) of the sampled tokens, which needs no full distribution. It is noisy. Its mean under the
+      student is -KL(S||T), so it is negative on the student's own samples.
 
     Args:
-        statistics: The rows of one step. Only those with a teacher count.
-        estimator: Which of the three.
+        statistics: Statistics of one step. Only sequences with a teacher count.
+        estimator: One of the three above.
         aggregation: ``sequence-mean``: mean over each sequence's tokens, then over sequences; ``token-mean``: mean over all
             tokens; ``sequence-sum``: sum over each sequence's tokens, mean over sequences.
 
     Returns:
-        The estimate and its standard error over questions (NaN for fewer than two). ``(0, nan)`` if no row has a teacher:
-        without feedback there is no information. Siblings answer one question and read one demonstration; taking them for
-        independent would make the error too small, by half on the toy (``docs/theory.md``).
+        The estimate and its standard error over questions (NaN for fewer than two). ``(0, nan)`` if no sequence has a teacher:
+        without feedback there is no information. The standard error is clustered by question, because siblings answer the same
+        question and read the same demonstration. Without clustering it would be too small, by half on the toy
+        (``docs/theory.md``).
 
     Example:
-        >>> rows = StepStatistics.empty()
-        >>> information(rows).value
+        >>> information(StepStatistics.empty()).value
         0.0
     """
     counted = statistics.has_teacher.bool()
@@ -61,7 +61,7 @@ def information(
     if n == 0:
         return Information(0.0, math.nan)
     if aggregation == "token-mean":
-        # A ratio of two means over sequences; its error is that of the residuals about the ratio.
+        # This is a ratio of two means over sequences. Its standard error is that of the residuals about the ratio.
         value = (values * length).sum() / length.sum()
         residuals = (values - value) * length / length.mean()
     else:
@@ -75,10 +75,10 @@ def clustered_error(residuals: Tensor, question: Tensor) -> float:
     """Return the standard error of a mean over rollouts, clustered by question; NaN for fewer than two questions.
 
     Args:
-        residuals: Of each rollout about the mean, shape ``(n,)``, fp64.
-        question: Number of each rollout's question, shape ``(n,)``.
+        residuals: Difference between each rollout's value and the mean, shape ``(n,)``, fp64.
+        question: Index of each rollout's question, shape ``(n,)``.
     """
-    asked, of = question.unique(return_inverse=True)
-    groups = asked.numel()
-    sums = residuals.new_zeros(groups).index_add(0, of, residuals)
+    questions, group_index = question.unique(return_inverse=True)
+    groups = questions.numel()
+    sums = residuals.new_zeros(groups).index_add(0, group_index, residuals)
     return (sums.square().sum() * groups / (groups - 1)).sqrt().item() / residuals.numel() if groups > 1 else math.nan

@@ -1,7 +1,7 @@
 """Statistics of one optimizer step: one row per sequence in the loss.
 
-This is the seam between modules and callbacks: a module fills :class:`StepStatistics` before the optimizer steps, a
-multiplier reads it and returns a number.
+This is the interface between modules and callbacks: a module fills :class:`StepStatistics` before the optimizer step, and a
+step-size multiplier computes its factor from it.
 """
 
 from dataclasses import dataclass, fields
@@ -14,25 +14,26 @@ from pgpo_lightning.losses.fused import TokenStatistics
 
 @dataclass
 class StepStatistics:
-    """What one optimizer step saw: one row per sequence in the loss, all tensors of shape ``(sequences,)``, fp32.
+    """Statistics of the sequences in the loss of one optimizer step, all of shape ``(sequences,)``, fp32.
 
-    Values per token are means over the response tokens of the sequence, so ``value * length`` is their sum. Teacher values
-    are NaN for objectives without a teacher.
+    Per-token values are means over the response tokens of the sequence, so ``value * length`` is their sum. Teacher values are
+    NaN for objectives without a teacher.
 
     Attributes:
-        entropy_student: H of the student's next-token distribution (nats).
-        entropy_teacher: H of the teacher's (nats).
+        entropy_student: Entropy H of the student's next-token distribution (nats).
+        entropy_teacher: Entropy H of the teacher's next-token distribution (nats).
         kl: KL(teacher||student) (nats).
         log_ratio: log T(y) - log S(y) of the sampled tokens (nats).
-        sampler_log_ratio: log S(y) - log sampler(y) of the sampled tokens (nats): 0 if trainer and sampler agree.
-        sampler_gap: |log S(y) - log sampler(y)| of the sampled tokens (nats), which does not cancel within a sequence.
+        sampler_log_ratio: log S(y) - log sampler(y) of the sampled tokens (nats); 0 if trainer and sampler agree.
+        sampler_gap: |log S(y) - log sampler(y)| of the sampled tokens (nats); differences do not cancel within a sequence.
         loss: The objective's loss before importance weights.
-        divergence: Between student and teacher (nats), whatever the objective makes of it.
+        divergence: Divergence between student and teacher (nats), without entry clip and softening.
         weight: The importance weight.
         length: Response tokens.
         reward: The verifier's score.
         has_teacher: 1 if a teacher context exists.
-        question: Number of the question (exact below 2^24): rollouts of one question are alike, which the errors have to know.
+        question: Index of the question (exact below 2^24). Standard errors are clustered by it, because rollouts of one question
+            are correlated.
     """
 
     entropy_student: Tensor
@@ -68,17 +69,19 @@ class StepStatistics:
         """Average per-token values over each sequence.
 
         Args:
-            tokens: Values of shape ``(N,)``, the sequences one after the other.
-            loss: The objective, shape ``(N,)``.
+            tokens: Statistics of shape ``(N,)``, one sequence after the other.
+            loss: Loss of each token, shape ``(N,)``.
             sampler_log_p: Log-probabilities under the sampler, shape ``(N,)``.
             weight: Importance weights, shape ``(N,)``.
-            lengths: Tokens of each sequence, shape ``(sequences,)``; they sum to N.
-            rewards: Scores, shape ``(sequences,)``.
-            questions: Numbers of their questions, shape ``(sequences,)``.
-            has_teacher: Whether a teacher was run over these sequences.
+            lengths: Response tokens of each sequence, shape ``(sequences,)``; they sum to N.
+            rewards: Verifier scores, shape ``(sequences,)``.
+            questions: Indices of the questions, shape ``(sequences,)``.
+            has_teacher: Whether a teacher was run on these sequences.
         """
         order = torch.arange(len(lengths), device=lengths.device)
-        sequence = order.repeat_interleave(lengths, output_size=weight.numel())  # known, so no wait for the device
+        sequence = order.repeat_interleave(
+            lengths, output_size=weight.numel()
+        )  # a known size needs no device synchronisation
 
         def mean(values: Tensor) -> Tensor:
             total = torch.zeros(len(lengths), dtype=torch.float32, device=values.device)
@@ -102,7 +105,7 @@ class StepStatistics:
 
     @classmethod
     def empty(cls) -> "StepStatistics":
-        """Return statistics of no sequence at all."""
+        """Return the statistics of a step without sequences."""
         return cls(*(torch.zeros(0, dtype=torch.float32) for _ in fields(cls)))
 
     @classmethod
@@ -113,10 +116,10 @@ class StepStatistics:
         )
 
     def table(self) -> Tensor:
-        """Return everything as one tensor of shape ``(sequences, fields)``, for gathering over ranks."""
+        """Return all statistics as one tensor of shape ``(sequences, fields)``, for gathering over ranks."""
         return torch.stack([getattr(self, f.name) for f in fields(self)], dim=1)
 
     @classmethod
     def from_table(cls, table: Tensor) -> "StepStatistics":
-        """Undo :meth:`table`."""
+        """Return the statistics that :meth:`table` turned into a tensor."""
         return cls(*table.unbind(1))

@@ -1,8 +1,9 @@
-"""How much of a step each token or response gets, by its information: what PGPO (arXiv 2606.03620) leaves to future work.
+"""Per-token and per-sequence loss weights from information gain, and per-question weights from success rates.
 
-PGPO scales the whole step. Here the size of the step stays what it is, and its parts share it: weights
-``exp(sensitivity * I)`` of tokens or responses, divided by their mean. So allocation and dose can be told apart. The weights of
-DW-SDPO (SRPO, arXiv 2604.02288) are of the same kind: they trust the teacher where it is certain.
+PGPO (arXiv 2606.03620) scales the whole step and leaves weights within a step to future work. Here the size of the step is
+unchanged: tokens or responses get weights ``exp(sensitivity * I)``, divided by their mean. So the effects of allocation and of
+dose can be separated. The weights of DW-SDPO (SRPO, arXiv 2604.02288) have the same form: they are large where the teacher is
+certain.
 """
 
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ class Allocation:
     """Weights of tokens or responses within a step.
 
     Args:
-        unit: ``token``: I is that of the token; ``sequence``: its mean over the response, which costs two more products with
-            each head.
-        sensitivity: Of the weight to I; 0 gives every token the same.
-        maximum: Bound of a weight before the division by the mean, at least 1; its reciprocal bounds it from below. Null for
+        unit: ``token``: I of each token. ``sequence``: the mean of I over the response, which costs two more products with each
+            head.
+        sensitivity: How fast the weight grows with I; 0 gives equal weights.
+        maximum: Upper bound of a weight before the division by the mean, at least 1. Its reciprocal is the lower bound. Null for
             no bounds.
-        signal: What I is: ``information``, H(student) - H(teacher), or ``teacher-certainty``, -H(teacher); with the latter,
-            `sensitivity` 1 and no `maximum`, this is DW-SDPO.
+        signal: What I is: ``information``, H(student) - H(teacher), or ``teacher-certainty``, -H(teacher). The latter with
+            `sensitivity` 1 and no `maximum` is DW-SDPO.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -43,32 +44,35 @@ class Allocation:
         """Return weights, shape ``(n,)``, without gradient, not yet divided by their mean.
 
         Args:
-            tokens: Of some tokens; for the unit ``sequence`` of whole responses, one after the other.
-            lengths: Tokens of each response, for that unit.
+            tokens: Statistics of ``n`` tokens; for the unit ``sequence`` those of whole responses, one after the other.
+            lengths: Tokens of each response, for the unit ``sequence``.
+
+        Raises:
+            ValueError: If the unit is ``sequence`` and there are no lengths.
         """
         information = -tokens.entropy_teacher.detach()
         if self.signal == "information":
             information = information + tokens.entropy_student.detach()
         if self.unit == "sequence":
-            of = torch.arange(len(lengths), device=lengths.device)
-            of = of.repeat_interleave(lengths, output_size=information.numel())
-            sums = torch.zeros(len(lengths), dtype=information.dtype, device=lengths.device).index_add(
-                0, of, information
-            )
-            information = (sums / lengths)[of]
-        # exp() of more than 80 overflows; the bound holds anyway.
+            if lengths is None:
+                raise ValueError("Expected `lengths` for the unit `sequence`, but got None.")
+            sequence = torch.arange(len(lengths), device=lengths.device)
+            sequence = sequence.repeat_interleave(lengths, output_size=information.numel())
+            sums = torch.zeros(len(lengths), dtype=information.dtype, device=lengths.device)
+            information = (sums.index_add(0, sequence, information) / lengths)[sequence]
+        # exp() overflows above 80.
         weights = (self.sensitivity * information).clamp(-80, 80).exp()
         return weights if self.maximum is None else weights.clamp(1 / self.maximum, self.maximum)
 
 
 def question_weights(rates: Tensor, everyone: Tensor, exponent: float) -> Tensor:
-    """Return SC-SDPO's weights of questions (arXiv 2605.27765): most for those that are answered half of the time.
+    """Return SC-SDPO's weights of questions (arXiv 2605.27765), largest for a success rate of one half.
 
     ``(p (1 - p))^exponent``, divided by its mean over the questions of the step with 0 < p < 1; 0 for the others.
 
     Args:
-        rates: p, the share of successes, of this rank's questions, shape ``(questions,)``.
-        everyone: That of all ranks' questions.
+        rates: p, the success rate of each question of this rank, shape ``(questions,)``.
+        everyone: The success rates of all ranks' questions, shape ``(all questions,)``.
         exponent: The paper's a.
 
     Returns:
