@@ -242,16 +242,13 @@ def update(setup: Setup) -> Iterator[Row]:
     """SDPO's update on given rollouts: the module's own gradients, optimizer step and moving teacher."""
     from standalone import Standalone, random_qwen3, synthetic_rows
 
+    from pgpo_lightning.training.configs import UpdateConfig
+
     name, optimizer = eight_bit_adamw(setup.device)
     model = random_qwen3(setup.device, setup.student, **setup.shape)
     body = sum(p.numel() for p in model.parameters()) - 2 * setup.shape["vocab_size"] * setup.shape["hidden_size"]
-    limits = {
-        "max_prompt_length": setup.prompt,
-        "max_reprompt_len": setup.reprompt,
-        "max_response_length": 2 * setup.response,
-    }
-    budget = {"micro_batch_tokens": setup.micro_batch_tokens, "gradient_checkpointing": True}
-    policy = Standalone(model, optimizer, **limits, **budget)
+    budget = UpdateConfig(micro_batch_tokens=setup.micro_batch_tokens)
+    policy = Standalone(model, optimizer, budget, gradient_checkpointing=True)
     rows = synthetic_rows(setup.rows, setup.prompt, setup.reprompt, setup.response, setup.shape["vocab_size"])
     new = sum(row.length for row in rows)
     student, teacher = new + setup.rows * setup.prompt, new + setup.rows * setup.reprompt

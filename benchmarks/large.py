@@ -118,6 +118,7 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
     from pgpo_lightning.core.types import Sample, Verdict
     from pgpo_lightning.rollout.engine import Sampling
     from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+    from pgpo_lightning.training.configs import UpdateConfig
 
     name, optimizer = eight_bit_adamw(setup.device)
     about: Row = {"setting": "checkpointing" if checkpointing else "shared", "optimizer": name}
@@ -127,14 +128,10 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
     policy = Standalone(
         random_qwen3(setup.device, torch.bfloat16, **setup.shape),
         optimizer,
-        engine=TransformersEngine(setup.at_once),
-        num_generations=setup.samples,
-        max_prompt_length=max(len(row.rollout.prompt_ids) for row in rows),
-        max_reprompt_len=max(len(row.reprompt_ids) for row in rows),
-        max_response_length=setup.longest,
-        micro_batch_tokens=setup.checkpointing_tokens if checkpointing else setup.shared_tokens,
+        UpdateConfig(micro_batch_tokens=setup.checkpointing_tokens if checkpointing else setup.shared_tokens),
         gradient_checkpointing=checkpointing,
     )
+    engine = TransformersEngine(setup.at_once)
     asked = [row.rollout for row in rows[:: setup.samples]]
     each = max(1, setup.at_once // setup.samples) * setup.samples  # decoded at the same time
 
@@ -145,9 +142,7 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
             with fixed_lengths([row.length for row in rows[start : start + each]]):
                 questions, prompts = [r.question for r in some], [r.prompt_ids for r in some]
                 sampling = Sampling(setup.longest)
-                done += policy.engine.generate(
-                    policy.model, policy.tokenizer, questions, prompts, setup.samples, sampling
-                )
+                done += engine.generate(policy.model, policy.tokenizer, questions, prompts, setup.samples, sampling)
         return done
 
     for i in range(setup.steps):

@@ -58,7 +58,7 @@ class Deviation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: SDPO, *_: Any) -> None:
         """Move all averages, and look at some steps."""
-        rate, student = pl_module.teacher_update_rate, adapter(pl_module.model)
+        rate, student = pl_module.objective.teaching.config.rate, adapter(pl_module.model)
         now = _products(student, self.scale)
         for name, product in now.items():
             self.exact[name] = torch.lerp(self.exact[name], product, rate)
@@ -72,7 +72,7 @@ class Deviation(L.Callback):
             row = {"step": step, "factors": self._distance(_products(teacher, self.scale))}
             row["from_zero"] = self._distance(_products(self.zero, self.scale))
             row |= {f"rank_{multiple}r": self._distance(cut) for multiple, cut in self.cut.items()}
-            rows = [row for row in pl_module.last_rows if row.reprompt_ids is not None]
+            rows = [row for row in pl_module.last_samples if row.reprompt_ids is not None]
             self.rows.append(row | self._nats(pl_module, rows))
 
     def _distance(self, products: dict[str, Tensor]) -> float:
@@ -88,10 +88,12 @@ class Deviation(L.Callback):
         for name, layer in layers.items():
             weight = layer.base_layer.weight
             stand_in[f"{name}.base_layer.weight"] = (weight.double() + self.exact[name]).to(weight.dtype)
-        sequences = module.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
+        sequences = module.learner.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
         exact = sequences.hidden_states(decoder_with(model, stand_in), model.config)
         hidden = (exact, module.teacher.sources(model, sequences)[0].hidden, source(model, sequences).hidden)
-        log_p, teacher, student = ((head(model)(each).double() / module.temperature).log_softmax(-1) for each in hidden)
+        log_p, teacher, student = (
+            (head(model)(each).double() / module.learner.temperature).log_softmax(-1) for each in hidden
+        )
         apart = (teacher - log_p).gather(1, sequences.targets.unsqueeze(1)).abs()
         return {
             "kl": float((log_p.exp() * (log_p - teacher)).sum(-1).mean()),

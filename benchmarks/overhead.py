@@ -26,6 +26,7 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rewards import BoxedAnswer
+from pgpo_lightning.teachers.configs import RepromptConfig
 
 
 class SameStep(SDPO):
@@ -75,7 +76,7 @@ def measure(pairs: int, questions: int) -> dict[str, Any]:
         model="toy",
         verifier=BoxedAnswer(),
         max_prompt_length=64,
-        max_reprompt_len=160,
+        reprompt=RepromptConfig(max_reprompt_len=160),
         max_response_length=32,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.0),
     )

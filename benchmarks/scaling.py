@@ -77,14 +77,17 @@ def step_of(samples: int) -> dict[str, Callable[[], object]]:
     from standalone import Standalone, random_qwen3, synthetic_rows  # here: the loss alone needs no transformers
 
     from pgpo_lightning.rollout.engine import Sampling
+    from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+    from pgpo_lightning.training.configs import UpdateConfig
 
     model = random_qwen3("cpu", torch.float32, **SHAPE)
-    limits = {"max_prompt_length": PROMPT, "max_reprompt_len": REPROMPT, "max_response_length": RESPONSE}
-    policy = Standalone(model, partial(torch.optim.AdamW, lr=1e-5), micro_batch_tokens=MICRO_BATCH_TOKENS, **limits)
+    policy = Standalone(model, partial(torch.optim.AdamW, lr=1e-5), UpdateConfig(micro_batch_tokens=MICRO_BATCH_TOKENS))
     rows = synthetic_rows(QUESTIONS * samples, PROMPT, REPROMPT, RESPONSE, SHAPE["vocab_size"])
     asked = [row.rollout for row in rows[::samples]]
     questions, prompts = [rollout.question for rollout in asked], [rollout.prompt_ids for rollout in asked]
-    sample = partial(policy.engine.generate, model, policy.tokenizer, questions, prompts, samples, Sampling(RESPONSE))
+    sample = partial(
+        TransformersEngine().generate, model, policy.tokenizer, questions, prompts, samples, Sampling(RESPONSE)
+    )
     return {"sampling": sample, "update": partial(policy.step, rows)}
 
 

@@ -157,29 +157,25 @@ def observe(case: Case) -> tuple[Row, Row]:
 
     from pgpo_lightning.memory_planner.counter import LiveBytes
     from pgpo_lightning.memory_planner.optimizers import state_bytes
-    from pgpo_lightning.modules import on_policy
+    from pgpo_lightning.objectives.configs import DivergenceConfig
+    from pgpo_lightning.rollout.engine import Sampling
+    from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+    from pgpo_lightning.teachers.configs import TeacherConfig
+    from pgpo_lightning.training import learner
+    from pgpo_lightning.training.configs import UpdateConfig
 
     torch.set_num_threads(1)
     measure.trim()
     before = measure._status("VmRSS")
     rows = rows_of(case)
     model = random_qwen3("cpu", getattr(torch, case.dtype), case.tied, case.shape["hidden_size"] > 1024, **case.shape)
-    longest = [
-        max(map(len, ids))
-        for ids in zip(*((r.rollout.prompt_ids, r.reprompt_ids, r.rollout.response_ids) for r in rows), strict=True)
-    ]
     policy = Standalone(
         model,
         make_optimizer(case.optimizer),
-        max_prompt_length=longest[0],
-        max_reprompt_len=longest[1],
-        max_response_length=longest[2],
-        num_generations=case.samples,
-        micro_batch_tokens=case.budget,
+        update=UpdateConfig(micro_batch_tokens=case.budget, num_iterations=case.passes),
+        teacher=TeacherConfig(case.teacher),
+        divergence=DivergenceConfig(distillation_topk=case.top_k),
         gradient_checkpointing=case.checkpointing,
-        teacher_regularization=case.teacher,
-        distillation_topk=case.top_k,
-        num_iterations=case.passes,
     )
     seen: Row = {}
     counter = LiveBytes()
@@ -195,51 +191,51 @@ def observe(case: Case) -> tuple[Row, Row]:
             counter.peak = max(kept, counter.peak)
             return result
 
-        original = getattr(on_policy, function.__name__)
-        setattr(on_policy, function.__name__, watched)
+        original = getattr(learner, function.__name__)
+        setattr(learner, function.__name__, watched)
         try:
             yield watched
         finally:
-            setattr(on_policy, function.__name__, original)
+            setattr(learner, function.__name__, original)
 
     def passes() -> float:
         for _ in range(case.passes):
-            loss = policy.accumulate_gradients(rows)
+            step = policy.accumulate(rows)
             seen["gradients"] = sum(p.grad.nbytes for p in policy.model.parameters())
             if counter.live:
                 seen["peak, gradients"] = max(seen.get("peak, gradients", 0), counter.restart())
-            policy.update(loss)
+            policy.learner.apply(policy.optimizer, step)
             if counter.peak:
                 seen["peak, optimizer"] = max(seen.get("peak, optimizer", 0), counter.restart())
-        policy.after_update()
+        policy.learner.move_teacher()
         if counter.peak:
             seen["peak, optimizer"] = max(seen["peak, optimizer"], counter.restart())
         for row in rows:
             row.teacher_hidden = None
-        return loss
+        return step.loss
 
     def sample() -> None:
         questions = {row.rollout.question.index: row.rollout for row in rows}
         with fixed_lengths([row.length for row in rows]):
-            policy.engine.generate(
+            TransformersEngine().generate(
                 policy.model,
                 policy.tokenizer,
                 [rollout.question for rollout in questions.values()],
                 [rollout.prompt_ids for rollout in questions.values()],
                 case.samples,
-                policy._training_sampling,
+                Sampling(max(row.length for row in rows)),
             )
 
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    policy.own_optimizer.step()  # makes its state
-    policy.own_optimizer.zero_grad()
+    policy.optimizer.step()  # makes its state
+    policy.optimizer.zero_grad()
     gc.collect()
     mixed = torch.autocast("cpu", torch.bfloat16, case.mixed, cache_enabled=False)
     with (
         mixed,
-        piece(on_policy.source, "activations", True),
-        piece(on_policy.linear_distillation, "loss buffers", False),
+        piece(learner.source, "activations", True),
+        piece(learner.linear_distillation, "loss buffers", False),
         counter,
     ):
         sample()
@@ -248,7 +244,7 @@ def observe(case: Case) -> tuple[Row, Row]:
     high = measure._status("VmHWM") - before
     weights = sum(p.nbytes for p in policy.model.parameters())
     teacher = sum(p.nbytes for p in policy.teacher.parameters())
-    standing = {"weights": weights, "optimizer state": state_bytes(policy.own_optimizer), "teacher": teacher}
+    standing = {"weights": weights, "optimizer state": state_bytes(policy.optimizer), "teacher": teacher}
     for name in [name for name in seen if name.startswith("peak")]:
         seen[name] += sum(standing.values())
     operations: Row = {}
@@ -256,13 +252,13 @@ def observe(case: Case) -> tuple[Row, Row]:
         return standing | seen | {"rss": high * measure.MIB}, operations
     for each in {policy.model, getattr(policy.teacher, "model", policy.model)}:
         each.set_attn_implementation("eager")  # the CPU's fused attention is not counted by torch
-    original = policy.manual_backward
+    original = policy.backward
     with mixed, FlopCounterMode(display=False) as all_of_it:
         with FlopCounterMode(display=False) as sampling:
             sample()
-        policy.manual_backward = counted(original, operations, "student backward")
+        policy.backward = counted(original, operations, "student backward")
         passes()
-        policy.manual_backward = original
+        policy.backward = original
     operations |= {"rollouts": sampling.get_total_flops(), "all": all_of_it.get_total_flops()}
     return standing | seen | {"rss": high * measure.MIB}, operations
 

@@ -16,9 +16,16 @@ from transformers.initialization import no_init_weights
 
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.models.lm_head import decoder
-from pgpo_lightning.models.loading import load_tokenizer
-from pgpo_lightning.modules import SDPO
+from pgpo_lightning.models.loading import load_tokenizer, recompute_activations
+from pgpo_lightning.models.soundness import shares_prompts
+from pgpo_lightning.objectives.configs import DivergenceConfig
+from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.rollout import engine as rollout
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+from pgpo_lightning.teachers.self_teaching import SelfTeaching
+from pgpo_lightning.training.configs import UpdateConfig
+from pgpo_lightning.training.learner import Learner, Step
 
 FIRST_ID = 16  # of synthetic tokens: above the special ones
 
@@ -69,52 +76,83 @@ def synthetic_rows(rows: int, prompt: int, reprompt: int, response: int, vocabul
     return made
 
 
-class Standalone(SDPO):
-    """SDPO with an optimizer of its own in place of a trainer, under bf16 autocast where its device is a GPU.
+class Standalone:
+    """SDPO's optimizer step on samples that are ready for it, under bf16 autocast on a GPU.
+
+    Args:
+        model: The student.
+        optimizer: From parameters to an optimizer.
+        update: Limits of passes.
+        teacher: Whose weights the teacher has.
+        divergence: Which divergence.
 
     Attributes:
         seconds: Of every part of the last step; CPU seconds on a CPU.
     """
 
     def __init__(
-        self, model: Qwen3ForCausalLM, optimizer: Callable[[Any], torch.optim.Optimizer], **settings: Any
+        self,
+        model: Qwen3ForCausalLM,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        update: UpdateConfig = UpdateConfig(),
+        teacher: TeacherConfig = TeacherConfig(),
+        divergence: DivergenceConfig = DivergenceConfig(),
+        gradient_checkpointing: bool = False,
     ) -> None:
-        tokenizer = load_tokenizer("toy")  # for its padding and end-of-sequence ids only
-        super().__init__(model, _no_verdict, tokenizer=tokenizer, optimizer=optimizer, **settings)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.to(model.device)
-        self.configure_model()
-        self.own_optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
-        self._watch(self.model, "student_forward")
+        self.model, self.device = model, model.device
+        self.tokenizer = load_tokenizer("toy")  # for its padding and end-of-sequence ids only
+        if gradient_checkpointing:
+            recompute_activations(model)
+        model.train()
+        reprompt = RepromptConfig(max_reprompt_len=2)
+        teaching = SelfTeaching(
+            teacher,
+            reprompt,
+            PromptEncoder(self.tokenizer),
+            num_generations=8,
+            max_prompt_length=1,
+            success_threshold=0.5,
+        )
+        self.teacher = teaching.make(model)
+        longest = model.config.max_position_embeddings
+        self.learner = Learner(
+            model,
+            DistillationObjective(teaching, divergence),
+            update,
+            teacher=self.teacher,
+            pad_token_id=self.tokenizer.pad_token_id,
+            shares_prompts=shares_prompts(model, longest),
+        )
+        self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+        self._watch(model, "student_forward")
         if hasattr(self.teacher, "model"):  # a live one has none of its own
             self._watch(self.teacher.model, "teacher_forward")
 
-    def step(self, rows: list[Sample]) -> float:
-        """One update on rows that are ready for it; return its loss."""
-        self.seconds.clear()
+    def accumulate(self, samples: list[Sample]) -> Step:
+        """Compute the gradients of a step."""
         mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-        with mixed, self.timed("gradients"):
-            loss = self.accumulate_gradients(rows)
+        with mixed:
+            return self.learner.accumulate(samples, self.backward)
+
+    def step(self, samples: list[Sample]) -> float:
+        """One update on samples that are ready for it; return its loss."""
+        self.seconds.clear()
+        with self.timed("gradients"):
+            step = self.accumulate(samples)
         with self.timed("optimizer"):
-            updated = self.update(loss)
+            updated = self.learner.apply(self.optimizer, step)
         with self.timed("teacher_update"):
             if updated:
-                self.after_update()
+                self.learner.move_teacher()
         parts = ("teacher_forward", "student_forward", "backward")
         self.seconds["loss"] = self.seconds.pop("gradients") - sum(self.seconds[part] for part in parts)
-        return loss
+        return step.loss
 
-    def optimizers(self) -> torch.optim.Optimizer:
-        """The one there is."""
-        return self.own_optimizer
-
-    def manual_backward(self, loss: Tensor) -> None:
-        """Lightning's without a trainer."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
         with self.timed("backward"):
             loss.backward()
-
-    def _synchronised(self, last: bool) -> Any:
-        return nullcontext()
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -159,7 +197,3 @@ def fixed_lengths(lengths: list[int]) -> Iterator[None]:
         yield
     finally:
         rollout._draw, rollout.end_tokens = draw, ends
-
-
-def _no_verdict(_: Question, __: str) -> float:
-    return 0.0

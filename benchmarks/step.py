@@ -161,8 +161,12 @@ def run_ours(
     from torch.utils.data import DataLoader
 
     from pgpo_lightning.core.types import Question, Verdict
-    from pgpo_lightning.modules import SDPO, on_policy
+    from pgpo_lightning.modules import SDPO
+    from pgpo_lightning.objectives.configs import DivergenceConfig
     from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+    from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+    from pgpo_lightning.training import learner
+    from pgpo_lightning.training.configs import MismatchConfig, UpdateConfig
 
     class Step(SDPO):
         def judge(self, rollouts: list[Any]) -> list[Verdict]:
@@ -181,21 +185,21 @@ def run_ours(
         verifier=lambda question, response: 0.0,
         num_generations=SAMPLES,
         max_prompt_length=512,
-        max_reprompt_len=1024,
-        is_clip=None,  # TRL weighs nothing in the first pass over a batch
-        micro_batch_tokens=budgets[0],
+        reprompt=RepromptConfig(max_reprompt_len=1024),
+        mismatch=MismatchConfig(importance_weight_cap=None),  # TRL weighs nothing in the first pass over a batch
+        update=UpdateConfig(micro_batch_tokens=budgets[0]),
         engine=TransformersEngine(budgets[1]),
         max_response_length=RESPONSE_TOKENS,
-        divergence_alpha=1.0,
-        teacher_update_rate=TEACHER_RATE,
+        divergence=DivergenceConfig(alpha=1.0),
+        teacher=TeacherConfig(update_rate=TEACHER_RATE),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
     )
     clock.wrap(module, "sample", "generation")
-    clock.wrap(module, "teacher_sources", "forwards")
-    clock.wrap(on_policy, "source", "forwards")
-    clock.wrap(on_policy, "linear_distillation", "loss")
+    clock.wrap(learner.Learner, "teacher_sources", "forwards")
+    clock.wrap(learner, "source", "forwards")
+    clock.wrap(learner, "linear_distillation", "loss")
     clock.wrap(module, "manual_backward", "backward")
-    clock.wrap(module, "update", "optimizer")
+    clock.wrap(learner.Learner, "apply", "optimizer")
     questions = [Question(chat, None, index=i) for i, chat in enumerate(prompts)]
     ending = EndOfStep()
     trainer = L.Trainer(

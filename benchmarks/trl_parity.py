@@ -25,6 +25,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,14 +154,23 @@ def write_questions(out: Path) -> None:
 
 
 def module(kind: type, model: Path, seed: int, **settings: Any) -> Any:
+    from pgpo_lightning.objectives.configs import DivergenceConfig
     from pgpo_lightning.rewards import BoxedAnswer
+    from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+    from pgpo_lightning.training.configs import EvaluationConfig, MismatchConfig, ModelConfig, UpdateConfig
 
-    sampling = {"num_generations": ROLLOUTS, "max_response_length": RESPONSE, "eval_samples": 8}
-    lengths = {"max_prompt_length": 64, "max_reprompt_len": 160}
-    # TRL has no weight between sampler and trainer.
-    objective = {"divergence_alpha": ALPHA, "max_grad_norm": CLIP, "is_clip": None, "teacher_update_rate": TEACHER_RATE}
-    policy = {"model": str(model), "tokenizer": "toy", "verifier": BoxedAnswer(), "optimizer": adamw, "seed": seed}
-    return kind(**policy, **sampling, **lengths, **objective, **settings)
+    sampling = {"num_generations": ROLLOUTS, "max_prompt_length": 64, "max_response_length": RESPONSE}
+    policy = {"model": str(model), "verifier": BoxedAnswer(), "optimizer": adamw, "seed": seed}
+    groups = {
+        "model_config": ModelConfig(tokenizer="toy"),
+        "evaluation": EvaluationConfig(samples=8),
+        "reprompt": RepromptConfig(max_reprompt_len=160),
+        "divergence": DivergenceConfig(alpha=ALPHA),
+        "update": UpdateConfig(max_grad_norm=CLIP),
+        "mismatch": MismatchConfig(importance_weight_cap=None),  # TRL has no weight between sampler and trainer
+        "teacher": TeacherConfig(update_rate=TEACHER_RATE),
+    }
+    return kind(**policy, **sampling, **groups | settings)
 
 
 def trainer(folder: Path, **settings: Any) -> Any:
@@ -185,8 +195,12 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
     class Replayed(SDPO):
         """Demonstrates the first other success, as TRL does, and compares what the loss is about to see."""
 
-        def prepare_rows(self, rows: list[Any], rng: Any) -> dict[str, float]:
-            scalars = super().prepare_rows(rows, first)
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            self.prepare_as_we_do, self.objective.prepare = self.objective.prepare, self.prepare
+
+        def prepare(self, rows: list[Any], given: Any) -> dict[str, float]:
+            scalars = self.prepare_as_we_do(rows, replace(given, rng=first))
             rewards, reprompts = theirs[self.steps]["rewards"], theirs[self.steps]["reprompts"]
             same["rollouts"] += len(rows)
             same["same_reward"] += sum(r.verdict.reward == x for r, x in zip(rows, rewards, strict=True))

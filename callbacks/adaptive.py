@@ -101,7 +101,7 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
         """Measure how far the policy moved."""
         if len(self.history) > self._before:
             with trainer.precision_plugin.forward_context():
-                self.decide(policy_change(pl_module, pl_module.last_rows))
+                self.decide(policy_change(pl_module, pl_module.last_samples))
 
     def state_dict(self) -> dict[str, Any]:
         """Add what was decided, and by what."""
@@ -130,7 +130,7 @@ def policy_change(module: OnPolicyModule, rows: list[Sample]) -> float:
         The estimate over the rollouts of all ranks.
     """
     total, count = 0.0, 0
-    for row, log_probs in module.policy_log_probs(rows, rows):
+    for row, log_probs in module.learner.log_probs(rows, rows):
         change = (log_probs.double() - row.rollout.log_probs.to(log_probs.device)).clamp(-20, 20)
         total += (change.expm1() - change).sum().item()
         count += change.numel()
@@ -240,7 +240,7 @@ class PolyakMultiplier(StepSizeMultiplier):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Look at loss and gradients, and scale the learning rate."""
-        clipped = clip_coefficient(pl_module.scalars["actor/grad_norm"], pl_module.max_grad_norm)
+        clipped = clip_coefficient(pl_module.scalars["actor/grad_norm"], pl_module.update.max_grad_norm)
         self.loss = pl_module.scalars["actor/pg_loss"]
         self.slope = slope(optimizer) / clipped
         super().on_before_optimizer_step(trainer, pl_module, optimizer)

@@ -90,7 +90,7 @@ class CollapseGuard(StabilityMonitor):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the scores, and the weights if they are the best so far."""
         super().on_validation_end(trainer, pl_module)
-        scores = self.curves.get(f"val/avg@{pl_module.eval_samples}", {})
+        scores = self.curves.get(f"val/avg@{pl_module.evaluator.config.samples}", {})
         score = scores.get(pl_module.steps)
         if self.action != "roll-back" or trainer.state.fn != TrainerFn.FITTING or score is None:
             return

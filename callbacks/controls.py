@@ -85,7 +85,7 @@ class RecordedMultiplier(StepSizeMultiplier):
         """Compare the number of steps with the record's."""
         super().on_fit_start(trainer, pl_module)
         self.__dict__.pop("sequence", None)  # the seed may be another than before
-        steps = trainer.estimated_stepping_batches * pl_module.updates_per_batch * pl_module.num_iterations
+        steps = trainer.estimated_stepping_batches * pl_module.update.steps_per_batch
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
         if steps < 0 or steps == math.inf:  # not known
             return
@@ -299,7 +299,7 @@ class LossScaledMultiplier(InformationMultiplier):
 
     def apply(self, pl_module: L.LightningModule, optimizer: Optimizer, rho: float) -> None:
         """Scale the gradients, not the learning rate."""
-        norm, limit = pl_module.scalars["actor/grad_norm"], pl_module.max_grad_norm
+        norm, limit = pl_module.scalars["actor/grad_norm"], pl_module.update.max_grad_norm
         factor = rho * clip_coefficient(rho * norm, limit) / clip_coefficient(norm, limit)
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -110,7 +110,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
         checkpoint = next(callback for callback in trainer.callbacks if isinstance(callback, ResumeCheckpoint))
         if self._whole:
             self._ending = True
-            pl_module.verifier_errors = self._whole.pop("verifier_errors")
+            pl_module.actor.verifier_errors = self._whole.pop("verifier_errors")
             checkpoint._save(trainer, pl_module)
         exception.saved = checkpoint.newest or trainer.ckpt_path
         if exception.number == self._requeue and trainer.is_global_zero:
@@ -127,7 +127,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
             "loops": trainer._checkpoint_connector._get_loops_state_dict(),
-            "verifier_errors": pl_module.verifier_errors,
+            "verifier_errors": pl_module.actor.verifier_errors,
         }
         if data is not None and (state := data.state_dict()):
             self._whole[type(data).__qualname__] = state

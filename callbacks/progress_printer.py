@@ -54,8 +54,7 @@ class ProgressPrinter(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the scores of a training run's evaluation."""
-        if self._enabled and trainer.state.fn == TrainerFn.FITTING and pl_module.held_out is not None:
-            print(
-                f"step {pl_module.steps}, held-out {summary_line(pl_module.held_out, pl_module.eval_samples)}",
-                flush=True,
-            )
+        evaluator = pl_module.evaluator
+        if self._enabled and trainer.state.fn == TrainerFn.FITTING and evaluator.held_out is not None:
+            scores = summary_line(evaluator.held_out, evaluator.config.samples)
+            print(f"step {pl_module.steps}, held-out {scores}", flush=True)

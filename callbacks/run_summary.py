@@ -71,7 +71,7 @@ class RunSummary(L.Callback):
         if writer is None or not self.texts_every_n_steps or (pl_module.steps - 1) % self.texts_every_n_steps:
             return
         # One of each kind first: what a failed response's teacher sees is what one wants to read.
-        rows = sorted(pl_module.last_rows, key=lambda row: row.verdict.reward)
+        rows = sorted(pl_module.last_samples, key=lambda row: row.verdict.reward)
         picked = [rows[i * (len(rows) - 1) // max(1, self.texts - 1)] for i in range(min(self.texts, len(rows)))]
         text = "\n\n---\n\n".join(_as_text(row) for row in picked)
         writer.add_text("rollouts", text, pl_module.steps)
@@ -97,7 +97,7 @@ class RunSummary(L.Callback):
         if self.picture:
             draw_stability(scalars, picture, f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps")
         seconds, cpu_seconds = self._elapsed()
-        summary = summarise(scalars, pl_module.steps, seconds, pl_module.eval_samples)
+        summary = summarise(scalars, pl_module.steps, seconds, pl_module.evaluator.config.samples)
         write_json(folder / "summary.json", summary, indent=2)
         multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
         if ended:  # the record says that a run is complete
@@ -109,7 +109,7 @@ class RunSummary(L.Callback):
                 else None,
                 seed=pl_module.seed,
                 steps=pl_module.steps,
-                samples=pl_module.eval_samples,
+                samples=pl_module.evaluator.config.samples,
                 seconds=round(seconds, 2),
                 cpu_seconds=round(cpu_seconds, 2),
                 rho=multipliers[0].history if multipliers else [],

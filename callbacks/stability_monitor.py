@@ -83,10 +83,10 @@ class StabilityMonitor(PerRunState):
         whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
         if trainer.state.fn != TrainerFn.FITTING or not whole:
             return
-        k = pl_module.eval_samples
+        k = pl_module.evaluator.config.samples
         # Lightning throws away what is logged before the first step, so the scores come from where they were computed.
         for name in ("avg", "pass"):
-            self.curves.setdefault(f"val/{name}@{k}", {})[pl_module.steps] = pl_module.held_out.scores[name]
+            self.curves.setdefault(f"val/{name}@{k}", {})[pl_module.steps] = pl_module.evaluator.held_out.scores[name]
         passed = list(self.curves[f"val/pass@{k}"].values())
         if passed[0] > 0:
             self._log(trainer, pl_module.steps, {"pass_of_first": passed[-1] / passed[0]}, always=True)

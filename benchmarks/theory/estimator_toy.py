@@ -13,6 +13,8 @@ from pgpo_lightning.losses.fused_backward import TokenStatistics
 from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rewards import BoxedAnswer
+from pgpo_lightning.teachers.configs import RepromptConfig
+from pgpo_lightning.training.objective import Preparation
 
 _AT_ONCE = 64  # questions whose logits are held at a time
 
@@ -35,7 +37,7 @@ class Bank(NamedTuple):
 
 def toy_module(siblings: int, seed: int) -> SDPO:
     """Return SDPO on the shipped model with the limits of ``configs/quickstart.yaml``, teacher included."""
-    limits = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 32}
+    limits = {"max_prompt_length": 64, "max_response_length": 32, "reprompt": RepromptConfig(max_reprompt_len=160)}
     module = SDPO("toy", BoxedAnswer(), num_generations=siblings, seed=seed, **limits)
     module.configure_model()
     return module
@@ -60,8 +62,8 @@ def toy_bank(number: int, siblings: int, seed: int, looks: list[View]) -> Bank:
         if not rows:
             continue
         with torch.no_grad():
-            sequences = module.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
-            student, (teacher,) = source(module.model, sequences), module.teacher_sources(rows)
+            sequences = module.learner.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
+            student, (teacher,) = source(module.model, sequences), module.learner.teacher_sources(rows)
             logits = student.head(student.hidden), teacher.head(teacher.hidden)
         for view in looks:
             parts[view].append(token_statistics(*logits, sequences.targets, view))
@@ -78,7 +80,7 @@ def toy_bank(number: int, siblings: int, seed: int, looks: list[View]) -> Bank:
 def rows_with_teacher(module: SDPO, asked: list[Question], start: int, seed: int) -> list[Sample]:
     """Return the rows that would be in the loss of a step on some questions."""
     with seeded(seed, "estimator", start) as rng:
-        rollouts = module.sample(asked, module.num_generations, module._training_sampling)
+        rollouts = module.sample(asked, module.num_generations, module.training_sampling)
         rows = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, module.judge(rollouts), strict=True)]
-        module.prepare_rows(rows, rng)
-    return [row for row in rows if module.in_loss(row)]
+        module.objective.prepare(rows, Preparation(rng, module.steps, module.learner))
+    return [row for row in rows if module.objective.in_loss(row)]

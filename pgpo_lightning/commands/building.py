@@ -40,8 +40,8 @@ class BuildCommand(PGPOCommand):
             self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
-        if self.model.given_seed is None:
-            self.model.given_seed = self.seed
+        if self.model.run_seed.given is None:
+            self.model.run_seed.given = self.seed
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""

@@ -225,16 +225,15 @@ class PGPOCommand(LightningCLI):
             )
         self.before_fit()
         if not self.config_init[self.subcommand].get("ckpt_path"):
-            model = self.model.given_model if isinstance(self.model.given_model, str) else "the model"
+            model = self.model.student.given if isinstance(self.model.student.given, str) else "the model"
             print(f"{self.subcommand} of {model} as it is, before any training: no `--ckpt_path` was given")
 
     before_test = before_validate
 
     def after_validate(self) -> None:
         """Print the scores with their standard errors, and where the answers are."""
-        if self.trainer.is_global_zero and self.model.held_out is not None:
-            print(
-                f"\n{summary_line(self.model.held_out, self.model.eval_samples)}\nanswers: {self.model.held_out.path}"
-            )
+        evaluator = self.model.evaluator
+        if self.trainer.is_global_zero and evaluator.held_out is not None:
+            print(f"\n{summary_line(evaluator.held_out, evaluator.config.samples)}\nanswers: {evaluator.held_out.path}")
 
     after_test = after_validate

@@ -19,6 +19,7 @@ from pgpo_lightning.memory_planner.plan_report import content, table
 from pgpo_lightning.memory_planner.workload import Lengths
 from pgpo_lightning.modules import HAPO, OnPolicyModule
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+from pgpo_lightning.training.start_up import check_positions
 
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type of the weights, type of autocast
     "32-true": (None, None),
@@ -57,7 +58,7 @@ class PlanCommand(BuildCommand):
 
     def adapt(self, model: Any) -> None:
         """Take a tokenizer that is always there."""
-        model.init_args.tokenizer = "toy"
+        model.init_args.model_config.tokenizer = "toy"
 
     def run(self) -> RunSpec:
         """Return what the run's need depends on.
@@ -69,11 +70,11 @@ class PlanCommand(BuildCommand):
         options = {name: self._get(self.config, name) for name in ("memory", "shapes", "device", "spread")}
         config = _config(module, options["shapes"])
         module.model = skeleton(config)
-        module._check_positions()
+        check_positions(module.model, module.longest_prompt, module.max_response_length)
         module.model = None
         device = options["device"] or ("cpu" if trainer.accelerator == "cpu" else "cuda")
         compute = _compute(module, str(trainer.precision))
-        limits = (module.max_prompt_length, module.longest_prompt, module.max_response_length)
+        limits = (module.actor.max_prompt_length, module.longest_prompt, module.max_response_length)
         means = [self._get(self.config, f"{name}_tokens") for name in ("prompt", "reprompt", "response")]
         lengths = [limit if mean is None else mean for mean, limit in zip(means, limits, strict=True)]
         check("spread", options["spread"], Decay)
@@ -85,30 +86,30 @@ class PlanCommand(BuildCommand):
                 )
         demonstration = _demonstration(module, self._get(self.config, "demonstration_tokens"))
         adapters = _adapters(module, str(trainer.precision))
-        engine = module.engine
+        engine, teaching, divergence = module.engine, module.objective.teaching, module.objective.divergence
         data = self.datamodule
         return RunSpec(
             config=config,
             compute=compute,
-            optimizer=module.make_optimizer,
-            teacher=getattr(module, "teacher_regularization", "none"),
+            optimizer=module.optimization.make_optimizer,
+            teacher="none" if teaching is None else teaching.config.regularization,
             lengths=Lengths(*lengths, spread=options["spread"], longest=module.max_response_length),
             questions=data.batch_size,
             samples=module.num_generations,
             longest_response=module.max_response_length,
             at_once=engine.max_sequences if isinstance(engine, TransformersEngine) else None,
-            micro_batch_tokens=module.micro_batch_tokens,
-            updates=module.updates_per_batch,
-            passes=module.num_iterations,
-            top_k=module.divergence is not None and module.divergence.partial(config.get_text_config().vocab_size),
-            independent=getattr(getattr(module, "reprompt", None), "demonstration_choice", "shared") == "independent",
-            evaluated=0 if trainer.limit_val_batches == 0 else data.eval_batch_size * module.eval_samples,
-            eval_samples=module.eval_samples,
-            nucleus=module.eval_sampling.top_p < 1,
+            micro_batch_tokens=module.update.micro_batch_tokens,
+            updates=module.update.updates_per_batch,
+            passes=module.update.num_iterations,
+            top_k=divergence is not None and divergence.partial(config.get_text_config().vocab_size),
+            independent=teaching is not None and teaching.builder.demonstration_choice == "independent",
+            evaluated=0 if trainer.limit_val_batches == 0 else data.eval_batch_size * module.evaluator.config.samples,
+            eval_samples=module.evaluator.config.samples,
+            nucleus=module.evaluator.config.top_p < 1,
             sharding=_sharding(trainer, device),
             device=device,
             adapters=adapters,
-            offload=getattr(module, "teacher_offload", False),
+            offload=teaching is not None and teaching.config.offload,
             demonstration=demonstration,
             keep=self._get(self.config, "checkpoint").keep,
         )
@@ -131,7 +132,7 @@ def _demonstration(module: OnPolicyModule, tokens: int | None) -> int | None:
 
 
 def _adapters(module: OnPolicyModule, precision: str) -> Adapters | None:
-    if (quantization := module.loading["quantization"]) is not None:
+    if (quantization := module.student.quantization) is not None:
         raise ValueError(f"Expected no `quantization`, whose bytes are not known here, but got {quantization}.")
     if module.lora is None:
         return None
@@ -142,10 +143,10 @@ def _adapters(module: OnPolicyModule, precision: str) -> Adapters | None:
 
 
 def _config(module: OnPolicyModule, shapes: str | None) -> Any:
-    given = module.given_model
+    given = module.student.given
     if not isinstance(given, str):
         return given.config
-    loading = {name: module.loading[name] for name in ("revision", "trust_remote_code")}
+    loading = {name: module.student.loading[name] for name in ("revision", "trust_remote_code")}
     if shapes is not None and not (Path(shapes) / "config.json").exists():
         raise ValueError(f"Expected `shapes` to be a folder with a config.json, but got {shapes}.")
     return configuration(shapes or given, **loading)
@@ -156,14 +157,14 @@ def _compute(module: OnPolicyModule, precision: str) -> Compute:
     if precision not in PRECISIONS:
         raise ValueError(f"Expected `trainer.precision` to be one of {', '.join(PRECISIONS)}, but got {precision}.")
     forced, autocast = PRECISIONS[precision]
-    student = forced or getattr(torch, module.loading["dtype"])
-    averaging = getattr(module, "teacher_regularization", "") in AVERAGING
+    student = forced or getattr(torch, module.student.config.dtype)
+    averaging = module.objective.teaching is not None and module.objective.teaching.config.regularization in AVERAGING
     return Compute(
         student,
         torch.float32 if averaging else student,
         autocast,
-        module.gradient_checkpointing,
-        module.loading["attn_implementation"],
+        module.student.config.gradient_checkpointing,
+        module.student.config.attn_implementation,
     )
 
 

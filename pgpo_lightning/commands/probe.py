@@ -7,7 +7,6 @@ runs.
 
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from pgpo_lightning.core.files import output_folder
 from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Text, check, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import fp32_by_default
-from pgpo_lightning.modules.self_teaching import SelfTeaching
+from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.probe.calibration import PROBE, Scale, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
 from pgpo_lightning.probe.figures import draw_gaps, draw_line
@@ -31,20 +30,14 @@ from pgpo_lightning.probe.line import fit
 from pgpo_lightning.probe.measure import Prober, write
 from pgpo_lightning.probe.probe_report import calibration_content, calibration_report, probe_report, summary
 from pgpo_lightning.rollout.engine import Sampling
-from pgpo_lightning.teachers.reprompt import RepromptBuilder
+from pgpo_lightning.training.start_up import check_combination
 
 QUESTIONS = 128
 
 _UPDATE = (
-    *("optimizer", "scheduler", "max_grad_norm", "updates_per_batch", "num_iterations", "micro_batch_tokens"),
-    *("loss_agg_mode", "is_clip", "max_sampler_gap", "max_skipped_steps", "gradient_checkpointing"),
-    *("eval_samples", "eval_temperature", "eval_top_p", "num_generations", "temperature", "seed"),
-    *("divergence_alpha", "alpha", "full_logit_distillation", "distillation_topk", "distillation_add_tail"),
-    *("entry_clip", "softening", "question_weight_exponent", "allocation"),
+    *("optimizer", "scheduler", "update", "mismatch", "evaluation", "num_generations", "temperature", "seed"),
+    *("divergence", "teacher", "token_weights", "question_weight_exponent", "policy_gradient"),
     *("mixing", "mixing_steps", "evidence_clip"),
-    *("norm_adv_by_std_in_grpo", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
-    *("teacher_regularization", "teacher_update_rate", "teacher_period", "teacher_gate", "teacher_offload"),
-    "preflight",
 )
 """Settings of a module that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other one makes another
 probe."""
@@ -85,7 +78,7 @@ class ProbeCommand(BuildCommand):
             FileExistsError: If `output` is a file.
         """
         module, config = self.model, self.config[self.subcommand]
-        if not isinstance(module, SelfTeaching):
+        if not isinstance(module, OnPolicyModule) or not module.has_teacher:
             raise ValueError(
                 f"Expected `model` to be a module with a self-teacher, such as SDPO, but got {type(module).__name__}."
             )
@@ -95,13 +88,13 @@ class ProbeCommand(BuildCommand):
                 "folder as `model.init_args.model`."
             )
         samples = module.num_generations if config.samples is None else config.samples
-        temperature = module.temperature if config.temperature is None else config.temperature
+        temperature = module.training_sampling.temperature if config.temperature is None else config.temperature
         check("questions", config.questions, Annotated[int, Range(least=2)])
         check("samples", samples, Count)
         check("temperature", temperature, Temperature)
         check("top_p", config.top_p, Nucleus)
         check("split", config.split, Literal["train", "validation"])
-        asked = contexts(config.contexts, config.templates, config.controls, module.reprompt)
+        asked = contexts(config.contexts, config.templates, config.controls, module.objective.teaching.builder)
         folder = output_folder(config.output)
         questions = self._questions(config.split, config.questions)
         settings = {"module": _plain(config.model.init_args), "split": config.split}
@@ -112,7 +105,7 @@ class ProbeCommand(BuildCommand):
         fabric = L.Fabric(
             accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision or "32-true"
         )
-        module._check_combination(sharded=False)
+        check_combination(module.engine, module.lora is not None, sharded=False)
         module.training_run = False  # no teacher's weights: it has the student's
         module.configure_model()
         fabric.setup_module(module)  # to its device, in its precision
@@ -124,7 +117,7 @@ class ProbeCommand(BuildCommand):
     def _questions(self, split: str, limit: int) -> list[Question]:
         data = self.datamodule
         data.setup("fit")
-        data.drop_prompts(self.model._too_long)
+        data.drop_prompts(self.model.actor.too_long)
         if len(data.questions[split]) < 2:
             raise ValueError(
                 f"Expected {split} questions to ask, but {type(data).__name__} has {len(data.questions[split])}."
@@ -141,7 +134,7 @@ def measure(prober: Prober, asked: list[Context], settings: dict[str, Any]) -> d
         settings: To be recorded beside the prober's own.
     """
     rows = prober.student()
-    threshold = prober.module.success_reward_threshold
+    threshold = prober.module.reward.success_threshold
     student = np.array([row.verdict.reward for chunk in rows for row in chunk]).reshape(-1, prober.samples)
     measured = {context.name: prober.teacher(context, rows) for context in asked}
     draws = question_draws(len(student))
@@ -239,11 +232,10 @@ def _finite(value: Any) -> Any:
 
 def _plain(settings: Any, reprompt: bool = False) -> dict[str, Any]:
     """Return what the rollouts depend on, as JSON; with `reprompt` also what the configured reprompts do."""
-    left = set(_UPDATE) | (set() if reprompt else {field.name for field in fields(RepromptBuilder)} - {_THRESHOLD})
-    return json.loads(json.dumps({k: v for k, v in settings.as_dict().items() if k not in left}, default=str))
-
-
-_THRESHOLD = "success_reward_threshold"
+    idle = {*_UPDATE, *(() if reprompt else ("reprompt",))}
+    kept = {name: value for name, value in settings.as_dict().items() if name not in idle}
+    kept["model_config"].pop("gradient_checkpointing", None)
+    return json.loads(json.dumps(kept, default=str))
 
 
 def main(args: list[str]) -> dict[str, Any]:

@@ -18,15 +18,18 @@ INSTEAD = {
         False,
         "a run keeps a log and checkpoints. Leave it out, and silence what disturbs by its own setting",
     ),
-    "accumulate_grad_batches": (1, "a batch is one step. Set `model.init_args.micro_batch_tokens` to save memory"),
-    "gradient_clip_val": (None, "the module clips. Set `model.init_args.max_grad_norm`"),
-    "gradient_clip_algorithm": (None, "the module clips, by the norm. Set `model.init_args.max_grad_norm`"),
+    "accumulate_grad_batches": (
+        1,
+        "a batch is one step. Set `model.init_args.update.micro_batch_tokens` to save memory",
+    ),
+    "gradient_clip_val": (None, "the module clips. Set `model.init_args.update.max_grad_norm`"),
+    "gradient_clip_algorithm": (None, "the module clips, by the norm. Set `model.init_args.update.max_grad_norm`"),
 }
 CALLBACKS: dict[type[Callback], str] = {
     LearningRateFinder: "it takes steps of its own with a loss that a step does not return. Try rates with `pgpo ablate`",
     BatchSizeFinder: "it takes steps that are thrown away. Ask `pgpo plan` what fits, and set `micro_batch_tokens`",
     StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher_regularization: ema`",
-    GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.micro_batch_tokens` to save memory",
+    GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.update.micro_batch_tokens` to save memory",
     ResumeCheckpoint: "every run has its own. Set `checkpoint.every_n_train_steps` and `checkpoint.keep`",
     RunSummary: "every run has its own. Set it by `summary`",
 }

@@ -24,11 +24,12 @@ Plain = Any
 MAY_CHANGE = {
     "model": {
         # how a step is computed, not which
-        "micro_batch_tokens", "gradient_checkpointing", "attn_implementation", "engine", "teacher_offload",
+        "update.micro_batch_tokens", "model_config.gradient_checkpointing", "model_config.attn_implementation", "engine",
+        "teacher.offload",
         # when a run is stopped, and how far a step goes
-        "max_grad_norm", "max_sampler_gap", "max_skipped_steps", "on_verifier_error",
-        "eval_samples", "eval_temperature", "eval_top_p",
-        "trust_remote_code",
+        "update.max_grad_norm", "mismatch.max_sampler_gap", "update.max_skipped_steps", "reward.on_error",
+        "evaluation.samples", "evaluation.temperature", "evaluation.top_p",
+        "model_config.trust_remote_code",
     },
     "data": {"eval_batch_size", "limit_val"},
     "multiplier": set(),
@@ -40,7 +41,8 @@ MAY_CHANGE = {
 SEEN_BY_EFFECT = {
     # The weights are those of the checkpoint; a base that is not in it, and adapters, are compared by fingerprints. A seed that
     # is left open is the one of the checkpoint.
-    "model": {"model", "revision", "optimizer", "scheduler", "lora", "quantization", "seed"},
+    "model": {
+        "model", "model_config.revision", "model_config.tokenizer", "optimizer", "scheduler", "lora", "quantization", "seed"},
     # `data.questions` is the hash of the training questions; the size of a batch is compared over all devices.
     "data": {
         "batch_size", "limit_train", "train", "validation", "test", "dataset", "dataset_config", "train_split",
@@ -53,6 +55,10 @@ SEEN_BY_EFFECT = {
 """What is compared otherwise than by its name and value."""
 
 _ALIASES = {"alpha": ("divergence_alpha", "sensitivity")}
+
+
+class ConfigGroup:
+    """Base of dataclasses that group settings. Their fields are compared one by one, under ``group.field``."""
 
 
 class Remembers:
@@ -94,7 +100,12 @@ def settings(thing: Any) -> dict[str, Plain]:
     for name, value in given.items():
         if any(other in given for other in _ALIASES.get(name, ())):
             continue
-        found[name] = describe(getattr(thing, name, None) if value is None else value)
+        value = getattr(thing, name, None) if value is None else value
+        if isinstance(value, ConfigGroup):
+            fields = dataclasses.fields(value)  # type: ignore[arg-type]  # groups are dataclasses
+            found |= {f"{name}.{field.name}": describe(getattr(value, field.name)) for field in fields}
+        else:
+            found[name] = describe(value)
     return found
 
 

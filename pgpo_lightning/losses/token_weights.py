@@ -17,9 +17,9 @@ from pgpo_lightning.core.settings import AtLeastOne, checked
 from pgpo_lightning.losses.fused import TokenStatistics
 
 
-@partial(checked, prefix="allocation.")
+@partial(checked, prefix="token_weights.")
 @dataclass(frozen=True)
-class Allocation:
+class TokenWeights:
     """Weights of tokens or responses within a step.
 
     Args:

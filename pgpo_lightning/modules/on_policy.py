@@ -1,35 +1,37 @@
 """The step that every module of the collection shares: sample, judge, learn (PGPO's Algorithm 1, arXiv 2606.03620).
 
-A subclass says what a row of the loss is and what its loss is. The size of the step is none of its business: a callback may
-rescale the learning rate of this one step, from :attr:`OnPolicyModule.step_statistics`.
+All hooks of Lightning are here, and delegate: to an :class:`~pgpo_lightning.training.actor.Actor` (rollouts and verdicts), an
+:class:`~pgpo_lightning.training.objective.Objective` (what is learnt from them), a
+:class:`~pgpo_lightning.training.learner.Learner` (gradients and weights) and an
+:class:`~pgpo_lightning.training.evaluator.Evaluator` (held-out scores). The step size is decided by callbacks: one may rescale
+the learning rate of this one step, from :attr:`OnPolicyModule.step_statistics`.
 """
 
-from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable
+import inspect
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from lightning.pytorch.strategies import ParallelStrategy
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
+from pgpo_lightning.core.run_settings import Remembers
 from pgpo_lightning.core.seeding import seeded
-from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Seed, Temperature, checked
-from pgpo_lightning.core.types import Question, Sample
+from pgpo_lightning.core.settings import Count, Seed, Temperature, checked
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.distributed.collectives import gather, together
-from pgpo_lightning.distributed.fsdp import Replicated
-from pgpo_lightning.losses.divergence import Divergence
-from pgpo_lightning.losses.fused import Source, TokenStatistics, linear_distillation, linear_statistics
+from pgpo_lightning.distributed.fsdp import FullySharded, Placement, Replicated
+from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.losses.step_statistics import StepStatistics
-from pgpo_lightning.losses.token_weights import Allocation
-from pgpo_lightning.models.lm_head import source
-from pgpo_lightning.models.loading import Dtype, checked_tokenizer, evaluating, fp32_by_default, load_tokenizer
-from pgpo_lightning.models.lora import LoRA, check_settings
-from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
+from pgpo_lightning.models.loading import fp32_by_default
+from pgpo_lightning.models.lora import LoRA, check_settings, keep_adapter_only
+from pgpo_lightning.models.narrow import warn_of_slow_products
 from pgpo_lightning.models.quantization import Quantization
-from pgpo_lightning.modules.reports import Reporting
+from pgpo_lightning.modules.moved import check_moved
 from pgpo_lightning.rewards.grade import Verifier
 from pgpo_lightning.rollout.checks import check_batch
 from pgpo_lightning.rollout.engine import Engine, Sampling
@@ -37,404 +39,386 @@ from pgpo_lightning.rollout.mismatch import check_sampler
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from pgpo_lightning.teachers.base import Teacher
-from pgpo_lightning.training.mini_batches import Pass, TokenInputs, micro_batches, mini_batches
-
-LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
+from pgpo_lightning.teachers.frozen import FrozenTeacher
+from pgpo_lightning.training import start_up, step_report
+from pgpo_lightning.training.actor import Actor
+from pgpo_lightning.training.configs import EvaluationConfig, MismatchConfig, ModelConfig, RewardConfig, UpdateConfig
+from pgpo_lightning.training.evaluator import Evaluator
+from pgpo_lightning.training.learner import Learner
+from pgpo_lightning.training.mini_batches import mini_batches
+from pgpo_lightning.training.objective import Objective, Preparation
+from pgpo_lightning.training.optimization import Optimization, adamw
+from pgpo_lightning.training.preflight import measure_gap
+from pgpo_lightning.training.rates import advance_schedule
+from pgpo_lightning.training.resuming import ResumedSettings, check_origin, check_state
+from pgpo_lightning.training.run_seed import RunSeed
+from pgpo_lightning.training.start_up import is_sharded
+from pgpo_lightning.training.step_report import StepReporter, Timer
+from pgpo_lightning.training.student import Student
 
 
 @checked
-class OnPolicyModule(Reporting):
+class OnPolicyModule(Remembers, L.LightningModule):
     """Trains a language model on its own samples, one optimizer step (or a few) per batch of questions.
+
+    A subclass sets :attr:`objective` in its ``__init__``.
+
+    Attributes:
+        objective: What is learnt from the samples.
+        step_statistics: One row per sequence in the loss of the current optimizer step, of all ranks. Set before
+            ``optimizer.step()``.
+        scalars: What the current step logs. Callbacks may add to it.
+        reported: What the last step logged, of all ranks together.
+        last_samples: This rank's samples of the last step, for callbacks that show texts.
 
     Args:
         model: Folder or Hub id of a causal language model, ``toy`` for the shipped one, or a model object.
         verifier: Judges a response: any callable ``(question, response) -> reward``, ``(reward, feedback)`` or
             :class:`~pgpo_lightning.core.types.Verdict`, by its import path.
-        tokenizer: Folder, Hub id or object; by default the model's.
-        engine: What samples the rollouts; by default the model's own ``generate``.
+        engine: Samples the rollouts; by default the model itself, through transformers.
         num_generations: Rollouts per question.
         max_prompt_length: Longest prompt in tokens; longer ones are dropped from the data, counted and reported.
         max_response_length: Longest response in tokens.
         temperature: Of the rollouts, 0.0001 to 100; logits of student and teacher are divided by it too.
-        enable_thinking: Thinking mode of the chat template.
-        eval_samples: k of avg@k, pass@k and majority@k.
-        eval_temperature: Temperature in evaluation.
-        eval_top_p: Nucleus in evaluation, 0.001 to 1.
         optimizer: From parameters to an optimizer.
         scheduler: From an optimizer to a schedule, stepped once per batch, also where no optimizer step was taken.
-        max_grad_norm: Gradients are clipped to this norm; null for no clipping.
-        updates_per_batch: Optimizer steps per batch, each on its share of the questions. Lightning's `max_steps` counts
-            optimizer steps, those that are left out because no rollout of any rank is in the loss included; curves,
-            checkpoints and schedule count batches.
-        num_iterations: Passes over each batch, each with `updates_per_batch` optimizer steps. A teacher that stands still
-            within a batch is run in the first one only.
-        micro_batch_tokens: Most padded tokens of one forward pass. A prompt that several rows share counts, and is run, once.
-        loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step,
-            those without a loss counting as zero, as SDPO's code effectively does; ``token-mean``: mean over all tokens in the
-            loss of the optimizer step. Both are over all ranks and micro-batches, and with `updates_per_batch` over the share
-            of the batch that the step is on, as in verl.
-        is_clip: Upper bound of the importance weight between trainer and sampler; null for no weight.
-        max_sampler_gap: Stop the run when trainer and sampler differ by more than this in the log-probability of a sampled token
-            (mean size, nats per token, first update of a batch); null never stops.
-        success_reward_threshold: Rewards from here on count as success.
-        on_verifier_error: What happens when the verifier raises or returns no finite number: ``raise`` stops the run,
-            ``zero`` gives that response a reward of 0 and counts it.
-        max_skipped_steps: Steps in a row that may be skipped because of a loss or gradient that is not finite.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        dtype: Type of the weights; keep float32 for mixed precision.
-        attn_implementation: As in transformers.
-        revision: Branch, tag or commit of model and tokenizer on the Hub.
-        trust_remote_code: Run Python code that comes with model or tokenizer.
         lora: Train an adapter and leave the model's weights as they are; null for training all weights. Needs peft.
-        quantization: Store the weights under the adapter in 4 or 8 bits; null for `dtype`.
+        quantization: Store the weights under the adapter in 4 or 8 bits; null for `model_config.dtype`.
         seed: Of every random choice of the run: sampling, adapters, evaluation. Null takes the one that
             ``lightning.seed_everything`` (on the command line `seed_everything`) was given, else 0, when a Trainer starts.
+        evaluation: How held-out questions are answered.
+        update: How a batch becomes optimizer steps.
+        model_config: How model and tokenizer are loaded.
+        mismatch: How differences between trainer and sampler are treated.
+        reward: How rewards are read.
 
     Raises:
         ValueError: If a setting is out of range or contradicts another; names the field.
     """
 
+    objective: Objective
     step_statistics: StepStatistics
-    """One row per sequence in the loss of the current optimizer step, of all ranks. Set before ``optimizer.step()``."""
+    scalars: dict[str, float]
+    reported: dict[str, float]
+    last_samples: list[Sample]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Say of an argument that stands in a group where it is."""
+        check_moved(kwargs, inspect.signature(cls.__init__).parameters)
+        return super().__new__(cls, *args, **kwargs)
 
     def __init__(
         self,
         model: str | PreTrainedModel,
         verifier: Verifier,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
         engine: Engine | None = None,
         num_generations: Count = 8,
         max_prompt_length: Count = 2048,
         max_response_length: Count = 8192,
         temperature: Temperature = 1.0,
-        enable_thinking: bool = False,
-        eval_samples: Count = 16,
-        eval_temperature: Temperature = 0.6,
-        eval_top_p: Nucleus = 0.95,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01),
+        optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
-        max_grad_norm: Annotated[float, Range(least=1e-6, most=1e6)] | None = 1.0,
-        updates_per_batch: Count = 1,
-        num_iterations: Count = 1,
-        micro_batch_tokens: Count = 16384,
-        loss_agg_mode: LossAggregation = "seq-mean-token-mean",
-        is_clip: Positive | None = 2.0,
-        max_sampler_gap: Positive | None = 0.1,
-        success_reward_threshold: float = 0.5,
-        on_verifier_error: Literal["raise", "zero"] = "raise",
-        max_skipped_steps: Natural = 5,
-        gradient_checkpointing: bool = False,
-        dtype: Dtype = "float32",
-        attn_implementation: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         lora: LoRA | None = None,
         quantization: Quantization | None = None,
         seed: Seed | None = None,
+        evaluation: EvaluationConfig = EvaluationConfig(),
+        update: UpdateConfig = UpdateConfig(),
+        model_config: ModelConfig = ModelConfig(),
+        mismatch: MismatchConfig = MismatchConfig(),
+        reward: RewardConfig = RewardConfig(),
     ) -> None:
         super().__init__()
         check_settings(model, lora, quantization)
         self.automatic_optimization = False
-        self.verifier = verifier
         self.engine = engine or TransformersEngine()
         self.num_generations = num_generations
-        self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
-        self.temperature = temperature
-        self.eval_samples = eval_samples
-        self.eval_sampling = Sampling(max_response_length, eval_temperature, eval_top_p)
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
-        self.max_grad_norm = max_grad_norm
-        self.updates_per_batch = updates_per_batch
-        self.num_iterations = num_iterations
-        self.micro_batch_tokens = micro_batch_tokens
-        self.loss_agg_mode = loss_agg_mode
-        self.is_clip = is_clip
-        self.max_sampler_gap = max_sampler_gap
-        self.success_reward_threshold = success_reward_threshold
-        self.on_verifier_error = on_verifier_error
-        self.max_skipped_steps = max_skipped_steps
-        self.gradient_checkpointing = gradient_checkpointing
-        self.given_seed = seed
+        self.training_sampling = Sampling(max_response_length, temperature)
+        self.optimization = Optimization(optimizer, scheduler)
+        self.lora = lora
+        self.update, self.mismatch, self.reward = update, mismatch, reward
+        self.run_seed = RunSeed(seed)
 
         self.model: PreTrainedModel | None = None
         self.teacher: Teacher | None = None
-        self.placement = Replicated()
-        object.__setattr__(self, "given_model", model)  # or a checkpoint would hold a model object twice
-        self.lora = lora
-        self.base_identity = None
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.loading = {**hub, "dtype": dtype, "attn_implementation": attn_implementation, "quantization": quantization}
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            self.tokenizer = checked_tokenizer(tokenizer)
-        else:
-            name = tokenizer or (model if isinstance(model, str) else model.config._name_or_path)
-            self.tokenizer = load_tokenizer(name, **hub)
-        self.encoder = PromptEncoder(self.tokenizer, enable_thinking)
+        self.learner: Learner | None = None
+        self.placement: Placement = Replicated()
+        self.student = Student(model, model_config, lora, quantization)
+        self.tokenizer = self.student.load_tokenizer()
+        self.encoder = PromptEncoder(self.tokenizer, model_config.enable_thinking)
+        self.actor = Actor(self.engine, verifier, self.tokenizer, self.encoder, max_prompt_length, reward)
+        self.evaluator = Evaluator(evaluation, max_response_length, reward.success_threshold)
 
         self.steps = 0  # batches trained on; unlike Lightning's global_step it counts skipped optimizer steps too
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-        self.steps_without_signal = 0
-        self.verifier_errors = self._new_verifier_errors = 0
+        self.steps_without_signal = 0  # optimizer steps left out because no sample of any rank was in the loss
         self.step_statistics = StepStatistics.empty()
-        self.scalars = {}
-        self._rates = []
-        self.training_run = True
-        self._timing: dict[str, float] = defaultdict(float)
+        self.scalars, self.reported, self.last_samples = {}, {}, []
+        self.training_run = True  # a module that only evaluates needs no teacher
+        self.resumed: ResumedSettings | None = None
+        self._warned_of_speed = False
+
+    @property
+    def seed(self) -> int:
+        """The seed of every random choice of the run."""
+        return self.run_seed.value
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a self-teacher, so that there is information to measure."""
+        return self.objective.teaching is not None
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most prompt tokens of any forward pass, the teacher's included."""
+        teaching = self.objective.teaching
+        return self.actor.max_prompt_length if teaching is None else teaching.builder.max_reprompt_len
 
     # ------------------------------------------------------------------------------------------------ the step
 
     def training_step(self, questions: list[Question], batch_idx: int) -> None:
         """One pass of Algorithm 1 over a batch of questions."""
         check_batch(questions)
-        with seeded(self.seed, "train", self.steps, self.global_rank) as rng, fp32_by_default(), self._timed("step"):
+        timer = Timer()
+        with seeded(self.seed, "train", self.steps, self.global_rank) as rng, fp32_by_default(), timer.phase("step"):
             with together():  # what fails on one rank alone ends all of them
-                with self._timed("gen"):
-                    rollouts = self.sample(questions, self.num_generations, self._training_sampling)  # y ~ π(·|x)
-                with self._timed("reward"):
+                with timer.phase("gen"):
+                    rollouts = self.sample(questions, self.num_generations, self.training_sampling)  # y ~ π(·|x)
+                with timer.phase("reward"):
                     verdicts = self.judge(rollouts)
-                with self._timed("adv"):
-                    rows = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-                    self.scalars = self.prepare_rows(rows, rng)  # f: demonstrations, feedback; or advantages
-            with self._timed("adv"):
-                self.check_answers(rows)
-            with self._timed("update_actor"):
-                updated, seen, missed = False, [], []
-                learned = [row.replaced_by or row for row in rows]  # a demonstration may stand in for a failure
-                for share in [*mini_batches(learned, self.updates_per_batch)] * self.num_iterations:
-                    if not any(gather(any(self.in_loss(row) for row in share))):
-                        missed.append(share)
-                        self.leave_out()
+                with timer.phase("adv"):
+                    samples = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+                    given = Preparation(rng, self.steps, self.learner)
+                    self.scalars = self.objective.prepare(samples, given)  # f: demonstrations, feedback; or advantages
+            with timer.phase("adv"):
+                self._preflight(samples)
+            with timer.phase("update_actor"):
+                seen, missed, updated = [], [], False
+                learned = [sample.replaced_by or sample for sample in samples]
+                for mini_batch in [*mini_batches(learned, self.update.updates_per_batch)] * self.update.num_iterations:
+                    if not any(gather(any(self.objective.in_loss(sample) for sample in mini_batch))):
+                        missed.append(mini_batch)
+                        self._leave_out()
                         continue
-                    loss = self.accumulate_gradients(share)  # g, and H(y|x), H(y|x,f) of every row
+                    if not seen:
+                        gradients = partial(self.learner.gradients, mini_batch, self.manual_backward, self._scaler)
+                        self.scalars |= self.objective.diagnose(mini_batch, self.steps, gradients)
+                    step = self.learner.accumulate(
+                        mini_batch, self.manual_backward, self._no_sync
+                    )  # g, H(y|x), H(y|x,f)
+                    self.step_statistics = step.statistics
+                    self.scalars |= step.scalars
                     if not seen:  # later updates find a policy that has moved
-                        self.scalars |= check_sampler(self.step_statistics, self.max_sampler_gap, self.steps)
-                        self.check_information()
-                    updated |= self.update(loss)  # a callback reads I, scales the step by ρ
-                    seen.append(self.step_statistics)
+                        self._check_first_update()
+                    # a callback reads I, scales the step by ρ
+                    updated |= self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
+                    seen.append(step.statistics)
                 if updated:
-                    self.after_update()  # the teacher follows
-                for row in rows:
-                    row.teacher_hidden = None
-                self._advance_schedule()
+                    self.learner.move_teacher()
+                for sample in samples:
+                    sample.teacher_hidden = None
+                advance_schedule(self.lr_schedulers(), self.optimizers(use_pl_optimizer=False))
         self.steps += 1
-        self.tell_of_missing_signal(missed)
-        self.report(rows, seen[0] if seen else StepStatistics.empty())
+        self._report(samples, seen[0] if seen else StepStatistics.empty(), timer, missed)
 
-    @abstractmethod
-    def prepare_rows(self, rows: list[Sample], rng: Any) -> dict[str, float]:
-        """Give rows what their loss needs, in place; return scalars to report.
+    def sample(self, questions: list[Question], n: int, sampling: Sampling) -> list[Rollout]:
+        """Sample `n` responses to every question from the student as it is now; see :meth:`Actor.sample`."""
+        # Evaluation in step exchanges something after every batch, so that no rank may leave a batch alone.
+        all_ranks = self._trainer is None or self.trainer.training or self.evaluator.in_step or self.placement.sharded
+        return self.actor.sample(self.model, questions, n, sampling, self.placement, all_ranks, self.steps)
 
-        Args:
-            rows: All rows of the batch, those to one question next to each other.
-            rng: Source of random choices.
-        """
-
-    @abstractmethod
-    def in_loss(self, row: Sample) -> bool:
-        """Whether a row takes part in the loss. The others cost no forward pass."""
-
-    @abstractmethod
-    def loss_tokens(self, rows: list[Sample]) -> int:
-        """Return the number of tokens that ``token-mean`` divides by."""
-
-    def contexts(self, row: Sample) -> list[list[int]]:
-        """Return the prompts that the row's forward passes put before its response, the student's first."""
-        return [row.rollout.prompt_ids]
-
-    def teacher_sources(self, rows: list[Sample]) -> list[Source]:
-        """Run the teacher over the rows, if the objective has one."""
-        return []
-
-    def parts(self, rows: list[Sample]) -> list[list[Sample]]:
-        """Return the rows in the loss in parts that never share a pass; those with a teacher come first."""
-        return [rows]
-
-    allocation: Allocation | None = None
-    """Whether the tokens or responses with a teacher share the step by their information."""
-
-    divergence: Divergence | None = None
-    """Which divergence between student and teacher the objective asks for, if any."""
+    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
+        """Return the verifier's verdict on every rollout; see :meth:`Actor.judge`."""
+        return self.actor.judge(rollouts)
 
     @property
-    def measured(self) -> Divergence | None:
-        """Which divergence is reported: that of the objective, or what an objective without one names."""
-        return self.divergence
+    def _at_start(self) -> bool:
+        """Whether no optimizer step has been taken yet, in this run or those that it continues."""
+        return self.trainer.global_step == self.steps_without_signal
 
-    @abstractmethod
-    def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
-        """Return the loss of some response tokens, shape ``(n,)``, before importance weights.
+    def _preflight(self, samples: list[Sample]) -> None:
+        """Grade the teacher's own answers, if that is wanted. Before the first step it has the student's weights."""
+        if self.has_teacher and self.objective.teaching.config.preflight and self._at_start:
+            seeds = seeded(self.seed, "preflight", self.steps, self.global_rank)
+            with torch.no_grad(), together(), seeds, self.placement.generation():
+                generate = partial(self.actor.generate, self.model, n=1, sampling=self.training_sampling)
+                threshold = self.reward.success_threshold
+                self.scalars |= measure_gap(samples, generate, self.judge, threshold, self.steps)
 
-        Args:
-            tokens: What student and teacher say about them. Divergence, student's log-probability and student's entropy
-                carry gradients.
-            given: What was known before the forward pass.
-        """
+    def _leave_out(self) -> None:
+        """Take no optimizer step where no sample of any rank is in the loss; weights and momentum stay as they are."""
+        rate = float(self.optimizers().param_groups[0]["lr"])
+        self.scalars = {"actor/pg_loss": 0.0, "actor/grad_norm": 0.0, "lr/base": rate} | self.scalars
+        self.step_statistics = StepStatistics.empty()
+        self.steps_without_signal += 1
+        step_report.count_left_out(self.trainer)
 
-    def after_update(self) -> None:
-        """Run once per batch, if at least one optimizer step was taken."""
+    def _check_first_update(self) -> None:
+        self.scalars |= check_sampler(self.step_statistics, self.mismatch.max_sampler_gap, self.steps)
+        if self._at_start:
+            step_report.warn_of_harm(self.step_statistics, self.steps)
 
-    # ------------------------------------------------------------------------------------------- gradients, update
+    def _report(self, samples: list[Sample], statistics: StepStatistics, timer: Timer, missed: list[Any]) -> None:
+        """Log the step; every value is that of all ranks together."""
+        counts = {"actor/skipped_steps": self.learner.skipped, "actor/steps_without_signal": self.steps_without_signal}
+        self.reporter.warn_of_missing_signal(missed, self.steps, self.steps_without_signal)
+        self.reported = self.reporter.scalars(samples, statistics, self.scalars, timer.seconds, self.device) | counts
+        self.last_samples = samples
+        step_report.log_to_loggers(self.trainer, self.reported, self.steps)
+        self.log_dict(self.reported, logger=False, batch_size=len(samples))  # for callbacks that monitor a metric
+        bar = self.reporter.progress_bar(self.reported, statistics)
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(samples))
 
-    def accumulate_gradients(self, rows: list[Sample]) -> float:
-        """Run forward and backward over the rows in micro-batches and set :attr:`step_statistics`.
+    def scale_rates(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply all learning rates for the rest of the optimizer step that is under way; the step puts them back."""
+        self.learner.rates.scale(optimizer, factor)
 
-        Returns:
-            The loss of the step, summed over micro-batches, averaged over ranks.
-        """
-        if self.loss_agg_mode == "token-mean":
-            tokens = gather(self.loss_tokens(rows))
-            scale = len(tokens) / max(1, sum(tokens))  # ranks' gradients are averaged, not summed
-        else:
-            scale = 1 / len(rows)
-        parts = self.parts([row for row in rows if self.in_loss(row)])
-        losses, seen = 0.0, []
-        for number, part in enumerate(parts):
-            loss, statistics, shared_out = self._accumulate(self.passes(part, rows, taught=number == 0), scale)
-            if self.allocation is not None and number == 0:  # before the others add to the gradient
-                loss = loss / self._share_out(shared_out)
-            losses = losses + loss
-            seen.append(statistics)
-        self.step_statistics = StepStatistics.concatenate(seen)
-        return losses
+    def restore_rates(self) -> None:
+        """Undo :meth:`scale_rates`. Does nothing where there is nothing to undo."""
+        if self.learner is not None:
+            self.learner.rates.restore()
 
-    def _accumulate(self, groups: list[Pass], scale: float) -> tuple[float, StepStatistics, Tensor]:
-        """Return loss, statistics and coefficients, with and without weights, of some passes of all ranks."""
-        total, statistics, shared_out = 0.0, [], torch.zeros(2, device=self.device)
-        for i, group in enumerate(groups):
-            with self._synchronised(last=i == len(groups) - 1):
-                weight = scale if group.counts else 0.0
-                loss, part, weights = self.placement.run(partial(self._micro_batch, group.samples, weight))
-                self.manual_backward(loss)
-            if group.counts:
-                statistics.append(part)
-                shared_out += weights
-            total += loss.detach()
-        everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total), shared_out.cpu()))
-        seen = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
-        loss = sum(loss for _, loss, _ in everyone) / len(everyone)
-        return loss, seen, sum(weights for *_, weights in everyone)
+    @property
+    def _scaler(self) -> Any:
+        return None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
 
-    def _share_out(self, weights: Tensor) -> float:
-        """Divide the gradient by the mean weight of all weighted tokens of the step, known only now, and return it."""
-        mean = float(weights[0] / weights[1]) if weights[1] > 0 else 1.0
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(mean)
-        self.scalars["information/allocation_mean"] = mean
-        return mean
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
-    def _micro_batch(self, rows: list[Sample], scale: float) -> tuple[Tensor, StepStatistics, Tensor]:
-        """Return the loss of some rows, their statistics, and their coefficients with and without information weights."""
-        sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
-        given = TokenInputs.from_samples(
-            rows, sequences.lengths, scale, by_sequence=self.loss_agg_mode == "seq-mean-token-mean"
-        )
+    # ---------------------------------------------------------------------------------------------- evaluation
 
-        allocation = self.allocation if given.taught else None
+    def on_validation_epoch_start(self) -> None:
+        """Start a new evaluation."""
+        self.evaluator.start(self.trainer.num_test_batches if self.trainer.testing else self.trainer.num_val_batches)
 
-        def weighted(tokens: TokenStatistics, part: slice) -> Tensor:
-            here = given[part]
-            loss = self.objective(tokens, here) * self.importance_weight(tokens, here) * here.coefficient
-            by_token = allocation is not None and allocation.unit == "token"
-            return loss * allocation.weights(tokens) if by_token else loss
+    def validation_step(self, questions: list[Question], batch_idx: int) -> None:
+        """Answer one batch of held-out questions; see :meth:`Evaluator.answer`."""
+        self.evaluator.answer(questions, self.seed, self.sample, self.judge)
 
-        student, teacher = source(self.model, sequences), self.teacher_sources(rows) if given.taught else []
-        if allocation is not None and allocation.unit == "sequence":
-            tokens = linear_statistics(student, teacher, sequences.targets, self.measured, self.temperature)
-            loss = weighted(tokens, slice(None)) @ allocation.weights(tokens, sequences.lengths)
-            tokens = TokenStatistics(*(values.detach() for values in tokens))
-        else:
-            loss, tokens = linear_distillation(
-                student, teacher, sequences.targets, weighted, self.measured, self.temperature
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores and write the answers; see :meth:`Evaluator.finish`."""
+        SIGNALS.agree()
+        self.actor.count_verifier_errors()
+        described = {"model": self.student.name, "seed": self.seed}
+        scores = self.evaluator.finish(self.trainer, self.steps, described)
+        if self.trainer.sanity_checking:  # Lightning throws away what is logged here: the score of the base model
+            for logger in self.trainer.loggers:
+                logger.log_metrics(scores, step=0)
+            return
+        self.log_dict({**scores, "step": float(self.steps)})
+        self.log("score", self.evaluator.held_out.scores["avg"], prog_bar=True, logger=False)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    # ------------------------------------------------------------------------------------------------ lifecycle
+
+    def setup(self, stage: str) -> None:
+        """Check what can be checked before anything is computed, and drop prompts that are too long."""
+        fits = self.training_run = stage == "fit"
+        if fits and self.trainer.global_step == 0:  # it is compared with Lightning's count
+            self.steps_without_signal = 0
+        self.run_seed.decide()
+        teaching = self.objective.teaching
+        offload = teaching is not None and teaching.config.offload
+        checkpoint = start_up.check_trainer(self.trainer, fits)
+        start_up.check_combination(self.engine, self.lora is not None, is_sharded(self.trainer), offload)
+        if not self._warned_of_speed:
+            self._warned_of_speed = True
+            device = self.trainer.strategy.root_device
+            warn_of_slow_products(str(self.trainer.precision), self.student.config.dtype, device)
+        data = getattr(self.trainer, "datamodule", None)
+        start_up.check_data(data, self.actor)
+        if fits:
+            self.resumed = ResumedSettings(self, self.trainer, checkpoint)
+            if teaching is not None:
+                teaching.check_template()
+            if "train" in (questions := getattr(data, "questions", {})):
+                self.objective.check_questions(questions["train"])
+
+    def configure_model(self) -> None:
+        """Load the model, make the teacher, and shard both if the strategy says so; each once."""
+        teaching, longest = self.objective.teaching, (self.longest_prompt, self.max_response_length)
+        if self.model is None:
+            divergence = self.objective.divergence
+            self.model = self.student.load(self.encoder, self.engine, divergence, *longest, self.seed)
+            if self.lora is not None:
+                keep_adapter_only(self)
+        if self.teacher is None and self.training_run and teaching is not None:
+            self.teacher = teaching.make(self.model)
+            if teaching.config.offload:  # DDP looks after the weights on its device
+                tensors = (*self.teacher.named_parameters(), *self.teacher.named_buffers())
+                self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
+        if self._trainer is not None and is_sharded(self.trainer) and not self.placement.sharded:
+            mesh, teacher = self.trainer.strategy.device_mesh["data_parallel"], getattr(self.teacher, "model", None)
+            self.placement = FullySharded(self.model, teacher, mesh, self.trainer.precision_plugin)
+            # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
+            self.strict_loading = not isinstance(self.teacher, FrozenTeacher)
+        if self.learner is None:
+            self.reporter = StepReporter(self.objective, self.actor, self.num_generations, self.max_response_length)
+            self.learner = Learner(
+                self.model,
+                self.objective,
+                self.update,
+                temperature=self.training_sampling.temperature,
+                importance_weight_cap=self.mismatch.importance_weight_cap,
+                pad_token_id=self.tokenizer.pad_token_id,
+                shares_prompts=self.student.shares_prompts,
             )
-        values, weight = self.objective(tokens, given), self.importance_weight(tokens, given)
-        rewards = torch.tensor([row.verdict.reward for row in rows], dtype=torch.float32, device=self.device)
-        questions = torch.tensor([row.rollout.question.index for row in rows], device=self.device)
-        lengths = sequences.lengths
-        statistics = StepStatistics.from_tokens(
-            tokens, values, given.sampler, weight, lengths, rewards, questions, bool(teacher)
-        )
-        if given.demonstration is not None:  # statistics are of what the student sampled
-            own = [i for i, row in enumerate(rows) if not row.demonstration]
-            statistics = StepStatistics.from_table(statistics.table()[own])
-        shared_out = given.coefficient
-        if allocation is not None:
-            shared_out = shared_out * allocation.weights(tokens, sequences.lengths)
-        return loss, statistics, torch.stack([shared_out.sum(), given.coefficient.sum()])
+        self.learner.teacher, self.learner.placement = self.teacher, self.placement
 
-    def importance_weight(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
-        """Return the weight of every token, ``(n,)``, that corrects the difference between trainer and sampler.
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule; the module itself steps the schedule, once per batch."""
+        return self.optimization.build(self.model, self.placement.sharded, self.resumed)
 
-        Capped from above only; carries no gradient.
+    def on_fit_start(self) -> None:
+        """Check the size and the number of batches."""
+        self.objective.check_length(start_up.count_batches(self.trainer, self.update))
+
+    def on_train_start(self) -> None:
+        """Let changed settings of optimizer and schedule take effect, over what was restored."""
+        self.optimization.take_effect(self.model, self.resumed, self.steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add counters, states, and what is needed to tell whether a checkpoint belongs to a configuration."""
+        teaching = self.objective.teaching
+        checkpoint["pgpo_lightning"] = {
+            "module": type(self).__name__,
+            **self.student.saved(self.model),
+            "tokenizer": self.tokenizer.name_or_path,
+            "seed": self.seed,
+            "settings": None if self.resumed is None else self.resumed.settings,
+            "objective": self.objective.state_dict(),
+            **({} if teaching is None else teaching.saved(self.teacher)),
+            **{name: getattr(holder, name) for name, holder in self._counters()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs here, and take over counters and states.
+
+        Raises:
+            MisconfigurationException: If it is another module's, another architecture's or another program's, or has nothing
+                but weights where a run is to go on.
         """
-        if self.is_clip is None:
-            return torch.ones_like(given.sampler)
-        ratio = (given.old_log_probs(tokens) - given.sampler).clamp(-20, 20).exp()
-        return ratio.clamp(max=self.is_clip)
+        path = self.trainer.ckpt_path if self._trainer is not None else None
+        saved = check_origin(checkpoint, type(self).__name__, path)
+        self.student.check_architecture(saved, self.model)
+        if self.training_run and self.resumed is not None:
+            self.resumed.compare(saved)
+        self.student.check_identity(saved)
+        if self._trainer is not None and self.training_run and not self.placement.sharded:
+            check_state(checkpoint, path)
+        if self.training_run:  # what only evaluates may draw other samples
+            self.run_seed.take_over(saved.get("seed"))
+            self.objective.load_state_dict(saved.get("objective", {}))
+        for name, holder in self._counters():
+            setattr(holder, name, saved.get(name, 0))
+        if self.teacher is None and (state := checkpoint.get("state_dict")) is not None:  # sharded: loaded before
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
+        if self.objective.teaching is not None:
+            self.objective.teaching.restore(saved, self.teacher)
 
-    @torch.no_grad()
-    def policy_log_probs(self, rows: list[Sample], batch: list[Sample]) -> list[tuple[Sample, Tensor]]:
-        """Return rows with the log-probabilities of their response tokens under the student as it is now, without dropout.
-
-        Args:
-            rows: Whose responses; there may be none.
-            batch: All rows of this rank.
-
-        Returns:
-            Every row with a tensor of shape ``(len(response_ids),)``, in nats.
-        """
-        found: list[tuple[Sample, Tensor]] = []
-        if not any(gather(len(rows))):
-            return found
-        with evaluating(self.model):
-            for group in self.passes(rows, batch, lambda row: [row.rollout.prompt_ids]):
-                parts = self.placement.run(partial(self._log_probs, group.samples))
-                found += zip(group.samples, parts, strict=True) if group.counts else ()
-        return found
-
-    def _log_probs(self, rows: list[Sample]) -> tuple[Tensor, ...]:
-        sequences = self.pack([(row.rollout.prompt_ids, row.rollout.response_ids) for row in rows])
-        _, tokens = linear_distillation(
-            source(self.model, sequences),
-            [],
-            sequences.targets,
-            lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
-            temperature=self.temperature,
-        )
-        return tokens.log_p_student.split(sequences.lengths.tolist())
-
-    def passes(
-        self,
-        rows: list[Sample],
-        batch: list[Sample],
-        contexts: Callable[[Sample], list[list[int]]] | None = None,
-        taught: bool = True,
-    ) -> list[Pass]:
-        """Return the forward passes over some rows; at least one, and under sharded weights as many on every rank.
-
-        Args:
-            rows: In the loss; there may be none.
-            batch: All rows of this rank. The first stands in where a rank has fewer passes to make than it has to take part in.
-            contexts: The prompts that a pass puts before a row's response; by default those of the loss.
-            taught: Whether a pass that is made up has a teacher.
-        """
-        groups = micro_batches(rows, self.micro_batch_tokens, contexts or self.contexts, self.prompt_sharing)
-        passes = [Pass(group, counts=True) for group in groups]
-        wanted = max(gather(len(passes))) if self.placement.sharded else 1
-        return passes + [Pass([batch[0].stand_in(taught)], counts=False)] * (max(1, wanted) - len(passes))
-
-    def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
-        """Lay out (prompt, response) pairs on this module's device."""
-        return Sequences.pack(pairs, self.tokenizer.pad_token_id, self.device, self.prompt_sharing)
-
-    @property
-    def prompt_sharing(self) -> PromptSharing:
-        """Whether equal prompts are run once. Under sharded weights no rank may decide that for itself."""
-        return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
-
-    @property
-    def _training_sampling(self) -> Sampling:
-        return Sampling(self.max_response_length, self.temperature)
+    def _counters(self) -> list[tuple[str, Any]]:
+        learner = [(name, self.learner) for name in ("skipped", "skipped_in_a_row")]
+        return [("steps", self), ("steps_without_signal", self), ("verifier_errors", self.actor), *learner]

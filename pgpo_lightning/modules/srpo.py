@@ -1,68 +1,84 @@
 """Sample-Routed Policy Optimisation (SRPO, arXiv 2604.02288): failures are distilled, everything else is reinforced."""
 
-import random
-from typing import Any
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from transformers import PreTrainedModel
 
-from torch import Tensor
-
-from pgpo_lightning.core.settings import checked
-from pgpo_lightning.core.types import Sample
-from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.modules.grpo import GRPO
-from pgpo_lightning.modules.sdpo import SDPO
-from pgpo_lightning.modules.self_teaching import apart
-from pgpo_lightning.training.mini_batches import TokenInputs
+from pgpo_lightning.core.settings import Count, Seed, Temperature, checked
+from pgpo_lightning.losses.token_weights import TokenWeights
+from pgpo_lightning.models.lora import LoRA
+from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.modules.documentation import with_common_args
+from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.objectives.configs import DivergenceConfig, PolicyGradientConfig
+from pgpo_lightning.objectives.distillation import DistillationObjective
+from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
+from pgpo_lightning.objectives.routed import RoutedObjective
+from pgpo_lightning.rewards.grade import Verifier
+from pgpo_lightning.rollout.engine import Engine
+from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+from pgpo_lightning.teachers.self_teaching import SelfTeaching
+from pgpo_lightning.training.configs import EvaluationConfig, MismatchConfig, ModelConfig, RewardConfig, UpdateConfig
+from pgpo_lightning.training.optimization import adamw
 
 
 @checked
-class SRPO(SDPO, GRPO):
+@with_common_args
+class SRPO(OnPolicyModule):
     """SDPO's loss for failed responses that have a teacher, GRPO's for all others.
 
     With c = 1 for a success and m = 1 for a response that has a teacher, ``z = (1 - c) m`` and the loss of a token is
     ``z w SDPO + (1 - z) GRPO``. Advantages are over the whole group, distilled responses included. The paper divides by the
-    tokens of all responses, which is ``loss_agg_mode: token-mean``; with the default of this collection every response counts
-    the same instead. The weights w are `allocation`'s with the signal ``teacher-certainty``; their mean is over the distilled
-    tokens.
+    tokens of all responses, which is ``update.loss_agg_mode: token-mean``; with the default of this collection every response
+    counts the same instead. The weights w are those of `token_weights` with the signal ``teacher-certainty``; their mean is over
+    the distilled tokens.
 
     Args:
-        model: See :class:`OnPolicyModule`, as for everything not named in :class:`SDPO` or :class:`GRPO`.
-        verifier: Judges a response, and may return feedback for the teacher of that very response.
-        kwargs: See :class:`SDPO` and :class:`GRPO`.
+        divergence: Which divergence between student and teacher, for distilled responses.
+        teacher: Whose weights the teacher has.
+        reprompt: What the teacher reads.
+        token_weights: Weights of the distilled tokens or responses, of mean 1; null for equal weights.
+        policy_gradient: Advantages and clipping, for reinforced responses.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.question_weight_exponent is not None:
-            raise ValueError(
-                "Expected no `question_weight_exponent` with SRPO, because its advantages know the success rate already, but got "
-                f"{self.question_weight_exponent}."
-            )
-
-    def prepare_rows(self, rows: list[Sample], rng: random.Random) -> dict[str, float]:
-        """Give failures their teacher's prompt and all rows their advantage."""
-        scalars = SDPO.prepare_rows(self, rows, rng)
-        for row in rows:
-            if row.verdict.reward >= self.success_reward_threshold:
-                row.reprompt_ids = row.reprompt = None
-        scalars |= GRPO.prepare_rows(self, rows, rng)
-        for row in rows:
-            if row.reprompt_ids is not None:
-                row.old_log_probs = None  # SDPO's importance weight is that of the policy as it is now
-        scalars["self_distillation/routed_fraction"] = sum(row.reprompt_ids is not None for row in rows) / len(rows)
-        return scalars
-
-    def parts(self, rows: list[Sample]) -> list[list[Sample]]:
-        """Return the rows to distil and those to reinforce."""
-        return apart(rows)
-
-    def in_loss(self, row: Sample) -> bool:
-        """Whether the row is distilled, or has an advantage."""
-        return row.reprompt_ids is not None or GRPO.in_loss(self, row)
-
-    def loss_tokens(self, rows: list[Sample]) -> int:
-        """Tokens of all rows."""
-        return GRPO.loss_tokens(self, rows)
-
-    def objective(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
-        """Return SDPO's or GRPO's loss of every token, shape ``(n,)``."""
-        return (SDPO if given.taught else GRPO).objective(self, tokens, given)
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        verifier: Verifier,
+        engine: Engine | None = None,
+        num_generations: Count = 8,
+        max_prompt_length: Count = 2048,
+        max_response_length: Count = 8192,
+        temperature: Temperature = 1.0,
+        optimizer: OptimizerCallable = adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        lora: LoRA | None = None,
+        quantization: Quantization | None = None,
+        seed: Seed | None = None,
+        evaluation: EvaluationConfig = EvaluationConfig(),
+        update: UpdateConfig = UpdateConfig(),
+        model_config: ModelConfig = ModelConfig(),
+        mismatch: MismatchConfig = MismatchConfig(),
+        reward: RewardConfig = RewardConfig(),
+        divergence: DivergenceConfig = DivergenceConfig(),
+        teacher: TeacherConfig = TeacherConfig(),
+        reprompt: RepromptConfig = RepromptConfig(),
+        token_weights: TokenWeights | None = None,
+        policy_gradient: PolicyGradientConfig = PolicyGradientConfig(),
+    ) -> None:
+        super().__init__(
+            model, verifier, engine, num_generations, max_prompt_length, max_response_length, temperature, optimizer,
+            scheduler, lora, quantization, seed, evaluation, update, model_config, mismatch, reward,
+        )  # fmt: skip
+        teaching = SelfTeaching(
+            teacher,
+            reprompt,
+            self.encoder,
+            num_generations=num_generations,
+            max_prompt_length=max_prompt_length,
+            success_threshold=reward.success_threshold,
+            adapter=lora is not None,
+        )
+        self.objective = RoutedObjective(
+            DistillationObjective(teaching, divergence, num_generations=num_generations, token_weights=token_weights),
+            PolicyGradientObjective(policy_gradient, num_generations=num_generations, updates=update.steps_per_batch),
+        )

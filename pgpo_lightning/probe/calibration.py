@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,11 +138,9 @@ def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path)
         raise ValueError(
             f"Expected {config} to be the configuration of a run, but reading it failed: {type(error).__name__}: {error}"
         ) from None
-    if absent := [
-        field.name for field in fields(RepromptBuilder) if field.default is MISSING and field.name not in settings
-    ]:
+    if "reprompt" not in settings:
         raise ValueError(
-            f"Expected {config} to be of a run with a self-teacher, such as SDPO, but it has no `{absent[0]}`."
+            f"Expected {config} to be of a run with a self-teacher, such as SDPO, but it has no `reprompt`."
         )
     for name in ("model", "verifier"):
         if (mine := _plain(settings.get(name))) != (theirs := _plain(probe["settings"]["module"].get(name))):
@@ -150,7 +148,8 @@ def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path)
                 f"Expected `model.init_args.{name}` of {config} to be that of {source}, {theirs}, but got {mine}."
             )
     defaults = {field.name: field.default for field in fields(RepromptBuilder)}
-    mine = effective(defaults | settings)
+    threshold = {"success_reward_threshold": settings["reward"]["success_threshold"]}
+    mine = effective(defaults | settings["reprompt"] | threshold)
     matches = [name for name, row in measured.items() if _same(row["settings"], mine)]
     if not matches:
         nearest = min(measured.values(), key=lambda row: len(_differ(row["settings"], mine)))

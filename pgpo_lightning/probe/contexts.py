@@ -1,6 +1,6 @@
 """What the self-teacher may be told: contexts that a run can be trained with, and controls that show what a gap is made of.
 
-A context is nothing but settings of :class:`~pgpo_lightning.modules.self_teaching.SelfTeaching`, so that what is measured is what
+A context is nothing but a :class:`~pgpo_lightning.teachers.configs.RepromptConfig`, so that what is measured is what
 a run then trains with. A control changes the rollouts that demonstrations are taken from; no run can be configured to it.
 """
 

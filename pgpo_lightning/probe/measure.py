@@ -20,7 +20,7 @@ import torch
 from pgpo_lightning.core.identity import joint_sha256, question_sha256
 from pgpo_lightning.core.seeding import derive_seed, seeded
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
-from pgpo_lightning.modules.self_teaching import SelfTeaching
+from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.probe.contexts import CONTROLS, Context
 from pgpo_lightning.probe.gaps import Table
 from pgpo_lightning.rollout.engine import Sampling
@@ -63,7 +63,7 @@ class Prober:
 
     def __init__(
         self,
-        module: SelfTeaching,
+        module: OnPolicyModule,
         questions: list[Question],
         samples: int,
         sampling: Sampling,
@@ -139,7 +139,7 @@ class Prober:
         module, encoder, builder = self.module, self.module.encoder, context.builder
         rows = [Sample(row.rollout, row.verdict) for row in student]
         if context.control is not None:
-            rows = CONTROLS[context.control](rows, builder.success_reward_threshold, module.verifier)
+            rows = CONTROLS[context.control](rows, builder.success_reward_threshold, module.actor.verifier)
         choice = random.Random(derive_seed(self.seed, "probe", "demonstrations", number))
         builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, choice, encoder.answer)
         with torch.no_grad(), seeded(self.seed, "probe", "teacher", context.name, number):
@@ -172,7 +172,7 @@ class Prober:
         for count, groups in sorted(by_count.items()):
             first = [rows[group[0]] for group in groups]
             questions, prompts = [row.rollout.question for row in first], [row.reprompt_ids for row in first]
-            made = module.engine.generate(module.model, module.tokenizer, questions, prompts, count, self.sampling)
+            made = module.actor.generate(module.model, questions, prompts, count, self.sampling)
             for place, rollout in zip((i for group in groups for i in group), made, strict=True):
                 found[place] = rollout
         return found

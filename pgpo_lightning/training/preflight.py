@@ -1,8 +1,14 @@
 """Whether the first batch shows that the teacher harms, before the first optimizer step."""
 
+import math
+from collections.abc import Callable
+
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
+from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.information import Information, clustered_error, information
 from pgpo_lightning.losses.step_statistics import StepStatistics
 
@@ -71,3 +77,41 @@ def joined(parts: list[list[tuple[int, float]]]) -> tuple[Tensor, Tensor]:
     """Return gains and questions of all ranks from (question, gain) pairs of each."""
     pairs = [pair for part in parts for pair in part]
     return torch.tensor([gain for _, gain in pairs]), torch.tensor([question for question, _ in pairs])
+
+
+def measure_gap(
+    samples: list[Sample],
+    generate: Callable[[list[Question], list[list[int]]], list[Rollout]],
+    judge: Callable[[list[Rollout]], list[Verdict]],
+    threshold: float,
+    step: int,
+) -> dict[str, float]:
+    """Answer every question that has a teacher from the reprompt and from the plain prompt; warn if the former is worse.
+
+    Args:
+        samples: This rank's.
+        generate: From questions and prompts of token ids to one rollout each.
+        judge: From rollouts to verdicts.
+        threshold: Rewards of at least this count as success.
+        step: Batches trained on so far.
+
+    Returns:
+        Scalars to log.
+    """
+    taught = [sample for sample in samples if sample.reprompt_ids is not None]
+    questions = [sample.rollout.question for sample in taught]
+    success = []
+    for prompts in ([sample.reprompt_ids for sample in taught], [sample.rollout.prompt_ids for sample in taught]):
+        answers = generate(questions, prompts) if taught else []
+        success.append([verdict.reward >= threshold for verdict in judge(answers)])
+    local = [(q.index, float(t) - float(s)) for q, t, s in zip(questions, *success, strict=True)]
+    gains, question = joined(gather(local))
+    if not len(gains):
+        return {}
+    gap = net_gap(gains, question)
+    scalars = {"self_distillation/net_gap": gap.value}
+    if not math.isnan(gap.standard_error):
+        scalars["self_distillation/net_gap_standard_error"] = gap.standard_error
+    if (harm := less_successful(gap, question.unique().numel())) is not None:
+        rank_zero_warn(f"Step {step + 1}: {harm}.")
+    return scalars

@@ -1,6 +1,7 @@
 """Checks of the optimizer that was built: its class may be anybody's, so that its settings are read off its parameter groups."""
 
 import inspect
+import warnings
 from numbers import Real
 from typing import Annotated, Any
 
@@ -83,6 +84,21 @@ def check_rates(optimizer: Optimizer) -> None:
             )
 
 
+def advance_schedule(scheduler: Any, optimizer: Optimizer) -> None:
+    """Step the schedule, if there is one, and check the rates that it makes.
+
+    Raises:
+        ValueError: If a rate is one that no step should be taken with.
+    """
+    if scheduler is None:
+        return
+    with warnings.catch_warnings():
+        # It goes by batches, and the first may have been skipped.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
+        scheduler.step()
+    check_rates(optimizer)
+
+
 def _takes(optimizer: Optimizer, setting: str) -> bool:
     return setting in inspect.signature(type(optimizer)).parameters
 
@@ -90,3 +106,31 @@ def _takes(optimizer: Optimizer, setting: str) -> bool:
 def _number(value: Any) -> Any:
     """Return the number in a tensor, which some optimizers keep their rate in."""
     return value.item() if hasattr(value, "item") else value
+
+
+class ScaledRates:
+    """Learning rates that are scaled for one optimizer step, and put back after it."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[dict[str, Any], Any]] = []
+
+    def scale(self, optimizer: Optimizer, factor: float) -> None:
+        """Multiply all learning rates for the rest of the optimizer step that is under way.
+
+        The step puts them back, also after an exception, an interrupt, or a step that a gradient scaler leaves out.
+
+        Args:
+            optimizer: Whose rates.
+            factor: At least 0.
+        """
+        self.restore()
+        # The very objects are kept and put back: dividing by the factor would round, and a tensor would lose its identity.
+        self._before = [(group, group["lr"]) for group in optimizer.param_groups]
+        for group, rate in self._before:
+            group["lr"] = rate * factor
+
+    def restore(self) -> None:
+        """Undo :meth:`scale`. Does nothing where there is nothing to undo."""
+        for group, rate in self._before:
+            group["lr"] = rate
+        self._before = []

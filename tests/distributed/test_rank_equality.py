@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import (
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, tiny_model, tiny_sdpo
 from tests.support.processes import finish, start_ranks
 
 START = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
@@ -115,7 +115,7 @@ class OwnWeights(TransformersEngine):
 )
 def test_what_does_not_go_together_is_refused(settings, sharded, message):
     pytest.importorskip("peft")
-    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | settings)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | settings)
     strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy("cpu")
     if sharded:
         strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}

@@ -90,7 +90,7 @@ def test_a_sharded_run_that_loses_rank_0_resumes_from_its_shards_to_what_ddp_giv
 def test_a_ddp_run_that_loses_rank_1_resumes_with_sharded_weights_from_its_file(tmp_path):
     """As a cluster starts it: all ranks by themselves."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    settings = ("--model.teacher_regularization", "frozen")
+    settings = ("--model.teacher.regularization", "frozen")
     run(whole, "ddp", *settings)
     first, second = start_ranks(["pgpo", *words(broken, "ddp", *settings)], broken.with_suffix(".log"), 2)
     until_killed(broken, lambda: not (first.is_alive() and second.is_alive()), second.kill)

@@ -33,6 +33,8 @@ from tests.support.fixed_gradients import one_row
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
+    accumulate,
+    build,
     config,
     half_right,
     loader,
@@ -101,14 +103,14 @@ class Sometimes(SDPO):
     """The loss of the second batch is not a number."""
 
     def accumulate_gradients(self, rows):
-        loss = super().accumulate_gradients(rows)
+        loss = accumulate(super(), rows)
         return math.nan if self.steps == 1 else loss
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_batch_decides_once_and_a_skipped_one_not_at_all(tmp_path, updates):
-    module = Sometimes(
-        tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=updates, **LIMITS
+    module = build(
+        Sometimes, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=updates, **LIMITS
     )
     multiplier = KLAdaptiveMultiplier(target=1e3)  # any change is too little
     trainer(tmp_path, max_steps=3 * updates, max_epochs=1, callbacks=[multiplier]).fit(module, loader(questions(12), 2))
@@ -199,8 +201,14 @@ class Quadratic(SDPO):
 @pytest.mark.parametrize(("c", "optimum"), [(1.0, 0.0), (0.7, 0.0), (2.0, 4.5)])
 def test_polyak_takes_the_step_that_its_formula_says(tmp_path, optimizer, clip, c, optimum):
     """All five weights are alike, so that SGD and Adam walk the same line, w: |g|^2 = 5 (w - 3)^2 = 2 L."""
-    module = Quadratic(
-        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=DIRECTIONS[optimizer], max_grad_norm=clip, **LIMITS
+    module = build(
+        Quadratic,
+        tiny_model(),
+        half_right,
+        tokenizer=TOKENIZER,
+        optimizer=DIRECTIONS[optimizer],
+        max_grad_norm=clip,
+        **LIMITS,
     )
     multiplier = PolyakMultiplier(c=c, optimum=optimum)
     multiplier.rho_max = 1e9  # the formula itself
@@ -236,7 +244,7 @@ def test_polyak_needs_a_divergence(tmp_path, settings):
     [lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3), lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True)],
 )
 def test_polyak_needs_an_optimizer_whose_direction_is_known(tmp_path, optimizer):
-    module = Quadratic(tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=optimizer, **LIMITS)
+    module = build(Quadratic, tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=optimizer, **LIMITS)
     with pytest.raises(MisconfigurationException, match=r"without amsgrad for PolyakMultiplier, but got .*AdamW"):
         trainer(tmp_path, callbacks=[PolyakMultiplier()], max_steps=2).fit(module, loader(range(2), 1))
 
@@ -337,7 +345,7 @@ RUNS = {
     "KLAdaptiveMultiplier": ["--multiplier.target", "0.01"],
     "AdaptiveInformationMultiplier": ["--multiplier.target_mean", "1.4", "--multiplier.warmup", "2"],
     "PolyakMultiplier": ["--multiplier.rho_max", "100"],
-    "EffectiveSampleSizeMultiplier": ["--model.updates_per_batch", "2", "--seed_everything", "2"],
+    "EffectiveSampleSizeMultiplier": ["--model.update.updates_per_batch", "2", "--seed_everything", "2"],
 }
 
 
@@ -412,12 +420,12 @@ class FixedRows(ranks_worker.FixedSDPO):
         super().training_step(batch, batch_idx)
         share = ranks_worker.ROWS // self.trainer.world_size
         rows = ranks_worker.rows_of(self.steps - 1, self.split)
-        self.last_rows = rows[self.global_rank * share : (self.global_rank + 1) * share]
+        self.last_samples = rows[self.global_rank * share : (self.global_rank + 1) * share]
 
 
 def worker(output, ranks, name):
     torch.set_num_threads(1)
-    module = FixedRows(
+    module = build(FixedRows,
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120, max_grad_norm=0.5,
         loss_agg_mode="token-mean", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **LIMITS,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO
 from pgpo_lightning.monitoring.run_record import RunRecord
 from tests.support.fixed_gradients import LR, OPTIMIZERS, PARTS, RHO, STEPS, FixedGradients, one_row
-from tests.support.helpers import LIMITS, TOKENIZER, config, half_right, loader, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, config, half_right, loader, tiny_model, trainer
 
 RECORD = [1.0 + 0.5 * math.exp(-k / 5) + 0.1 * math.sin(7 * k) ** 2 for k in range(30)]
 MATCHED = [MatchedConstantMultiplier, MatchedRandomMultiplier, ShuffledMultiplier]
@@ -85,7 +85,7 @@ def test_an_order_depends_on_the_seed_alone(tmp_path, make):
 
 
 def fit(folder, multiplier, items=8, **settings):
-    module = FixedGradients(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS)
+    module = build(FixedGradients, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS)
     module.updates_per_batch = settings.pop("updates", 1)
     trainer(folder, callbacks=[multiplier], **settings).fit(module, loader(range(items), 1))
     return module
@@ -196,8 +196,14 @@ class ScriptedLoss(LossScaledMultiplier):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_loss_scaled_equals_a_loop_that_multiplies_the_loss(tmp_path, name, clip):
     """The norm is about 42: a clip at 0.5 always holds, one at 1e3 never."""
-    module = FixedGradients(
-        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=OPTIMIZERS[name], max_grad_norm=clip, **LIMITS
+    module = build(
+        FixedGradients,
+        tiny_model(),
+        half_right,
+        tokenizer=TOKENIZER,
+        optimizer=OPTIMIZERS[name],
+        max_grad_norm=clip,
+        **LIMITS,
     )
     multiplier = ScriptedLoss(rho_min=0.0)
     trainer(tmp_path, max_steps=STEPS, callbacks=[multiplier]).fit(module, loader(range(STEPS), 1))
@@ -210,8 +216,14 @@ def test_loss_scaled_equals_a_loop_that_multiplies_the_loss(tmp_path, name, clip
 def test_loss_scaled_is_exact_where_only_some_steps_are_clipped(tmp_path):
     clip = 42.0
     scaled = loss_scaled_loop(OPTIMIZERS["sgd"], clip)
-    module = FixedGradients(
-        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=OPTIMIZERS["sgd"], max_grad_norm=clip, **LIMITS
+    module = build(
+        FixedGradients,
+        tiny_model(),
+        half_right,
+        tokenizer=TOKENIZER,
+        optimizer=OPTIMIZERS["sgd"],
+        max_grad_norm=clip,
+        **LIMITS,
     )
     trainer(tmp_path, max_steps=STEPS, callbacks=[ScriptedLoss(rho_min=0.0)]).fit(module, loader(range(STEPS), 1))
     torch.testing.assert_close(module.path[-1], scaled, rtol=1e-4, atol=1e-5)
@@ -243,7 +255,7 @@ def loss_scaled_loop(make, clip, after=False):
 @pytest.mark.parametrize("make", [CentredMultiplier, LossScaledMultiplier, InverseMultiplier])
 def test_what_needs_information_needs_a_teacher(tmp_path, make):
     limits = {k: v for k, v in LIMITS.items() if k != "max_reprompt_len"}
-    module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
+    module = build(GRPO, tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
     multiplier = make(record(tmp_path)) if make is InverseMultiplier else make()
     with pytest.raises(MisconfigurationException, match=r"a module with a teacher .* but GRPO has none"):
         trainer(tmp_path, callbacks=[multiplier], max_steps=2).fit(module, loader(range(2), 1))

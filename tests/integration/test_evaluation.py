@@ -16,7 +16,7 @@ from pgpo_lightning.core.types import Verdict
 from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.run_record import RunRecord
-from tests.support.helpers import LIMITS, TOKENIZER, config, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, config, loader, questions, tiny_model, trainer
 from tests.support.processes import finish, start_ranks
 
 WORKER = "tests.support.evaluation_worker"
@@ -28,10 +28,10 @@ def letter(question, response):
 
 
 def evaluate(folder, verifier=letter, batch=2, **settings):
-    module = SDPO(tiny_model(), verifier, tokenizer=TOKENIZER, eval_samples=5, **(LIMITS | settings))
+    module = build(SDPO, tiny_model(), verifier, tokenizer=TOKENIZER, eval_samples=5, **(LIMITS | settings))
     t = trainer(folder, logger=TensorBoardLogger(folder, name="", version=""))
     scores = t.validate(module, loader(questions(6), batch), verbose=False)[0]
-    lines = module.held_out.path.read_text().splitlines()
+    lines = module.evaluator.held_out.path.read_text().splitlines()
     return scores, [json.loads(line) for line in lines], module
 
 
@@ -64,14 +64,14 @@ def test_evaluation_repeats_itself_and_depends_on_the_seed(tmp_path):
 @pytest.mark.parametrize("order", [1, -1])
 def test_every_batch_size_and_order_give_the_same_answers(tmp_path, order):
     """The shortest and the longest prompts come together, or not: padding differs too."""
-    module = SDPO(tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=3, **LIMITS)
+    module = build(SDPO, tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=3, **LIMITS)
     asked = questions(20)
     for i, question in enumerate(asked):
         question.index = 3 * i  # as if others had been dropped
     found = []
     for size in (1, 3, 20):
         trainer(tmp_path).validate(module, loader(asked[::order], size), verbose=False)
-        found.append(module.held_out.path.read_text())
+        found.append(module.evaluator.held_out.path.read_text())
     assert found[0] == found[1] == found[2]
 
 
@@ -121,7 +121,7 @@ def test_what_fails_on_the_first_rank_ends_all(tmp_path):
 
 
 def test_questions_that_scores_would_take_for_one_are_refused(tmp_path):
-    module = SDPO(tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=2, **LIMITS)
+    module = build(SDPO, tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=2, **LIMITS)
     asked = questions(3)
     asked[2].index = 0
     for size in (3, 1):
@@ -133,9 +133,9 @@ def test_questions_that_scores_would_take_for_one_are_refused(tmp_path):
 def test_a_text_that_utf_8_has_no_place_for_is_kept(tmp_path):
     asked = questions(2)
     asked[0].answer, asked[1].answer = "\ud800", {1, 2}
-    module = SDPO(tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=2, **LIMITS)
+    module = build(SDPO, tiny_model(), letter, tokenizer=TOKENIZER, eval_samples=2, **LIMITS)
     trainer(tmp_path).validate(module, loader(asked, 2), verbose=False)
-    lines = module.held_out.path.read_text().splitlines()
+    lines = module.evaluator.held_out.path.read_text().splitlines()
     assert [json.loads(line)["gold"] for line in lines] == ["\ud800", [1, 2]]
 
 
@@ -205,7 +205,7 @@ def test_validation_does_not_change_training(tmp_path):
     """It draws from generators of its own, and puts the model back into training mode."""
     states = []
     for every in (None, 1):
-        module = SDPO(tiny_model(), letter, tokenizer=TOKENIZER, num_generations=4, eval_samples=3,
+        module = build(SDPO, tiny_model(), letter, tokenizer=TOKENIZER, num_generations=4, eval_samples=3,
                       optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **LIMITS)  # fmt: skip
         t = trainer(tmp_path, max_steps=3, val_check_interval=every, limit_val_batches=1.0 if every else 0)
         t.fit(module, loader(questions(6), 2), loader(questions(4), 2) if every else None)

@@ -5,7 +5,7 @@ import torch
 
 from pgpo_lightning.losses.policy_gradient import clipped_policy_loss, group_advantages
 from pgpo_lightning.modules import GRPO
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
 
 GRPO_LIMITS = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
 
@@ -47,7 +47,7 @@ def test_without_dual_clip_the_loss_grows():
 
 
 def fit(folder, steps=2, **settings):
-    module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
+    module = build(GRPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
                   **({"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)} | GRPO_LIMITS | settings))  # fmt: skip
     t = trainer(folder, max_steps=steps)
     t.fit(module, loader(questions(8), 4))
@@ -59,12 +59,12 @@ def test_one_update_is_reinforce_with_the_group_mean_as_baseline(tmp_path):
     module, _ = fit(tmp_path, steps=1, max_grad_norm=None)
     start = tiny_model()
     loss = 0.0
-    for row in module.last_rows:
+    for row in module.last_samples:
         prompt, y = row.rollout.prompt_ids, row.rollout.response_ids
         log_p = start(torch.tensor([[*prompt, *y]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        loss = loss - row.advantage * log_p[torch.arange(len(y)), torch.tensor(y)].mean() / len(module.last_rows)
+        loss = loss - row.advantage * log_p[torch.arange(len(y)), torch.tensor(y)].mean() / len(module.last_samples)
     loss.backward()
-    assert {row.advantage for row in module.last_rows} - {0.0}
+    assert {row.advantage for row in module.last_samples} - {0.0}
     for before, after in zip(start.parameters(), module.model.parameters(), strict=True):
         torch.testing.assert_close(after - before, -1e-2 * before.grad, rtol=1e-3, atol=1e-7)
 
@@ -79,7 +79,7 @@ def test_several_updates_use_the_policy_that_sampled_as_reference(tmp_path):
             ratios.append((tokens.log_p_student - old).abs().max().item())
             return super().objective(tokens, given)
 
-    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
+    module = build(Recording, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
                        optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **GRPO_LIMITS)  # fmt: skip
     t = trainer(tmp_path, max_steps=2)
     t.fit(module, loader(questions(4), 4))
@@ -87,14 +87,14 @@ def test_several_updates_use_the_policy_that_sampled_as_reference(tmp_path):
     assert module.steps == 1
     assert ratios[0] < 1e-5
     assert ratios[-1] > 1e-3
-    assert all((row.old_log_probs is not None) == (row.advantage != 0) for row in module.last_rows)
+    assert all((row.old_log_probs is not None) == (row.advantage != 0) for row in module.last_samples)
 
 
 def test_rows_without_advantage_cost_no_forward_pass(tmp_path):
     module, _ = fit(tmp_path, steps=1)
-    informative = sum(row.advantage != 0 for row in module.last_rows)
+    informative = sum(row.advantage != 0 for row in module.last_samples)
     assert len(module.step_statistics) == informative
-    assert 0 < informative <= len(module.last_rows)
+    assert 0 < informative <= len(module.last_samples)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_rows_without_advantage_cost_no_forward_pass(tmp_path):
 )
 def test_bad_settings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):
-        GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(GRPO_LIMITS | settings))
+        build(GRPO, tiny_model(), half_right, tokenizer=TOKENIZER, **(GRPO_LIMITS | settings))
 
 
 def test_more_updates_than_questions_are_refused(tmp_path):

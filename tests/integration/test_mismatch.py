@@ -14,6 +14,8 @@ from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
+    accumulate,
+    build,
     half_right,
     loader,
     questions,
@@ -49,7 +51,7 @@ class Stale(TransformersEngine):
 
 def fit(folder, engine=None, steps=3, lr=3e-3, kind=SDPO, **settings):
     limits = LIMITS if kind is SDPO else {k: v for k, v in LIMITS.items() if k != "max_reprompt_len"}
-    module = kind(
+    module = build(kind,
         tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, engine=engine,
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr), **(limits | settings),
     )  # fmt: skip
@@ -110,7 +112,7 @@ def test_the_gap_is_a_mean_over_tokens_of_sizes():
     rows = random_rows(6)
     module.manual_backward = lambda loss: loss.backward()
     module._synchronised = lambda last: nullcontext()
-    module.accumulate_gradients(rows)
+    accumulate(module, rows)
     statistics = module.step_statistics
     sizes = []
     for row in rows:

@@ -13,11 +13,12 @@ from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, 
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
 from tests.support.fixed_gradients import LR, OPTIMIZERS, PARTS, RHO, STEPS, FixedGradients, Scripted, one_row
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, tiny_model, trainer
 
 
 def run(folder, optimizer, callbacks, scheduler=None, max_grad_norm=None):
-    module = FixedGradients(
+    module = build(
+        FixedGradients,
         tiny_model(),
         half_right,
         tokenizer=TOKENIZER,
@@ -144,8 +145,8 @@ def test_a_step_that_fails_leaves_the_base_rate_in_optimizer_and_checkpoint(tmp_
     saves = SavesOnException(tmp_path / "now.ckpt")
     saves.ending = ending
     callbacks = [ConstantMultiplier(1.5), saves]
-    module = FixedGradients(
-        tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=lambda p: Failing(p, lr=LR), **LIMITS
+    module = build(
+        FixedGradients, tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=lambda p: Failing(p, lr=LR), **LIMITS
     )
     t = trainer(tmp_path, max_steps=4, callbacks=callbacks if first == "multiplier" else callbacks[::-1])
     with pytest.raises((KeyError, KeyboardInterrupt, SystemExit)):
@@ -166,7 +167,7 @@ def test_a_step_that_the_gradient_scaler_leaves_out_leaves_the_base_rate(tmp_pat
             state["found_inf_per_device"] = {torch.device("cpu"): torch.ones(())}
 
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
-    module = FixedGradients(tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=OPTIMIZERS["sgd"], **LIMITS)
+    module = build(FixedGradients, tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=OPTIMIZERS["sgd"], **LIMITS)
     t = trainer(tmp_path, max_steps=2, callbacks=[ConstantMultiplier(1.5), Overflow()], plugins=[plugin])
     t.fit(module, loader(range(2), 1))
     assert not module.path[-1].any()  # nothing moved
@@ -185,7 +186,7 @@ def test_two_steps_of_a_multiplier_do_not_multiply_each_other(tmp_path):
 
 def test_two_multipliers_are_refused(tmp_path):
     t = trainer(tmp_path, callbacks=[ConstantMultiplier(1.1), RandomMultiplier()])
-    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS)
     with pytest.raises(
         MisconfigurationException, match=r"one step-size multiplier, but got ConstantMultiplier and Random"
     ):
@@ -194,7 +195,7 @@ def test_two_multipliers_are_refused(tmp_path):
 
 def test_information_needs_a_teacher(tmp_path):
     limits = {k: v for k, v in LIMITS.items() if k != "max_reprompt_len"}
-    module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
+    module = build(GRPO, tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
     with pytest.raises(MisconfigurationException, match=r"a module with a teacher .* but GRPO has none"):
         trainer(tmp_path, callbacks=[InformationMultiplier()]).fit(module, loader(range(2), 1))
 

@@ -26,7 +26,7 @@ from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.training.no_signal import Outcomes, explain
-from tests.support.helpers import LIMITS, TOKENIZER, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, loader, questions, tiny_model, trainer
 from tests.support.processes import finish, start_ranks
 from tests.support.runs import assert_same
 
@@ -114,7 +114,7 @@ def test_a_batch_without_signal_moves_nothing_and_costs_no_pass(tmp_path, base, 
 
 def test_a_run_without_any_signal_ends_and_changes_nothing(tmp_path):
     module = made(SDPO, set(range(30)))
-    start = [p.detach().clone() for p in module.given_model.parameters()]
+    start = [p.detach().clone() for p in module.student.given.parameters()]
     t = fit(tmp_path, module, 12, callbacks=[InformationMultiplier()])
     assert (module.steps, t.global_step, module.steps_without_signal) == (12, 12, 12)
     assert equal(start, list(module.model.parameters()))
@@ -199,7 +199,7 @@ def test_feedback_that_no_teacher_is_shown_is_named(feedback):
 
 
 def test_a_step_without_signal_names_the_feedback_that_is_left_out(tmp_path):
-    module = SDPO(
+    module = build(SDPO,
         tiny_model(), lambda question, response: (0.0, "No."), tokenizer=TOKENIZER, num_generations=2,
         include_environment_feedback=False, **LIMITS,
     )  # fmt: skip
@@ -213,7 +213,7 @@ def test_demonstrations_of_hapo_are_a_signal(tmp_path):
     given = questions(4)
     for question in given:
         question.columns["solution"] = f"\\boxed{{{question.answer}}}"
-    module.verifier = lambda question, response: float("boxed" in response and question.answer in response)
+    module.actor.verifier = lambda question, response: float("boxed" in response and question.answer in response)
     trainer(tmp_path, max_steps=2).fit(module, loader(given, 2))
     assert module.steps_without_signal == 0
     assert module.passes_made > 0
@@ -286,7 +286,7 @@ def main():
             weights.append(torch.cat([full_tensor(p.detach()).flatten().clone() for p in self.model.parameters()]))
 
     weights = []
-    module = Kept(tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4,
+    module = build(Kept, tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4,
                   optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS)  # fmt: skip
     multiplier = RandomMultiplier(0.5, 1.5)
     strategies = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)}

@@ -5,7 +5,7 @@ import torch
 
 from pgpo_lightning.callbacks import ConstantMultiplier
 from pgpo_lightning.modules import SDPO
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
 
 
 class Poisoned(SDPO):
@@ -31,7 +31,8 @@ class Poisoned(SDPO):
 
 
 def fit(folder, poisoned, max_skipped_steps=5, steps=4):
-    module = Poisoned(
+    module = build(
+        Poisoned,
         tiny_model(),
         half_right,
         tokenizer=TOKENIZER,
@@ -53,8 +54,8 @@ def test_a_poisoned_step_changes_nothing_but_the_counters(tmp_path):
     for kind in (0, 1):  # student, teacher
         assert all(torch.equal(a, b) for a, b in zip(before[kind], skipped[kind], strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(skipped[kind], after[kind], strict=True))
-    assert module.skipped == 1
-    assert module.skipped_in_a_row == 0
+    assert module.learner.skipped == 1
+    assert module.learner.skipped_in_a_row == 0
     assert t.global_step == 4
     assert module.steps == 5
     # The schedule goes by batches; the multiplier of no step is left in the rate.
@@ -69,7 +70,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path):
 
 def test_as_many_as_allowed_do_not(tmp_path):
     module, _ = fit(tmp_path, {1, 2, 4}, max_skipped_steps=2, steps=3)
-    assert module.skipped == 3
+    assert module.learner.skipped == 3
 
 
 def test_a_gradient_that_overflows_is_skipped_too(tmp_path):
@@ -80,8 +81,8 @@ def test_a_gradient_that_overflows_is_skipped_too(tmp_path):
                 loss.register_hook(lambda gradient: gradient * torch.inf)
             return loss
 
-    module = Exploding(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    module = build(Exploding, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
     module.poisoned = {0}
     trainer(tmp_path, max_steps=1, max_epochs=1).fit(module, loader(questions(8), 2))
-    assert module.skipped == 1
+    assert module.learner.skipped == 1
     assert all(p.isfinite().all() for p in module.model.parameters())

@@ -19,9 +19,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import pgpo_lightning
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.modules import SDPO, OnPolicyModule
-from pgpo_lightning.modules.demonstrations import Demonstrations
-from pgpo_lightning.modules.gates import Gate, Threshold
 from pgpo_lightning.monitoring.run_record import RunRecord
+from pgpo_lightning.objectives.demonstrations import Demonstrations
+from pgpo_lightning.objectives.gates import Gate, Threshold
 from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design

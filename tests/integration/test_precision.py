@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from pgpo_lightning.callbacks import ConstantMultiplier
 from pgpo_lightning.modules import SDPO
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
 
 
 class Watched(SDPO):
@@ -23,7 +23,8 @@ class Watched(SDPO):
 
 
 def fit(folder, scaler=None, batches=3, max_skipped_steps=0, **settings):
-    module = Watched(
+    module = build(
+        Watched,
         tiny_model(),
         half_right,
         tokenizer=TOKENIZER,
@@ -36,7 +37,7 @@ def fit(folder, scaler=None, batches=3, max_skipped_steps=0, **settings):
     module.seen = []
     plugins = [] if scaler is None else [MixedPrecision("16-mixed", "cpu", scaler)]
     t = trainer(folder, max_epochs=1, callbacks=[ConstantMultiplier(1.5)], plugins=plugins)
-    start = [p.detach().clone() for p in module.given_model.parameters()]
+    start = [p.detach().clone() for p in module.student.given.parameters()]
     t.fit(module, loader(questions(2 * batches), 2))
     moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(module.model.parameters(), start, strict=True)])
     return module, moved, t
@@ -65,7 +66,7 @@ def test_steps_that_overflow_are_skipped_and_the_rate_stays_exact(tmp_path):
     assert updated[-1] is True
     skips = updated.count(False)
     assert scaler.get_scale() == 2.0 ** (40 - 13 * skips)
-    assert (module.skipped, t.global_step) == (skips, 4 - skips)
+    assert (module.learner.skipped, t.global_step) == (skips, 4 - skips)
     assert all(in_a_row == 0 for *_, in_a_row in module.seen), "looking for the scale is no failure of the run"
     assert [rate for _, _, rate, _ in module.seen] == [0.1 * 0.5**k for k in range(4)]
     assert moved.isfinite().all()
@@ -77,13 +78,15 @@ def test_a_scale_that_cannot_fall_any_further_counts_as_failure(tmp_path):
         def objective(self, tokens, given):
             return super().objective(tokens, given) * torch.nan
 
-    module = Poisoned(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, max_skipped_steps=1, **LIMITS)
+    module = build(
+        Poisoned, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, max_skipped_steps=1, **LIMITS
+    )
     module.seen = []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0, backoff_factor=0.5)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
     with pytest.raises(RuntimeError, match="2 optimizer steps in a row had none"):
         trainer(tmp_path, max_epochs=1, plugins=plugins).fit(module, loader(questions(12), 2))
-    assert module.skipped == 3
+    assert module.learner.skipped == 3
 
 
 class Rounding(torch.optim.SGD):
@@ -92,7 +95,7 @@ class Rounding(torch.optim.SGD):
 
 def test_narrow_weights_under_an_optimizer_that_rounds_to_nearest_are_warned_of(recwarn):
     def module(model, optimizer):
-        made = SDPO(model, half_right, tokenizer=TOKENIZER, optimizer=lambda p: optimizer(p, lr=1e-6), **LIMITS)
+        made = build(SDPO, model, half_right, tokenizer=TOKENIZER, optimizer=lambda p: optimizer(p, lr=1e-6), **LIMITS)
         made.configure_model()
         return made
 
@@ -108,10 +111,12 @@ def test_narrow_weights_under_an_optimizer_that_rounds_to_nearest_are_warned_of(
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_narrow_weights_leave_random_numbers_and_statistics_wide(tmp_path, precision):
     """Lightning's bf16-true makes bf16 the type of every new tensor: rollouts would be drawn with numbers of eight bits."""
-    module = Watched(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
+    module = build(Watched, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
                      optimizer=lambda p: Rounding(p, lr=0.1), **LIMITS)  # fmt: skip
     module.seen, types = [], set()
-    module.verifier = lambda question, response: types.add(torch.get_default_dtype()) or half_right(question, response)
+    module.actor.verifier = lambda question, response: (
+        types.add(torch.get_default_dtype()) or half_right(question, response)
+    )
     t = trainer(tmp_path, max_steps=2, precision=precision, val_check_interval=1)
     t.fit(module, loader(questions(4), 2), loader(questions(2), 2))
     assert types == {torch.float32}
@@ -121,7 +126,7 @@ def test_narrow_weights_leave_random_numbers_and_statistics_wide(tmp_path, preci
     assert all(updated for updated, *_ in module.seen)
     assert module.step_statistics.table().isfinite().all()
     # Sampler and trainer read one distribution, in which most log-probabilities need more than eight bits.
-    log_probs = torch.cat([row.rollout.log_probs for row in module.last_rows])
+    log_probs = torch.cat([row.rollout.log_probs for row in module.last_samples])
     assert log_probs.dtype == torch.float32
     assert (log_probs != log_probs.bfloat16()).double().mean() > 0.9
     assert torch.get_default_dtype() == torch.float32
@@ -133,7 +138,7 @@ def test_narrow_products_on_a_cpu_that_cannot_multiply_them_are_told_of_once(tmp
     )
     told = []
     for precision, dtype in (("bf16-mixed", "float32"), ("32-true", "bfloat16"), ("32-true", "float32")):
-        module = SDPO("toy", half_right, num_generations=2, dtype=dtype, **LIMITS)
+        module = build(SDPO, "toy", half_right, num_generations=2, dtype=dtype, **LIMITS)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):

@@ -12,7 +12,18 @@ from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.training.preflight import less_successful, net_gap, significantly_negative
-from tests.support.helpers import LIMITS, TOKENIZER, config, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import (
+    LIMITS,
+    TOKENIZER,
+    accumulate,
+    build,
+    config,
+    half_right,
+    loader,
+    questions,
+    tiny_model,
+    trainer,
+)
 from tests.support.runs import final
 
 
@@ -24,7 +35,7 @@ class Shifted(SDPO):
     """Information of a chosen value at every step, for twelve rollouts of six questions."""
 
     def accumulate_gradients(self, rows):
-        loss = super().accumulate_gradients(rows)
+        loss = accumulate(super(), rows)
         n, real = 12, self.step_statistics
         values = {name: torch.ones(n) for name in StepStatistics.__dataclass_fields__}
         spread = torch.linspace(-0.1, 0.1, n)
@@ -40,7 +51,7 @@ class Shifted(SDPO):
 
 @pytest.mark.parametrize(("shift", "warned"), [(-0.3, True), (-0.05, False), (0.3, False)])
 def test_information_below_zero_is_told_once_before_the_first_step(tmp_path, shift, warned):
-    module = Shifted(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    module = build(Shifted, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
     module.shift = shift
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -52,7 +63,7 @@ def test_information_below_zero_is_told_once_before_the_first_step(tmp_path, shi
     if warned:
         assert said[0].startswith("Step 1: the teacher is less certain than the student: I = -0.3 +- 0.0")
         assert "over 6 questions, below 0 at the one-sided level of 1%" in said[0]
-    resumed = Shifted(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    resumed = build(Shifted, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
     resumed.shift = -0.3
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -118,7 +129,7 @@ def test_the_teachers_own_answers_are_graded_if_wanted(tmp_path):
 
 def test_a_module_without_a_teacher_says_nothing(tmp_path):
     limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
-    module = GRPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **limits)
+    module = build(GRPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **limits)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(tmp_path, max_steps=1).fit(module, loader(questions(4), 2))

@@ -26,7 +26,18 @@ from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.training.step_log import loss_scalars
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
+from tests.support.helpers import (
+    LIMITS,
+    TOKENIZER,
+    accumulate,
+    build,
+    half_right,
+    loader,
+    questions,
+    random_rows,
+    tiny_model,
+    trainer,
+)
 from tests.support.processes import finish, start_ranks
 
 TOP_K = {"distillation_topk": 5}
@@ -68,7 +79,7 @@ def test_the_divergence_is_reported_whatever_the_objective(name):
     rows = random_rows(6)
     for row in rows:
         row.advantage = 0.75
-    _, statistics, _ = module._micro_batch(rows, 1.0)
+    _, statistics, _ = module.learner._micro_batch(rows, 1.0)
     expected, losses = [], []
     for row in rows:
         y = torch.tensor(row.rollout.response_ids)
@@ -83,13 +94,13 @@ def test_the_divergence_is_reported_whatever_the_objective(name):
     torch.testing.assert_close(statistics.divergence, torch.stack(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.loss, torch.stack(losses), rtol=1e-4, atol=1e-5)
     assert statistics.has_teacher.tolist() == [1.0] * 6
-    assert module.measured.bound == (None if bound is None else pytest.approx(bound, abs=1e-4))
-    scalars = loss_scalars(statistics, 0.5, module.measured.bound)
+    assert module.objective.divergence.bound == (None if bound is None else pytest.approx(bound, abs=1e-4))
+    scalars = loss_scalars(statistics, 0.5, module.objective.divergence.bound)
     assert scalars["self_distillation/divergence"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
     assert scalars["self_distillation/objective"] == pytest.approx(
         torch.stack(losses).mean().item(), rel=1e-4, abs=1e-6
     )
-    assert scalars.get("self_distillation/divergence_bound") == module.measured.bound
+    assert scalars.get("self_distillation/divergence_bound") == module.objective.divergence.bound
     right = [value for value, row in zip(expected, rows, strict=True) if row.verdict.reward >= 0.5]
     assert scalars["self_distillation/divergence_success"] == pytest.approx(torch.stack(right).mean().item(), rel=1e-4)
 
@@ -102,7 +113,7 @@ def test_without_a_teacher_there_is_no_divergence(base):
     rows = random_rows(4, with_reprompt=False)
     for row in rows:
         row.advantage = 0.5
-    _, statistics, _ = module._micro_batch(rows, 1.0)
+    _, statistics, _ = module.learner._micro_batch(rows, 1.0)
     assert not statistics.has_teacher.any()
     assert statistics.divergence.isnan().all()
     assert not any(tag.startswith("self_distillation") for tag in loss_scalars(statistics, 0.5))
@@ -125,7 +136,9 @@ def test_a_guard_lets_a_reverse_kl_run_go_on(tmp_path):
                     p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
 
     guard = CollapseGuard()
-    module = Apart(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, divergence_alpha=1.0, **LIMITS)
+    module = build(
+        Apart, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, divergence_alpha=1.0, **LIMITS
+    )
     trainer(tmp_path, max_steps=2, callbacks=[guard]).fit(module, loader(questions(4), 2))
     assert guard.curves["self_distillation/divergence"][1] > 0.5 * math.log(2)
     assert module.steps == 2
@@ -138,11 +151,11 @@ def test_with_several_updates_the_curves_are_of_the_policy_that_sampled(tmp_path
 
     class Kept(SDPO):
         def accumulate_gradients(self, rows):
-            loss = super().accumulate_gradients(rows)
+            loss = accumulate(super(), rows)
             seen.append(self.step_statistics)
             return loss
 
-    module = Kept(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2, num_iterations=2,
+    module = build(Kept, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2, num_iterations=2,
                   optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS)  # fmt: skip
     t = trainer(tmp_path, max_epochs=1)
     t.fit(module, loader(questions(4), 4))
@@ -213,7 +226,7 @@ def main():
                 nonlocal calls
                 calls = itertools.count()
 
-        module = Kept(tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
+        module = build(Kept, tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
                       on_verifier_error="zero", **limits)  # fmt: skip
         t = L.Trainer(
             accelerator="cpu", default_root_dir=Path(output).parent,

@@ -75,7 +75,9 @@ def test_resuming_where_there_is_no_checkpoint_is_an_error(tmp_path):
 
 def test_settings_of_the_command_line_win_over_those_of_the_checkpoint(whole, tmp_path):
     checkpoint = str(whole / "checkpoints" / "step=000006.ckpt")
-    main(["validate", "--config", config(tmp_path / "run"), "--ckpt_path", checkpoint, "--model.eval_samples", "3"])
+    main(
+        ["validate", "--config", config(tmp_path / "run"), "--ckpt_path", checkpoint, "--model.evaluation.samples", "3"]
+    )
     (record,) = (tmp_path / "run" / "validate").glob("step=000006-*.json")
     assert json.loads(record.read_text())["samples"] == 3
 

@@ -16,7 +16,7 @@ from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.training.resumed_optimizer import describe_optimizer, take_effect
-from tests.support.helpers import LIMITS, TOKENIZER, config, half_right, tiny_model, tiny_sdpo
+from tests.support.helpers import LIMITS, TOKENIZER, build, config, half_right, tiny_model, tiny_sdpo
 from tests.support.runs import final
 
 
@@ -37,8 +37,8 @@ def run(begun, tmp_path):
 CHANGED = {
     "--model.num_generations=2": r"`model.num_generations` is 2 and was 4",
     "--model.temperature=0.9": r"`model.temperature` is 0.9 and was 1.0",
-    "--model.dtype=bfloat16": r"`model.dtype` is 'bfloat16' and was 'float32'",
-    "--model.teacher_update_rate=0.5": r"`model.teacher_update_rate` is 0.5 and was 0.05",
+    "--model.model_config.dtype=bfloat16": r"`model.dtype` is 'bfloat16' and was 'float32'",
+    "--model.teacher.update_rate=0.5": r"`model.teacher_update_rate` is 0.5 and was 0.05",
     "--model.verifier=helpers.half_right": r"`model.verifier` is .*half_right.* was {.*BoxedAnswer",
     "--multiplier=ConstantMultiplier": r"`multiplier` is .*ConstantMultiplier and was .*RandomMultiplier",
     "--multiplier.high=1.6": r"`multiplier.high` is 1.6 and was 1.5",
@@ -90,7 +90,7 @@ def test_optimizer_and_schedule_take_the_new_settings(run, capsys):
 def test_evaluation_clipping_and_passes_take_the_new_settings(run):
     folder, _ = run
     _, _, curves = resumed(
-        run, "--model.eval_samples=3", "--model.max_grad_norm=1e-6", "--trainer.val_check_interval=1"
+        run, "--model.evaluation.samples=3", "--model.update.max_grad_norm=1e-6", "--trainer.val_check_interval=1"
     )
     assert 3 in curves["val/avg@3"]
     step = [final(folder, n)["state_dict"]["model.model.layers.0.mlp.up_proj.weight"] for n in (1, 2, 3)]
@@ -109,7 +109,7 @@ def test_micro_batches_may_change_and_the_step_is_the_same(run):
             path,
             "--ckpt_path",
             str(folder / "checkpoints" / "step=000002.ckpt"),
-            "--model.micro_batch_tokens=200",
+            "--model.update.micro_batch_tokens=200",
         ]
     )
     for name, value in final(folder, 3)["state_dict"].items():
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_an_older_version_is_continued_with_a_warning(run):
 
 
 def test_the_teachers_start_is_compared_where_no_checkpoint_holds_it():
-    from pgpo_lightning.modules.resuming import check_start
+    from pgpo_lightning.teachers.self_teaching import check_start
 
     one, other = (tiny_sdpo(seed, teacher_regularization="frozen").start for seed in (0, 1))
     check_start(one, one)
@@ -220,9 +220,9 @@ def test_a_new_rate_goes_on_as_if_the_schedule_had_had_it_from_the_start(schedul
 
 def test_numbers_of_numpy_are_plain_in_a_checkpoint():
     given = {"temperature": 0.5, "num_generations": 2, "seed": 3}
-    plain = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | given)
+    plain = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | given)
     given = {name: np.asarray(value)[()] for name, value in given.items()}
-    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | given)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | given)
     assert settings(module) == settings(plain)
     file = io.BytesIO()
     torch.save([settings(module), module.seed, describe(np.ones(2))], file)

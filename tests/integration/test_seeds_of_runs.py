@@ -17,7 +17,7 @@ from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.rewards import BoxedAnswer
 from tests.support import ROOT
-from tests.support.helpers import LIMITS, TOKENIZER, config, half_right, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, config, half_right, tiny_model, trainer
 
 
 class Kept(L.Callback):
@@ -27,15 +27,15 @@ class Kept(L.Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append([(row.rollout.question.index, *row.rollout.response_ids) for row in pl_module.last_rows])
+        self.seen.append([(row.rollout.question.index, *row.rollout.response_ids) for row in pl_module.last_samples])
 
 
 def fit(folder, everything=None, steps=2, ckpt_path=None, data=None, callbacks=(), **settings):
     """A run as in a notebook: everything is made anew, and the seed set before."""
     if everything is not None:
         L.seed_everything(everything, verbose=False)
-    module = SDPO(
-        tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, **(LIMITS | settings)
+    module = build(
+        SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, **(LIMITS | settings)
     )
     kept, multiplier = Kept(), RandomMultiplier()
     t = trainer(
@@ -71,7 +71,7 @@ def test_without_a_seed_a_run_has_seed_0_and_an_own_seed_comes_first(tmp_path):
 
 def test_a_seed_is_taken_when_a_trainer_starts(tmp_path):
     L.seed_everything(1, verbose=False)
-    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, **LIMITS)
     L.seed_everything(2, verbose=False)
 
     class Meddling(L.Callback):
@@ -107,7 +107,7 @@ def test_an_adapter_begins_with_the_seed(tmp_path):
     halves = []
     for seed in (1, 2, 1):
         L.seed_everything(seed, verbose=False)
-        module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, lora=LoRA(r=2), eval_samples=2, **LIMITS)
+        module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, lora=LoRA(r=2), eval_samples=2, **LIMITS)
         trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
             module, datamodule=ToyArithmetic(batch_size=2, limit_train=4)
         )
@@ -122,7 +122,7 @@ def test_the_command_line_and_python_make_the_same_run(tmp_path):
     main(["fit", "--config", settings, *quick, "--seed_everything", "4"])
     command = torch.load(tmp_path / "run" / "checkpoints" / "step=000002.ckpt", weights_only=True)
     L.seed_everything(4, verbose=False)
-    module = SDPO(
+    module = build(SDPO,
         "toy", BoxedAnswer(), num_generations=4, max_prompt_length=64, max_reprompt_len=160, max_response_length=24,
         eval_samples=2, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
         scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.9),

@@ -21,7 +21,7 @@ from pgpo_lightning.modules import GRPO, SDPO
 from pgpo_lightning.monitoring.collapse_rules import CollapseRules
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.training.lowered_rates import lower_rates
-from tests.support.helpers import LIMITS, TOKENIZER, config, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, config, loader, questions, tiny_model, trainer
 from tests.support.processes import finish, start_ranks
 from tests.support.runs import assert_same, assert_same_run, final
 
@@ -48,7 +48,7 @@ class Script:
 
 def scripted(script, **settings):
     rate = settings.pop("rate", 1e-2)
-    module = SDPO(
+    module = build(SDPO,
         tiny_model(), script, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
         **{"optimizer": lambda p: torch.optim.AdamW(p, lr=rate)} | LIMITS | settings,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def test_the_monitor_logs_its_signs_and_agrees_with_the_log(tmp_path):
 def test_a_module_without_a_teacher_is_watched_too(tmp_path):
     monitor, script = StabilityMonitor(REWARD_ONLY), Script(scores={2: 0.8})
     limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
-    script.module = GRPO(tiny_model(), script, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, **limits)
+    script.module = build(GRPO, tiny_model(), script, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, **limits)
     with pytest.warns(UserWarning, match="Step 6, reward"):
         trainer(tmp_path, max_epochs=1, callbacks=[monitor]).fit(script.module, loader(questions(12), 2))
     assert not any(tag.startswith("self_distillation") for tag in monitor.curves)
@@ -275,7 +275,7 @@ def test_frozen_weights_under_an_adapter_are_not_kept(tmp_path):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("mlp" in name)
     script = Script(scores={2: 0.8})
-    module = SDPO(model, script, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, teacher_regularization="frozen",
+    module = build(SDPO, model, script, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, teacher_regularization="frozen",
                   optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS)  # fmt: skip
     script.module, recorder = module, Recorder()
     with pytest.warns(UserWarning, match="Back to"):

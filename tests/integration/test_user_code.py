@@ -9,7 +9,7 @@ from pgpo_lightning.callbacks import InformationMultiplier, StabilityMonitor, St
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
 
 
 class Altered(TransformersEngine):
@@ -24,7 +24,7 @@ class Altered(TransformersEngine):
 
 
 def module(**settings):
-    return SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=2, **LIMITS | settings)
+    return build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=2, **LIMITS | settings)
 
 
 def emptied(rollouts):
@@ -146,4 +146,4 @@ def test_one_damaged_weight_is_told_apart_from_an_architecture(tmp_path):
     with torch.no_grad():  # met by none of the first tokens, which the check of the head looks at
         model.get_input_embeddings().weight[20:] = float("nan")
     with pytest.raises(MisconfigurationException, match="weights are damaged"):
-        SDPO(model, half_right, tokenizer=TOKENIZER, **LIMITS).configure_model()
+        build(SDPO, model, half_right, tokenizer=TOKENIZER, **LIMITS).configure_model()

@@ -12,7 +12,7 @@ import torch
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.modules import SDPO
-from tests.support.helpers import LIMITS, TOKENIZER, tiny_model
+from tests.support.helpers import LIMITS, TOKENIZER, build, tiny_model
 from tests.support.ranks_worker import STRATEGIES
 
 
@@ -32,7 +32,7 @@ def main():
         return float(len(seen) % 2)
 
     seen = []
-    module = SDPO(
+    module = build(SDPO,
         tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=2, eval_samples=2, **LIMITS,
     )  # fmt: skip
     trainer = L.Trainer(

@@ -11,9 +11,9 @@ import torch
 
 from pgpo_lightning.core.types import Rollout
 from pgpo_lightning.modules import HAPO
-from pgpo_lightning.modules.demonstrations import SuccessBuffer
-from pgpo_lightning.modules.gates import ConfidenceGate, ProgressThreshold
-from tests.support.helpers import TOKENIZER, loader, questions, tiny_model
+from pgpo_lightning.objectives.demonstrations import SuccessBuffer
+from pgpo_lightning.objectives.gates import ConfidenceGate, ProgressThreshold
+from tests.support.helpers import TOKENIZER, build, loader, questions, tiny_model
 
 BATCH = 4
 
@@ -46,7 +46,7 @@ class FixedRollouts(HAPO):
 
 def main(output, ranks):
     torch.set_num_threads(1)
-    module = FixedRollouts(
+    module = build(FixedRollouts,
         tiny_model(), by_reward_in_the_text, tokenizer=TOKENIZER, num_generations=4, max_prompt_length=64,
         max_response_length=32, loss_agg_mode="token-mean", is_clip=None, max_sampler_gap=None, micro_batch_tokens=150,
         gate=ConfidenceGate(ProgressThreshold(slope=1.0), memory=0.5), demonstrations=SuccessBuffer(size=2),

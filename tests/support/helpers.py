@@ -1,5 +1,7 @@
 """What many tests share: a tiny random Qwen3 with the toy's tokenizer, a few questions, and a quiet trainer."""
 
+import dataclasses
+import inspect
 import random
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.models.loading import resolve_model
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.modules.moved import MOVED
+from pgpo_lightning.training.objective import Preparation
 
 TOKENIZER = AutoTokenizer.from_pretrained(resolve_model("toy"))
 LIMITS = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 12}
@@ -50,12 +54,50 @@ def half_right(question, response):
     return float(sum(map(ord, response)) % 2)
 
 
+def grouped(settings):
+    """Arguments of a module from settings by their names alone, whichever group they stand in."""
+    arguments = {}
+    for name, value in settings.items():
+        group, _, field = MOVED.get(name, name).rpartition(".")
+        if group:
+            arguments.setdefault(group, {})[field] = value
+        else:
+            arguments[field] = value
+    return arguments
+
+
+def build(cls, *args, **settings):
+    """A module of this class from settings by their names alone."""
+    parameters = {}
+    for each in reversed(cls.__mro__):
+        if "__init__" in vars(each):
+            parameters |= inspect.signature(each.__init__).parameters
+    arguments = {name: settings.pop(name) for name in [*settings] if name in parameters}
+    for name, value in grouped(settings).items():
+        group = parameters[name].default if isinstance(value, dict) and name in parameters else None
+        arguments[name] = dataclasses.replace(group, **value) if dataclasses.is_dataclass(group) else value
+    return cls(*args, **arguments)
+
+
 def tiny_sdpo(seed=0, **settings):
     """An SDPO module around :func:`tiny_model`, ready to run without a trainer."""
     model = settings.pop("model", None) or tiny_model(seed)
-    module = SDPO(model, settings.pop("verifier", half_right), tokenizer=TOKENIZER, **(LIMITS | settings))
+    module = build(SDPO, model, settings.pop("verifier", half_right), tokenizer=TOKENIZER, **(LIMITS | settings))
     module.configure_model()
     return module
+
+
+def prepare(module, samples, rng):
+    """What the objective of a module makes of samples, outside of a training step."""
+    return module.objective.prepare(samples, Preparation(rng, module.steps, module.learner))
+
+
+def accumulate(module, samples):
+    """The loss of an optimizer step, whose gradients and statistics are then where a training step leaves them."""
+    step = module.learner.accumulate(samples)
+    module.step_statistics = step.statistics
+    module.scalars |= step.scalars
+    return step.loss
 
 
 def questions(n=4):
@@ -118,7 +160,7 @@ def config(folder, steps=6, **changes):
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        "model": {"class_path": changes.pop("module", "SDPO"), "init_args": model | changes.pop("model", {})},
+        "model": {"class_path": changes.pop("module", "SDPO"), "init_args": grouped(model | changes.pop("model", {}))},
         "data": {
             "class_path": "ToyArithmetic",
             "init_args": {"batch_size": 4, "eval_batch_size": 8, "limit_train": 13, "limit_val": 8},

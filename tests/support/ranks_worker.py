@@ -17,10 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.information import information
-from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.losses.token_weights import TokenWeights
 from pgpo_lightning.modules import SDPO, SRPO
 from pgpo_lightning.training.mini_batches import mini_batches
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, random_rows, tiny_model
+from tests.support.helpers import LIMITS, TOKENIZER, accumulate, half_right, loader, random_rows, tiny_model
 
 ROWS, STEPS = 8, 3
 STRATEGIES = {
@@ -50,11 +50,11 @@ class Fixed:
         if self.trainer.world_size == 1 and self.split == "updates":  # the shares that two ranks have together
             mine = [row for question in (0, 2, 1, 3) for row in rows if row.rollout.question.index == question]
         for part in mini_batches(mine, 2 if self.split == "updates" else 1):
-            loss = self.accumulate_gradients(part)
+            loss = accumulate(self, part)
             self.update(loss)
             signal = information(self.step_statistics)
             self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
-        self.after_update()
+        self.learner.move_teacher()
         self.steps += 1
 
 
@@ -70,7 +70,7 @@ def main():
     output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     routed = split == "routed"
-    given = {"allocation": Allocation("token", 2.0, None, "teacher-certainty")} if routed else {}
+    given = {"allocation": TokenWeights("token", 2.0, None, "teacher-certainty")} if routed else {}
     module = (FixedSRPO if routed else FixedSDPO)(
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.engine import Sampling
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, trainer
 from tests.support.vllm_checks import (
     Counting,
     check_handover,
@@ -141,7 +141,7 @@ class Recording(SDPO):
 
 def fit(folder, engine, steps=3, ckpt_path=None, callbacks=(), asked=8, **settings):
     L.seed_everything(0, verbose=False)
-    module = Recording(
+    module = build(Recording,
         student(), half_right, tokenizer=TOKENIZER, num_generations=4, engine=engine,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **(LIMITS | settings),
     )  # fmt: skip
@@ -183,12 +183,14 @@ def test_a_resumed_run_and_a_repeated_one_sample_the_same(engine, tmp_path):
     assert max(resumed.gaps) < 1e-5
     again = fit(tmp_path / "again", engine, steps=4, asked=2)
     for module in (resumed, again):
-        assert [r.rollout.response_ids for r in module.last_rows] == [r.rollout.response_ids for r in whole.last_rows]
+        assert [r.rollout.response_ids for r in module.last_samples] == [
+            r.rollout.response_ids for r in whole.last_samples
+        ]
 
 
 def test_bf16_mixed_is_within_the_limit(engine, tmp_path):
     """The trainer computes in bf16 here and the sampler in fp32: about as far apart as they ever are for rounding alone."""
     L.seed_everything(0, verbose=False)
-    module = Recording(student(), half_right, tokenizer=TOKENIZER, num_generations=4, engine=engine, **LIMITS)
+    module = build(Recording, student(), half_right, tokenizer=TOKENIZER, num_generations=4, engine=engine, **LIMITS)
     trainer(tmp_path, max_steps=2, precision="bf16-mixed").fit(module, loader(questions(8), 2))
     assert 1e-4 < max(module.gaps) < 0.1

@@ -11,7 +11,7 @@ import torch
 
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.weight_sync import write_weights
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, trainer
 from tests.support.vllm_checks import Counting, check_handover, check_samples, check_seeds, student
 
 pytestmark = pytest.mark.timeout(900)
@@ -64,7 +64,7 @@ def test_handover(engine):
 
 def test_a_run(engine, tmp_path):
     L.seed_everything(0, verbose=False)
-    module = SDPO(
+    module = build(SDPO,
         student(), half_right, tokenizer=TOKENIZER, num_generations=4, engine=engine, max_sampler_gap=1e-4,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rewards.grade import check_question, grade
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.training.held_out import result_line
-from tests.support.helpers import LIMITS, TOKENIZER, tiny_model
+from tests.support.helpers import LIMITS, TOKENIZER, build, tiny_model
 
 GOOD = {"prompt": "1+1?", "answer": "2", "level": {"a": [1, None]}}
 
@@ -180,8 +180,13 @@ def drive(path, encoder, builder):
 
 
 def test_mutants_of_data_files_are_refused_in_one_line_or_arrive_unchanged(tmp_path):
-    builder = SDPO(
-        tiny_model(), lambda question, response: 1.0, tokenizer=TOKENIZER, include_environment_feedback=True, **LIMITS
+    builder = build(
+        SDPO,
+        tiny_model(),
+        lambda question, response: 1.0,
+        tokenizer=TOKENIZER,
+        include_environment_feedback=True,
+        **LIMITS,
     ).reprompt
     encoder, refused, accepted, broken = PromptEncoder(TOKENIZER, False), 0, 0, []
     for path in mutants(tmp_path):

@@ -360,8 +360,8 @@ def test_what_is_not_understood_is_refused(args, message, capsys):
 
 def test_a_teacher_on_the_host_visits_the_device_for_the_gradients():
     args = ["--config", str(CONFIGS / "quickstart.yaml"), "--device", "cuda", "--trainer.precision", "bf16-mixed"]
-    args += ["--data.batch_size", "2", "--data.eval_batch_size", "2", "--model.micro_batch_tokens", "1000"]
-    near, far = (plan_memory(command(*args, "--model.teacher_offload", text).run()) for text in ("false", "true"))
+    args += ["--data.batch_size", "2", "--data.eval_batch_size", "2", "--model.update.micro_batch_tokens", "1000"]
+    near, far = (plan_memory(command(*args, "--model.teacher.offload", text).run()) for text in ("false", "true"))
     teacher = near.need.standing["teacher"]
     assert "teacher" not in far.need.standing
     assert (near.host, far.host) == (0, teacher)
@@ -378,7 +378,7 @@ def test_strategies_and_precisions():
     run = command(*args, "--trainer.devices", "4", "--trainer.precision", "bf16-mixed").run()
     assert run.sharding == Sharding(4, "ddp")
     assert run.compute == Compute(torch.float32, torch.float32, torch.bfloat16)
-    half = command(*args, "--trainer.precision", "bf16-true", "--model.teacher_regularization", "frozen").run()
+    half = command(*args, "--trainer.precision", "bf16-true", "--model.teacher.regularization", "frozen").run()
     assert half.compute == Compute(torch.bfloat16, torch.bfloat16)
     assert (
         command(*args, "--model.lora.r", "4", "--trainer.precision", "bf16-true").run().adapters.dtype == torch.bfloat16
@@ -389,7 +389,7 @@ def test_a_copied_teacher_costs_what_a_frozen_one_does_and_a_restarted_one_what_
     args = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.precision", "bf16-true"]
     costs = {}
     for kind in ("frozen", "gated", "ema", "restart"):
-        made = plan_memory(command(*args, "--model.teacher_regularization", kind).run())
+        made = plan_memory(command(*args, "--model.teacher.regularization", kind).run())
         costs[kind] = (made.need.standing, made.need.peaks)
     assert costs["frozen"] == costs["gated"]
     assert costs["ema"] == costs["restart"]

@@ -20,6 +20,7 @@ from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
+    build,
     config,
     half_right,
     loader,
@@ -65,7 +66,7 @@ def logits(model, row):
 
 
 def teacher_logits(module, row):
-    sources = module.teacher_sources([row])
+    sources = module.learner.teacher_sources([row])
     assert not any(each.hidden.requires_grad for each in sources)
     return sum(each.weight * each.head(each.hidden) for each in sources)
 
@@ -101,7 +102,7 @@ def test_only_the_adapter_is_trained(tmp_path, method):
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), "num_generations": 4, "seed": 1}
     limits = LIMITS if method == "sdpo" else {key: LIMITS[key] for key in LIMITS if key != "max_reprompt_len"}
     kind = SDPO if method == "sdpo" else GRPO
-    module = kind(tiny_model(), half_right, tokenizer=TOKENIZER, lora=lora(), **limits, **settings)
+    module = build(kind, tiny_model(), half_right, tokenizer=TOKENIZER, lora=lora(), **limits, **settings)
     module.configure_model()
     base, start = base_weights(module.model), matrices(module.model)
     fitting = trainer(tmp_path, max_steps=2)
@@ -129,7 +130,7 @@ def test_the_random_half_of_an_adapter_follows_from_the_seed_alone():
     torch.manual_seed(7)
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = tiny_sdpo(lora=lora())
-    other_seed = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, lora=lora(), **LIMITS, **{"seed": 1})
+    other_seed = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, lora=lora(), **LIMITS, **{"seed": 1})
     other_seed.configure_model()
     name = next(iter(first))
     assert torch.equal(matrices(other.model)[name], first[name])
@@ -154,7 +155,7 @@ def test_scale_and_layers_are_those_of_the_settings(settings):
 
 
 def gradients(module, rows, between=lambda: None):
-    sequences = module.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
+    sequences = module.learner.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
     mine = source(module.model, sequences)
     loss = mine.head(mine.hidden).log_softmax(-1).gather(1, sequences.targets.unsqueeze(1)).sum()
     between()
@@ -171,7 +172,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_of_frozen_weights():
     assert not recomputed.shares_prompts
     for module in (plain, recomputed):
         disturb(module.model)
-    teachers = lambda: recomputed.teacher_sources(rows)  # noqa: E731  (in evaluation mode, before the student's recomputation)
+    teachers = lambda: recomputed.learner.teacher_sources(rows)  # noqa: E731  (in evaluation mode, before the student's recomputation)
     first, second = gradients(plain, rows), gradients(recomputed, rows, teachers)
     for name, gradient in first.items():
         assert gradient.abs().max() > 0, name
@@ -185,7 +186,7 @@ def test_the_sampler_says_of_its_tokens_what_the_trainer_says():
     prompts = [module.encoder.question(question) for question in asked]
     torch.manual_seed(0)
     rollouts = TransformersEngine().generate(module.model, TOKENIZER, asked, prompts, 3, Sampling(12))
-    sequences = module.pack([(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts])
+    sequences = module.learner.pack([(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts])
     assert not isinstance(sequences, Sequences)  # the prompts were shared
     with torch.no_grad():
         there = source(module.model, sequences)
@@ -203,7 +204,7 @@ def test_the_moving_teacher_averages_both_factors_from_where_the_student_started
     expected = {name: matrix.double() for name, matrix in matrices(module.model).items()}
     for k in range(4):
         disturb(module.model, seed=k)
-        module.after_update()
+        module.learner.move_teacher()
         expected = {
             name: 0.95 * average + 0.05 * adapter(module.model)[name].detach().double()
             for name, average in expected.items()
@@ -229,7 +230,7 @@ def test_every_mode_gives_the_logits_that_its_definition_gives(kind):
     start = matrices(module.model)
     disturb(module.model)
     now = matrices(module.model)
-    module.after_update()
+    module.learner.move_teacher()
     average = {name: 0.7 * start[name] + 0.3 * now[name] for name in now}
     row = random_rows(1)[0]
     base, ema, student = (logits(with_product(tiny_model(), each), row) for each in (start, average, now))
@@ -241,7 +242,7 @@ def test_every_mode_gives_the_logits_that_its_definition_gives(kind):
 def test_the_frozen_teacher_of_a_fresh_adapter_stays_the_base_model_to_the_last_bit():
     module = tiny_sdpo(lora=lora(), teacher_regularization="frozen")
     disturb(module.model)
-    module.after_update()
+    module.learner.move_teacher()
     row = random_rows(1)[0]
     plain = tiny_sdpo(teacher_regularization="frozen")
     assert torch.equal(teacher_logits(module, row), teacher_logits(plain, row))
@@ -273,12 +274,12 @@ def test_a_teachers_forward_pass_leaves_no_trace(monkeypatch, kind, breaks):
 
     def teach():
         if not breaks:
-            module.teacher_sources(rows)
+            module.learner.teacher_sources(rows)
             return
         broken = module.model.model.layers[1].mlp.down_proj.lora_B["default"]
         monkeypatch.setattr(broken, "forward", lambda x: hidden.append(x) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            module.teacher_sources(rows)
+            module.learner.teacher_sources(rows)
         monkeypatch.undo()
 
     with_teacher = gradients(module, rows, between=teach)  # between the student's forward pass and its backward pass
@@ -312,9 +313,9 @@ def test_adapters_stay_in_fp32_over_a_base_in_bf16():
 def test_what_an_earlier_pass_over_the_batch_kept_is_used_with_the_students_head():
     module = tiny_sdpo(lora=lora(), num_iterations=2)
     rows = random_rows(2)
-    first = module.teacher_sources(rows)[0]
+    first = module.learner.teacher_sources(rows)[0]
     disturb(module.model)
-    again = module.teacher_sources(rows)[0]
+    again = module.learner.teacher_sources(rows)[0]
     assert torch.equal(again.hidden, first.hidden)
     assert again.head.weight is head(module.model).weight
 
@@ -369,7 +370,7 @@ def load(module, other):
 def test_adapters_come_back(kind):
     module = tiny_sdpo(lora=lora(), teacher_regularization=kind)
     disturb(module.model)
-    module.after_update()
+    module.learner.move_teacher()
     other = tiny_sdpo(lora=lora(), teacher_regularization=kind)
     load(module, other)
     rows = random_rows(1)
@@ -504,7 +505,7 @@ def test_an_adapter_to_start_from_that_is_another_is_refused(tmp_path, settings,
 
 def test_settings_that_contradict_each_other_are_refused(monkeypatch):
     def make(model, **settings):
-        SDPO(model, half_right, tokenizer=TOKENIZER, **LIMITS, **settings)
+        build(SDPO, model, half_right, tokenizer=TOKENIZER, **LIMITS, **settings)
 
     with pytest.raises(ValueError, match="Expected `lora` with `quantization`"):
         make("toy", quantization=Quantization())
@@ -530,7 +531,7 @@ def test_a_peft_that_is_too_old_for_transformers_is_named_before_anything_is_loa
     with pytest.raises(
         MisconfigurationException, match=r"Expected peft 0\.\d+\.\d+ or newer.*but peft 0\.1\.0 is installed"
     ):
-        SDPO("no/such/model", half_right, tokenizer=TOKENIZER, lora=lora(), **LIMITS)
+        build(SDPO, "no/such/model", half_right, tokenizer=TOKENIZER, lora=lora(), **LIMITS)
 
 
 def test_what_peft_refuses_for_another_reason_is_not_put_down_to_target_modules():

@@ -14,7 +14,7 @@ from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.teachers.schedules import RefreshGate
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
+from tests.support.helpers import LIMITS, TOKENIZER, accumulate, build, half_right, random_rows, tiny_model, tiny_sdpo
 
 OPEN = RefreshGate(min_steps=1, window=1, reward_gain=-1.0, max_length_ratio=100.0, check_every=2)
 OWN = {"ema": {}, "frozen": {}, "trust-region": {}, "restart": {"teacher_period": 2}, "gated": {"teacher_gate": OPEN}}
@@ -40,10 +40,10 @@ def steps(kind, offload, tied, autocast):
     for rows in (same, same, random_rows(4, 1)):  # the second pass has the teacher's hidden states already
         made.teacher.observe(rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses.append(made.accumulate_gradients(rows))
+            losses.append(accumulate(made, rows))
         optimizer.step()
         optimizer.zero_grad()
-        made.after_update()
+        made.learner.move_teacher()
     return losses, torch.cat([p.detach().flatten() for p in (*made.model.parameters(), *made.teacher.parameters())])
 
 
@@ -107,7 +107,7 @@ def test_gradients_are_made_with_a_copy_and_end_without():
     seen = []
     sources = made.teacher.sources
     made.teacher.sources = lambda *args: (sources(*args), seen.append(len(made.teacher.device_copy.copies)))[0]
-    made.accumulate_gradients(random_rows(2))
+    accumulate(made, random_rows(2))
     assert seen[0] > 20
     assert made.teacher.device_copy.copies == {}
 
@@ -145,7 +145,7 @@ def test_ddp_does_not_ask_for_one_device(tmp_path):
 def test_where_it_would_save_nothing_it_is_refused(settings, message):
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match=message):
-        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, teacher_offload=True, **LIMITS | settings)
+        build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, teacher_offload=True, **LIMITS | settings)
 
 
 def test_sharded_weights_are_refused():

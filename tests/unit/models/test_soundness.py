@@ -17,7 +17,7 @@ from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.architectures import NAMES, tiny
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
 
 CPU = torch.device("cpu")
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "lfm2", "bamba", "jamba", "mamba", "falcon_h1", "minimax"]
@@ -315,7 +315,7 @@ def test_a_hybrid_is_trained_and_evaluated(name, settings, tmp_path):
             gaps.extend(float(value) for key, value in values.items() if key == "rollout_corr/gap")
             super().log_dict(values, *args, **kwargs)
 
-    module = Watching(
+    module = build(Watching,
         model, half_right, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, eval_top_p=0.8, eval_temperature=0.7,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), **(LIMITS | settings),
     )  # fmt: skip
@@ -326,20 +326,22 @@ def test_a_hybrid_is_trained_and_evaluated(name, settings, tmp_path):
     assert max(gaps) < 1e-4
     moved = [key for key, value in module.model.state_dict().items() if not torch.equal(value, before[key])]
     assert any("mixer" in key or "linear_attn" in key for key in moved)
-    assert not module.shares_prompts
+    assert not module.learner.shares_prompts
     assert "val/avg@2" in run.callback_metrics
 
 
 def test_a_run_refuses_what_it_cannot_be_right_about():
-    module = SDPO(tiny("xlnet", vocab_size=len(TOKENIZER)), half_right, tokenizer=TOKENIZER, **LIMITS)
+    module = build(SDPO, tiny("xlnet", vocab_size=len(TOKENIZER)), half_right, tokenizer=TOKENIZER, **LIMITS)
     with pytest.raises(MisconfigurationException, match="with XLNetLMHeadModel they differ"):
         module.configure_model()
 
 
 def test_more_kept_tokens_than_there_are_is_refused():
-    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, distillation_topk=len(TOKENIZER) + 1, **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, distillation_topk=len(TOKENIZER) + 1, **LIMITS)
     with pytest.raises(
         MisconfigurationException, match=f"`distillation_topk` to be at most the {len(TOKENIZER)} tokens .* null"
     ):
         module.configure_model()
-    SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, distillation_topk=len(TOKENIZER), **LIMITS).configure_model()
+    build(
+        SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, distillation_topk=len(TOKENIZER), **LIMITS
+    ).configure_model()

@@ -27,8 +27,10 @@ from pgpo_lightning.losses.policy_gradient import (
     shaped_probability,
 )
 from pgpo_lightning.modules import GRPO, HAPO
-from pgpo_lightning.modules.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
-from pgpo_lightning.modules.gates import (
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.monitoring.run_record import RunRecord
+from pgpo_lightning.objectives.demonstrations import ColumnDemonstrations, Demonstration, SuccessBuffer
+from pgpo_lightning.objectives.gates import (
     ConfidenceGate,
     ConstantThreshold,
     Group,
@@ -38,12 +40,10 @@ from pgpo_lightning.modules.gates import (
     SigmoidThreshold,
     StepThreshold,
 )
-from pgpo_lightning.monitoring.curves import read_scalars
-from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies.spec import read_study
 from pgpo_lightning.training.mini_batches import TokenInputs
 from tests.support import CONFIGS, hapo_worker
-from tests.support.helpers import TOKENIZER, config, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import TOKENIZER, build, config, half_right, loader, questions, tiny_model, trainer
 
 MATCHED = {"random": ["hapo-0.8"], "random-injected": ["hapo-0.8"], "random-0.2": ["hapo-0.2"]}
 HAPO_LIMITS = {"max_prompt_length": 64, "max_response_length": 32}
@@ -275,16 +275,16 @@ def test_bad_demonstrations_are_named(given, texts, message):
 
 
 def test_the_runs_own_verifier_judges_demonstrations():
-    module = HAPO(tiny_model(), half_right, tokenizer=TOKENIZER, **HAPO_LIMITS)
+    module = build(HAPO, tiny_model(), half_right, tokenizer=TOKENIZER, **HAPO_LIMITS)
     for question in questions(8):
         text = question.columns["solution"]
-        verdict = module.verified(question, text)
+        verdict = module.objective.verify(question, text)
         if half_right(question, text):
             assert verdict == Demonstration([*TOKENIZER(text).input_ids, TOKENIZER.eos_token_id], 1.0)
         else:
             assert verdict == "its reward is 0"
     module.max_response_length = 5
-    assert "tokens, `max_response_length` is 5" in module.verified(questions(1)[0], text)
+    assert "tokens, `max_response_length` is 5" in module.objective.verify(questions(1)[0], text)
 
 
 def test_the_buffer_keeps_the_newest_successes_of_each_question():
@@ -363,7 +363,7 @@ def test_the_step_is_that_of_a_naive_implementation(tmp_path, iterations, loss_a
         tmp_path, iterations, max_grad_norm=None, is_clip=None, num_iterations=iterations, clip_ratio_c=None,
         loss_agg_mode=loss_agg_mode, demonstration_advantage=with_advantage,
     )  # fmt: skip
-    learned = [row.replaced_by or row for row in module.last_rows]
+    learned = [row.replaced_by or row for row in module.last_samples]
     given = [row for row in learned if row.demonstration]
     assert 0 < len(given) < 4  # half of the demonstrations were refused
     groups = torch.tensor([row.verdict.reward for row in learned]).view(-1, 4)
@@ -384,7 +384,7 @@ def test_the_step_is_that_of_a_naive_implementation(tmp_path, iterations, loss_a
 
 
 def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage():
-    module = HAPO(tiny_model(), half_right, tokenizer=TOKENIZER, **HAPO_LIMITS)
+    module = build(HAPO, tiny_model(), half_right, tokenizer=TOKENIZER, **HAPO_LIMITS)
     log_p = torch.tensor([0.1, 0.1]).log().requires_grad_()
     zero = torch.zeros(2)
     tokens = TokenStatistics(zero, log_p, zero, zero, zero, zero, zero)
@@ -392,7 +392,7 @@ def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage
     given = TokenInputs(
         torch.tensor([0.0, -9.0]), zero + 1, torch.tensor([2.646, 2.646]), None, False, torch.tensor([True, False])
     )
-    loss = module.objective(tokens, given)
+    loss = module.objective.token_loss(tokens, given)
     (slope,) = torch.autograd.grad(loss.sum(), log_p)
     assert slope.tolist() == pytest.approx([-2.646 / 4, -2.646], rel=1e-6)  # the other token is GRPO's
     weight = module.importance_weight(tokens, given)
@@ -403,7 +403,7 @@ def test_one_minus_confidence_as_a_weight(tmp_path):
     plain, _ = fit(tmp_path)
     weighted, _ = fit(tmp_path, confidence_weight=True)
     for i in range(0, 16, 4):
-        a, b = (module.last_rows[i : i + 4] for module in (plain, weighted))
+        a, b = (module.last_samples[i : i + 4] for module in (plain, weighted))
         c = (1 + sum(row.verdict.reward for row in a)) / 6
         for row, other in zip(a, b, strict=True):
             if row.replaced_by is not None:
@@ -412,7 +412,7 @@ def test_one_minus_confidence_as_a_weight(tmp_path):
 
 def test_what_is_reported_is_the_students_own(tmp_path):
     module, t = fit(tmp_path, gate=ConfidenceGate(0.9))
-    own = module.last_rows
+    own = module.last_samples
     learned = [row.replaced_by or row for row in own]
     given = [row for row in learned if row.demonstration]
     assert given
@@ -437,7 +437,7 @@ def test_what_is_reported_is_the_students_own(tmp_path):
 
 def test_accuracy_where_the_gate_is_closed(tmp_path):
     module, _ = fit(tmp_path, gate=ConfidenceGate(0.3))
-    groups = [sum(row.verdict.reward for row in module.last_rows[i : i + 4]) for i in range(0, 16, 4)]
+    groups = [sum(row.verdict.reward for row in module.last_samples[i : i + 4]) for i in range(0, 16, 4)]
     closed = [s for s in groups if (1 + s) / 6 >= 0.3]
     assert 0 < len(closed) < 4
     assert module.scalars["hapo/closed_success"] == pytest.approx(sum(closed) / (4 * len(closed)))
@@ -454,7 +454,7 @@ def test_a_success_serves_from_the_next_visit_on(tmp_path):
     again, _ = fit(tmp_path, steps=2, demonstrations=SuccessBuffer(), **settings)
     assert again.scalars["hapo/injected_groups"] > 0
     kept = {tuple(ids.tolist()) for kept in first.demonstrations.kept.values() for ids, _ in kept}
-    given = [row.replaced_by for row in again.last_rows if row.replaced_by is not None]
+    given = [row.replaced_by for row in again.last_samples if row.replaced_by is not None]
     assert {tuple(row.rollout.response_ids) for row in given} <= kept
 
 
@@ -506,7 +506,7 @@ def test_bad_settings_name_the_field(make, message):
 
 
 def hapo(**settings):
-    return HAPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(HAPO_LIMITS | settings))
+    return build(HAPO, tiny_model(), half_right, tokenizer=TOKENIZER, **(HAPO_LIMITS | settings))
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -14,7 +14,7 @@ from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rewards import BoxedAnswer
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support import ROOT
-from tests.support.helpers import loader, trainer
+from tests.support.helpers import build, loader, trainer
 
 STEPS, SEED = 3, 5
 _spec = importlib.util.spec_from_file_location("pgpo_in_one_file", ROOT / "docs" / "pgpo_in_one_file.py")
@@ -50,14 +50,15 @@ class Watched(InformationMultiplier):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.scalars.append(dict(pl_module.scalars))
-        self.contexts.append([row.reprompt_ids for row in pl_module.last_rows])
+        self.contexts.append([row.reprompt_ids for row in pl_module.last_samples])
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """Three steps of the package, and everything it saw."""
     batch = questions("train")[: STEPS * SETTINGS.batch_size]
-    module = SDPO(
+    module = build(
+        SDPO,
         "toy",
         BoxedAnswer(),
         engine=Recording(),

@@ -13,9 +13,21 @@ from pgpo_lightning.losses.divergence import (
     softened_reverse_kl,
 )
 from pgpo_lightning.losses.policy_gradient import credited_advantages
-from pgpo_lightning.losses.token_weights import Allocation, question_weights
+from pgpo_lightning.losses.token_weights import TokenWeights, question_weights
 from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO, sdpo
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, loader, questions, random_rows, tiny_model, trainer
+from tests.support.helpers import (
+    LIMITS,
+    TOKENIZER,
+    accumulate,
+    build,
+    half_right,
+    loader,
+    prepare,
+    questions,
+    random_rows,
+    tiny_model,
+    trainer,
+)
 
 
 class Alone:
@@ -63,7 +75,7 @@ def assert_gradients(module, rows, expected):
     for budget in (60, 10_000):
         module.micro_batch_tokens = budget
         module.model.zero_grad()
-        assert module.accumulate_gradients(rows) == pytest.approx(value.item(), rel=1e-5)
+        assert accumulate(module, rows) == pytest.approx(value.item(), rel=1e-5)
         for p, g in zip(module.model.parameters(), theirs, strict=True):
             torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-8)
     assert max(g.abs().max() for g in theirs) > 1e-4
@@ -92,10 +104,10 @@ def test_weights_of_questions_multiply_their_rows_and_zero_costs_nothing(monkeyp
     for row, reward in zip(rows, [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1], strict=True):
         row.verdict.reward = float(reward)
     prompts = [row.reprompt_ids for row in rows]
-    monkeypatch.setattr(module.reprompt, "attach", lambda *_: {})
+    monkeypatch.setattr(module.objective.teaching.builder, "attach", lambda *_: {})
     other = torch.tensor([0.5, 1.0], dtype=torch.float64)  # of another rank
     monkeypatch.setattr(sdpo, "gather", lambda mine: [mine, other])
-    scalars = module.prepare_rows(rows, None)
+    scalars = prepare(module, rows, None)
     assert prompts == [row.reprompt_ids for row in rows]
     assert scalars["self_distillation/weighted_questions"] == pytest.approx(2 / 3)
     mean = (0.1875**0.5 + 0.5 + 0.5) / 3
@@ -111,7 +123,7 @@ def test_weights_of_questions_multiply_their_rows_and_zero_costs_nothing(monkeyp
 
     assert_gradients(module, rows, expected)
     assert len(module.step_statistics) == 8
-    assert module.loss_tokens(rows) == sum(row.length for row in rows)
+    assert module.objective.normalizer(rows) == sum(row.length for row in rows)
 
 
 # --------------------------------------------------------------------------------------------- SRPO, DW-SDPO
@@ -128,7 +140,7 @@ def routed_rows():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_failures_are_distilled_and_the_others_reinforced_over_all_tokens(dynamic):
-    allocation = Allocation("token", 1.3, None, "teacher-certainty") if dynamic else None
+    allocation = TokenWeights("token", 1.3, None, "teacher-certainty") if dynamic else None
     module = alone(SRPO, loss_agg_mode="token-mean", allocation=allocation)
     rows = routed_rows()
 
@@ -152,7 +164,7 @@ def test_failures_are_distilled_and_the_others_reinforced_over_all_tokens(dynami
 
 
 def test_certainty_weights_without_routing():
-    module = alone(SDPO, loss_agg_mode="token-mean", allocation=Allocation("token", 0.8, None, "teacher-certainty"))
+    module = alone(SDPO, loss_agg_mode="token-mean", allocation=TokenWeights("token", 0.8, None, "teacher-certainty"))
     rows = random_rows(5)
 
     def expected():
@@ -168,11 +180,11 @@ def test_certainty_weights_without_routing():
 
 
 def test_a_routed_run_distils_failures_with_a_teacher_only(tmp_path):
-    module = SRPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
+    module = build(SRPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
                   optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
     trainer(tmp_path, max_steps=4).fit(module, loader(questions(8), 4))
     kinds = set()
-    for group in (module.last_rows[i : i + 4] for i in range(0, len(module.last_rows), 4)):
+    for group in (module.last_samples[i : i + 4] for i in range(0, len(module.last_samples), 4)):
         mean = sum(row.verdict.reward for row in group) / 4
         for row in group:
             assert (row.reprompt_ids is not None) == (row.verdict.reward == 0 and mean > 0)
@@ -221,7 +233,7 @@ def test_credited_advantages():
 def test_rlsd_is_grpo_with_credited_advantages():
     module = alone(RLSD, mixing=0.8, mixing_steps=10, evidence_clip=0.2)
     module.steps = 4
-    assert module.current_mixing == pytest.approx(0.8 * 0.6)
+    assert module.objective.current_mixing == pytest.approx(0.8 * 0.6)
     rows = routed_rows()
 
     def expected():
@@ -241,15 +253,15 @@ def test_a_teacher_that_says_nothing_finite_is_not_taken_for_none():
     module = alone(RLSD)
     with torch.no_grad():
         next(module.teacher.parameters()).fill_(torch.nan)
-    assert not math.isfinite(module.accumulate_gradients(routed_rows()))
+    assert not math.isfinite(accumulate(module, routed_rows()))
 
 
 def test_rlsd_forgets_the_teacher_and_copies_the_student(tmp_path):
-    module = RLSD(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, teacher_period=2, mixing_steps=3,
+    module = build(RLSD, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, teacher_period=2, mixing_steps=3,
                   optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
     seen = []
     update = module.after_update
-    module.after_update = lambda: (update(), seen.append((module.current_mixing, same(module))))
+    module.after_update = lambda: (update(), seen.append((module.objective.current_mixing, same(module))))
     trainer(tmp_path, max_steps=4).fit(module, loader(questions(16), 4))
     assert [mixing for mixing, _ in seen] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.0])
     assert [copied for _, copied in seen] == [False, True, False, True]
@@ -306,4 +318,4 @@ def test_settings_of_other_modules_are_unknown():
 
 def test_the_signal_of_the_allocation_is_checked():
     with pytest.raises(ValueError, match=r"`allocation.signal` to be one of information, teacher-certainty"):
-        Allocation(signal="student")
+        TokenWeights(signal="student")

@@ -9,11 +9,13 @@ from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
 from pgpo_lightning.core.types import Question, Verdict
 from pgpo_lightning.losses.divergence import divergence, entropy, sampled_token, student_top_k
 from pgpo_lightning.losses.information import information
-from pgpo_lightning.losses.token_weights import Allocation
+from pgpo_lightning.losses.token_weights import TokenWeights
 from pgpo_lightning.modules import SDPO
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
+    accumulate,
+    build,
     half_right,
     loader,
     questions,
@@ -38,8 +40,8 @@ class Detached(SDPO):
 
 
 def detached(rows_seed=0, **settings):
-    module = Detached(
-        settings.pop("model", None) or tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings)
+    module = build(
+        Detached, settings.pop("model", None) or tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings)
     )
     module.configure_model()
     with torch.no_grad():  # a teacher that is not the student
@@ -68,8 +70,8 @@ def plain_loss(module, rows, denominator, cap=2.0):
             d = sampled_token(log_s, log_t, y)
         else:
             a, b = log_s, log_t
-            if module.divergence.top_k is not None:
-                a, b = student_top_k(a, b, module.divergence.top_k, module.divergence.add_tail)
+            if module.objective.divergence.top_k is not None:
+                a, b = student_top_k(a, b, module.objective.divergence.top_k, module.objective.divergence.add_tail)
             d = divergence(a, b, module.divergence_alpha)
         weight = (log_s_y.detach() - row.rollout.log_probs).exp().clamp(max=cap) if cap else 1.0
         if denominator == "tokens":
@@ -102,7 +104,7 @@ def test_loss_and_gradient_equal_the_formula(settings):
     module = detached(**settings)
     rows = random_rows(6)
     rows[1].reprompt_ids = None  # a masked row stays in the denominator
-    loss = module.accumulate_gradients(rows)
+    loss = accumulate(module, rows)
     ours = gradients(module.model)
     module.model.zero_grad()
     tokens = "tokens" if settings.get("loss_agg_mode") == "token-mean" else "rows"
@@ -120,7 +122,7 @@ def test_micro_batches_do_not_change_anything(loss_agg_mode):
     for budget in (1, 150, 10_000):
         module = detached(micro_batch_tokens=budget, loss_agg_mode=loss_agg_mode)
         rows = random_rows(8)
-        loss = module.accumulate_gradients(rows)
+        loss = accumulate(module, rows)
         results.append((loss, gradients(module.model), information(module.step_statistics)))
     for loss, grads, signal in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
@@ -140,7 +142,7 @@ def test_masked_rows_cost_no_forward_pass():
         model.get_decoder().register_forward_pre_hook(
             lambda m, args, kwargs: seen.append(kwargs["input_ids"].size(0)), with_kwargs=True
         )
-    module.accumulate_gradients(rows)
+    accumulate(module, rows)
     assert sum(seen) == 2 * 2
     assert len(module.step_statistics) == 2
 
@@ -148,7 +150,7 @@ def test_masked_rows_cost_no_forward_pass():
 def test_no_row_with_a_teacher_gives_zero_gradients_and_no_information():
     module = detached()
     rows = random_rows(4, with_reprompt=False)
-    assert module.accumulate_gradients(rows) == 0.0
+    assert accumulate(module, rows) == 0.0
     assert all((g == 0).all() for g in gradients(module.model))
     assert information(module.step_statistics).value == 0.0
 
@@ -156,7 +158,7 @@ def test_no_row_with_a_teacher_gives_zero_gradients_and_no_information():
 def test_statistics_are_those_of_the_sequences():
     module = detached()
     rows = random_rows(3)
-    module.accumulate_gradients(rows)
+    accumulate(module, rows)
     got = module.step_statistics
     order = [(got.length == row.length).nonzero()[0, 0].item() for row in rows]
     assert len(set(order)) == 3, "the example needs rows of different lengths"
@@ -180,7 +182,7 @@ def test_statistics_are_those_of_the_sequences():
 
 
 def fit(folder, callbacks=(), steps=3, model=None, **settings):
-    module = SDPO(model or tiny_model(), settings.pop("verifier", half_right), tokenizer=TOKENIZER,
+    module = build(SDPO, model or tiny_model(), settings.pop("verifier", half_right), tokenizer=TOKENIZER,
                   optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **({"num_generations": 4} | LIMITS | settings))  # fmt: skip
     t = trainer(folder, max_steps=steps, callbacks=list(callbacks))
     t.fit(module, loader(questions(2 * steps), 2))
@@ -222,7 +224,7 @@ def test_rollouts_are_on_policy(tmp_path):
             ratios.append(self.step_statistics.sampler_log_ratio.abs().max().item())
             super().report(rows, statistics)
 
-    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
+    module = build(Recording, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
                        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **LIMITS)  # fmt: skip
     trainer(tmp_path, max_steps=4).fit(module, loader(questions(8), 2))
     assert len(ratios) == 4
@@ -234,8 +236,8 @@ def test_feedback_per_attempt_reaches_the_teacher_of_that_attempt(tmp_path):
         return Verdict(0.0, feedback=f"The final answer {len(response)} is wrong.")
 
     module, _ = fit(tmp_path, steps=1, verifier=verifier)
-    assert len(module.last_rows) == 8
-    for row in module.last_rows:
+    assert len(module.last_samples) == 8
+    for row in module.last_samples:
         assert f"earlier attempt:\n\nThe final answer {len(row.rollout.text)} is wrong.\n\nCorrectly" in row.reprompt
         assert module.encoder.text(row.reprompt_ids).count(f"answer {len(row.rollout.text)} is") == 1
 
@@ -279,13 +281,13 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 )
 def test_bad_settings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):
-        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+        build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
 
 
 def test_one_rollout_per_question_needs_feedback(tmp_path):
     feedback = {"verifier": lambda question, response: (0.0, "Wrong."), "num_generations": 1}
     module, _ = fit(tmp_path, steps=1, **feedback)
-    assert all(module.in_loss(row) for row in module.last_rows)
+    assert all(module.objective.in_loss(row) for row in module.last_samples)
     with pytest.warns(UserWarning, match="Step 1: no rollout is in the loss.* With `num_generations` 1") as caught:
         fit(tmp_path, steps=2, num_generations=1)
     assert len([w for w in caught if "no rollout is in the loss" in str(w.message)]) == 1
@@ -299,13 +301,13 @@ def test_gradients_do_not_stay_through_the_next_rollouts(tmp_path):
             held.append(sum(p.grad is not None for p in self.model.parameters()))
             return super().sample(*args)
 
-    module = Recording(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    module = build(Recording, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
     trainer(tmp_path, max_steps=2).fit(module, loader(questions(4), 2))
     assert held == [0, 0]
 
 
 def test_questions_that_cannot_be_told_apart_are_refused(tmp_path):
-    module = SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS)
     same = [Question("1+1?", "2"), Question("1+2?", "3")]
     with pytest.raises(ValueError, match="questions with different `index`"):
         trainer(tmp_path, max_steps=1).fit(module, loader(same, 2))
@@ -336,7 +338,7 @@ def test_a_teacher_that_stands_still_is_run_in_the_first_pass_over_a_batch_only(
         fitted, t = fit(tmp_path, model=tiny_model(), teacher_regularization=kind, num_iterations=3, steps=3)
         monkeypatch.undo()
         assert (t.global_step, fitted.steps) == (3, 1)
-        assert all(row.teacher_hidden is None for row in fitted.last_rows)
+        assert all(row.teacher_hidden is None for row in fitted.last_samples)
         return len(sizes), state(fitted)
 
     def forget(rows):
@@ -354,12 +356,12 @@ def test_a_teacher_that_stands_still_is_run_in_the_first_pass_over_a_batch_only(
 @pytest.mark.parametrize("loss_agg_mode", ["seq-mean-token-mean", "token-mean"])
 @pytest.mark.parametrize("unit", ["token", "sequence"])
 def test_information_weights_share_out_the_step(unit, loss_agg_mode, budget):
-    allocation = Allocation(unit, sensitivity=0.5, maximum=2.0)
+    allocation = TokenWeights(unit, sensitivity=0.5, maximum=2.0)
     module = detached(allocation=allocation, loss_agg_mode=loss_agg_mode, micro_batch_tokens=budget)
     module.scalars = {}
     rows = random_rows(6)
     rows[1].reprompt_ids = None
-    loss = module.accumulate_gradients(rows)
+    loss = accumulate(module, rows)
     ours = gradients(module.model)
     module.model.zero_grad()
     losses, weights, coefficients = [], [], []
@@ -396,10 +398,10 @@ def test_information_weights_share_out_the_step(unit, loss_agg_mode, budget):
 
 def test_information_weights_of_no_sensitivity_change_nothing():
     results = []
-    for allocation in (None, Allocation("token", 0.0), Allocation("sequence", 0.0)):
+    for allocation in (None, TokenWeights("token", 0.0), TokenWeights("sequence", 0.0)):
         module = detached(allocation=allocation)
         module.scalars = {}
-        results.append([module.accumulate_gradients(random_rows(6)), *gradients(module.model)])
+        results.append([accumulate(module, random_rows(6)), *gradients(module.model)])
     for other in results[1:]:
         assert other[0] == pytest.approx(results[0][0], rel=1e-6)
         for a, b in zip(other[1:], results[0][1:], strict=True):
@@ -408,9 +410,9 @@ def test_information_weights_of_no_sensitivity_change_nothing():
 
 def test_settings_of_the_allocation_are_checked():
     with pytest.raises(ValueError, match=r"`allocation.unit` to be one of token, sequence, but got 'row'"):
-        Allocation("row")
+        TokenWeights("row")
     with pytest.raises(ValueError, match=r"`allocation.maximum` to be at least 1"):
-        Allocation(maximum=0.5)
+        TokenWeights(maximum=0.5)
 
 
 def test_a_model_that_came_as_an_object_is_saved_once():

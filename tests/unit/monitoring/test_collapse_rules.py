@@ -14,7 +14,7 @@ from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.collapse_rules import RULES, TAGS, CollapseRules, alarms, medians, signs
 from pgpo_lightning.monitoring.run_record import CURVES
 from pgpo_lightning.rewards import BoxedAnswer
-from tests.support.helpers import questions
+from tests.support.helpers import build, prepare, questions
 
 LN2 = math.log(2)
 RUN = {
@@ -255,7 +255,8 @@ def test_what_is_a_broken_teacher_depends_on_the_largest_divergence_there_is():
 @pytest.mark.parametrize("broken", ["none", "shifted", "other weights"])
 def test_the_toy_model_and_its_teacher_broken_in_two_ways(broken):
     """Measured on the shipped model: what a whole teacher says at the first step, and what broken ones say."""
-    module = SDPO(
+    module = build(
+        SDPO,
         "toy",
         BoxedAnswer(),
         max_prompt_length=64,
@@ -270,16 +271,16 @@ def test_the_toy_model_and_its_teacher_broken_in_two_ways(broken):
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     with torch.no_grad():
-        rollouts = module.sample(questions(8), 8, module._training_sampling)
+        rollouts = module.sample(questions(8), 8, module.training_sampling)
     rows = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, module.judge(rollouts), strict=True)]
-    module.prepare_rows(rows, random.Random(0))
-    rows = [row for row in rows if module.in_loss(row)]
+    prepare(module, rows, random.Random(0))
+    rows = [row for row in rows if module.objective.in_loss(row)]
     if broken == "shifted":  # the teacher answers for the token before
         whole = module.teacher.sources
         module.teacher.sources = lambda *given: [
             dataclasses.replace(s, hidden=s.hidden.roll(1, 0)) for s in whole(*given)
         ]
-    _, statistics, _ = module._micro_batch(rows, 1 / len(rows))
+    _, statistics, _ = module.learner._micro_batch(rows, 1 / len(rows))
     divergence = statistics.divergence.mean().item()
     fired = alarms(first(1, divergence), 1, CollapseRules())
     assert bool(fired) == (broken != "none"), divergence

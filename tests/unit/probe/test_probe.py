@@ -27,7 +27,7 @@ from pgpo_lightning.rollout.engine import Engine, Sampling
 from pgpo_lightning.studies.spec import read_study
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
 from tests.support import CONFIGS
-from tests.support.helpers import tiny_sdpo
+from tests.support.helpers import build, tiny_sdpo
 
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
@@ -284,7 +284,9 @@ def test_arms_of_the_study_are_the_contexts_of_the_probe():
     defaults |= {"environment_feedback_only_without_solution": True}
     module = tiny_sdpo()
     names = {field.name for field in fields(RepromptBuilder)}
-    configured = asdict(module.reprompt) | {name: value for name, value in base.items() if name in names}
+    configured = asdict(module.objective.teaching.builder) | {
+        name: value for name, value in base.items() if name in names
+    }
     assert defaults.items() <= configured.items()
     templates = {"instruction": "{prompt}\n\nCorrectly solve the original question."}
     known = {c.name: c.settings for c in contexts(list(CONTEXTS), templates, [], RepromptBuilder(**configured))}
@@ -371,7 +373,7 @@ def probed(folder, engine=None, **settings):
         [name for name in CONTEXTS if name != "configured"],
         {"careful": "{prompt}!!"},
         list(CONTROLS),
-        made.module.reprompt,
+        made.module.objective.teaching.builder,
     )
     return measure(made, asked, SETTINGS)
 
@@ -407,7 +409,7 @@ def test_rows_with_the_same_reprompt_are_samples_of_one_prompt(tmp_path):
     rows = made.student()
     assert engine.calls == [(i, 4) for i in range(4)]
     engine.calls.clear()
-    sibling = contexts(["sibling"], {}, [], made.module.reprompt)[1]
+    sibling = contexts(["sibling"], {}, [], made.module.objective.teaching.builder)[1]
     made.teacher(sibling, rows)
     # both successes of a group have the same text, so all four rows have one reprompt
     assert sorted(engine.calls) == [(i, 4) for i in range(4)]
@@ -439,7 +441,7 @@ def test_parts_of_another_probe_are_not_used(tmp_path):
     ):
         probed(tmp_path, precision="bf16-mixed")
     made = prober(tmp_path, Parrot())
-    changed = contexts([], {"careful": "{prompt}!!!"}, [], made.module.reprompt)[1]
+    changed = contexts([], {"careful": "{prompt}!!!"}, [], made.module.objective.teaching.builder)[1]
     with pytest.raises(ValueError, match=r"but `context\.reprompt_template` differ"):
         made.teacher(changed, made.student())
     with pytest.raises(ValueError, match="but `questions`, `questions_sha256` differ"):
@@ -599,7 +601,7 @@ def test_runs_find_their_context_by_their_settings(parrot, tmp_path):
     root, _ = study(parrot, tmp_path)
     content = json.loads((root / "probe.json").read_text())
     module = tiny_sdpo(max_reprompt_len=300)
-    none = asdict(contexts([], {}, [], module.reprompt)[0].builder)
+    none = asdict(contexts([], {}, [], module.objective.teaching.builder)[0].builder)
     settings = {"model": {"init_args": none | {"model": "parrot", "verifier": "boxed"}}}
     folder = root / "base" / "careful" / "seed=0"
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -714,7 +716,9 @@ def test_what_the_command_refuses(tmp_path, words, message):
 
 def test_a_run_is_configured_to_a_context():
     for name, settings in CONTEXTS.items():
-        module = SDPO(
-            "toy", BoxedAnswer(), max_prompt_length=64, max_reprompt_len=160, max_response_length=32, **settings
+        module = build(
+            SDPO, "toy", BoxedAnswer(), max_prompt_length=64, max_reprompt_len=160, max_response_length=32, **settings
         )
-        assert module.reprompt == contexts([name], {}, [], module.reprompt)[-1].builder
+        assert (
+            module.objective.teaching.builder == contexts([name], {}, [], module.objective.teaching.builder)[-1].builder
+        )

@@ -14,7 +14,7 @@ from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import GRPO, SDPO
 from pgpo_lightning.rollout import chat_template
 from pgpo_lightning.rollout.prompts import PromptEncoder
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, tiny_model, tiny_sdpo
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, tiny_model, tiny_sdpo
 
 TURNS = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -58,7 +58,7 @@ def test_no_special_token_is_added_to_a_chat_template():
 
 
 def test_the_teachers_prompt_and_demonstrations_get_none_either():
-    module = SDPO(tiny_model(), half_right, tokenizer=sentencepiece_style(chat_template=None), **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=sentencepiece_style(chat_template=None), **LIMITS)
     assert module.encoder.tokens("1+1=") == TOKENIZER("1+1=", add_special_tokens=False)["input_ids"]
     ids = module.encoder.messages([{"role": "user", "content": "1+1=\nCorrect solution:\n\n2"}])
     assert ids[0] == 0
@@ -88,7 +88,7 @@ def test_a_system_message_that_no_model_reads_is_told_of():
 @pytest.mark.parametrize("kind", [SDPO, GRPO])
 def test_a_tokenizer_larger_than_the_embeddings_is_refused_at_start_up(kind, lora):
     limits = LIMITS if kind is SDPO else {k: v for k, v in LIMITS.items() if k != "max_reprompt_len"}
-    module = kind(tiny_model(vocab_size=200), half_right, tokenizer=TOKENIZER, lora=lora, **limits)
+    module = build(kind, tiny_model(vocab_size=200), half_right, tokenizer=TOKENIZER, lora=lora, **limits)
     with pytest.raises(
         MisconfigurationException,
         match=r"239 tokens up to number 238, and they have 200 rows.*`model.tokenizer`.*resize_token",
@@ -100,7 +100,7 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused_at_start_up(kind, lor
 def test_an_added_token_above_the_rows_is_refused_where_it_is_used(name):
     tokenizer = tokenizer_with()
     tokenizer.add_special_tokens({name: "<more>"})
-    module = SDPO(tiny_model(), half_right, tokenizer=tokenizer, **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=tokenizer, **LIMITS)
     with pytest.raises(MisconfigurationException, match=f"`{name}` 239, and they have 239 rows"):
         module.configure_model()
 
@@ -114,7 +114,7 @@ def with_image_token():
 def test_an_added_token_above_the_rows_does_no_harm_until_a_text_has_it():
     """Gemma 3 of 1 B has 262,145 tokens, one of them for images, and 262,144 rows."""
     module = tiny_sdpo()
-    module = SDPO(tiny_model(), half_right, tokenizer=with_image_token(), **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=with_image_token(), **LIMITS)
     module.configure_model()
     assert module.encoder.question(Question("1+1=", "2"))
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_an_added_token_above_the_rows_does_no_harm_until_a_text_has_it():
 
 
 def test_a_prompt_that_was_encoded_before_the_model_came_is_named_then():
-    module = SDPO(tiny_model(), half_right, tokenizer=with_image_token(), **LIMITS)
+    module = build(SDPO, tiny_model(), half_right, tokenizer=with_image_token(), **LIMITS)
     module.encoder.question(
         Question("1+1=<image>", "2", source="data.jsonl:3")
     )  # as prompts that are too long are dropped
@@ -136,7 +136,7 @@ def test_a_prompt_that_was_encoded_before_the_model_came_is_named_then():
 
 
 def test_more_rows_than_tokens_are_fine():
-    module = SDPO(tiny_model(vocab_size=300), half_right, tokenizer=TOKENIZER, **LIMITS)
+    module = build(SDPO, tiny_model(vocab_size=300), half_right, tokenizer=TOKENIZER, **LIMITS)
     module.configure_model()
     assert module.encoder.rows == 300
 
@@ -145,7 +145,7 @@ def test_a_head_with_more_rows_than_the_embeddings_is_refused():
     model = tiny_model(tie_word_embeddings=False)
     model.set_input_embeddings(tiny_model(vocab_size=200).get_input_embeddings())
     assert isinstance(model, Qwen3ForCausalLM)
-    module = SDPO(model, half_right, tokenizer=TOKENIZER, **LIMITS)
+    module = build(SDPO, model, half_right, tokenizer=TOKENIZER, **LIMITS)
     with pytest.raises(MisconfigurationException, match="it has 200 for 239"):
         module.configure_model()
 
@@ -182,7 +182,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused_at_start_up(template, pr
         if not problem.startswith("'What")
         else problem,
     ):
-        SDPO(tiny_model(), half_right, tokenizer=tokenizer_with(chat_template=template), **LIMITS)
+        build(SDPO, tiny_model(), half_right, tokenizer=tokenizer_with(chat_template=template), **LIMITS)
     assert time.monotonic() - start < 5
 
 

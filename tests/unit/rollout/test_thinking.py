@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.modules import HAPO, SDPO
-from pgpo_lightning.modules.demonstrations import ColumnDemonstrations
+from pgpo_lightning.objectives.demonstrations import ColumnDemonstrations
 from pgpo_lightning.probe.measure import _row
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.rollout.thinking import PAIRS, Thinking
-from tests.support.helpers import half_right, tiny_model
+from tests.support.helpers import build, half_right, prepare, tiny_model
 
 TEMPLATE = (
     "{%% for m in messages %%}<user>{{ m['content'] }}<eos>{%% endfor %%}"
@@ -95,12 +95,12 @@ def test_sdpo_shows_no_thinking_that_its_template_opened():
     tokenizer = bytes_tokenizer(PAIRS[0])
     model = tiny_model(vocab_size=len(tokenizer))
     limits = {"max_prompt_length": 200, "max_reprompt_len": 400, "max_response_length": 60}
-    module = SDPO(model, half_right, tokenizer=tokenizer, num_generations=2, **limits)
+    module = build(SDPO, model, half_right, tokenizer=tokenizer, num_generations=2, **limits)
     module.configure_model()
-    module.teacher = module.make_teacher()
+    module.teacher = module.objective.teaching.make(module.model)
     written = (("9", 0.0), ("is 2? no</think>\nIt is 3.", 1.0), ("still thinking", 1.0))
     rows = [answered(tokenizer, text, reward)[1] for text, reward in written]
-    module.prepare_rows(rows, random.Random(0))
+    prepare(module, rows, random.Random(0))
     assert rows[0].reprompt.startswith("Place?\nCorrect solution:\n\nIt is 3.\n")
     assert rows[1].reprompt is None  # what is all thinking is shown to nobody
     assert rows[2].reprompt == rows[0].reprompt
@@ -109,7 +109,8 @@ def test_sdpo_shows_no_thinking_that_its_template_opened():
 @pytest.mark.parametrize("written", ["<think>\n2? no</think>3", "2? no</think>3"])
 def test_a_demonstration_of_hapo_does_not_open_the_block_again(written):
     tokenizer = bytes_tokenizer(PAIRS[0])
-    module = HAPO(
+    module = build(
+        HAPO,
         tiny_model(vocab_size=len(tokenizer)),
         lambda question, response: 1.0,
         tokenizer=tokenizer,
@@ -117,7 +118,7 @@ def test_a_demonstration_of_hapo_does_not_open_the_block_again(written):
         max_prompt_length=200,
         max_response_length=60,
     )
-    demonstration = module.verified(Question("Place?", "3"), written)
+    demonstration = module.objective.verify(Question("Place?", "3"), written)
     assert tokenizer.decode(demonstration.ids) == "2? no</think>3<eos>"
 
 

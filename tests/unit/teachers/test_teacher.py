@@ -11,7 +11,7 @@ from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.teachers import schedules
 from pgpo_lightning.teachers.schedules import RefreshGate
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, random_rows, tiny_model, tiny_sdpo
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, random_rows, tiny_model, tiny_sdpo
 
 
 def weights(model):
@@ -32,7 +32,7 @@ def test_ema_follows_its_formula_and_starts_at_the_student():
     expected = start.clone()
     for k in range(4):
         disturb(module.model, seed=k)
-        module.after_update()
+        module.learner.move_teacher()
         expected = 0.95 * expected + 0.05 * weights(module.model)
     torch.testing.assert_close(weights(module.teacher.model), expected, rtol=0, atol=1e-6)
 
@@ -46,7 +46,7 @@ def test_ema_stays_in_fp32_and_keeps_increments_that_bf16_would_round_away():
         for p in module.model.parameters():
             p.mul_(1 + 2**-7)  # one bf16 step up
     before = weights(module.teacher.model)
-    module.after_update()
+    module.learner.move_teacher()
     moved = (weights(module.teacher.model) - before).abs()
     assert moved.sum().item() == pytest.approx(0.05 * (weights(module.model) - before).abs().sum().item(), rel=1e-3)
     assert torch.equal(weights(module.teacher.model.bfloat16()), before)  # in bf16 nothing would have moved
@@ -57,7 +57,7 @@ def test_a_rate_of_one_is_the_student_and_of_zero_the_start():
         module = tiny_sdpo(teacher_update_rate=rate)
         start = weights(module.model)
         disturb(module.model)
-        module.after_update()
+        module.learner.move_teacher()
         torch.testing.assert_close(
             weights(module.teacher.model), expect(start, weights(module.model)), rtol=0, atol=1e-7
         )
@@ -78,7 +78,7 @@ def test_a_module_object_with_changed_weights_gets_a_teacher_with_those_weights(
 
 
 def teacher_logits(module, rows):
-    sources = module.teacher_sources(rows)
+    sources = module.learner.teacher_sources(rows)
     assert not any(s.hidden.requires_grad for s in sources)
     return sum(s.weight * s.head(s.hidden) for s in sources)
 
@@ -97,7 +97,7 @@ def test_every_mode_gives_the_logits_that_its_definition_gives(kind):
     module = tiny_sdpo(teacher_regularization=kind, **rate)
     start = copy.deepcopy(module.model)
     disturb(module.model, 0.05)
-    module.after_update()
+    module.learner.move_teacher()
     ema = copy.deepcopy(start)
     with torch.no_grad():
         for e, s in zip(ema.parameters(), module.model.parameters(), strict=True):
@@ -126,7 +126,7 @@ def test_a_moving_teacher_is_saved_and_a_frozen_one_is_not(kind, saved):
 def test_ema_weights_come_back_and_differ_from_the_student():
     module = tiny_sdpo()
     disturb(module.model)
-    module.after_update()
+    module.learner.move_teacher()
     other = tiny_sdpo(seed=5)
     other.load_state_dict(module.state_dict())
     assert torch.equal(weights(other.teacher.model), weights(module.teacher.model))
@@ -173,7 +173,8 @@ def test_the_teacher_never_trains():
 @pytest.mark.parametrize("kind", ["frozen", "live"])
 def test_a_rate_without_effect_is_refused(kind):
     with pytest.raises(ValueError, match=f"no `teacher_update_rate` with the {kind} teacher"):
-        SDPO(
+        build(
+            SDPO,
             tiny_model(),
             half_right,
             tokenizer=TOKENIZER,
@@ -199,7 +200,7 @@ def test_restart_and_freeze_follows_its_formula():
     expected, g = weights(module.model), 1 - 0.8**3
     for step in range(1, 8):
         disturb(module.model, seed=step)
-        module.after_update()
+        module.learner.move_teacher()
         if step % 3 == 0:
             expected = (1 - g) * expected + g * weights(module.model)
         torch.testing.assert_close(weights(module.teacher.model), expected, rtol=0, atol=1e-6)
@@ -218,7 +219,7 @@ def outcome(module, reward, lengths=(10, 10)):
         for p in module.model.parameters():
             if p.requires_grad:
                 p.add_(0.01 * torch.randn(p.shape, generator=generator))
-    module.after_update()
+    module.learner.move_teacher()
 
 
 def copied(module):
@@ -328,7 +329,9 @@ def test_the_gates_settings_are_checked(name):
 )
 def test_settings_of_another_teacher_are_refused(kind, name, value):
     with pytest.raises(ValueError, match=f"no `{name}` with the {kind} teacher"):
-        SDPO(tiny_model(), half_right, tokenizer=TOKENIZER, teacher_regularization=kind, **{name: value}, **LIMITS)
+        build(
+            SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, teacher_regularization=kind, **{name: value}, **LIMITS
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -342,7 +345,7 @@ def test_a_teacher_with_the_students_weights_has_no_dropout(kind, checkpointing)
     modes = [part.training for part in module.model.modules()]
     assert 0 < sum(modes) < len(modes)
     rows = random_rows(4)
-    sequences = module.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
+    sequences = module.learner.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
     one, two = (torch.cat([s.hidden for s in module.teacher.sources(module.model, sequences)]) for _ in range(2))
     assert torch.equal(one, two)
     assert [part.training for part in module.model.modules()] == modes
@@ -353,6 +356,6 @@ def test_a_teacher_with_the_students_weights_has_no_dropout(kind, checkpointing)
 def test_log_probabilities_of_the_policy_have_no_dropout():
     module = tiny_sdpo(model=tiny_model(attention_dropout=0.5))
     rows = random_rows(4)
-    one, two = (torch.cat([values for _, values in module.policy_log_probs(rows, rows)]) for _ in range(2))
+    one, two = (torch.cat([values for _, values in module.learner.log_probs(rows, rows)]) for _ in range(2))
     assert torch.equal(one, two)
     assert module.model.training

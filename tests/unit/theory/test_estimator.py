@@ -17,6 +17,7 @@ from benchmarks.theory.estimator_views import View, sequence_statistics, token_s
 from pgpo_lightning.data.toy import questions
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.step_statistics import StepStatistics
+from tests.support.helpers import accumulate
 
 SOURCE = Source(chances=(0.2, 0.5, 0.7), vocabulary=8)
 
@@ -211,8 +212,7 @@ def test_the_bank_holds_what_a_training_step_sees():
     bank = toy_bank(4, 4, 7, [View()])
     module = toy_module(4, 7)
     rows = rows_with_teacher(module, questions("train")[:4], 0, 7)
-    module.manual_backward = lambda loss: loss.backward()  # there is no trainer
-    module.accumulate_gradients(rows)
+    accumulate(module, rows)
     mine = per_sequence(sequence_statistics(bank.tokens[View()], bank.lengths))
     theirs = per_sequence(module.step_statistics)
     order = np.lexsort((theirs["kl"], module.step_statistics.length))  # micro-batches sort their rows

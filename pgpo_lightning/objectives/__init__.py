@@ -1,0 +1,1 @@
+"""Objectives: which samples are learnt from, and by which loss. Plain objects, without Lightning."""

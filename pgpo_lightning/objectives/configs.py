@@ -1,0 +1,134 @@
+"""Groups of settings of the objectives."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from pgpo_lightning.core.run_settings import ConfigGroup
+from pgpo_lightning.core.settings import Count, Fraction, Natural, NonNegative, Positive, checked
+from pgpo_lightning.losses.divergence import Divergence, Softening
+from pgpo_lightning.losses.policy_gradient import TieBreak
+
+
+@partial(checked, prefix="divergence.")
+@dataclass(frozen=True)
+class DivergenceConfig(ConfigGroup):
+    """Which divergence between student S and teacher T is minimised (SDPO, arXiv 2601.20802).
+
+    For alpha = 0 or 1 the loss is a KL divergence, in between a generalised JSD. Near agreement the JSD (alpha = 0.5) is about a
+    quarter of the KL, so learning rates do not transfer.
+
+    Args:
+        alpha: 0 is the forward KL(T||S), 1 the reverse KL(S||T), between them the generalised Jensen-Shannon divergence.
+        full_logit_distillation: Compare distributions; if false, only the sampled token's log-probabilities (needs alpha 1).
+        distillation_topk: Compare over the student's k likeliest tokens only; null for the full vocabulary.
+        distillation_add_tail: With top-k, put the rest into one bucket (default) instead of renormalising.
+        entry_clip: Bound, in nats, of what a single vocabulary entry adds to the divergence of a token
+            (:func:`~pgpo_lightning.losses.divergence.clipped_divergence`; 0.05 in OPSD). Null for none.
+        softening: Mix the student into the teacher's distribution where they disagree (DemoPSD; needs alpha 1). Null for the
+            teacher as it is.
+
+    Raises:
+        ValueError: If a setting is out of range or contradicts another; names the field.
+    """
+
+    alpha: Fraction = 0.5
+    full_logit_distillation: bool = True
+    distillation_topk: Count | None = None
+    distillation_add_tail: bool | None = None
+    entry_clip: Positive | None = None
+    softening: Softening | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings against each other."""
+        if not self.full_logit_distillation and self.alpha != 1:
+            raise ValueError(
+                "Expected `divergence.alpha` 1 with `divergence.full_logit_distillation` false, because sampled tokens only give "
+                f"the reverse KL, but got {self.alpha}."
+            )
+        for name in ("distillation_topk", "entry_clip", "softening"):
+            if getattr(self, name) is not None and not self.full_logit_distillation:
+                raise ValueError(
+                    f"Expected no `divergence.{name}` with `divergence.full_logit_distillation` false: it would have no effect."
+                )
+        if self.distillation_add_tail is not None and self.distillation_topk is None:
+            raise ValueError(
+                "Expected `divergence.distillation_topk` with `divergence.distillation_add_tail`: without it there is no tail."
+            )
+        if self.softening is None:
+            return
+        if self.alpha != 1:
+            raise ValueError(
+                "Expected `divergence.alpha` 1 with `divergence.softening`, whose loss is the reverse KL from the softened "
+                f"target, but got {self.alpha}."
+            )
+        for name in ("distillation_topk", "entry_clip"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"Expected no `divergence.{name}` with `divergence.softening`, which is over all tokens, but got {value}."
+                )
+
+    @property
+    def divergence(self) -> Divergence:
+        """What is computed; for sampled tokens the reverse KL, whose gradient theirs is in expectation."""
+        if not self.full_logit_distillation:
+            return Divergence(1.0)
+        add_tail = self.distillation_add_tail is not False
+        return Divergence(self.alpha, self.distillation_topk, add_tail, self.entry_clip, self.softening)
+
+
+@partial(checked, prefix="policy_gradient.")
+@dataclass(frozen=True)
+class PolicyGradientConfig(ConfigGroup):
+    """The clipped policy gradient of GRPO, with the names of verl.
+
+    Args:
+        norm_adv_by_std_in_grpo: Divide advantages by the group's standard deviation. Null for the module's default: false, and
+            true for HAPO (Eq. 2 of its paper).
+        std: Standard deviation with n - 1 (``sample``, as in LUFFY and verl) or with n (``population``) in its denominator.
+        clip_ratio_low: Clip range below 1. Without effect on the first of several updates, where the ratio is 1.
+        clip_ratio_high: Clip range above 1.
+        clip_ratio_c: Dual clip; null for none.
+
+    Raises:
+        ValueError: If a setting is out of range or contradicts another; names the field.
+    """
+
+    norm_adv_by_std_in_grpo: bool | None = None
+    std: Literal["sample", "population"] = "sample"
+    clip_ratio_low: Fraction = 0.2
+    clip_ratio_high: NonNegative = 0.28
+    clip_ratio_c: Positive | None = 3.0
+
+    def __post_init__(self) -> None:
+        """Check the settings against each other."""
+        if self.clip_ratio_c is not None and self.clip_ratio_c <= 1 + self.clip_ratio_high:
+            raise ValueError(
+                "Expected `policy_gradient.clip_ratio_c` to exceed 1 + `policy_gradient.clip_ratio_high`, but got "
+                f"{self.clip_ratio_c}."
+            )
+
+
+@partial(checked, prefix="injection.")
+@dataclass(frozen=True)
+class InjectionConfig(ConfigGroup):
+    """How demonstrations enter a group of rollouts (HAPO, arXiv 2603.11321, Eq. 7 to 9).
+
+    Args:
+        ties: Which of several equally bad rollouts is replaced: the ``first`` or a ``random`` one.
+        demonstration_advantage: Multiply the demonstration's term by its advantage in the group, as LUFFY does. If false, as in
+            the letter of Eq. 9, its weight is 1, also where nothing is left to compare it with.
+        confidence_weight: Also multiply it by one minus the confidence: a reading of the paper's F(p, c).
+        shaping: g in f(p) = p / (p + g).
+        gradient_parts_every_n_steps: Batches between two measurements of the gradients of demonstrations and of rollouts alone:
+            their norms and their cosine. Each costs two more backward passes, and memory for two more gradients; 0 for none.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    ties: TieBreak = "first"
+    demonstration_advantage: bool = True
+    confidence_weight: bool = False
+    shaping: Positive = 0.1
+    gradient_parts_every_n_steps: Natural = 0

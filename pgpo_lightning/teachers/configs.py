@@ -1,0 +1,111 @@
+"""Groups of settings of the self-teacher: whose weights it has, and what it reads (SDPO, arXiv 2601.20802)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from pgpo_lightning.core.run_settings import ConfigGroup
+from pgpo_lightning.core.settings import Count, Fraction, checked
+from pgpo_lightning.teachers.base import TeacherRegularization
+from pgpo_lightning.teachers.reprompt import (
+    FEEDBACK_TEMPLATE,
+    REPROMPT_TEMPLATE,
+    SOLUTION_TEMPLATE,
+    DemonstrationChoice,
+    DemonstrationSource,
+)
+from pgpo_lightning.teachers.schedules import RefreshGate
+
+_MOVING = ("ema", "trust-region", "restart")
+
+
+@partial(checked, prefix="teacher.")
+@dataclass(frozen=True)
+class TeacherConfig(ConfigGroup):
+    """Whose weights the self-teacher has, and how they follow the student.
+
+    Args:
+        regularization: ``ema`` (moving average of the student), ``frozen`` (the start), ``live`` (the student),
+            ``trust-region`` (a mixture of the start's and the student's logits), ``restart`` (moves every `period` steps by
+            what the average would have moved), ``gated`` (CGTR: a copy of the student, taken when the student has become
+            better, see `gate`).
+        update_rate: Of the average (for ``restart`` per step; 1 is a hard copy), or weight of the student in the mixture.
+            Default 0.05.
+        offload: Keep the teacher's own weights in the host's memory; the device gets a copy while gradients are computed.
+        period: Steps between two moves of the ``restart`` teacher. Default 10.
+        gate: When the ``gated`` teacher is renewed. Default as in the paper.
+        preflight: Before the first optimizer step, sample an answer of the teacher from every reprompt of the batch and as many
+            of the student from the plain prompts, and warn if the teacher succeeds significantly less often. Logs
+            `self_distillation/net_gap` and its standard error.
+
+    Raises:
+        ValueError: If a setting is out of range, or has no effect on this kind of teacher; names the field.
+    """
+
+    regularization: TeacherRegularization = "ema"
+    update_rate: Fraction | None = None
+    offload: bool = False
+    period: Count | None = None
+    gate: RefreshGate | None = None
+    preflight: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that this kind of teacher does not read."""
+        for name, value, kinds in (
+            ("update_rate", self.update_rate, _MOVING),
+            ("period", self.period, ("restart",)),
+            ("gate", self.gate, ("gated",)),
+        ):
+            if value is not None and self.regularization not in kinds:
+                raise ValueError(
+                    f"Expected no `teacher.{name}` with the {self.regularization} teacher: it would have no effect."
+                )
+        if self.offload and self.regularization == "live":
+            raise ValueError(
+                "Expected no `teacher.offload` with a teacher that has no weights but the student's. Set it to false."
+            )
+
+    @property
+    def rate(self) -> float:
+        """The update rate, with its default."""
+        return 0.05 if self.update_rate is None else self.update_rate
+
+
+@partial(checked, prefix="reprompt.")
+@dataclass(frozen=True)
+class RepromptConfig(ConfigGroup):
+    """What the self-teacher reads.
+
+    Args:
+        demonstration_choice: ``shared``: one success, drawn at random, is shown to all rollouts of a group except itself, which
+            is shown a second one (the reference's rule; the teacher reads it once for all of them). ``independent``: a draw
+            for every rollout; less correlated, and the teacher's forward pass costs up to twice as much.
+        dont_reprompt_on_self_success: Never show a response its own text as demonstration.
+        remove_thinking_from_demonstration: Drop thinking blocks from demonstrations, also one that the chat template opens. A
+            block that is never closed extends to the end; a response that is all thinking is no demonstration.
+        include_environment_feedback: Show feedback, the verifier's or else the question's `privileged_context`.
+        environment_feedback_only_without_solution: Show it only where there is no demonstration.
+        max_reprompt_len: Longest teacher prompt in tokens. The demonstration is cut to fit, then the feedback; never the
+            question or the template.
+        reprompt_template: The teacher's user turn; placeholders {prompt}, and {solution} and {feedback} unless there is none.
+        solution_template: What goes into {solution}; placeholder {successful_previous_attempt}.
+        feedback_template: What goes into {feedback}; placeholder {feedback_raw}.
+        demonstration_source: Whose successes are shown: ``siblings``, as above; ``own``, a response's own text if it is right
+            (set `dont_reprompt_on_self_success` false); ``none``, feedback alone.
+        reprompt_without_context: Give a teacher also to rollouts with neither demonstration nor feedback; it reads the reprompt
+            template with both left empty, so that the context is the template itself, or nothing.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    demonstration_choice: DemonstrationChoice = "shared"
+    dont_reprompt_on_self_success: bool = True
+    remove_thinking_from_demonstration: bool = True
+    include_environment_feedback: bool = True
+    environment_feedback_only_without_solution: bool = True
+    max_reprompt_len: Count = 10240
+    reprompt_template: str = REPROMPT_TEMPLATE
+    solution_template: str = SOLUTION_TEMPLATE
+    feedback_template: str = FEEDBACK_TEMPLATE
+    demonstration_source: DemonstrationSource = "siblings"
+    reprompt_without_context: bool = False

@@ -1,0 +1,154 @@
+"""The self-teacher of one run (SDPO, arXiv 2601.20802): its settings, its prompts, and the making of its weights."""
+
+import random
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from transformers import PreTrainedModel
+
+from pgpo_lightning.core.types import Sample
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.models.loading import fingerprint
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.teachers.base import Teacher
+from pgpo_lightning.teachers.build import make_teacher
+from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+from pgpo_lightning.teachers.frozen import FrozenTeacher
+from pgpo_lightning.teachers.reprompt import RepromptBuilder, fill
+
+
+class SelfTeaching:
+    """Shows the model what became of its own responses, so that it can teach itself.
+
+    Args:
+        config: Whose weights the teacher has.
+        reprompt: What it reads.
+        encoder: Encodes its prompts.
+        num_generations: Rollouts per question.
+        max_prompt_length: Longest student prompt in tokens.
+        success_threshold: Rewards of at least this count as success.
+        adapter: Whether an adapter is trained, so that the teacher has no weights of its own.
+
+    Raises:
+        ValueError: If settings contradict each other; names the field.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        reprompt: RepromptConfig,
+        encoder: PromptEncoder,
+        *,
+        num_generations: int,
+        max_prompt_length: int,
+        success_threshold: float,
+        adapter: bool = False,
+    ) -> None:
+        if config.offload and adapter:
+            raise ValueError(
+                "Expected no `teacher.offload` with a teacher that has an adapter, which is small. Set it to false."
+            )
+        if reprompt.max_reprompt_len <= max_prompt_length:
+            raise ValueError(
+                f"Expected `reprompt.max_reprompt_len` to exceed `max_prompt_length` ({max_prompt_length}), because the teacher "
+                f"sees the question and more, but got {reprompt.max_reprompt_len}."
+            )
+        alone = num_generations == 1 and reprompt.dont_reprompt_on_self_success
+        if alone and not reprompt.include_environment_feedback and not reprompt.reprompt_without_context:
+            raise ValueError(
+                "Expected `num_generations` to be at least 2 without `reprompt.include_environment_feedback`, but got 1: no "
+                "rollout has a sibling or feedback to learn from, so nothing would ever be learnt."
+            )
+        self.config = config
+        self.encoder = encoder
+        self.builder = RepromptBuilder(success_reward_threshold=success_threshold, **vars(reprompt))
+        self.start: str | None = None
+        """Fingerprint of the weights that the teacher keeps outside of checkpoints, if it does."""
+
+    def check_template(self) -> None:
+        """Check that the reprompt leaves room for a question.
+
+        Raises:
+            MisconfigurationException: If the template alone fills the limit.
+        """
+        limit = self.builder.max_reprompt_len
+        bare = fill(self.builder.reprompt_template, prompt="", solution="", feedback="")
+        taken = len(self.encoder.messages([{"role": "user", "content": bare}], "`reprompt.reprompt_template`"))
+        if taken >= limit:
+            raise MisconfigurationException(
+                f"Expected `reprompt.reprompt_template` to leave room for a question, but it takes {taken} of "
+                f"`reprompt.max_reprompt_len`={limit} tokens by itself, so that no rollout would have a teacher. Raise "
+                "`reprompt.max_reprompt_len`, or shorten the template."
+            )
+
+    def make(self, student: PreTrainedModel) -> Teacher:
+        """Return the teacher, made from the student's weights (or its adapter) as they are now."""
+        config = self.config
+        period = 10 if config.period is None else config.period
+        teacher = make_teacher(config.regularization, student, config.rate, period, config.gate, config.offload)
+        if isinstance(teacher, FrozenTeacher):
+            self.start = fingerprint(student)
+        return teacher
+
+    def attach(self, samples: list[Sample], teacher: Teacher, rng: random.Random) -> dict[str, float]:
+        """Give every sample that has a demonstration or feedback its teacher's prompt, in place.
+
+        Args:
+            samples: This rank's, whole groups.
+            teacher: Sees the rollouts of the step.
+            rng: Source of the choice of demonstrations.
+
+        Returns:
+            Scalars to log.
+        """
+        encoder = self.encoder
+        teacher.observe(samples)
+        scalars = self.builder.attach(samples, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer)
+        empty = not any(gather(any(sample.reprompt_ids is not None for sample in samples)))
+        scalars["self_distillation/empty_target_batch"] = float(empty)
+        return scalars
+
+    def saved(self, teacher: Teacher | None) -> dict[str, Any]:
+        """Return what a checkpoint needs beside weights."""
+        # FSDP2 loads a single file weight by weight, and nothing else of a module's state.
+        beside = None
+        if teacher is not None and type(teacher).get_extra_state is not nn.Module.get_extra_state:
+            beside = teacher.get_extra_state()
+        return {"teacher": self.config.regularization, "teacher_state": beside, "start": self.start}
+
+    def restore(self, saved: dict[str, Any], teacher: Teacher | None) -> None:
+        """Check that a checkpoint was trained with this kind of teacher, and take over its state.
+
+        Args:
+            saved: What :meth:`saved` returned.
+            teacher: ``None`` where only the student is evaluated.
+
+        Raises:
+            MisconfigurationException: If it is another kind, or began with other weights.
+        """
+        if teacher is not None and saved["teacher"] != self.config.regularization:
+            raise MisconfigurationException(
+                f"Expected a checkpoint with `teacher.regularization` {self.config.regularization}, but it has "
+                f"{saved['teacher']}."
+            )
+        check_start(saved.get("start"), self.start)
+        if teacher is not None and (beside := saved.get("teacher_state")) is not None:
+            teacher.set_extra_state(beside)
+
+
+def check_start(saved: str | None, found: str | None) -> None:
+    """Compare the weights that a teacher began with, where it keeps them outside of checkpoints.
+
+    Args:
+        saved: Their fingerprint in the checkpoint.
+        found: That of the model that this run was given.
+
+    Raises:
+        MisconfigurationException: If they differ.
+    """
+    if saved is not None and found is not None and saved != found:
+        raise MisconfigurationException(
+            "Expected `model` to be the one that the run began with, because the teacher is made of its weights, but got others "
+            f"(fingerprint {found}, and it was {saved}). Give the model of the run."
+        )

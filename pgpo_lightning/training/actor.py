@@ -1,0 +1,149 @@
+"""What training and evaluation have in common: the student answers, the verifier judges."""
+
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pgpo_lightning.core.errors import VerifierError
+from pgpo_lightning.core.seeding import generators_kept
+from pgpo_lightning.core.types import Question, Rollout, Verdict
+from pgpo_lightning.distributed.collectives import gather, together
+from pgpo_lightning.distributed.fsdp import Placement, Replicated
+from pgpo_lightning.distributed.stopping import SIGNALS
+from pgpo_lightning.rewards.grade import Verifier, check_question, grade
+from pgpo_lightning.rollout.checks import check_rollouts
+from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling
+from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.training.configs import RewardConfig
+
+
+class Actor:
+    """Samples responses and has them judged.
+
+    Args:
+        engine: Samples responses.
+        verifier: Judges them.
+        tokenizer: The student's.
+        encoder: Encodes prompts.
+        max_prompt_length: Longest prompt in tokens.
+        reward: What happens when the verifier fails.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        verifier: Verifier,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: PromptEncoder,
+        max_prompt_length: int,
+        reward: RewardConfig,
+    ) -> None:
+        self.engine, self.verifier = engine, verifier
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.max_prompt_length = max_prompt_length
+        self.reward = reward
+        self.verifier_errors = 0
+        """Responses that the verifier failed on, of all ranks and up to the last step or evaluation."""
+        self._new_verifier_errors = 0  # of this rank, since then
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        questions: list[Question],
+        n: int,
+        sampling: Sampling,
+        placement: Placement | None = None,
+        all_ranks: bool = True,
+        step: int = 0,
+    ) -> list[Rollout]:
+        """Sample `n` responses to every question from the student as it is now.
+
+        Args:
+            model: The student.
+            questions: What is asked.
+            n: Responses per question.
+            sampling: How.
+            placement: Where the student's weights are.
+            all_ranks: Whether all ranks sample at the same time, so that none may leave alone.
+            step: Batches trained on so far, for messages.
+
+        Returns:
+            The responses to each question next to each other.
+
+        Raises:
+            ValueError: If a prompt is too long, or if an engine returns something else than what was asked for.
+            NotFiniteError: If the student's logits are not finite; names the step.
+        """
+        placement = placement or Replicated()
+        # Under sharded weights what fails before the first forward pass would leave the other ranks in it.
+        with together() if placement.sharded else nullcontext():
+            prompts = [self._encoded(question) for question in questions]
+        try:
+            with placement.generation(), SIGNALS.section(all_ranks):
+                rollouts = self.generate(model, questions, prompts, n, sampling)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"At step {step}: {error}") from error
+        check_rollouts(rollouts, questions, n, type(self.engine).__name__)
+        return rollouts
+
+    def generate(
+        self, model: PreTrainedModel, questions: list[Question], prompts: list[list[int]], n: int, sampling: Sampling
+    ) -> list[Rollout]:
+        """Sample `n` responses to every prompt of token ids; the question is what its rollouts refer to."""
+        return self.engine.generate(model, self.tokenizer, questions, prompts, n, sampling)
+
+    def _encoded(self, question: Question) -> list[int]:
+        prompt = self.encoder.question(question)
+        if len(prompt) > self.max_prompt_length:  # data that did not come through our data module
+            raise ValueError(
+                f"Expected prompts of at most `max_prompt_length`={self.max_prompt_length} tokens, but the one of "
+                f"{question.source or f'question {question.index}'} has {len(prompt)}."
+            )
+        return prompt
+
+    def too_long(self, question: Question) -> str | None:
+        """Return why a question's prompt is dropped, or null."""
+        length, limit = len(self.encoder.question(question)), self.max_prompt_length
+        return f"{length} tokens, `max_prompt_length` is {limit}" if length > limit else None
+
+    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
+        """Return the verifier's verdict on every rollout.
+
+        The verifier may draw from the global generators; what follows does not depend on how much it draws.
+
+        Raises:
+            VerifierError: If the verifier fails and `reward.on_error` is ``raise``; names the question.
+        """
+        with generators_kept():
+            return [self._judge(rollout) for rollout in rollouts]
+
+    def _judge(self, rollout: Rollout) -> Verdict:
+        try:
+            return grade(self.verifier, rollout.question, rollout.text)
+        except VerifierError as error:
+            if self.reward.on_error == "raise":
+                raise
+            if self.verifier_errors + self._new_verifier_errors == 0:
+                warnings.warn(
+                    f"The reward is 0 where the verifier fails, because `reward.on_error` is zero. The first time: {error} "
+                    "Later ones are only counted: see rollout/verifier_errors.",
+                    stacklevel=2,
+                )
+            self._new_verifier_errors += 1
+            return Verdict(0.0)
+
+    def count_verifier_errors(self) -> None:
+        """Add what has failed since the last time, on all ranks; every rank has to call it."""
+        self.verifier_errors += sum(gather(self._new_verifier_errors))
+        self._new_verifier_errors = 0
+
+    def check_questions(self, questions: Iterable[Question]) -> None:
+        """Let the verifier look at questions before anything is sampled.
+
+        Raises:
+            ValueError: If it cannot judge one of them; names the row.
+        """
+        for question in questions:
+            check_question(self.verifier, question)

@@ -1,0 +1,144 @@
+"""Groups of settings that every module has, beside what everybody sets."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from pgpo_lightning.core.run_settings import ConfigGroup
+from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Temperature, checked
+from pgpo_lightning.models.loading import Dtype
+
+LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
+
+
+@partial(checked, prefix="evaluation.")
+@dataclass(frozen=True)
+class EvaluationConfig(ConfigGroup):
+    """How held-out questions are answered.
+
+    Args:
+        samples: k of avg@k, pass@k and majority@k.
+        temperature: Sampling temperature, 0.0001 to 100.
+        top_p: Nucleus, 0.001 to 1.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    samples: Count = 16
+    temperature: Temperature = 0.6
+    top_p: Nucleus = 0.95
+
+
+@partial(checked, prefix="update.")
+@dataclass(frozen=True)
+class UpdateConfig(ConfigGroup):
+    """How a batch becomes optimizer steps.
+
+    Args:
+        max_grad_norm: Gradients are clipped to this norm; null for no clipping.
+        updates_per_batch: Optimizer steps per batch, each on its share of the questions. Lightning's `max_steps` counts
+            optimizer steps, including those that are left out because no rollout of any rank is in the loss. Curves,
+            checkpoints and schedules count batches.
+        num_iterations: Passes over each batch, each with `updates_per_batch` optimizer steps. A teacher that does not change
+            within a batch is run in the first pass only.
+        micro_batch_tokens: Maximum padded tokens per forward pass; shared prompts are counted and computed once.
+        loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step;
+            rollouts without a loss count as zero, as in SDPO's code. ``token-mean``: mean over all tokens in the loss of the
+            optimizer step. Both are over all ranks and micro-batches.
+        max_skipped_steps: Optimizer steps in a row that may be skipped because the loss or the gradient is not finite.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    max_grad_norm: Annotated[float, Range(least=1e-6, most=1e6)] | None = 1.0
+    updates_per_batch: Count = 1
+    num_iterations: Count = 1
+    micro_batch_tokens: Count = 16384
+    loss_agg_mode: LossAggregation = "seq-mean-token-mean"
+    max_skipped_steps: Natural = 5
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps per batch."""
+        return self.updates_per_batch * self.num_iterations
+
+
+@partial(checked, prefix="model_config.")
+@dataclass(frozen=True)
+class ModelConfig(ConfigGroup):
+    """How the model and its tokenizer are loaded.
+
+    Args:
+        tokenizer: Folder, Hub id or object; by default the model's.
+        enable_thinking: Thinking mode of the chat template.
+        dtype: Type of the weights; keep float32 for mixed precision.
+        attn_implementation: As in transformers.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        revision: Branch, tag or commit of model and tokenizer on the Hub.
+        trust_remote_code: Run Python code that comes with model or tokenizer.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    tokenizer: str | PreTrainedTokenizerBase | None = None
+    enable_thinking: bool = False
+    dtype: Dtype = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@partial(checked, prefix="mismatch.")
+@dataclass(frozen=True)
+class MismatchConfig(ConfigGroup):
+    """How differences between the trainer's and the sampler's log-probabilities are treated (train-inference mismatch).
+
+    Args:
+        importance_weight_cap: Upper bound of the importance weight of a token, trainer over sampler; null for no weight.
+        is_clip: SDPO's name of `importance_weight_cap`; null if it is not used.
+        max_sampler_gap: Stop the run when trainer and sampler differ by more than this in the log-probability of a sampled token
+            (mean absolute difference, nats per token, first update of a batch); null never stops.
+
+    Raises:
+        ValueError: If a setting is out of range, or both names are used; names the field.
+    """
+
+    importance_weight_cap: Positive | None = 2.0
+    is_clip: Positive | None = None
+    max_sampler_gap: Positive | None = 0.1
+
+    def __post_init__(self) -> None:
+        """Let the alias stand for the field."""
+        if self.is_clip is None:
+            return
+        if self.importance_weight_cap not in (2.0, self.is_clip):
+            raise ValueError(
+                "Expected only one of `mismatch.importance_weight_cap` and `mismatch.is_clip`, which mean the same, but got "
+                f"{self.importance_weight_cap} and {self.is_clip}."
+            )
+        object.__setattr__(self, "importance_weight_cap", self.is_clip)
+        object.__setattr__(self, "is_clip", None)
+
+
+@partial(checked, prefix="reward.")
+@dataclass(frozen=True)
+class RewardConfig(ConfigGroup):
+    """How rewards are read.
+
+    Args:
+        success_threshold: Rewards of at least this count as success.
+        on_error: What happens when the verifier raises or returns no finite number: ``raise`` stops the run, ``zero`` gives that
+            response a reward of 0 and counts it.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    success_threshold: float = 0.5
+    on_error: Literal["raise", "zero"] = "raise"

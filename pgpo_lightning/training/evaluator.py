@@ -1,0 +1,144 @@
+"""Held-out evaluation: avg@k, pass@k, majority@k, lengths, and every answer in a file."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from pgpo_lightning.core.files import write_json
+from pgpo_lightning.core.seeding import derive_seed, seeded
+from pgpo_lightning.core.types import Question, Rollout, Verdict
+from pgpo_lightning.distributed.collectives import gather, on_first_rank, together
+from pgpo_lightning.models.loading import fp32_by_default
+from pgpo_lightning.rollout.checks import check_kind
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.training.configs import EvaluationConfig
+from pgpo_lightning.training.held_out import SCORES, HeldOut, result_line, score, score_name
+
+
+class Evaluator:
+    """The validation and test loops of every module.
+
+    Question i of the split is sampled with the same random numbers in every evaluation of a run, whatever the batch size and the
+    number of ranks, so that a change of the score is a change of the model. (In another batch logits may differ in their last
+    bits, and that may flip a draw.)
+
+    Args:
+        config: How questions are answered.
+        max_response_length: Longest response in tokens.
+        success_threshold: Rewards of at least this pass.
+    """
+
+    def __init__(self, config: EvaluationConfig, max_response_length: int, success_threshold: float) -> None:
+        self.config = config
+        self.sampling = Sampling(max_response_length, config.temperature, config.top_p)
+        self.success_threshold = success_threshold
+        self.in_step = False
+        """Whether ranks have equally many batches of the evaluation that is under way."""
+        self.held_out: HeldOut | None = None
+        """The last evaluation."""
+        self._results: list[tuple[int, bytes]] = []
+
+    def start(self, batches: Any) -> None:
+        """Start a new evaluation.
+
+        Args:
+            batches: This rank's numbers of batches. Ranks with different numbers, as some samplers give them, cannot wait for
+                each other after every batch.
+        """
+        self._results = []
+        self.in_step = len({str(each) for each in gather(batches)}) == 1
+
+    def answer(
+        self,
+        questions: list[Question],
+        seed: int,
+        sample: Callable[[list[Question], int, Sampling], list[Rollout]],
+        judge: Callable[[list[Rollout]], list[Verdict]],
+    ) -> None:
+        """Answer one batch of questions k times each.
+
+        Args:
+            questions: The batch.
+            seed: Of the run.
+            sample: From questions, samples per question and sampling to rollouts.
+            judge: From rollouts to verdicts.
+
+        Raises:
+            ValueError: If two of them have one `index`, or if they are no questions: data of another module.
+        """
+        k = self.config.samples
+        check_kind(questions)
+        indices = [question.index for question in questions]
+        if len(set(indices)) < len(indices):
+            raise ValueError("Expected held-out questions with different `index`: scores are means over questions.")
+        seeds = [derive_seed(seed, "evaluation", index) for index in indices]
+        # What fails on one rank alone ends all of them.
+        with together() if self.in_step else nullcontext(), fp32_by_default():
+            with seeded(seed, "evaluation", *indices):  # for an engine that does not know `seeds`
+                rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))
+            for i, question in enumerate(questions):
+                answers = rollouts[i * k : (i + 1) * k]
+                with seeded(seed, "verifier", question.index):  # which may draw too
+                    verdicts = judge(answers)
+                self._results.append((question.index, result_line(question, answers, verdicts)))
+
+    def finish(self, trainer: L.Trainer, step: int, described: dict[str, Any]) -> dict[str, float]:
+        """Score all ranks' answers, write them, and keep the scores in :attr:`held_out`.
+
+        Answers of training's own validation are written to ``validation/step=<step>.jsonl`` in the folder of the log. Those of
+        ``Trainer.validate`` and ``Trainer.test`` are named ``validate/*`` and ``test/*`` and go to folders of these names, with a
+        record (``.json``) of what was evaluated how. Under training's names the log of a run would hold them as its own.
+
+        Args:
+            trainer: Says which of the three it is, and where to write.
+            step: Batches trained on so far.
+            described: What was evaluated, for the record.
+
+        Returns:
+            The scores and their standard errors, under the names of their curves.
+        """
+        command = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}.get(trainer.state.fn)
+        log_dir = trainer.log_dir  # a collective: every rank has to ask
+        folder = None if log_dir is None or trainer.fast_dev_run else Path(log_dir) / (command or "validation")
+        file = None if folder is None else folder / f"step={step:06d}.jsonl"
+        checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+        record = {"command": command, **described, "checkpoint": checkpoint, "step": step}
+        name = None if command is None else partial(self._write_record, record)
+        lines = (line for _, line in sorted(self._results, key=lambda result: result[0]))
+        k, threshold = self.config.samples, self.success_threshold
+        found = self.held_out = on_first_rank(lines, partial(score, k=k, threshold=threshold, file=file, name=name))
+        self._results = []
+        prefix = command or "val"
+        scores = {f"{prefix}/{score_name(name, k)}": value for name, value in found.scores.items()}
+        return scores | {
+            f"{prefix}_standard_error/{score_name(name, k)}": found.errors[name]
+            for name in SCORES
+            if name in found.errors
+        }
+
+    def _write_record(self, record: dict[str, Any], found: HeldOut) -> Path:
+        """Write what was evaluated how; return a name for the answers that no other evaluation has."""
+        settings = {
+            **record,
+            "samples": self.config.samples,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_tokens": self.sampling.max_tokens,
+            "questions": found.questions,
+            "questions_sha256": found.sha256,
+        }
+        which = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        path = found.path.with_name(f"{found.path.stem}-{which}.jsonl")
+        errors = {name: error if math.isfinite(error) else None for name, error in found.errors.items()}
+        content = {**settings, "scores": found.scores, "standard_errors": errors}
+        write_json(path.with_suffix(".json"), content)
+        return path

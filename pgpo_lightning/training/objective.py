@@ -1,0 +1,127 @@
+"""What an objective is: which samples are learnt from, by which loss per token, and what is divided by.
+
+An objective is a plain object without a Trainer. The module asks it to prepare samples (:meth:`Objective.prepare`); the
+:class:`~pgpo_lightning.training.learner.Learner` asks it for routes, and each route for the loss of its tokens.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pgpo_lightning.core.types import Sample
+from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.losses.fused import TokenStatistics
+from pgpo_lightning.losses.token_weights import TokenWeights
+from pgpo_lightning.teachers.self_teaching import SelfTeaching
+from pgpo_lightning.training.mini_batches import TokenInputs
+
+if TYPE_CHECKING:
+    from pgpo_lightning.training.learner import Learner
+
+TokenLoss = Callable[[TokenStatistics, TokenInputs], Tensor]
+"""From what student and teacher say about n tokens, and what was known before, to a loss per token, shape ``(n,)``.
+
+`divergence`, `log_p_student` and `entropy_student` of the statistics carry gradients. Importance weights are applied outside.
+"""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Samples that share a loss, and never a forward pass with those of another route.
+
+    Attributes:
+        samples: In the loss; there may be none.
+        token_loss: The loss of their tokens.
+        taught: Whether the teacher runs over them too.
+    """
+
+    samples: list[Sample]
+    token_loss: TokenLoss
+    taught: bool = False
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What :meth:`Objective.prepare` may use.
+
+    Attributes:
+        rng: Source of random choices.
+        step: Batches trained on so far.
+        learner: Gives log-probabilities under the current policy, and holds the teacher.
+    """
+
+    rng: random.Random
+    step: int
+    learner: "Learner"
+
+
+class Objective(ABC):
+    """Turns the rollouts of a batch into losses."""
+
+    divergence: Divergence | None = None
+    """Which divergence between student and teacher is computed and logged; null without a teacher."""
+
+    token_weights: TokenWeights | None = None
+    """Weights of the tokens or responses of taught routes, by their information."""
+
+    teaching: SelfTeaching | None = None
+    """The self-teacher, if the objective has one."""
+
+    @abstractmethod
+    def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
+        """Give samples what their loss needs, in place: reprompts, advantages, weights.
+
+        Args:
+            samples: All samples of this rank's batch, those to one question next to each other.
+            given: What may be used.
+
+        Returns:
+            Scalars to log.
+        """
+
+    @abstractmethod
+    def in_loss(self, sample: Sample) -> bool:
+        """Whether a sample takes part in the loss. The others cost no forward pass."""
+
+    @abstractmethod
+    def routes(self, samples: list[Sample]) -> list[Route]:
+        """Return the samples in the loss by routes, taught ones first; as many routes on every rank, some perhaps empty."""
+
+    @abstractmethod
+    def normalizer(self, samples: list[Sample]) -> int:
+        """Return the number of tokens that ``token-mean`` divides by."""
+
+    def diagnose(self, samples: list[Sample], step: int, gradients: Callable[[], list[Tensor]]) -> dict[str, float]:
+        """Measure something about the gradient of an optimizer step before it is computed; return scalars to log.
+
+        Args:
+            samples: Of the optimizer step.
+            step: Batches trained on so far.
+            gradients: Computes the gradients of what :meth:`routes` returns now, one tensor per parameter that has one.
+        """
+        return {}
+
+    # What only some objectives have.
+
+    def check_questions(self, questions: list[Any]) -> None:  # noqa: B027
+        """Look at the training questions before anything is sampled."""
+
+    def check_length(self, batches: float) -> None:  # noqa: B027
+        """Raise if the objective does not know what to do for so many batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside weights."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027
+        """Take it over."""
+
+
+def split_taught(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples that have a teacher's prompt, and the others."""
+    taught = [sample for sample in samples if sample.reprompt_ids is not None]
+    return taught, [sample for sample in samples if sample.reprompt_ids is None]

@@ -1,0 +1,237 @@
+"""Checks before anything is computed: strategy, lengths, and combinations of settings that do not go together."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from pgpo_lightning.checkpoints.checkpoint_io import check_checkpoint, install
+from pgpo_lightning.core.settings import shown
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.models.loading import positions
+from pgpo_lightning.rollout.engine import Engine
+from pgpo_lightning.training.actor import Actor
+from pgpo_lightning.training.configs import UpdateConfig
+
+
+def is_sharded(trainer: L.Trainer) -> bool:
+    """Return whether weights are sharded over ranks."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_trainer(trainer: L.Trainer, fits: bool) -> Path | None:
+    """Check the strategy, and the checkpoint that a run starts from; let the strategy read and write this project's files.
+
+    Args:
+        trainer: Of the run.
+        fits: Whether it trains.
+
+    Returns:
+        The checkpoint, if it exists and this project's plug-in reads it.
+
+    Raises:
+        MisconfigurationException: If the strategy is none that is supported, or ranks found different checkpoints.
+    """
+    if fits:
+        check_strategy(trainer.strategy)
+    known = install(trainer.strategy, evaluates=not fits)
+    path = trainer.ckpt_path
+    check_same_checkpoint(path)
+    if not known or path is None or not Path(path).exists():
+        return None
+    if is_sharded(trainer):
+        check_checkpoint(Path(path))  # sharded weights do not come through that plug-in
+    return Path(path)
+
+
+def check_data(data: Any, actor: Actor) -> None:
+    """Drop prompts that are too long, and let the verifier look at the rest.
+
+    Args:
+        data: The Trainer's data module; others than this project's are checked batch by batch.
+        actor: Of the run.
+
+    Raises:
+        ValueError: If the verifier cannot judge a question; names the row.
+    """
+    if hasattr(data, "drop_prompts"):
+        data.drop_prompts(actor.too_long)
+        actor.check_questions(question for questions in data.questions.values() for question in questions)
+
+
+def count_batches(trainer: L.Trainer, update: UpdateConfig) -> float:
+    """Return how many batches a run will train on, infinity if that is not known.
+
+    Raises:
+        MisconfigurationException: If a batch cannot be divided into its updates.
+    """
+    check_batch_size(getattr(getattr(trainer, "datamodule", None), "batch_size", None), update.updates_per_batch)
+    batches = trainer.estimated_stepping_batches
+    if trainer.max_steps >= 0:
+        batches = min(batches, -(-trainer.max_steps // update.steps_per_batch))
+    return batches if batches >= 0 else math.inf
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise unless the steps of this project are right under the strategy.
+
+    Raises:
+        MisconfigurationException: Names the strategy and what to set instead.
+    """
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # Lightning's DeepSpeed is a kind of DDP
+        raise MisconfigurationException(
+            f"Expected `trainer.strategy` auto, ddp or {ModelParallelStrategy.__module__}.ModelParallelStrategy (FSDP2), but "
+            f"got {strategy.__class__.__name__}: {_why_not(strategy)}."
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise MisconfigurationException(
+            f"Expected `tensor_parallel_size` of 1, because no layer is split within itself, but got {size}. Set it, and "
+            "`data_parallel_size` to the number of all devices."
+        )
+
+
+def _why_not(strategy: Strategy) -> str:
+    if isinstance(strategy, DeepSpeedStrategy):
+        return (
+            "its engine keeps gradients to itself and clips and counts them by itself, so that no step here would see any. "
+            "For sharded weights take FSDP2, for a smaller optimizer alone ddp with bitsandbytes.optim.AdamW8bit"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        return "FSDP1 has no weights outside of the forward pass it wraps, where the loss needs the head. Take FSDP2"
+    return "gradients would not be exchanged between ranks"
+
+
+def check_combination(engine: Engine, lora: bool, sharded: bool, teacher_offload: bool = False) -> None:
+    """Raise if parts do not go together.
+
+    Args:
+        engine: Samples rollouts.
+        lora: Whether an adapter is trained.
+        sharded: Whether weights are sharded over ranks.
+        teacher_offload: Whether the teacher's weights are kept in the host's memory.
+
+    Raises:
+        MisconfigurationException: Names the setting and what to set instead.
+    """
+    if lora and sharded:
+        raise MisconfigurationException(
+            "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."
+        )
+    if engine.has_weights and (lora or sharded):
+        what = "`lora`" if lora else "sharded weights"
+        raise MisconfigurationException(
+            f"Expected no {what} with {type(engine).__name__}, which takes over whole weights. Set `engine` to "
+            "TransformersEngine."
+        )
+    if sharded and teacher_offload:
+        raise MisconfigurationException(
+            "Expected no `teacher.offload` with sharded weights, of which each device holds a part only, but got "
+            "ModelParallelStrategy. Set `teacher.offload` to false, or `trainer.strategy` to ddp."
+        )
+
+
+def check_same_checkpoint(path: str | Path | None) -> None:
+    """Raise unless all ranks start from the same checkpoint, or none does: each looks for it in its own file system.
+
+    Raises:
+        MisconfigurationException: Names what the ranks found.
+    """
+    names = gather(None if path is None else Path(path).name)
+    if len(set(names)) > 1:
+        raise MisconfigurationException(
+            f"Expected every rank to start from the same checkpoint, but ranks found {', '.join(map(shown, names))}. Put the "
+            "run's folder on a file system that all nodes share, or copy the checkpoint to each."
+        )
+
+
+def check_positions(model: PreTrainedModel, longest_prompt: int, max_response_length: int) -> None:
+    """Raise if prompt and response may be longer than the model's positions.
+
+    Raises:
+        MisconfigurationException: Names the limits.
+    """
+    available, needed = positions(model.config), longest_prompt + max_response_length
+    if available is not None and needed > available:
+        raise MisconfigurationException(
+            f"Expected prompt and response to fit into the model's {available} positions, but the limits allow "
+            f"{longest_prompt} + {max_response_length} tokens. Lower `max_response_length`, "
+            "`max_prompt_length` or `reprompt.max_reprompt_len`."
+        )
+
+
+def check_top_k(model: PreTrainedModel, divergence: Divergence | None) -> None:
+    """Raise if the divergence is over more tokens than the model has.
+
+    Raises:
+        MisconfigurationException: Names the field.
+    """
+    wanted, vocabulary = divergence and divergence.top_k, len(model.get_output_embeddings().weight)
+    if wanted is not None and wanted > vocabulary:
+        raise MisconfigurationException(
+            f"Expected `divergence.distillation_topk` to be at most the {vocabulary} tokens of the model, but got {wanted}. Set "
+            "it to null for the full vocabulary."
+        )
+
+
+def check_optimizer_fits(optimizer: Optimizer, model: PreTrainedModel, sharded: bool) -> None:
+    """Raise if the optimizer cannot step sharded weights; warn if it loses small updates of narrow ones.
+
+    Raises:
+        MisconfigurationException: Names the optimizer and another one.
+    """
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes"):
+        raise MisconfigurationException(
+            f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
+            "does not. torchao.optim.AdamW8bit is an 8-bit optimizer that does."
+        )
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+    if narrow and not getattr(optimizer, "bf16_stochastic_round", False):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in narrow)
+        warnings.warn(
+            f"Weights in {names} and an optimizer that rounds to nearest: most updates of a small learning rate are lost "
+            "(docs/performance.md, bf16 weights). Keep `model_config.dtype` float32 with `trainer.precision` bf16-mixed, or "
+            "take torchao.optim.AdamW8bit with `bf16_stochastic_round` true.",
+            stacklevel=3,
+        )
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Raise if the schedule depends on a metric.
+
+    Raises:
+        MisconfigurationException: Names the schedule.
+    """
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise MisconfigurationException(
+            "Expected a `scheduler` that depends on the step alone, but got ReduceLROnPlateau: it needs a metric."
+        )
+
+
+def check_batch_size(size: int | None, updates_per_batch: int) -> None:
+    """Raise if a batch cannot be divided into that many updates.
+
+    Raises:
+        MisconfigurationException: Names the field.
+    """
+    if size is not None and size % updates_per_batch:
+        raise MisconfigurationException(
+            f"Expected `update.updates_per_batch` to divide the batch of {size} questions, but got {updates_per_batch}."
+        )
