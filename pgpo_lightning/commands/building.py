@@ -1,4 +1,4 @@
-"""Commands that take the arguments of `pgpo fit`, build its module and data, and do something else with them."""
+"""Commands that parse the arguments of `pgpo fit`, and run something else or nothing."""
 
 import warnings
 from typing import Any
@@ -6,7 +6,45 @@ from typing import Any
 from pgpo_lightning.commands.fit import PGPOCommand
 
 
-class BuildCommand(PGPOCommand):
+class ParseCommand(PGPOCommand):
+    """Parses what `pgpo fit` parses, and neither builds nor runs anything.
+
+    Args:
+        args: Of the program, ``fit`` included.
+        exit_on_error: End the program with a message if the arguments are wrong.
+
+    Raises:
+        jsonargparse.ArgumentError: If the arguments are wrong, unless `exit_on_error` is set.
+    """
+
+    def __init__(self, args: list[str], exit_on_error: bool = True) -> None:
+        self._exit_on_error = exit_on_error
+        super().__init__(args)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer `fit` alone, which has the whole configuration."""
+        return {"fit": PGPOCommand.subcommands()["fit"]}
+
+    def init_parser(self, **kwargs: Any) -> Any:
+        """Choose what happens when arguments are wrong."""
+        return super().init_parser(exit_on_error=self._exit_on_error, **kwargs)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the given arguments. Lightning would warn that `sys.argv` has others."""
+        self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Leave the global generators alone: nothing is drawn from them."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+class BuildCommand(ParseCommand):
     """Parses what `pgpo fit` parses, and builds the module and the data alone: neither opens weights or files.
 
     Args:
@@ -14,17 +52,10 @@ class BuildCommand(PGPOCommand):
     """
 
     def __init__(self, args: list[str]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-            super().__init__(["fit", *args])
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Only `fit` has the whole configuration."""
-        return {"fit": PGPOCommand.subcommands()["fit"]}
+        super().__init__(["fit", *args])
 
     def _set_seed(self) -> None:
-        """Leave global generators alone: nothing is drawn from them."""
+        """Keep the seed, and leave the global generators alone."""
         self.seed = self.checked_seed()
 
     def adapt(self, model: Any) -> None:
@@ -33,7 +64,7 @@ class BuildCommand(PGPOCommand):
     def instantiate_classes(self) -> None:
         """Build the module, whose constructor checks the settings, and the data."""
         self.adapt(self._get(self.config, "model"))
-        self.config[self.subcommand].multiplier = None  # it may want to read a run that is not there yet
+        self.config[self.subcommand].multiplier = None  # it may refer to a run that does not exist yet
         with warnings.catch_warnings():
             # Its new name is not in all versions that are allowed.
             warnings.filterwarnings("ignore", "(?s).*instantiate_classes.*deprecated")
@@ -42,6 +73,3 @@ class BuildCommand(PGPOCommand):
         self.model = self._get(self.config_init, "model")
         if self.model.run_seed.given is None:
             self.model.run_seed.given = self.seed
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""

@@ -27,8 +27,8 @@ from pgpo_lightning.commands.trainer_settings import check_trainer
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.monitoring.configurations import RESUMED, configurations, without_checkpoint
-from pgpo_lightning.monitoring.run_folder import Lock, clear, state, steps_made
+from pgpo_lightning.monitoring.configurations import CONFIG, RESUMED, configurations, without_checkpoint
+from pgpo_lightning.monitoring.run_folder import Lock, clear, has_steps, state, steps_made
 from pgpo_lightning.training.held_out import summary_line
 
 OR_NEW = "last-or-new"
@@ -180,27 +180,29 @@ class PGPOCommand(LightningCLI):
         config = self.config_init[self.subcommand]
         given = config.get("ckpt_path")
         checkpoints = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint)).folder(self.trainer)
-        how = state(folder, checkpoints)
-        if how == "finished" and given == OR_NEW:
+        progress = state(folder, checkpoints)
+        begun = progress == "begun" and (folder / CONFIG).exists()  # other files may be those of another program
+        steps_exist = begun and has_steps(folder)
+        if progress == "finished" and given == OR_NEW:
             steps, limit = steps_made(folder), self.trainer.max_steps
             if limit == -1 or steps >= limit:
                 print(f"Nothing to do: the run in {folder} has made all of its {steps} steps.")
                 return False
         if given == OR_NEW:
-            config["ckpt_path"] = given = "last" if how in ("started", "finished") else None
-            fresh = how in ("failed", "begun")
+            config["ckpt_path"] = given = "last" if progress in ("started", "finished") else None
+            restart = begun
         else:
-            fresh = how == "failed" and given is None
-        if how != "new" and given is None and not fresh:
+            restart = begun and not steps_exist and given is None
+        if given is None and not restart and (begun or progress in ("started", "finished")):
             way = "Continue it with `--ckpt_path last`"
-            if how == "begun":
+            if begun:
                 way = f"It has no checkpoint yet: start it anew with `--ckpt_path {OR_NEW}`"
             raise FileExistsError(
                 f"Expected a folder without a run, but {folder} holds one. {way}, or choose another `--trainer.default_root_dir`."
             )
-        if fresh and self.trainer.is_global_zero:
+        if restart and self.trainer.is_global_zero:
             print(
-                f"The run in {folder} ended before {'a checkpoint' if how == 'begun' else 'its first step'}: started anew."
+                f"The run in {folder} ended before {'a checkpoint' if steps_exist else 'its first step'}: started anew."
             )
             clear(folder)
         return True

@@ -3,50 +3,24 @@
 import copy
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jsonargparse
 import yaml
 
-from pgpo_lightning.checkpoints.finding import PATTERN
-from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.commands.building import ParseCommand
+from pgpo_lightning.monitoring import run_folder
 from pgpo_lightning.monitoring.configurations import configurations
-from pgpo_lightning.monitoring.run_folder import made
-from pgpo_lightning.monitoring.run_record import FILE
+from pgpo_lightning.monitoring.run_folder import State
 from pgpo_lightning.studies.spec import PlannedRun, Settings, leaves
 
 FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
 """Settings in which a run may differ from the study, in addition to those of `summary` and `checkpoint`."""
 
-State = Literal["new", "begun", "started", "finished"]
-
 
 def state(run: PlannedRun) -> State:
-    """Return the progress of a run: ``started`` has a checkpoint to resume from, ``begun`` has files but no checkpoint."""
-    if (run.folder / FILE).exists():
-        return "finished"
-    if any((run.folder / "checkpoints").glob(PATTERN)):
-        return "started"
-    return "begun" if any(made(run.folder)) else "new"
-
-
-class _Parser(PGPOCommand):
-    """Parses settings as `pgpo fit` does, and does nothing else."""
-
-    def init_parser(self, **kwargs: Any) -> Any:
-        return super().init_parser(exit_on_error=False, **kwargs)
-
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's warns of arguments in `sys.argv`, which are the study's
-
-    def _set_seed(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+    """Return the progress of a run, see :func:`pgpo_lightning.monitoring.run_folder.state`."""
+    return run_folder.state(run.folder)
 
 
 def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
@@ -61,7 +35,7 @@ def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
     for run in runs:
         if (run.condition, run.arm) not in first:
             try:
-                command = command or _Parser(run.arguments())
+                command = command or ParseCommand(run.arguments(), exit_on_error=False)
                 parsed = command.parser.parse_args(run.arguments())
             except (jsonargparse.ArgumentError, ValueError) as error:
                 raise ValueError(

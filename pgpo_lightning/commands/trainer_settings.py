@@ -1,5 +1,6 @@
 """Settings of Lightning's Trainer that mean nothing here, or something else than they say."""
 
+import json
 from typing import Any
 
 from lightning.pytorch.callbacks import (
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from pgpo_lightning.callbacks import ResumeCheckpoint, RunSummary
+from pgpo_lightning.core.texts import shown
 
 INSTEAD = {
     "barebones": (
@@ -46,8 +48,8 @@ def check_trainer(config: Any) -> None:
     """
     for name, (only, why) in INSTEAD.items():
         if (value := config.get(name)) is not None and value != only:
-            shown = {False: "false", None: "null"}.get(only, str(only))
-            raise ValueError(f"Expected `trainer.{name}` to be {shown}, but got {_shown(value)}: {why}.")
+            wanted, got = shown(only, json.dumps), shown(value, json.dumps)
+            raise ValueError(f"Expected `trainer.{name}` to be {wanted}, but got {got}: {why}.")
     callbacks = config.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         for kind, why in CALLBACKS.items():
@@ -66,7 +68,3 @@ def check_trainer(config: Any) -> None:
             )
     if (limit := config.get("max_time")) is not None and not (Timer(limit)._duration or 0) > 0:
         raise ValueError(f"Expected `trainer.max_time` to be longer than nothing, but got {limit}.")
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -18,6 +18,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pgpo_lightning.core.texts import shown
+
 Plain = Any
 """None, a number, a text, or lists and dictionaries of these: what `torch.load` reads without running code."""
 
@@ -199,16 +201,13 @@ def check_settings(
     """
     allowed, refused = [], []
     for part, name, old, new in sorted(changes(before, now), key=lambda change: change[:2]):
-        told = f"`{part}.{name}` is {new!r} and was {old!r}" if name else f"`{part}` is {new} and was {old}"
+        field, text = (f"{part}.{name}", repr) if name else (part, str)
+        change = f"`{field}` is {shown(new, text, longest=150)} and was {shown(old, text, longest=150)}"
         may = name in MAY_CHANGE.get(part, ()) or name in free.get(part, ())
-        (allowed if may else refused).append(_short(told))
+        (allowed if may else refused).append(change)
     if refused:
         raise MisconfigurationException(
             f"Expected the settings of the run that {where} belongs to, but {', '.join(refused)}. Go on with the former ones, or "
             f"start a new run from the weights: `pgpo export {where} FOLDER`, then `--model.model FOLDER`."
         )
     return allowed
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 400 else f"{text[:300]} ... {text[-80:]}"

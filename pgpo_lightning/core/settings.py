@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 import numpy as np
 
+from pgpo_lightning.core.texts import shown
+
 SMALLEST, LARGEST = 1e-12, 1e12
 """Bounds of the size of every number that is not 0. float32 has 7 digits: far beyond them a setting is a slip of the pen."""
 
@@ -165,7 +167,8 @@ def checked(target: Target, prefix: str = "") -> Target:
 
     @functools.wraps(function)
     def checking(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(_plain, args)), {name: _plain(value) for name, value in kwargs.items()}
+        args = tuple(map(_python_number, args))
+        kwargs = {name: _python_number(value) for name, value in kwargs.items()}
         if not hints:
             hints.update(typing.get_type_hints(function, include_extras=True))
         try:
@@ -183,7 +186,7 @@ def checked(target: Target, prefix: str = "") -> Target:
     return target
 
 
-def _plain(value: Any) -> Any:
+def _python_number(value: Any) -> Any:
     """Return a number of NumPy as Python's: seeds and checkpoints are made of what a setting is written as."""
     return value.item() if isinstance(value, np.generic) else value
 
@@ -201,27 +204,8 @@ def check(name: str, value: Any, hint: Any) -> None:
     """
     fault = _fault(value, hint)
     if fault is not None:
-        raise ValueError(f"Expected `{name}{fault.where}` {fault.expected}, but got {shown(fault.value)}.")
-
-
-def shown(value: Any, longest: int = 100) -> str:
-    """Return a value as a message shows it.
-
-    Example:
-        >>> shown("a"), shown(None), shown([1, 2]), shown(10**5000)
-        ("'a'", 'null', '[1, 2]', 'an integer of about 5001 digits')
-    """
-    if value is None:
-        return "null"
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not write out integers of more than 4300 digits
-        return (
-            f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
-            if isinstance(value, int)
-            else "?"
-        )
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+        got = "null" if fault.value is None else shown(fault.value, longest=100)
+        raise ValueError(f"Expected `{name}{fault.where}` {fault.expected}, but got {got}.")
 
 
 def one_of(choices: Sequence[str], **settings: str) -> None:

@@ -1,4 +1,4 @@
-"""Texts and values that come from outside: can they be encoded, shown in a message, written into a file?"""
+"""Texts and values of unknown origin: check that they can be encoded, show them in messages, write them as JSON."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def is_text(text: str) -> bool:
-    """Whether a text can be encoded: Python's may hold halves of characters (lone surrogates), which UTF-8 has not."""
+    """Return whether a text can be encoded: Python's strings may hold lone surrogates, which UTF-8 does not have."""
     if text.isascii():
         return True
     try:
@@ -22,7 +22,19 @@ def is_text(text: str) -> bool:
 
 
 def shown(value: Any, text: Callable[[Any], str] = repr, longest: int = 500) -> str:
-    """Return a value as text for a message, whatever its own methods do and however long it is."""
+    """Return a value as text for a message, whatever its own methods do and however long it is.
+
+    Args:
+        value: Anything.
+        text: Turns it into text.
+        longest: Characters to show; the rest is counted.
+
+    Example:
+        >>> shown("a"), shown([1, 2, 3], longest=4), shown(10**5000)
+        ("'a'", '[1, ... (9 characters)', 'an integer of about 5001 digits')
+    """
+    if isinstance(value, int) and abs(value) >= 10**1000:  # Python does not write out more than 4300 digits
+        return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     try:
         told = text(value)
     except BaseException as error:
@@ -34,15 +46,15 @@ def shown(value: Any, text: Callable[[Any], str] = repr, longest: int = 500) -> 
 def json_line(value: Any) -> str:
     """Return any value as one line of strict JSON, for answers that people and programs read later.
 
-    What JSON does not know is written as text: numbers that are not finite and decimals as Python writes them, dates and times in
-    ISO 8601, durations in seconds, bytes in Base64, what else there is as Python shows it. Arrays become lists.
+    Values that JSON does not have are written as text: numbers that are not finite and decimals as Python writes them, dates and
+    times in ISO 8601, durations in seconds, bytes in Base64, everything else as Python shows it. Arrays become lists.
     """
-    plain = _plain(value)
-    text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
-    return text if is_text(text) else json.dumps(plain, allow_nan=False)  # half of a character is kept as its escape
+    content = _json_value(value)
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return text if is_text(text) else json.dumps(content, allow_nan=False)  # a lone surrogate is kept as its escape
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -61,13 +73,13 @@ def _plain(value: Any) -> Any:
         return b64encode(value).decode()
     if isinstance(value, Mapping):
         return {
-            key if isinstance(key, str) and is_text(key) else shown(key, str): _plain(each)
+            key if isinstance(key, str) and is_text(key) else shown(key, str): _json_value(each)
             for key, each in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_json_value(each) for each in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((_plain(each) for each in value), key=repr)
+        return sorted((_json_value(each) for each in value), key=repr)
     if callable(to_list := getattr(value, "tolist", None)):  # NumPy and torch
-        return _plain(to_list())
+        return _json_value(to_list())
     return shown(value)

@@ -8,7 +8,7 @@ from pgpo_lightning.core.errors import about
 from pgpo_lightning.core.settings import Text, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import SPLITS, QuestionData
-from pgpo_lightning.data.rows import Columns, Row, read_rows
+from pgpo_lightning.data.rows import Columns, RawRow, read_rows
 
 
 @checked
@@ -87,7 +87,7 @@ class FileQuestions(QuestionData):
     def _has(self, split: str) -> bool:
         return bool(self.files[split] or self.hub_splits.get(split))
 
-    def _rows(self, split: str) -> list[Row]:
+    def _rows(self, split: str) -> list[RawRow]:
         if file := self.files[split]:
             return read_rows(file)
         if hub_split := self.hub_splits.get(split):

@@ -10,17 +10,17 @@ from typing import Any
 
 import pyarrow.parquet
 
-from pgpo_lightning.core.texts import is_text
+from pgpo_lightning.core.texts import is_text, shown
 from pgpo_lightning.core.types import Message, Question
 
 DEEPEST = 100
 """Most levels of lists and objects within each other in a column."""
 
-Row = tuple[str, dict[str, Any]]
+RawRow = tuple[str, dict[str, Any]]
 """Where a row comes from (``file:line``), and its columns."""
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[RawRow]:
     """Read all rows of a file.
 
     Args:
@@ -35,7 +35,7 @@ def read_rows(path: str | Path) -> list[Row]:
             f"Expected the path of a file, but got {path}. Download it, or name a data set of the Hub in `dataset`."
         )
     path = Path(path).expanduser()
-    readers: dict[str, Callable[[Path], list[Row]]] = {
+    readers: dict[str, Callable[[Path], list[RawRow]]] = {
         ".json": _read_json,
         ".jsonl": _read_json,
         ".parquet": _read_parquet,
@@ -51,14 +51,14 @@ def read_rows(path: str | Path) -> list[Row]:
         raise ValueError(f"Expected at least one row in {path}, but it is empty.")
     for source, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"Expected a JSON object (column: value) at {source}, but got {_short(row)}.")
+            raise ValueError(f"Expected a JSON object (column: value) at {source}, but got {_typed(row)}.")
         for column, value in row.items():
             check_value(value, f"column {_named(column)} of {source}")
             check_value(column, f"the name of column {_named(column)} of {source}")
     return rows
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> list[RawRow]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -122,7 +122,7 @@ def check_value(value: Any, where: str, depth: int = 0) -> None:
     if isinstance(value, str):
         if not is_text(value):
             raise ValueError(
-                f"Expected whole characters in {where}, but got {_short(value)}, which has half of one (a lone surrogate). "
+                f"Expected whole characters in {where}, but got {_typed(value)}, which has half of one (a lone surrogate). "
                 "Mend the row: whatever wrote it has cut a character in two."
             )
     elif isinstance(value, (dict, list, tuple)):
@@ -132,13 +132,13 @@ def check_value(value: Any, where: str, depth: int = 0) -> None:
             check_value(each, where, depth + 1)
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[RawRow]:
     try:
         # Not `read_table`, which makes columns of folders named like `lr=1`.
         with pyarrow.parquet.ParquetFile(path) as file:
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"Expected {path} to be a parquet file, but got: {_short(str(error))}.") from error
+        raise ValueError(f"Expected {path} to be a parquet file, but got: {shown(error, str)}.") from error
     names = table.column_names
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(
@@ -227,16 +227,16 @@ class Columns:
             return value + suffix
         where = f"in column `{self.prompt}` of {source}"
         if not isinstance(value, list):
-            raise ValueError(f"Expected a text or a list of chat messages {where}, but got {_short(value)}.")
+            raise ValueError(f"Expected a text or a list of chat messages {where}, but got {_typed(value)}.")
         for message in value:
             turn = message if isinstance(message, dict) else {}
             if not (isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
                 raise ValueError(
-                    f"Expected chat messages with the texts `role` and `content` {where}, but got {_short(message)}."
+                    f"Expected chat messages with the texts `role` and `content` {where}, but got {_typed(message)}."
                 )
             if not turn["content"].strip() and not turn.get("tool_calls"):
                 raise ValueError(
-                    f"Expected a text in every chat message {where}, but the `content` of {_short(message)} is blank."
+                    f"Expected a text in every chat message {where}, but the `content` of {_typed(message)} is blank."
                 )
         if value[-1]["role"] != "user":
             raise ValueError(f"Expected a user turn at the end {where}, but got the role `{value[-1]['role']}`.")
@@ -248,7 +248,7 @@ class Columns:
     def _text(self, row: dict[str, Any], column: str, source: str) -> str | None:
         value = row.get(column)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"Expected a text in column `{column}` of {source}, but got {_short(value)}.")
+            raise ValueError(f"Expected a text in column `{column}` of {source}, but got {_typed(value)}.")
         return value if value and value.strip() else None
 
 
@@ -262,9 +262,8 @@ def _is_missing(value: Any) -> bool:
     )
 
 
-def _short(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+def _typed(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value, longest=80)}"
 
 
 def _named(column: str) -> str:

@@ -36,28 +36,31 @@ MADE = (
 )
 """What a run writes into its folder before its first checkpoint, and at its end."""
 
-State = Literal["new", "failed", "begun", "started", "finished"]
+State = Literal["new", "begun", "started", "finished"]
 
 
 def state(folder: Path, checkpoints: Path | None = None) -> State:
-    """Return how far the run in a folder has come.
+    """Return the progress of the run in a folder.
 
     Args:
-        folder: With its log.
-        checkpoints: With its checkpoints, if they are elsewhere.
+        folder: Of the run.
+        checkpoints: Folder of its checkpoints, if they are elsewhere.
 
     Returns:
-        ``new`` without a run; ``failed`` before its first step; ``begun``, but without a checkpoint; ``started`` with one to
-        go on from; ``finished`` with a record.
+        ``new``: no files of a run. ``begun``: files, but no checkpoint. ``started``: a checkpoint to resume from.
+        ``finished``: a record.
     """
     if (folder / FILE).exists():
         return "finished"
     if any((checkpoints or folder / "checkpoints").glob(PATTERN)):
         return "started"
-    if not (folder / CONFIG).exists():
-        return "new"
+    return "begun" if any(made(folder)) else "new"
+
+
+def has_steps(folder: Path) -> bool:
+    """Return whether the log of a run has a training step."""
     steps = any(step > 0 for points in read_scalars(folder).values() for step in points)
-    return "begun" if steps or (folder / "metrics.csv").exists() else "failed"
+    return steps or (folder / "metrics.csv").exists()
 
 
 def made(folder: Path) -> Iterator[Path]:

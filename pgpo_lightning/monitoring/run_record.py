@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 
 from pgpo_lightning.core.files import write_json, write_text
 from pgpo_lightning.core.identity import joint_sha256
-from pgpo_lightning.core.settings import Count, Measured, Natural, Seed, check, shown
+from pgpo_lightning.core.settings import Count, Measured, Natural, Seed, check
+from pgpo_lightning.core.texts import shown
 from pgpo_lightning.monitoring.curves import Scalars, series
 
 FILE = "run.json"

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import yaml
 
-from pgpo_lightning.core.settings import Count, Filled, Seed, Text, check, checked, shown
+from pgpo_lightning.core.settings import Count, Filled, Seed, Text, check, checked
+from pgpo_lightning.core.texts import shown
 
 Settings = dict[str, Any]
 """Settings of ``pgpo fit`` as nested mappings."""

@@ -9,7 +9,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from pgpo_lightning.core.settings import Decay, NonNegative, Range, check, shown
+from pgpo_lightning.core.settings import Decay, NonNegative, Range, check
+from pgpo_lightning.core.texts import shown
 
 HIGHEST_RATE = 10.0
 """Adam and its kin move every weight by about `lr` in every step, and the weights of language models are far below 1."""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pgpo_lightning.checkpoints.checkpoint_io import check_checkpoint, install
-from pgpo_lightning.core.settings import shown
+from pgpo_lightning.core.texts import shown
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.models.loading import positions

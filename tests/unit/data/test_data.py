@@ -104,7 +104,10 @@ def test_messages_and_suffix(tmp_path, name):
         ({"answer": None}, r"a\.jsonl:2 to have the answer .* but it is None.*set `answer_column`"),
         ({"answer": ""}, r"a\.jsonl:2 to have the answer .* but it is ''"),
         ({"prompt": 3}, r"text or a list of chat messages in column `prompt` of .*a\.jsonl:2, but got int 3"),
-        ({"prompt": ["x" * 99]}, r"texts `role` and `content` in column `prompt` of .*:2, but got str 'x+\.\.\.\."),
+        (
+            {"prompt": ["x" * 99]},
+            r"texts `role` and `content` in column `prompt` of .*:2, but got str 'x+\.\.\. \(101 characters\)\.",
+        ),
         ({"prompt": [{"role": "user", "content": None}]}, r"texts `role` and `content` .*:2, but got dict"),
         (
             {"prompt": [{"role": "assistant", "content": "x"}]},

@@ -106,7 +106,7 @@ def test_verifier_raises():
         (1e39, r"got 1e\+39 .*: rewards have sizes of at most 1e\+16\."),
         (-(10**17), r"got -1000.*: rewards have sizes of at most 1e\+16\."),
         (10**400, r"got 1000"),
-        (10**5000, r"got a value of type int \(its text raised ValueError\)"),
+        (10**5000, r"got an integer of about 5001 digits"),
         (Fraction(10**400), r"got Fraction"),
         (1j, r"got 1j"),
         (Decimal("sNaN"), r"got Decimal"),
