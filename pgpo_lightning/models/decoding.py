@@ -1,9 +1,9 @@
-"""Logits of the next token while responses grow, by the ways in which models can give them."""
+"""Incremental decoding: logits of the next token while responses grow, with and without a cache."""
 
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,48 +16,48 @@ class Way:
     """How a model is run while responses grow.
 
     Attributes:
-        cache: Whether it keeps what it has seen; if not, every token takes a pass over all that came before.
-        padding: Whether prompts of different lengths may stand side by side.
+        cache: Whether keys and values are kept. Otherwise every token takes a pass over the whole sequence.
+        padding: Whether prompts of different lengths may be in one batch.
     """
 
     cache: bool
     padding: bool
 
     def start(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> "Decoding":
-        """Run each prompt once, for `n` responses of at most `max_tokens` tokens."""
+        """Run each prompt once, and return the decoding of `n` responses of at most `max_tokens` tokens to each."""
         return Cached(model, prompts, n, max_tokens) if self.cache else Uncached(model, prompts, n)
 
 
 WAYS = (Way(cache=True, padding=True), Way(cache=True, padding=False), Way(cache=False, padding=True))
-"""From the fastest to the one that every causal model has."""
+"""From the fastest to the one that works with every causal model."""
 
 
 class Decoding(ABC):
-    """Responses to some prompts while they grow, those to one prompt next to each other.
+    """Responses to some prompts while they grow. Responses to the same prompt are adjacent.
 
     Attributes:
-        logits: Of the next token of every response, shape ``(responses, V)``.
+        logits: Logits of the next token of every response, shape ``(responses, V)``.
     """
 
     logits: Tensor
 
     @abstractmethod
     def append(self, tokens: Tensor) -> None:
-        """Add a token to each response, ``(responses,)``, and set the logits behind it."""
+        """Append a token to each response, ``(responses,)``, and set :attr:`logits` for the token after it."""
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the responses, given by their places. Their logits are undefined until the next token."""
+        """Keep only the responses with these indices. Their logits are undefined until the next :meth:`append`."""
 
 
 class Cached(Decoding):
-    """Keeps keys and values, or whatever state the layers of the model have.
+    """Decoding with a cache: keys and values, or another state that the layers of the model keep.
 
     Args:
         model: In evaluation mode.
         prompts: Token ids.
         n: Responses per prompt.
-        max_tokens: Most tokens of a response.
+        max_tokens: Maximum tokens of a response.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> None:
@@ -69,7 +69,7 @@ class Cached(Decoding):
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
         self.mask = None
-        if min(map(len, prompts)) < width:  # on the left, so that all responses begin at the same place
+        if min(map(len, prompts)) < width:  # padding on the left, so that all responses begin at the same position
             self.mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
@@ -90,10 +90,10 @@ class Cached(Decoding):
         self._select(rows)
 
     def _select(self, rows: Tensor) -> None:
-        # Not `batch_select_indices`: layers with a recurrent state have none, or one that forgets that state.
-        self.cache.reorder_cache(rows)
+        # Not `batch_select_indices`, which layers with a recurrent state lack, or which drops that state.
+        self.cache.reorder_cache(cast("torch.LongTensor", rows))
         self.position = self.position[rows]
-        self.mask = self.mask if self.mask is None else self.mask[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         inputs: dict[str, Any] = {
@@ -107,7 +107,7 @@ class Cached(Decoding):
 
 
 class Uncached(Decoding):
-    """Runs the whole sequence for every token: slow, and right for every causal model.
+    """Decoding without a cache, by a pass over the whole sequence for every token: slow, but correct for every causal model.
 
     Args:
         model: In evaluation mode.
@@ -144,24 +144,25 @@ class Uncached(Decoding):
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room to grow. The layer it replaces copies all of them for every token."""
+    """Keys and values in preallocated tensors. The layer that it replaces copies all of them for every token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.room: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of the newest tokens and return all."""
+        """Append keys and values of the newest tokens, and return all of them."""
         if self.get_seq_length() == 0:
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
+        self.keys = keys = self._append("keys", key_states)
+        self.values = values = self._append("values", value_states)
+        return keys, values
 
-    def _append(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        old: Tensor = getattr(self, name)
         before, after = old.size(-2), old.size(-2) + new.size(-2)
         room = self.room.get(name)
-        # Repeating or selecting responses makes tensors that are not in the room any more.
+        # Repeating or selecting responses creates tensors outside of the preallocated ones.
         if room is None or room.data_ptr() != old.data_ptr() or room.size(-2) < after:
             room = self.room[name] = old.new_empty(*old.shape[:-2], after + max(32, after // 4), old.size(-1))
             room[..., :before, :] = old

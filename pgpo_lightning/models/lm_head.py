@@ -11,7 +11,7 @@ from pgpo_lightning.models.packing import Sequences, SharedSequences
 
 
 def head(model: PreTrainedModel) -> Head:
-    """Return a model's language-model head, with the soft cap or scale that some architectures put behind it."""
+    """Return a model's language-model head, with the scale or soft cap that some architectures apply to their logits."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
@@ -22,10 +22,10 @@ def head(model: PreTrainedModel) -> Head:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Make sure that :func:`head` on hidden states is what the model itself computes.
+    """Check that :func:`head`, applied to hidden states, gives the model's own logits.
 
     Raises:
-        MisconfigurationException: If this architecture does something else to its logits.
+        MisconfigurationException: If they differ, so that this architecture is not supported, or if they contain NaN.
     """
     name, device = type(model).__name__, next(model.parameters()).device
     ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=device).unsqueeze(0)
@@ -38,44 +38,44 @@ def check_head(model: PreTrainedModel) -> None:
     tolerance = 1e-3
     try:
         try:
-            theirs, ours = logits()
+            own, computed = logits()
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # kernels that know no fp32, as some of linear attention
+        except Exception:  # some kernels of linear attention have no fp32 version
             tolerance = 3e-2
             with torch.autocast(device.type, torch.bfloat16):
-                theirs, ours = logits()
-        apart = (ours - theirs).abs().max().item()
+                own, computed = logits()
+        difference = (computed - own).abs().max().item()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise MisconfigurationException(
-            f"Expected {name} to give its hidden states and then its logits as other causal language models do, but trying it "
-            f"ended in {type(error).__name__}: {' '.join(str(error).split())}. This architecture is not supported."
+            f"Expected {name} to give its hidden states and then its logits as other causal language models do, but a trial "
+            f"raised {type(error).__name__}: {' '.join(str(error).split())}. This architecture is not supported."
         ) from error
-    size = theirs[theirs.isfinite()].abs()  # minus infinity keeps tokens from being drawn
-    if theirs.isnan().any() or not len(size):
+    size = own[own.isfinite()].abs()  # minus infinity masks tokens that must not be sampled
+    if own.isnan().any() or not len(size):
         raise damaged(name)
-    if not torch.allclose(ours, theirs, atol=tolerance * size.max().item() + 1e-6):
+    if not torch.allclose(computed, own, atol=tolerance * size.max().item() + 1e-6):
         raise MisconfigurationException(
             f"Expected the logits of {name} to be its output embedding applied to its last hidden state, "
-            f"but they differ by {apart:.3g}. This architecture is not supported: "
-            "`pgpo_lightning.models.lm_head.head` has to learn what it does to its logits."
+            f"but they differ by {difference:.3g}. This architecture is not supported: "
+            "`pgpo_lightning.models.lm_head.head` does not know what it does to its logits."
         )
 
 
 def damaged(name: str) -> MisconfigurationException:
-    """Return what to raise where a model of that name gives NaN."""
+    """Return the error for a model whose logits contain NaN, given its name."""
     return MisconfigurationException(
         f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `dtype` is too narrow. Set "
-        "`dtype` to float32, or load the model anew."
+        "`dtype` to float32, or load the model again."
     )
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the part of the model that gives hidden states."""
+    """Return the submodule that computes hidden states."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    # Llama 4 and ModernBERT: what is found by that name is something else.
+    # In Llama 4 and ModernBERT that name refers to something else.
     if found is model or not isinstance(found, PreTrainedModel):
         inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
         found = inner[0] if len(inner) == 1 else found
@@ -83,7 +83,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def source(model: PreTrainedModel, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
-    """Run the model over whole sequences and keep what predicts the response tokens.
+    """Run the model on whole sequences, and return the hidden states that predict the response tokens.
 
     Args:
         model: Student or teacher.
@@ -91,6 +91,6 @@ def source(model: PreTrainedModel, sequences: Sequences | SharedSequences, weigh
         weight: Weight of this model's logits in a mixture.
 
     Returns:
-        Hidden states ``(N, D)`` of the response positions with the head that belongs to them.
+        Hidden states ``(N, D)`` of the response positions, with the model's head.
     """
     return Source(sequences.hidden_states(decoder(model), model.config), head(model), weight)

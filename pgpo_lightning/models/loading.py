@@ -20,9 +20,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @contextmanager
 def fp32_by_default() -> Iterator[None]:
-    """While it lasts, new tensors of no stated type are fp32, whatever the weights are.
+    """Context in which new tensors without an explicit dtype are fp32, whatever the dtype of the weights.
 
-    Lightning's bf16-true makes them bf16: random numbers, log-probabilities and coefficients would be left with eight bits.
+    Lightning's bf16-true makes them bf16, which would leave random numbers, log-probabilities and coefficients with eight bits.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -33,7 +33,7 @@ def fp32_by_default() -> Iterator[None]:
 
 
 def resolve_model(name: str) -> str:
-    """Return where a model lives: a folder or Hub id as it is, and ``toy`` for the base model in this package."""
+    """Return the folder or Hub id of a model. ``toy`` is the base model in this package."""
     return str(files("pgpo_lightning") / "assets" / "toy") if name == "toy" else name
 
 
@@ -49,12 +49,12 @@ def load_model(
 
     Args:
         name: A folder, a Hub id, or ``toy``.
-        dtype: Type of the weights. float32 even for mixed precision: in bfloat16 a weight of 1.0 does not move in a hundred
+        dtype: Type of the weights. Use float32 also for mixed precision: in bfloat16 a weight of 1.0 does not change in a hundred
             AdamW steps of 1e-6.
         attn_implementation: As in ``from_pretrained``.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run Python code that comes with the model.
-        quantization: Store the weights of linear layers in 4 or 8 bits, for training an adapter on them.
+        quantization: Store the weights of linear layers in 4 or 8 bits, to train an adapter on them.
     """
     with about(f"the model `{name}`"):
         return AutoModelForCausalLM.from_pretrained(
@@ -69,7 +69,7 @@ def load_model(
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass, under whichever name this version of transformers has for it."""
+    """Recompute activations in the backward pass. The method's name depends on the version of transformers."""
     if hasattr(model, "activation_checkpointing_enable"):  # 5.23
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -77,7 +77,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and make sure that it can end and pad a sequence.
+    """Load a tokenizer, and check that it can end and pad a sequence.
 
     Raises:
         MisconfigurationException: If it has no end-of-sequence token.
@@ -90,11 +90,15 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with a padding token, or raise if it has no end-of-sequence token."""
+    """Return the tokenizer with a padding token.
+
+    Raises:
+        MisconfigurationException: If it has no end-of-sequence token.
+    """
     if tokenizer.eos_token_id is None:
         raise MisconfigurationException(
-            f"Expected the tokenizer `{tokenizer.name_or_path}` to have an end-of-sequence token, but it has none: no "
-            "response could ever end. Set `eos_token` in its tokenizer_config.json."
+            f"Expected the tokenizer `{tokenizer.name_or_path}` to have an end-of-sequence token, but it has none, so no "
+            "response could end. Set `eos_token` in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -102,12 +106,13 @@ def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def known_tokens(model: PreTrainedModel) -> int:
-    """Return how many tokens a model can read.
+    """Return the number of token ids that a model has embeddings for.
 
     Raises:
-        MisconfigurationException: If it can sample more than that.
+        MisconfigurationException: If it can sample tokens without an embedding.
     """
-    rows, logits = (layer.weight.shape[0] for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows, logits = (layer.get_parameter("weight").shape[0] for layer in layers)
     if logits > rows:
         raise MisconfigurationException(
             f"Expected {type(model).__name__} to have an embedding for every token that it can sample, but it has {rows} for "
@@ -117,17 +122,17 @@ def known_tokens(model: PreTrainedModel) -> int:
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a model has positions for; ``None`` if it says nothing, or has no limit (XLNet)."""
+    """Return the number of positions of a model; ``None`` if it is not stated or unlimited (XLNet)."""
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     return stated if stated and stated > 0 else None
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel, training: bool = False) -> Iterator[None]:
-    """Put the model into evaluation mode (or training mode); afterwards every part of it is back in its own.
+    """Context in which the model is in evaluation (or training) mode. Afterwards every submodule is back in its own mode.
 
-    In training mode dropout acts, and gradient checkpointing silently drops the cache: from the second token on samples would be
-    wrong.
+    Sampling needs evaluation mode. In training mode dropout is active, and gradient checkpointing silently drops the cache, which
+    makes samples wrong from the second token on.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -139,21 +144,27 @@ def evaluating(model: PreTrainedModel, training: bool = False) -> Iterator[None]
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """Return the model's configuration as JSON, as kept in checkpoints."""
+    """Return the model's configuration as JSON, as stored in checkpoints."""
     return model.config.to_json_string(use_diff=False)
 
 
 def check_architecture(saved: str, model: PreTrainedModel) -> None:
-    """Compare a checkpoint's architecture with the model that is to receive it.
+    """Compare a checkpoint's architecture with the model that will load it.
+
+    Args:
+        saved: From :func:`architecture` of the checkpoint's model.
+        model: The configured model.
 
     Raises:
-        MisconfigurationException: If type or shapes differ; names the first differing fields.
+        MisconfigurationException: If type or shapes differ; names the differing fields.
     """
     keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings")  # fmt: skip
-    theirs, ours = json.loads(saved), json.loads(architecture(model))
+    found, expected = json.loads(saved), json.loads(architecture(model))
     different = [
-        f"{key} {theirs.get(key)!r} instead of {ours.get(key)!r}" for key in keys if theirs.get(key) != ours.get(key)
+        f"{key} {found.get(key)!r} instead of {expected.get(key)!r}"
+        for key in keys
+        if found.get(key) != expected.get(key)
     ]
     if different:
         raise MisconfigurationException(
@@ -163,10 +174,9 @@ def check_architecture(saved: str, model: PreTrainedModel) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a short identity of a model's weights: equal weights, equal text.
+    """Return a short hash of a model's weights.
 
-    Hashes names, shapes and up to 4096 evenly spaced elements of every parameter, so that 8 billion parameters take
-    about a second.
+    It covers names, shapes and up to 4096 evenly spaced elements of every parameter, so 8 billion parameters take about a second.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
-"""Training an adapter instead of the weights (LoRA, arXiv 2106.09685), through peft.
+"""Training an adapter instead of all weights (LoRA, arXiv 2106.09685), through peft.
 
-The adapter is put into the model that transformers loaded, which stays what it was for everybody else: same class, same decoder,
-same head. Checkpoints hold the adapter and the fingerprint of what lies under it.
+The adapter is added to the model that transformers loaded, whose class, decoder and head do not change. Checkpoints hold the
+adapter and the fingerprint of the base weights.
 """
 
 import importlib.util
@@ -38,16 +38,16 @@ _PEFT_PREFIX = "base_model.model."
 class LoRA:
     """A low-rank adapter ``lora_alpha / r * B A`` beside frozen linear layers, with peft's names.
 
-    There is no dropout: the sampler has none, so with it the trainer would be another policy than the one that was sampled.
+    There is no dropout. The sampler has none, so with dropout the trained policy would differ from the sampled one.
 
     Args:
         r: Rank.
         lora_alpha: The adapter is multiplied by ``lora_alpha / r``.
-        target_modules: Which linear layers get one: their names (``[q_proj, v_proj]``), a regular expression for the whole path,
-            or ``all-linear``. Not the language-model head and not the embeddings.
+        target_modules: Which linear layers get an adapter: their names (``[q_proj, v_proj]``), a regular expression for the whole
+            path, or ``all-linear``. Embeddings and the language-model head are not allowed.
         use_rslora: Multiply by ``lora_alpha / sqrt(r)`` instead.
-        adapter: Folder of a saved adapter to start from, of the same rank, scale and layers; null for a fresh one, which changes
-            nothing until it is trained.
+        adapter: Folder of a saved adapter to start from, with the same rank, scale and layers. Null for a new one, which does not
+            change the model until it is trained.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -60,14 +60,19 @@ class LoRA:
     adapter: Text | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return what a checkpoint has to agree with: everything but where the adapter came from."""
+        """Return the settings that a checkpoint must agree with: all but the folder of the initial adapter."""
         settings = asdict(self)
         del settings["adapter"]
         return settings
 
 
 def check_settings(model: str | PreTrainedModel, lora: LoRA | None, quantization: Quantization | None) -> None:
-    """Check what can be checked before a model is loaded.
+    """Check the settings that can be checked before a model is loaded.
+
+    Args:
+        model: Folder or Hub id, or a model object.
+        lora: Settings of the adapter, if there is one.
+        quantization: Settings of the quantisation, if there is one.
 
     Raises:
         ValueError: If settings contradict each other; names the field.
@@ -100,27 +105,27 @@ def check_settings(model: str | PreTrainedModel, lora: LoRA | None, quantization
         )
     if Version(version("peft")) < Version(MIN_PEFT_VERSION):
         raise MisconfigurationException(
-            f"Expected peft {MIN_PEFT_VERSION} or newer with `lora`, because transformers {version('transformers')} wants that, "
-            f"but peft {version('peft')} is installed. Install versions that go together: pip install 'pgpo-lightning[peft]'."
+            f"Expected peft {MIN_PEFT_VERSION} or newer with `lora`, because transformers {version('transformers')} requires it, "
+            f"but peft {version('peft')} is installed. Install compatible versions: pip install 'pgpo-lightning[peft]'."
         )
 
 
 def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
-    """Put an adapter into a model, in fp32, and freeze everything else.
+    """Add an adapter to a model, in fp32, and freeze all other weights.
 
     Args:
-        model: Changed in place; its class, configuration and methods stay.
-        lora: What kind of adapter.
-        seed: Of its random half.
+        model: Changed in place. Its class, configuration and methods stay the same.
+        lora: Settings of the adapter.
+        seed: Seed of the adapter's random matrices.
 
     Raises:
-        MisconfigurationException: If `target_modules` does not fit the model, the adapter to start from does not fit `lora`, or
-            peft refuses for another reason.
+        MisconfigurationException: If `target_modules` does not fit the model, the initial adapter does not fit `lora`, or peft
+            refuses for another reason.
     """
     names = [name for name, _ in model.named_modules()]
     wanted = lora.target_modules if isinstance(lora.target_modules, list) else []
-    # peft is content if one of the names is found.
-    if missing := [name for name in wanted if not any(f".{there}".endswith(f".{name}") for there in names)]:
+    # peft accepts the list if one of the names is found.
+    if missing := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in names)]:
         raise MisconfigurationException(
             f"Expected `lora.target_modules` to name layers of {type(model).__name__}, but it has no {', '.join(missing)}."
         )
@@ -136,8 +141,8 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
                 f"{lora.target_modules!r}: {error}"
             ) from error
         raise MisconfigurationException(
-            f"Expected peft {version('peft')} to put an adapter into {type(model).__name__} of transformers "
-            f"{version('transformers')}, but it does not: {error}. If the versions do not go together: pip install "
+            f"Expected peft {version('peft')} to add an adapter to {type(model).__name__} of transformers "
+            f"{version('transformers')}, but it failed: {error}. If the versions are incompatible: pip install "
             "'pgpo-lightning[peft]'."
         ) from error
     for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
@@ -147,7 +152,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
                 "the loss is computed from the head's plain weight."
             )
     for parameter in adapter(model).values():
-        parameter.data = parameter.data.float()  # in bf16 a small step rounds to nothing
+        parameter.data = parameter.data.float()  # in bf16 a small step is rounded away
     if lora.adapter is not None:
         _start_from(model, lora)
 
@@ -158,7 +163,7 @@ def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def copy_adapter(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's adapter: fp32, no gradient, with the names that the matrices have in the model."""
+    """Return a copy of a model's adapter in fp32 without gradient. The matrices keep their names."""
     root = nn.Module()
     for name, parameter in adapter(model).items():
         *path, last = name.split(".")
@@ -172,25 +177,25 @@ def copy_adapter(model: nn.Module) -> nn.Module:
 
 
 def decoder_with(model: PreTrainedModel, matrices: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """Return the decoder of a model as it would be with other matrices in its adapter.
+    """Return the decoder of a model with other matrices in its adapter.
 
-    They stand in for the model's own during a call only, also if it raises; no setting of the model is touched.
+    They replace the model's own during a call only, also if the call raises. The model itself is not changed.
 
     Args:
-        model: With an adapter.
-        matrices: By their names in the model.
+        model: A model with an adapter.
+        matrices: The matrices by their names in the model.
     """
     part = decoder(model)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is part)
-    inside = {name.removeprefix(prefix): matrix for name, matrix in matrices.items()}
-    return lambda **inputs: functional_call(part, inside, (), inputs)
+    replaced = {name.removeprefix(prefix): matrix for name, matrix in matrices.items()}
+    return lambda **inputs: functional_call(part, replaced, (), inputs)
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# ---- checkpoints
 
 
 def keep_adapter_only(module: L.LightningModule) -> None:
-    """Leave the weights under the adapter of ``module.model`` out of its checkpoints."""
+    """Exclude the base weights of ``module.model`` from its checkpoints."""
     module.register_state_dict_post_hook(_leave_out_base)
     module.register_load_state_dict_post_hook(_do_not_miss_base)
 
@@ -213,13 +218,13 @@ def _is_adapter(name: str) -> bool:
 
 
 def identity(model: PreTrainedModel, name: str, loading: dict[str, Any], lora: LoRA) -> dict[str, Any]:
-    """Return what a checkpoint of an adapter says about what lies under it.
+    """Return the description of the base model that a checkpoint of an adapter holds.
 
     Args:
-        model: Without its adapter.
-        name: Folder or Hub id that it came from.
+        model: The model, before the adapter is added.
+        name: Folder or Hub id of the model.
         loading: Further arguments of :func:`~pgpo_lightning.models.loading.load_model`.
-        lora: What kind of adapter it gets.
+        lora: Settings of the adapter.
     """
     quantization = loading["quantization"]
     return {
@@ -232,35 +237,39 @@ def identity(model: PreTrainedModel, name: str, loading: dict[str, Any], lora: L
     }
 
 
-def check_identity(saved: dict[str, Any] | None, mine: dict[str, Any] | None) -> None:
-    """Compare what lies under a checkpoint's adapter with the configured model.
+def check_identity(saved: dict[str, Any] | None, configured: dict[str, Any] | None) -> None:
+    """Compare the base model of a checkpoint's adapter with the configured model.
 
     Args:
         saved: The checkpoint's identity; ``None`` if it holds whole weights.
-        mine: This run's.
+        configured: The identity of this run; ``None`` without an adapter.
 
     Raises:
-        MisconfigurationException: If they differ; says in what.
+        MisconfigurationException: If they differ; names the differences.
     """
-    if (saved is None) != (mine is None):
-        theirs, ours = ("whole weights", "with") if saved is None else ("an adapter", "without")
-        raise MisconfigurationException(f"Expected a checkpoint of a run {ours} `lora`, but it holds {theirs}.")
-    if saved is None or mine is None:
+    if (saved is None) != (configured is None):
+        content, run = ("whole weights", "with") if saved is None else ("an adapter", "without")
+        raise MisconfigurationException(f"Expected a checkpoint of a run {run} `lora`, but it holds {content}.")
+    if saved is None or configured is None:
         return
     different = [
         f"`{key}` {saved['settings'].get(key)!r} instead of {value!r}"
-        for key, value in mine["settings"].items()
+        for key, value in configured["settings"].items()
         if saved["settings"].get(key) != value
     ]
     if different:
         raise MisconfigurationException(
             f"Expected a checkpoint of the configured `lora`, but its adapter has {', '.join(different)}."
         )
-    check_base(saved, mine["fingerprint"])
+    check_base(saved, configured["fingerprint"])
 
 
 def check_base(saved: dict[str, Any], found: str) -> None:
     """Compare the fingerprint of a base model with that of the weights that an adapter was trained on.
+
+    Args:
+        saved: The adapter's identity.
+        found: Fingerprint of the base model.
 
     Raises:
         MisconfigurationException: If they differ.
@@ -273,16 +282,16 @@ def check_base(saved: dict[str, Any], found: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ peft's folders
+# ---- peft's folders
 
 
 def write_adapter(folder: str | Path, matrices: dict[str, Tensor], saved: dict[str, Any]) -> None:
     """Write an adapter as a folder for ``peft.PeftModel.from_pretrained``.
 
     Args:
-        folder: Where to.
-        matrices: By their names in the model.
-        saved: Its :func:`identity`.
+        folder: Destination.
+        matrices: The adapter's matrices by their names in the model.
+        saved: The adapter's :func:`identity`.
     """
     from peft import LoraConfig
 
@@ -292,22 +301,22 @@ def write_adapter(folder: str | Path, matrices: dict[str, Tensor], saved: dict[s
         revision=saved["revision"],
         inference_mode=True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     contiguous = {_peft_name(name): matrix.contiguous() for name, matrix in matrices.items()}
     save_file(contiguous, Path(folder) / _WEIGHTS, metadata={"format": "pt"})
 
 
 def merged(folder: str | Path, saved: dict[str, Any], base: str | None) -> PreTrainedModel:
-    """Return the base model with an adapter added to its weights; quantised weights are put back into `dtype` first.
+    """Return the base model with an adapter merged into its weights. Quantised weights are converted back to `dtype` first.
 
     Args:
-        folder: Of the adapter.
-        saved: Its :func:`identity`.
-        base: Folder or Hub id of the base model, if it is not where the run had it from.
+        folder: Folder of the adapter.
+        saved: The adapter's :func:`identity`.
+        base: Folder or Hub id of the base model, if it differs from the run's.
 
     Raises:
         MisconfigurationException: If that is not the model that the adapter was trained on.
-        ValueError: If it is not known where the base model is.
+        ValueError: If the location of the base model is unknown.
     """
     from peft import PeftModel
 
@@ -328,16 +337,16 @@ def _start_from(model: PreTrainedModel, lora: LoRA) -> None:
     folder = Path(lora.adapter or "")
     if not (folder / _WEIGHTS).is_file():
         raise MisconfigurationException(f"Expected `lora.adapter` to be a folder with {_WEIGHTS}, but got {folder}.")
-    theirs, plain = LoraConfig.from_pretrained(folder), LoraConfig()
-    wanted = {"r": lora.r, "lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora}
+    found, plain = LoraConfig.from_pretrained(str(folder)), LoraConfig()
+    wanted: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora}
     wanted |= {name: getattr(plain, name) for name in ("use_dora", "bias", "rank_pattern", "alpha_pattern")}
     different = [
-        f"`{name}` {getattr(theirs, name)!r} instead of {value!r}"
+        f"`{name}` {getattr(found, name)!r} instead of {value!r}"
         for name, value in wanted.items()
-        if getattr(theirs, name) != value
+        if getattr(found, name) != value
     ]
-    mine, start = adapter(model), load_file(folder / _WEIGHTS)
-    shapes = {_peft_name(name): parameter.shape for name, parameter in mine.items()}
+    matrices, start = adapter(model), load_file(folder / _WEIGHTS)
+    shapes = {_peft_name(name): parameter.shape for name, parameter in matrices.items()}
     if not different and shapes != {name: tensor.shape for name, tensor in start.items()}:
         different = ["other layers than `target_modules` names"]
     if different:
@@ -345,7 +354,7 @@ def _start_from(model: PreTrainedModel, lora: LoRA) -> None:
             f"Expected the adapter in `lora.adapter` to be as `lora` says, but it has {', '.join(different)}."
         )
     with torch.no_grad():
-        for name, parameter in mine.items():
+        for name, parameter in matrices.items():
             parameter.copy_(start[_peft_name(name)])
 
 

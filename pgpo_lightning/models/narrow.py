@@ -1,4 +1,4 @@
-"""A warning of narrow types where they cost time: on a CPU without instructions for them."""
+"""A warning about 16-bit products on a CPU without instructions for them, where they cost time."""
 
 import platform
 
@@ -9,15 +9,15 @@ _FAST = {
     "bfloat16": ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
     "float16": ("_is_amx_fp16_supported",),
 }
-"""What torch knows of x86 processors; of others it does not say."""
+"""The functions of ``torch.cpu`` that report support on x86 processors. There are none for others."""
 
 
 def narrow_type(precision: str, dtype: str) -> str | None:
-    """Return the narrow type that products are computed in, if any.
+    """Return the 16-bit type that products are computed in, or ``None`` if it is float32.
 
     Args:
-        precision: Of Lightning's trainer, such as ``bf16-mixed``.
-        dtype: Of the weights, as the module was given it.
+        precision: Precision of Lightning's trainer, such as ``bf16-mixed``.
+        dtype: Type of the weights, as configured.
 
     Example:
         >>> [narrow_type(*pair) for pair in (("bf16-mixed", "float32"), ("32-true", "float16"), ("32-true", "float32"))]
@@ -30,12 +30,12 @@ def narrow_type(precision: str, dtype: str) -> str | None:
 
 
 def warn_of_slow_products(precision: str, dtype: str, device: torch.device) -> None:
-    """Warn if products are to be computed in a type that this CPU has no instructions for.
+    """Warn if products will be computed in a type that this CPU has no instructions for.
 
     Args:
         precision: See :func:`narrow_type`.
         dtype: See :func:`narrow_type`.
-        device: Where.
+        device: Device of the model.
     """
     narrow = narrow_type(precision, dtype)
     if device.type != "cpu" or narrow is None:

@@ -1,4 +1,4 @@
-"""A teacher's weights in the host's memory, with copies on the student's device while gradients are made and at no other time."""
+"""A teacher's weights in host memory, with copies on the student's device only while gradients are computed."""
 
 from dataclasses import replace
 
@@ -13,13 +13,13 @@ from pgpo_lightning.models.packing import Sequences, SharedSequences
 
 
 class DeviceCopy:
-    """Copies of a model's weights on another device; made when they are first asked for, gone with :meth:`free`.
+    """Copies of a model's weights on another device, made on first use and released by :meth:`free`.
 
-    Under autocast the matrices of linear layers are copied in the type that autocast would give them for every product, so
-    that the result is the same to the last bit; everything else keeps its type.
+    Under autocast the matrices of linear layers are copied in the dtype to which autocast casts them for every product, so the
+    result is the same bit for bit. All other tensors keep their dtype.
 
     Args:
-        model: Whose weights stay where they are.
+        model: The model. Its own weights are not moved.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -27,28 +27,28 @@ class DeviceCopy:
         self.copies: dict[Tensor, Tensor] = {}
 
     def source(self, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
-        """Do what :func:`pgpo_lightning.models.lm_head.source` does, on the device of the sequences."""
+        """Return what :func:`pgpo_lightning.models.lm_head.source` does, computed on the device of the sequences."""
         part, device = decoder(self.model), sequences.targets.device
         linear = {module.weight for module in part.modules() if isinstance(module, nn.Linear)}
         tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
-        here = {name: self._copy(tensor, device, tensor in linear) for name, tensor in tensors.items()}
-        hidden = sequences.hidden_states(lambda **inputs: functional_call(part, here, (), inputs), self.model.config)
+        copies = {name: self._copy(tensor, device, tensor in linear) for name, tensor in tensors.items()}
+        hidden = sequences.hidden_states(lambda **inputs: functional_call(part, copies, (), inputs), self.model.config)
         return Source(hidden, self.head(device), weight)
 
     def head(self, device: torch.device) -> Head:
-        """Return the model's head, on a device."""
-        there = head(self.model)
-        tied = there.weight is self.model.get_input_embeddings().weight
-        return replace(there, weight=self._copy(there.weight, device, narrow=not tied))
+        """Return the model's head, with its weight on the device."""
+        own = head(self.model)
+        tied = own.weight is self.model.get_input_embeddings().weight
+        return replace(own, weight=self._copy(own.weight, device, narrow=not tied))
 
     def _copy(self, tensor: Tensor, device: torch.device, narrow: bool) -> Tensor:
         if tensor not in self.copies:
             autocast = narrow and torch.is_autocast_enabled(device.type)
-            # There first and then narrower: the device is the faster of the two at it.
-            there = tensor.detach().to(device)
-            self.copies[tensor] = there.to(torch.get_autocast_dtype(device.type)) if autocast else there
+            # Copied first and narrowed afterwards, because the device converts faster than the host.
+            copy = tensor.detach().to(device)
+            self.copies[tensor] = copy.to(torch.get_autocast_dtype(device.type)) if autocast else copy
         return self.copies[tensor]
 
     def free(self) -> None:
-        """Free the copies."""
+        """Release the copies."""
         self.copies.clear()

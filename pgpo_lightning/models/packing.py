@@ -75,16 +75,16 @@ class PaddedTokens:
 
 @dataclass
 class Sequences:
-    """Prompts with their responses, padded on the right, and where the responses are.
+    """Prompts with their responses, padded on the right, and the positions of the responses.
 
-    Padding on the right needs no attention mask: in a causal model no real token ever looks at what follows it.
+    Padding on the right needs no attention mask: in a causal model no real token attends to what follows it.
 
     Attributes:
-        input_ids: Shape ``(rows, longest)``, int64.
-        row: For every response token, its row; shape ``(N,)``.
-        position: For every response token, the position whose output predicts it; shape ``(N,)``.
-        targets: The response tokens, the rows one after the other; shape ``(N,)``.
-        lengths: Response tokens of each row, shape ``(rows,)``.
+        input_ids: Shape ``(sequences, longest)``, int64.
+        row: Row of every response token in `input_ids`, shape ``(N,)``.
+        position: For every response token, the position whose output predicts it, shape ``(N,)``.
+        targets: The response tokens, one sequence after the other, shape ``(N,)``.
+        lengths: Response tokens of each sequence, shape ``(sequences,)``.
     """
 
     input_ids: Tensor
@@ -104,9 +104,9 @@ class Sequences:
         """Lay out (prompt, response) pairs of token ids.
 
         Args:
-            pairs: At least one pair; prompts and responses are not empty.
+            pairs: At least one pair. Prompts and responses are not empty.
             pad_id: Any valid token id.
-            device: Where the tensors are to live.
+            device: Device of the tensors.
             prompt_sharing: Whether equal prompts are computed once. If so, the model runs twice: on prompts and on responses.
         """
         if prompt_sharing == "always":
@@ -118,29 +118,35 @@ class Sequences:
             if load.tokens() < load.unshared:
                 return SharedSequences.pack_shared(pairs, pad_id, device)
         ids = _padded([[*prompt, *response] for prompt, response in pairs], pad_id)
-        row, position = _places(pairs, [len(prompt) - 1 for prompt, _ in pairs])
+        row, position = _response_positions(pairs, [len(prompt) - 1 for prompt, _ in pairs])
         targets = torch.tensor([token for _, response in pairs for token in response])
         lengths = torch.tensor([len(response) for _, response in pairs])
         return cls(*(part.to(device) for part in (ids, row, position, targets, lengths)))
 
     def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
-        """Return what predicts the response tokens, ``(N, D)``."""
+        """Return the hidden states that predict the response tokens, ``(N, D)``.
+
+        Args:
+            decoder: The submodule that computes hidden states, or a function with its signature.
+            config: Configuration of its model.
+        """
         return decoder(input_ids=self.input_ids, use_cache=False).last_hidden_state[self.row, self.position]
 
 
 @dataclass
 class SharedSequences:
-    """Each prompt once, and the responses apart; responses see the keys and values of their prompt.
+    """Different prompts, each computed once, and responses, which attend to the keys and values of their prompt.
 
-    The gradient flows through those keys and values, so this is the same function as :class:`Sequences`, up to rounding.
+    Gradients flow through those keys and values, so this is the same function as :class:`Sequences`, up to rounding.
 
     Attributes:
-        prompts: Different prompts, padded on the right, shape ``(prompts, longest prompt)``, int64.
+        prompts: The different prompts, padded on the right, shape ``(prompts, longest prompt)``, int64.
         prompt_lengths: Shape ``(prompts,)``.
-        owner: Prompt of each row, shape ``(rows,)``.
-        responses: Responses without their last token, padded on the right, shape ``(rows, longest response - 1)``.
-        mask: Which keys a response may see, ``(rows, longest prompt + longest response - 1)``; ``None`` for all before it.
-        row, position, targets, lengths: As in :class:`Sequences`; position 0 is the end of the prompt.
+        owner: Index of each sequence's prompt, shape ``(sequences,)``.
+        responses: Responses without their last token, padded on the right, shape ``(sequences, longest response - 1)``.
+        mask: Which keys a response attends to, shape ``(sequences, longest prompt + longest response - 1)``; ``None`` for all
+            preceding ones.
+        row, position, targets, lengths: As in :class:`Sequences`. Position 0 is the end of the prompt.
     """
 
     prompts: Tensor
@@ -157,30 +163,40 @@ class SharedSequences:
     def pack_shared(
         cls, pairs: list[tuple[list[int], list[int]]], pad_id: int, device: torch.device
     ) -> "SharedSequences":
-        """Lay out (prompt, response) pairs; see :meth:`Sequences.pack`."""
+        """Lay out (prompt, response) pairs of token ids; see :meth:`Sequences.pack`."""
         index: dict[tuple[int, ...], int] = {}
         owner = [index.setdefault(tuple(prompt), len(index)) for prompt, _ in pairs]
         prompts = _padded([list(prompt) for prompt in index], pad_id)
         lengths = torch.tensor([len(prompt) for prompt in index])
-        # At least one wide, so that it depends on nothing how often the model is run.
+        # At least one column, so that the model always runs twice.
         responses = _padded([response[:-1] or [pad_id] for _, response in pairs], pad_id)
         mask = None
         if lengths.min() < prompts.size(1):
             seen = torch.arange(prompts.size(1)) < lengths[owner].unsqueeze(1)
             mask = torch.cat([seen, torch.ones_like(responses, dtype=torch.bool)], dim=1).long()
-        row, position = _places(pairs, [0] * len(pairs))
+        row, position = _response_positions(pairs, [0] * len(pairs))
         targets = torch.tensor([token for _, response in pairs for token in response])
         counts = torch.tensor([len(response) for _, response in pairs])
-        parts = (prompts, lengths, torch.tensor(owner), responses, mask, row, position, targets, counts)
-        return cls(*(part if part is None else part.to(device) for part in parts))
+        return cls(
+            prompts=prompts.to(device),
+            prompt_lengths=lengths.to(device),
+            owner=torch.tensor(owner).to(device),
+            responses=responses.to(device),
+            mask=None if mask is None else mask.to(device),
+            row=row.to(device),
+            position=position.to(device),
+            targets=targets.to(device),
+            lengths=counts.to(device),
+        )
 
     def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
-        """Return what predicts the response tokens, ``(N, D)``."""
+        """Return the hidden states that predict the response tokens, ``(N, D)``; see :meth:`Sequences.hidden_states`."""
         cache = DynamicCache(config=config)
         hidden = decoder(input_ids=self.prompts, past_key_values=cache, use_cache=True).last_hidden_state
         ends = hidden[torch.arange(len(hidden), device=hidden.device), self.prompt_lengths - 1]
         states = ends.index_select(0, self.owner).unsqueeze(1)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers  # each a DynamicLayer with keys and values: `shares_prompts` checks it
+        for layer in layers:
             layer.keys = layer.keys.index_select(0, self.owner)
             layer.values = layer.values.index_select(0, self.owner)
         start = self.prompt_lengths[self.owner].unsqueeze(1)
@@ -194,12 +210,12 @@ class SharedSequences:
         return torch.cat([states, after], dim=1)[self.row, self.position]
 
 
-def _padded(rows: list[list[int]], pad_id: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.int64)
+def _padded(ids: list[list[int]], pad_id: int) -> Tensor:
+    longest = max(map(len, ids))
+    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in ids], dtype=torch.int64)
 
 
-def _places(pairs: list[tuple[list[int], list[int]]], starts: list[int]) -> tuple[Tensor, Tensor]:
+def _response_positions(pairs: list[tuple[list[int], list[int]]], starts: list[int]) -> tuple[Tensor, Tensor]:
     row = [i for i, (_, response) in enumerate(pairs) for _ in response]
     position = [start + t for start, (_, response) in zip(starts, pairs, strict=True) for t in range(len(response))]
     return torch.tensor(row), torch.tensor(position)

@@ -17,12 +17,12 @@ class Quantization:
     """How the frozen base weights are stored. Embeddings, norms and language-model head keep the module's `dtype`.
 
     Args:
-        bits: 4 or 8. In 8 bits activations are quantised too (LLM.int8); in 4 bits products are computed in `dtype`.
+        bits: 4 or 8. With 8 bits activations are quantised too (LLM.int8). With 4 bits products are computed in `dtype`.
         bnb_4bit_quant_type: ``nf4`` or ``fp4``, with 4 bits only; null for nf4.
-        bnb_4bit_use_double_quant: Quantise the constants of the quantisation too, with 4 bits only.
+        bnb_4bit_use_double_quant: Quantise the quantisation constants too, with 4 bits only.
 
     Raises:
-        ValueError: If a setting is none of the choices or would have no effect; names the field.
+        ValueError: If a setting is not one of the choices or would have no effect; names the field.
     """
 
     bits: Literal[4, 8] = 4
@@ -37,18 +37,18 @@ class Quantization:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields, as kept in checkpoints."""
+        """Return the fields, as stored in checkpoints."""
         return asdict(self)
 
     def config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
-        """Return the same for ``from_pretrained``.
+        """Return the configuration that ``from_pretrained`` takes.
 
         Args:
-            dtype: Of the products with 4-bit weights.
+            dtype: Type of the products with 4-bit weights.
         """
         if self.bits == 8:
-            # It says in every layer of every forward pass that it rounds activations from other types than float16.
-            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_not_the_cast)
+            # In every layer of every forward pass it logs that it casts activations from other types to float16.
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_cast_message)
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -58,5 +58,5 @@ class Quantization:
         )
 
 
-def _not_the_cast(record: logging.LogRecord) -> bool:
+def _is_not_cast_message(record: logging.LogRecord) -> bool:
     return "inputs will be cast from" not in record.getMessage()

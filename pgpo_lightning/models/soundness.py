@@ -1,4 +1,4 @@
-"""Whether a model says the same in every layout that it will be run in, found by trying: padding, shared prompts, sampling."""
+"""Checks by trial that a model gives the same log-probabilities in every layout: padding, shared prompts, sampling."""
 
 import math
 import re
@@ -23,53 +23,53 @@ Pairs = list[tuple[list[int], list[int]]]
 """Prompts and responses, as token ids."""
 
 Layout = Callable[[PreTrainedModel, Pairs], list[Tensor]]
-"""Gives the log-probabilities of response tokens, in one way or another."""
+"""Computes the log-probabilities of response tokens of every pair, in one layout."""
 
 _EXACT, _NEARLY, _NARROW = 1e-3, 2e-2, 0.1
-"""Most nats that log-probabilities may differ by: of any token in fp32, where a GPU's kernels may be made of narrower products;
-in the mean over a response in 16 bits."""
+"""Tolerances of log-probabilities (nats): of any token in fp32 on a CPU; of any token in fp32 on a GPU, whose kernels may use
+narrower products; of the mean over a response in 16 bits."""
 _WIDEN = 3_000_000_000
-"""Parameters up to which a model in 16 bits is compared in fp32, where a fault cannot be taken for rounding."""
+"""Maximum parameters of a 16-bit model that is compared in fp32, where a fault cannot be confused with rounding."""
 _LONGEST = 4096
-"""Longest span that is tried."""
+"""Longest span that is tried (tokens)."""
 _WORK = {"cpu": 1e12, "cuda": 1e15}
-"""Parameters times padded tokens that a comparison may take on a device: seconds."""
+"""Maximum of parameters times padded tokens in one comparison, so that it takes seconds."""
 _ways: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Way]]" = weakref.WeakKeyDictionary()
 _SPANS = re.compile(r"window|chunk|local|block_size|max_distance|topk|budget|rel_extent|mem_len|stride")
 
 
 def check_padding(model: PreTrainedModel, longest: int) -> None:
-    """Make sure that a response has the log-probabilities beside longer ones that it has alone.
+    """Check that the log-probabilities of a response do not depend on longer responses in the same batch.
 
     Args:
         model: Student.
-        longest: Most tokens of prompt and response together in this run.
+        longest: Maximum tokens of prompt and response together in this run.
 
     Raises:
-        MisconfigurationException: If not: then no layout of a batch is right.
+        MisconfigurationException: If they do; then no layout of a batch is correct.
     """
     with _comparable(model):
         if not (reason := _failure(model, longest, _padded)):
-            _warn_of_what_is_too_long(model, longest)
+            _warn_of_untried_lengths(model, longest)
             return
-        shorter = _shorter(model, longest, lambda length: _failure(model, length, _padded))
+        advice = _length_advice(model, longest, lambda length: _failure(model, length, _padded))
     raise MisconfigurationException(
-        f"Expected a response to have the log-probabilities beside longer ones that it has alone, but with "
-        f"{type(model).__name__} {reason}. This architecture is not supported{shorter}: it looks ahead, or what it says depends "
-        "on how long other rows are."
+        f"Expected a response to have the same log-probabilities alone and beside longer responses, but with "
+        f"{type(model).__name__} {reason}. This architecture is not supported{advice}: it attends to later tokens, or its output "
+        "depends on the length of other sequences."
     )
 
 
 def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST) -> bool:
-    """Tell whether responses may be run apart from their prompt, on its keys and values, by trying it.
+    """Return whether prompts can be computed once and their keys and values shared by several responses, found by trial.
 
-    Not with a cache that forgets (sliding windows), not with a state that is no cache (Mamba), not with local attention that
-    counts places in the cache (GPT-Neo), and not with gradient checkpointing, under which transformers drops the cache. It is
-    tried in evaluation mode, which is the teacher's, and in training mode, which is the student's, if that is not random.
+    This is not possible with a cache that drops tokens (sliding windows), with a recurrent state (Mamba), with local attention
+    that counts positions in the cache (GPT-Neo), or with gradient checkpointing, for which transformers drops the cache. The
+    trial runs in evaluation mode, as the teacher does, and in training mode, as the student does, unless that mode is random.
 
     Args:
         model: Student or teacher.
-        longest: Most tokens of prompt and response together in this run.
+        longest: Maximum tokens of prompt and response together in this run.
     """
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return False
@@ -84,11 +84,11 @@ def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST) -> bool:
 
 
 def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
-    """Return the fastest way to sample whose log-probabilities are the model's own; tried once for every model.
+    """Return the fastest way of decoding that gives the model's own log-probabilities. The trial runs once per model.
 
     Args:
         model: Student.
-        longest: Most tokens of prompt and response together in this run.
+        longest: Maximum tokens of prompt and response together in this run.
 
     Raises:
         MisconfigurationException: If there is none.
@@ -105,24 +105,24 @@ def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
             if not (reason := failure(way, longest)):
                 _ways[model] = (longest, way)
                 return way
-        shorter = _shorter(model, longest, lambda length: failure(WAYS[-1], length))
+        advice = _length_advice(model, longest, lambda length: failure(WAYS[-1], length))
     raise MisconfigurationException(
-        f"Expected tokens of {type(model).__name__} to have the log-probabilities while a response is sampled that they have "
-        f"in a single pass, but {reason}. This architecture cannot be sampled with TransformersEngine{shorter}."
+        f"Expected tokens of {type(model).__name__} to have the same log-probabilities during sampling and in a single pass, "
+        f"but {reason}. This architecture cannot be sampled with TransformersEngine{advice}."
     )
 
 
-# ---------------------------------------------------------------------------------------------------- what is compared
+# ---- the layouts that are compared
 
 
 def _alone(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
-    """Return the log-probabilities of every response token, each sequence by itself: what the others are compared with."""
+    """Return the log-probabilities of every response token, one sequence per pass: the reference for the layouts."""
     device = next(model.parameters()).device
     return [_log_probs(model, Sequences.pack([pair], 0, device))[0] for pair in pairs]
 
 
 def _own(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
-    """Return the same by the model's own logits, whatever its head does to them: what a sampler is compared with."""
+    """Return the same from the model's own logits: the reference for sampling."""
     found = []
     for prompt, response in pairs:
         ids = torch.tensor([[*prompt, *response]], device=next(model.parameters()).device)
@@ -140,13 +140,13 @@ def _shared(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
 
 
 def _log_probs(model: PreTrainedModel, sequences: Sequences | SharedSequences) -> list[Tensor]:
-    made = source(model, sequences)
-    log_p = made.head(made.hidden).float().log_softmax(-1).gather(1, sequences.targets.unsqueeze(1)).squeeze(1)
+    result = source(model, sequences)
+    log_p = result.head(result.hidden).float().log_softmax(-1).gather(1, sequences.targets.unsqueeze(1)).squeeze(1)
     return list(log_p.split(sequences.lengths.tolist()))
 
 
 def _sampled(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
-    """Let the sampler draw the given responses; those that have ended leave."""
+    """Return the log-probabilities during decoding, as if the sampler had drawn the given responses."""
     groups = [list(range(len(pairs)))]
     if not way.padding:
         lengths = [len(prompt) for prompt, _ in pairs]
@@ -161,7 +161,7 @@ def _sampled(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
 def _grown(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
     device = next(model.parameters()).device
     longest = max(len(response) for _, response in pairs)
-    # Each prompt has two responses, as if twice the same was drawn: both stay as they are repeated, and one leaves early.
+    # Each prompt has two equal responses, one of which leaves the batch a token early. So repetition and selection are tried too.
     decoding = way.start(model, [prompt for prompt, _ in pairs], 2, longest)
     rows = [(i, copy) for i in range(len(pairs)) for copy in range(2)]
     log_p: list[list[list[Tensor]]] = [[[], []] for _ in pairs]
@@ -177,16 +177,16 @@ def _grown(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
             decoding.keep(torch.tensor(going, device=device))
             rows, ids = [rows[k] for k in going], ids[going]
         decoding.append(ids)
-    return [_worse(torch.stack(first), second) for first, second in log_p]
+    return [_equal_or_nan(torch.stack(first), second) for first, second in log_p]
 
 
-def _worse(first: Tensor, second: list[Tensor]) -> Tensor:
-    """Return the first of two rows, or NaN where the second, which ended earlier, is another."""
+def _equal_or_nan(first: Tensor, second: list[Tensor]) -> Tensor:
+    """Return the first of two responses, with NaN where the second, which ended earlier, differs."""
     same = torch.stack([*second, *first[len(second) :]])
     return first.masked_fill((first - same).abs() > 0.05, math.nan)
 
 
-# ------------------------------------------------------------------------------------------------------------ comparing
+# ---- the comparison
 
 
 def _failure(
@@ -196,9 +196,10 @@ def _failure(
     training: bool = False,
     right: Layout = _alone,
 ) -> str:
-    """Return what is wrong with a layout, or nothing.
+    """Return how a layout fails, or an empty text.
 
-    A rounding error that sends a token to another expert does so with these tokens alone: a fault shows with all.
+    Two sets of tokens are tried, and one agreement is enough: a rounding error that routes a token to another expert depends on
+    the tokens, whereas a fault of the layout shows with all.
     """
     reason, exact = "", _exact(model)
     for seed in range(2):
@@ -206,24 +207,24 @@ def _failure(
         try:
             with evaluating(model, training), torch.no_grad():
                 try:
-                    made = [run(model, pairs) for run in (right, layout)]
+                    results = [run(model, pairs) for run in (right, layout)]
                 except torch.OutOfMemoryError:
                     raise
-                except Exception:  # kernels that know no fp32, as some of linear attention
+                except Exception:  # some kernels of linear attention have no fp32 version
                     exact = False
                     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
-                        made = [run(model, pairs) for run in (right, layout)]
+                        results = [run(model, pairs) for run in (right, layout)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return f"trying it ended in {type(error).__name__}: {' '.join(str(error).split())}"
-        if any(values.isnan().any() for values in made[0]):
+            return f"a trial raised {type(error).__name__}: {' '.join(str(error).split())}"
+        if any(values.isnan().any() for values in results[0]):
             raise damaged(type(model).__name__)
         limit = _NARROW
-        if exact:  # of a model whose answers hardly differ, faults are small as well
+        if exact:  # if all log-probabilities are nearly equal, a fault is small too
             limit = _EXACT if next(model.parameters()).device.type == "cpu" else _NEARLY
-            limit *= min(1.0, max(1e-2, float(torch.cat(made[0]).std())))
-        gaps = [torch.where(a == b, 0.0, (a - b).abs()) for a, b in zip(*made, strict=True)]
+            limit *= min(1.0, max(1e-2, float(torch.cat(results[0]).std())))
+        gaps = [torch.where(a == b, 0.0, (a - b).abs()) for a, b in zip(*results, strict=True)]
         worst = [float(gap.max() if exact else gap.mean()) for gap in gaps]
         if all(gap <= limit for gap in worst):
             return ""
@@ -231,8 +232,8 @@ def _failure(
     return reason
 
 
-def _shorter(model: PreTrainedModel, longest: int, failure: Callable[[int], str]) -> str:
-    """Return advice if it is only beyond some length that something is wrong."""
+def _length_advice(model: PreTrainedModel, longest: int, failure: Callable[[int], str]) -> str:
+    """Return advice if the failure occurs beyond some length only, else an empty text."""
     for span in _spans(model.config, longest):
         if not failure(span):
             return (
@@ -242,7 +243,7 @@ def _shorter(model: PreTrainedModel, longest: int, failure: Callable[[int], str]
 
 
 def _trials(model: PreTrainedModel, longest: int, seed: int) -> Pairs:
-    """Return prompts and responses of uneven lengths, some of which cross the spans of the model's local attention."""
+    """Return random prompts and responses of uneven lengths, some of which cross the spans of the model's local attention."""
     config = model.config.get_text_config()
     taken = set(_special(config))
     allowed = [i for i in range(min(known_tokens(model), 1000)) if i not in taken] or [0]
@@ -263,23 +264,23 @@ def _trials(model: PreTrainedModel, longest: int, seed: int) -> Pairs:
 
 
 def _special(config: PretrainedConfig) -> Iterator[int]:
-    """Yield tokens that stand for something else than text."""
+    """Yield the special tokens of a model."""
     for name, value in config.to_dict().items():
         if "token" in name:
             yield from (v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
 
 
 def _spans(config: PretrainedConfig, longest: int) -> list[int]:
-    """Return the lengths below `longest` at which attention may begin to behave otherwise, at most four."""
+    """Return the lengths below `longest` at which attention may start to behave differently, at most four."""
     settings: dict[str, Any] = config.get_text_config().to_dict()
     ropes = settings.get("rope_parameters") or {}
     for i, rope in enumerate([ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]):
-        if rope.get("rope_type") in ("dynamic", "longrope"):  # its frequencies depend on the length of the batch
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # frequencies depend on the length of the batch
             settings[f"window of rope {i}"] = rope.get("original_max_position_embeddings") or settings.get(
                 "original_max_position_embeddings", settings.get("max_position_embeddings")
             )
     recurrent = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers)
-    found = {64} if recurrent and longest > 64 else set()  # tokens that kernels of linear attention take at once
+    found = {64} if recurrent and longest > 64 else set()  # chunk size of linear attention
     for name, value in settings.items():
         if _SPANS.search(name):
             values = value if isinstance(value, list) else [value]
@@ -295,39 +296,39 @@ def _room(model: PreTrainedModel) -> float:
     return min(_LONGEST, _WORK.get(next(model.parameters()).device.type, 1e14) / (rows * size))
 
 
-def _warn_of_what_is_too_long(model: PreTrainedModel, longest: int) -> None:
+def _warn_of_untried_lengths(model: PreTrainedModel, longest: int) -> None:
     if untried := [span for span in _spans(model.config, longest) if span > _room(model)]:
         warnings.warn(
-            f"The attention of {type(model).__name__} may behave otherwise beyond {untried[0]} tokens, which would take too "
-            "long to try out here. `rollout_corr/gap` shows whether sampler and trainer agree there.",
+            f"The attention of {type(model).__name__} may behave differently beyond {untried[0]} tokens, which would take too "
+            "long to try here. `rollout_corr/gap` shows whether sampler and trainer agree there.",
             stacklevel=2,
         )
 
 
 def _random(model: PreTrainedModel) -> bool:
-    """Tell whether the model draws random numbers in training mode."""
+    """Return whether the model's output is random in training mode."""
     pairs = _trials(model, 16, 0)[:1]
     try:
         with evaluating(model, True), torch.no_grad():
             first, second = _alone(model, pairs), _alone(model, pairs)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # then evaluation mode has to tell
+    except Exception:  # then only evaluation mode is tried
         return True
     return any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _exact(model: PreTrainedModel) -> bool:
-    """Tell whether products are made in fp32."""
+    """Return whether products are computed in fp32."""
     types = {parameter.dtype for parameter in model.parameters()}
     return types <= {torch.float32, torch.float64} and not getattr(model, "is_quantized", False)
 
 
 @contextmanager
 def _comparable(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into fp32 with exact products, where that costs little, and back; random numbers are put back as well.
+    """Context with the model in fp32 and exact products, where that is cheap. Weights and random state are restored.
 
-    What surrounds the call, autocast or inference mode, is left outside: it would make products narrow, or weights untrainable.
+    Autocast and inference mode of the caller are disabled: they would narrow products, or make weights untrainable.
     """
     before = torch.get_float32_matmul_precision()
     narrow: list[tuple[Tensor, torch.dtype]] = []

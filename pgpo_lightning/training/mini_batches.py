@@ -129,6 +129,9 @@ class TokenInputs:
             lengths: Their response tokens, shape ``(sequences,)``, on the device of the model.
             scale: Weight of a sequence's mean over its tokens, or of a token.
             by_sequence: Whether `scale` is the weight of a sequence.
+
+        Raises:
+            ValueError: If only some of the samples have `old_log_probs`.
         """
         device = lengths.device
         sampler = torch.cat([sample.rollout.log_probs for sample in samples]).to(device)
@@ -145,8 +148,7 @@ class TokenInputs:
         advantage = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32, device=device)
         old = demonstration = None
         if any(sample.old_log_probs is not None for sample in samples):
-            known = [sample.rollout.log_probs if sample.demonstration else sample.old_log_probs for sample in samples]
-            old = torch.cat(known).to(device)
+            old = torch.cat([_old_log_probs(sample) for sample in samples]).to(device)
         if any(sample.demonstration for sample in samples):
             demonstration = per_token(torch.tensor([sample.demonstration for sample in samples], device=device))
         taught = samples[0].reprompt_ids is not None
@@ -160,3 +162,10 @@ class TokenInputs:
     def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
         """Return log-probabilities under the policy that the batch was sampled from, computed by the trainer, ``(N,)``."""
         return tokens.log_p_student.detach() if self.old is None else self.old
+
+
+def _old_log_probs(sample: Sample) -> Tensor:
+    log_probs = sample.rollout.log_probs if sample.demonstration else sample.old_log_probs
+    if log_probs is None:
+        raise ValueError("Expected `old_log_probs` of all samples of a forward pass, but some have none.")
+    return log_probs

@@ -155,7 +155,7 @@ def test_a_window_that_is_too_long_to_try_shares_nothing():
     model = tiny("gpt_neo", window_size=5000, max_position_embeddings=6000)
     assert not shares_prompts(model, 6000)
     assert shares_prompts(model, 4000)
-    with pytest.warns(UserWarning, match=r"GPTNeoForCausalLM may behave otherwise beyond 5000 tokens"):
+    with pytest.warns(UserWarning, match=r"GPTNeoForCausalLM may behave differently beyond 5000 tokens"):
         check_padding(model, 6000)
 
 
