@@ -9,8 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.support.interruptions import parts as parts
+
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("tests.support")
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from pgpo_lightning.checkpoints.sharded import read_shards
-from pgpo_lightning.distributed.fsdp import FullySharded
 from pgpo_lightning.monitoring.curves import read_scalars
 from tests.support import ROOT
-from tests.support.helpers import config, tiny_model, tiny_sdpo
+from tests.support.helpers import config
 from tests.support.processes import finish, start_ranks
 
 STEPS = 4
@@ -99,30 +96,3 @@ def test_a_ddp_run_that_loses_rank_1_resumes_with_sharded_weights_from_its_file(
     assert not (broken / "checkpoints" / f"step={STEPS:06d}.ckpt").exists(), "the run ended before it was killed"
     run(broken, FSDP2, *settings, "--ckpt_path", "last")
     assert_same_runs(broken, whole, partial(torch.load, weights_only=True))
-
-
-def test_a_precision_that_scales_gradients_is_refused():
-    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(
-        MisconfigurationException, match=r"bf16-mixed or bf16-true with sharded weights, but got 16-mixed"
-    ):
-        FullySharded(tiny_model(), None, None, precision)
-
-
-def test_a_model_without_named_layers_is_refused():
-    model = tiny_model()
-    model._no_split_modules = None
-    with pytest.raises(
-        MisconfigurationException, match=r"Qwen3ForCausalLM to name its layers .* `trainer.strategy` to ddp"
-    ):
-        FullySharded(model, None, None, Precision())
-
-
-def test_an_evaluation_with_sharded_weights_takes_a_checkpoint_whose_weights_are_loaded_already():
-    module = tiny_sdpo()
-    checkpoint = {}
-    module.on_save_checkpoint(checkpoint)
-    module.teacher, module.steps = None, 7
-    module.on_load_checkpoint(checkpoint)
-    assert module.steps == 0
-    assert "state_dict" not in checkpoint

@@ -20,6 +20,7 @@ from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.monitoring.curves import read_scalars
 from tests.support import CONFIGS
+from tests.support.commands import program
 from tests.support.helpers import config
 from tests.support.processes import start
 
@@ -263,16 +264,6 @@ def test_a_score_of_the_untrained_model_is_called_so(tmp_path, capsys):
     assert "validate of toy as it is, before any training: no `--ckpt_path` was given\n" in capsys.readouterr().out
 
 
-def program(folder, *args):
-    """The installed command, in a folder of the user's."""
-    # A console script has no '' in its path. Under ddp the second process is started like the first, which -c cannot be.
-    bare = "import sys; sys.path.pop(0); from pgpo_lightning.commands.main import program; program()"
-    command = [sys.executable, *(["-m", "pgpo_lightning.commands.main"] if "ddp" in args else ["-c", bare]), *args]
-    path = os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-
-
 def test_a_module_in_the_working_folder_is_found_and_errors_are_one_line(tmp_path):
     (tmp_path / "rewards.py").write_text("def check(question, response):\n    return float('nan')\n")
     settings = config(tmp_path / "run", steps=1, model={"verifier": "rewards.check"})
@@ -292,18 +283,6 @@ def test_a_setting_out_of_range_is_told_in_one_line(tmp_path):
     assert process.exitcode == 1
     told = (tmp_path / "log").read_text().strip().splitlines()
     assert told[-2] == "error: Expected `alpha` to lie in [0, 1], but got 1.5."
-
-
-def test_two_processes_train_evaluate_and_finish(tmp_path):
-    settings = config(tmp_path / "run", steps=2, summary={"picture": True})
-    ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    result = program(tmp_path, "fit", "--config", settings, *ddp)
-    assert result.returncode == 0, result.stderr[-2000:]
-    scalars = read_scalars(tmp_path / "run")
-    assert sorted(scalars["val/avg@2"]) == [0, 2]
-    assert len((tmp_path / "run" / "validation" / "step=000002.jsonl").read_text().splitlines()) == 8
-    assert (tmp_path / "run" / "stability.png").exists()
-    assert (tmp_path / "run" / "checkpoints" / "step=000002.ckpt").exists()
 
 
 @pytest.mark.parametrize(("words", "got"), [([], "none"), (["train"], "train"), (["fi"], "fi")])

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,6 @@ from pgpo_lightning.data import ToyArithmetic
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.run_record import RunRecord
 from tests.support.helpers import LIMITS, TOKENIZER, build, config, loader, questions, tiny_model, trainer
-from tests.support.processes import finish, start_ranks
-
-WORKER = "tests.support.evaluation_worker"
 
 
 def letter(question, response):
@@ -92,32 +88,6 @@ def test_without_answers_there_is_no_majority(tmp_path):
     scores, _, _ = evaluate(tmp_path, verifier=lambda question, response: 1.0)
     assert "validate/maj@5" not in scores
     assert scores["validate/avg@5"] == 1.0
-
-
-@pytest.mark.parametrize("count", [7, 1])
-def test_two_ranks_are_one_also_where_one_question_has_to_be_given_twice(tmp_path, count):
-    """Lightning's sampler pads 7 questions to 8. One question goes to both ranks."""
-    found = {}
-    for ranks in (1, 2):
-        output, log, folder = (tmp_path / f"{name}{ranks}" for name in ("out", "log", "run"))
-        finish(*start_ranks([WORKER, output, ranks, count, folder], log, ranks), log=log)
-        (answers,) = (folder / "validate").glob("*.jsonl")
-        found[ranks] = [answers.name, answers.read_bytes(), *(Path(f"{output}.{r}").read_text() for r in range(ranks))]
-    one, two = found[1], found[2]
-    assert two[:3] == one
-    assert two[3] == two[2], "every rank has the scores"
-    assert len(one[1].splitlines()) == count
-
-
-def test_what_fails_on_the_first_rank_ends_all(tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    log = tmp_path / "log"
-    both = start_ranks([WORKER, tmp_path / "out", 2, 7, tmp_path / "file"], log, 2)
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [1, 1]
-    assert "NotADirectoryError" in Path(f"{log}.0").read_text()
-    assert "the first rank to take the results of all, but there it failed: NotADir" in Path(f"{log}.1").read_text()
 
 
 def test_questions_that_scores_would_take_for_one_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is asked to end, at any moment, saves the last whole step and goes on as the run that was not."""
+"""A run that is asked to end, at any moment, saves the last whole step and resumes as if it had not been interrupted."""
 
 import os
 import signal
@@ -11,44 +11,9 @@ import yaml
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.distributed.stopping import SIGNALS, Stopped
 from tests.support.helpers import config
-from tests.support.processes import start, start_ranks
+from tests.support.interruptions import checkpoints, sampling
+from tests.support.processes import start
 from tests.support.runs import assert_same, assert_same_run, final
-
-PARTS = '''
-import os, signal
-import lightning as L
-from pgpo_lightning.rollout.transformers_engine import TransformersEngine
-
-class Engine(TransformersEngine):
-    """Asks the process to end when it has sampled for the nth time; of the steps of a run, that many evaluations included."""
-
-    def __init__(self, nth: int = 0, rank: int = 0) -> None:
-        super().__init__()
-        self.nth, self.rank, self.calls = nth, rank, 0
-
-    def generate(self, *args):
-        made = super().generate(*args)
-        self.calls += 1
-        if self.calls == self.nth and int(os.environ.get("RANK", "0")) == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert not self.nth, "the signal was to end this"
-        return made
-
-class Ask(L.Callback):
-    """Asks the process to end within a hook."""
-
-    def __init__(self, hook: str, step: int, number: int = 15) -> None:
-        self.hook, self.step, self.number = hook, step, number
-
-    def __getattribute__(self, name):
-        if name == object.__getattribute__(self, "__dict__").get("hook"):
-            return self.ask
-        return super().__getattribute__(name)
-
-    def ask(self, trainer, module, *_, **__):
-        if module.steps == self.step:
-            os.kill(os.getpid(), self.number)
-'''
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +21,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     main(["fit", "--config", config(folder)])
     return folder
-
-
-@pytest.fixture
-def parts(tmp_path, monkeypatch):
-    (tmp_path / "parts.py").write_text(PARTS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    yield
-    __import__("sys").modules.pop("parts", None)
 
 
 def seldom(path, every=100):
@@ -75,16 +31,8 @@ def seldom(path, every=100):
     return path
 
 
-def checkpoints(folder):
-    return sorted(int(path.stem.removeprefix("step=")) for path in (folder / "checkpoints").glob("step=*.ckpt"))
-
-
 def asking(hook, step):
     return ["--trainer.callbacks+=parts.Ask", f"--trainer.callbacks.hook={hook}", f"--trainer.callbacks.step={step}"]
-
-
-def sampling(nth):
-    return ["--model.engine=parts.Engine", f"--model.engine.nth={nth}"]
 
 
 # The evaluation before the first step is the first time that something is sampled, those of steps 2 and 4 the fourth and seventh.
@@ -239,20 +187,3 @@ def test_the_program_says_how_to_go_on_and_a_second_signal_ends_it_at_once(tmp_p
     process.join(5)
     assert process.exitcode == 130
     assert "once more ends it now" in log.read_text()
-
-
-@pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize("evaluations", [0, 1], ids=["step", "evaluation"])
-def test_a_signal_to_one_of_two_ranks_ends_both_at_the_same_step(tmp_path, monkeypatch, evaluations):
-    monkeypatch.chdir(tmp_path)
-    folder, log = tmp_path / "run", tmp_path / "log"
-    settings = config(folder, steps=4, checkpoint={"every_n_train_steps": 100})
-    words = ["pgpo", "fit", "--config", settings, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    few = ["--trainer.num_sanity_val_steps", 0, "--trainer.limit_val_batches", evaluations, "--data.batch_size", 2]
-    ranks = start_ranks([*words, *few, *sampling(3), "--model.engine.rank=1"], log, 2)
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [143, 143]
-    assert checkpoints(folder) == [2]
-    assert final(folder, 2)["pgpo_lightning"]["steps"] == 2
-    assert final(folder, 2)["ToyArithmetic"]["consumed"] == 4

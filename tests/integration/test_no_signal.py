@@ -1,18 +1,11 @@
-"""Steps in which no rollout is in the loss: left out, counted and explained. As a program: a worker under DDP or FSDP2.
-
-Usage: test_no_signal.py OUTPUT RANKS STRATEGY trains where one rank, then both, have no rollout in the loss.
-"""
+"""Steps in which no rollout is in the loss: left out, counted and explained."""
 
 import itertools
-import sys
 import warnings
-from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from pgpo_lightning.callbacks import (
     ConstantMultiplier,
@@ -22,12 +15,10 @@ from pgpo_lightning.callbacks import (
     ReplayedMultiplier,
 )
 from pgpo_lightning.callbacks.run_summary import before_after, summarise
-from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.training.no_signal import Outcomes, explain
 from tests.support.helpers import LIMITS, TOKENIZER, build, loader, questions, tiny_model, trainer
-from tests.support.processes import finish, start_ranks
 from tests.support.runs import assert_same
 
 
@@ -249,55 +240,3 @@ def test_the_summary_counts_them():
     told = before_after(summary | {"last": {"step": 1, "avg@2": 0.5, "standard_error": {}}})
     assert told.endswith("2 steps in 9 s, 3 optimizer steps left out: no rollout was in the loss")
     assert "left out" not in before_after(summarise({}, 2, 9.0, 2) | {"last": {"step": 1, "standard_error": {}}})
-
-
-# ------------------------------------------------------------------------------------------------------------- ranks
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_ranks_leave_out_a_step_only_together(tmp_path, strategy):
-    """Batches 0 and 4: both ranks have a signal; 1: rank 0 alone; 2: rank 1 alone; 3: none."""
-    output, log = tmp_path / "out", tmp_path / "log"
-    finish(*start_ranks([__file__, output, 2, strategy], log, 2), log=log)
-    one, two = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
-    assert one["left_out"] == two["left_out"] == 1
-    assert one["history"] == two["history"]
-    assert len(one["history"]) == 4
-    assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
-    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(one["weights"])]
-    assert moved == [True, True, False, True]
-    told = Path(f"{log}.0").read_text()
-    assert "Step 4: no rollout is in the loss, so no optimizer step was taken (1 so far). 0 of 16 rollouts" in told
-
-
-def main():
-    output, ranks, strategy = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    empty = {0: {2, 3}, 1: {1, 3}}
-    turn = itertools.cycle((0.0, 1.0))
-
-    def verifier(question, response):
-        value = next(turn)
-        return 0.0 if module.steps in empty[module.global_rank] else value
-
-    class Kept(SDPO):
-        def report(self, rows, statistics):
-            super().report(rows, statistics)
-            weights.append(torch.cat([full_tensor(p.detach()).flatten().clone() for p in self.model.parameters()]))
-
-    weights = []
-    module = build(Kept, tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4,
-                  optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS)  # fmt: skip
-    multiplier = RandomMultiplier(0.5, 1.5)
-    strategies = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)}
-    t = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategies[strategy], max_steps=5, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[multiplier],
-    )  # fmt: skip
-    t.fit(module, loader(questions(20), 2))
-    kept = {"weights": weights, "history": multiplier.history, "left_out": module.steps_without_signal}
-    torch.save(kept, f"{output}.{t.global_rank}")
-
-
-if __name__ == "__main__":
-    main()

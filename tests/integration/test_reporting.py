@@ -1,14 +1,7 @@
-"""What a step is reported as is what happened, of all ranks together. As a program: a worker under DDP.
+"""What a step reports is what happened."""
 
-Usage: test_reporting.py OUTPUT RANKS trains, saves, resumes and writes down what was reported.
-"""
-
-import itertools
 import math
-import sys
-from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 
@@ -38,7 +31,6 @@ from tests.support.helpers import (
     tiny_model,
     trainer,
 )
-from tests.support.processes import finish, start_ranks
 
 TOP_K = {"distillation_topk": 5}
 NO_TAIL = {**TOP_K, "distillation_add_tail": False}
@@ -165,83 +157,3 @@ def test_with_several_updates_the_curves_are_of_the_policy_that_sampled(tmp_path
     assert told["information/mean"].item() == pytest.approx(first, rel=1e-5)
     assert abs(everything - first) > 1e-3 * abs(first)
     assert told["rollout_corr/log_ratio_max"] < 1e-4  # trainer and sampler are one policy
-
-
-# ------------------------------------------------------------------------------------------------------------- ranks
-
-
-def test_counts_and_spreads_are_those_of_all_ranks_together_and_survive_a_resume(tmp_path):
-    output, log = tmp_path / "out", tmp_path / "log"
-    finish(*start_ranks([__file__, output, 2], log, 2), log=log)
-    one, two = (torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2))
-    # Rank 0 fails on one response of each batch, rank 1 on two; evaluation on one of each rank. Batch 3 follows a resume.
-    for rank in (one, two):
-        assert rank["errors"] == [3, 6, 8 + 3]
-    advantages = torch.cat(
-        [torch.cat([rank["advantages"][step] for rank in (one, two)]).view(1, -1) for step in range(3)]
-    )
-    for rank in (one, two):
-        assert rank["std"] == pytest.approx(advantages.std(1).tolist(), rel=1e-5)
-    mean = torch.stack(
-        [torch.stack([rank["advantages"][step].std() for rank in (one, two)]).mean() for step in range(3)]
-    )
-    assert (advantages.std(1) - mean).abs().max() > 1e-3, "or the test could not fail"
-    assert one["seconds"] == two["seconds"]
-
-
-def main():
-    output, ranks = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(1)
-    kept = {"errors": [], "advantages": [], "std": [], "seconds": []}
-    limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
-
-    class Kept(GRPO):
-        def report(self, rows, statistics):
-            super().report(rows, statistics)
-            told = self.trainer.callback_metrics
-            kept["errors"].append(int(told["rollout/verifier_errors"]))
-            kept["std"].append(told["critic/advantages/std"].item())
-            kept["advantages"].append(torch.tensor([row.advantage for row in rows]))
-            kept["seconds"].append(told["timing_s/step"].item())
-
-    def fit(steps, checkpoint=None):
-        calls = itertools.count()
-
-        def verifier(question, response):
-            number = next(calls)
-            if module.trainer.validating:
-                if number == 1000:
-                    raise ValueError("broken")
-                return 0.0
-            if number % 8 <= module.global_rank:
-                raise ValueError("broken")
-            return float(number % 8 > 5 - 2 * module.global_rank)
-
-        class Counted(L.Callback):
-            def on_validation_start(self, *_):
-                nonlocal calls
-                calls = itertools.count(1000)
-
-            def on_validation_end(self, *_):
-                nonlocal calls
-                calls = itertools.count()
-
-        module = build(Kept, tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, eval_samples=2,
-                      on_verifier_error="zero", **limits)  # fmt: skip
-        t = L.Trainer(
-            accelerator="cpu", default_root_dir=Path(output).parent,
-            devices=ranks, strategy="ddp", max_steps=steps, val_check_interval=2, logger=False,
-            check_val_every_n_epoch=None, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, callbacks=[Counted()],
-        )  # fmt: skip
-        t.fit(module, loader(questions(12), 2), loader(questions(2), 1), ckpt_path=checkpoint)
-        t.save_checkpoint(f"{output}.ckpt")
-        return t
-
-    fit(2)
-    t = fit(3, f"{output}.ckpt")
-    torch.save(kept, f"{output}.{t.global_rank}")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from pgpo_lightning.training.objective import Preparation
 
 TOKENIZER = AutoTokenizer.from_pretrained(resolve_model("toy"))
 LIMITS = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 12}
+GRPO_LIMITS = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
 
 
 def tiny_model(seed=0, **settings):

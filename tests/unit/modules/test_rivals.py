@@ -19,14 +19,10 @@ from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
     accumulate,
-    build,
     half_right,
-    loader,
     prepare,
-    questions,
     random_rows,
     tiny_model,
-    trainer,
 )
 
 
@@ -85,9 +81,6 @@ def capped(module, row, log_s, at):
     return (log_s[at].detach() - row.rollout.log_probs).exp().clamp(max=module.is_clip)
 
 
-# ------------------------------------------------------------------------------------------------------------- SC-SDPO
-
-
 def test_question_weights():
     rates = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
     everyone = torch.cat([rates, torch.tensor([0.75, 0.0], dtype=torch.float64)])
@@ -124,9 +117,6 @@ def test_weights_of_questions_multiply_their_rows_and_zero_costs_nothing(monkeyp
     assert_gradients(module, rows, expected)
     assert len(module.step_statistics) == 8
     assert module.objective.normalizer(rows) == sum(row.length for row in rows)
-
-
-# --------------------------------------------------------------------------------------------- SRPO, DW-SDPO
 
 
 def routed_rows():
@@ -179,24 +169,6 @@ def test_certainty_weights_without_routing():
     assert_gradients(module, rows, expected)
 
 
-def test_a_routed_run_distils_failures_with_a_teacher_only(tmp_path):
-    module = build(SRPO, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
-                  optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
-    trainer(tmp_path, max_steps=4).fit(module, loader(questions(8), 4))
-    kinds = set()
-    for group in (module.last_samples[i : i + 4] for i in range(0, len(module.last_samples), 4)):
-        mean = sum(row.verdict.reward for row in group) / 4
-        for row in group:
-            assert (row.reprompt_ids is not None) == (row.verdict.reward == 0 and mean > 0)
-            assert row.advantage == pytest.approx(row.verdict.reward - mean)  # over the whole group
-            assert (row.old_log_probs is not None) == (row.reprompt_ids is None and row.advantage != 0)
-            kinds.add((row.reprompt_ids is not None, row.advantage != 0))
-    assert {(True, True), (False, True)} <= kinds
-
-
-# ------------------------------------------------------------------------------------------ OPSD's clip, DemoPSD
-
-
 @pytest.mark.parametrize(
     ("settings", "loss"),
     [
@@ -215,9 +187,6 @@ def test_bounded_entries_and_softened_targets_reach_the_step(settings, loss):
     assert_gradients(
         module, rows, lambda: sum(loss(*log_distributions(module, row)[:2]).mean() for row in rows) / len(rows)
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- RLSD
 
 
 def test_credited_advantages():
@@ -254,25 +223,6 @@ def test_a_teacher_that_says_nothing_finite_is_not_taken_for_none():
     with torch.no_grad():
         next(module.teacher.parameters()).fill_(torch.nan)
     assert not math.isfinite(accumulate(module, routed_rows()))
-
-
-def test_rlsd_forgets_the_teacher_and_copies_the_student(tmp_path):
-    module = build(RLSD, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, teacher_period=2, mixing_steps=3,
-                  optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
-    seen = []
-    update = module.after_update
-    module.after_update = lambda: (update(), seen.append((module.objective.current_mixing, same(module))))
-    trainer(tmp_path, max_steps=4).fit(module, loader(questions(16), 4))
-    assert [mixing for mixing, _ in seen] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.0])
-    assert [copied for _, copied in seen] == [False, True, False, True]
-
-
-def same(module):
-    pairs = zip(module.model.parameters(), module.teacher.model.parameters(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,29 @@
 """Rollouts are samples of the student's own distribution, and their log-probabilities those of a plain forward pass."""
 
-import contextlib
-import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from pgpo_lightning.core.seeding import derive_seed, seeded
+from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import recompute_activations
 from pgpo_lightning.models.soundness import way_to_sample
 from pgpo_lightning.rollout.engine import NotFiniteError, Sampling
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
-from tests.support.helpers import TOKENIZER, tiny_model
-
-EOS = TOKENIZER.eos_token_id
-
-
-def ending_model(logit=2.5, **settings):
-    """Ends about one in twenty tokens; with dropout, so that training mode shows."""
-    model = tiny_model(tie_word_embeddings=False, attention_dropout=0.5, **settings)
-    bias = torch.zeros(len(TOKENIZER))
-    bias[EOS] = logit
-    model.lm_head.bias = nn.Parameter(bias)
-    return model.eval()
+from tests.support.helpers import TOKENIZER
+from tests.support.sampling import (
+    EOS,
+    assert_log_probs,
+    distribution,
+    ending_model,
+    generate,
+    prompts_of,
+    responses,
+    watched,
+)
 
 
 def absolute_model():
@@ -42,46 +38,6 @@ def absolute_model():
             if parameter.ndim > 1:
                 parameter.mul_(5)
     return model.eval()
-
-
-def prompts_of(*lengths, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(6, len(TOKENIZER)) for _ in range(length)] for length in lengths]
-
-
-def generate(model, prompts, n=1, seed=0, max_sequences=None, **sampling):
-    asked = [Question(f"question {i}", "1", index=i) for i in range(len(prompts))]
-    settings = Sampling(**{"max_tokens": 12} | sampling)
-    with seeded("test", seed):
-        return TransformersEngine(max_sequences).generate(model, TOKENIZER, asked, prompts, n, settings)
-
-
-def distribution(model, prompt, response=(), temperature=1.0):
-    """Log-probabilities of every next token, from one unpadded forward pass without a cache."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 :]
-    model.train(was_training)
-    return (logits / temperature).log_softmax(-1)
-
-
-def forced(model, rollout, temperature=1.0):
-    log_p = distribution(model, rollout.prompt_ids, rollout.response_ids, temperature)
-    return log_p[torch.arange(len(rollout.response_ids)), rollout.response_ids]
-
-
-def assert_log_probs(model, rollouts, temperature=1.0):
-    for rollout in rollouts:
-        assert rollout.log_probs.dtype == torch.float32
-        torch.testing.assert_close(rollout.log_probs, forced(model, rollout, temperature), rtol=0, atol=1e-5)
-
-
-def responses(rollouts):
-    return [rollout.response_ids for rollout in rollouts]
-
-
-# -------------------------------------------------------------------------------------------------- state of the model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -136,9 +92,6 @@ def test_settings_of_the_model_do_not_reach_the_sampler():
     assert_log_probs(model, rollouts)
     assert model.generation_config is settings
     assert settings.to_dict() == before
-
-
-# --------------------------------------------------------------------------------------------------- log-probabilities
 
 
 @pytest.mark.parametrize("make", [ending_model, absolute_model])
@@ -204,9 +157,6 @@ def test_later_tokens_have_the_frequencies_of_the_model():
     for token in p.topk(5).indices.tolist():
         spread = (seen * p[token] * (1 - p[token])).sqrt()
         assert abs(third[token] - seen * p[token]) < 4 * spread + 1
-
-
-# -------------------------------------------------------------------------------------------------------------- the end
 
 
 def test_responses_end_with_the_end_token_or_at_the_limit():
@@ -275,49 +225,6 @@ def test_several_end_tokens(with_tokenizers_own):
     assert_log_probs(model, rollouts)
 
 
-# --------------------------------------------------------------------------------------------------- order and batches
-
-
-def watched(model):
-    """Collect the sizes of all batches that the model sees while it samples."""
-    way_to_sample(model, 64)
-    sizes = []
-    model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].size(0)), with_kwargs=True
-    )
-    return sizes
-
-
-@pytest.mark.parametrize("max_sequences", [None, 3, 4, 7, 100])
-def test_samples_of_a_prompt_are_adjacent_whatever_the_chunk(max_sequences):
-    model = ending_model()
-    sizes = watched(model)
-    prompts = prompts_of(5, 9, 1, 14, 7)
-    rollouts = generate(model, prompts, n=3, max_sequences=max_sequences)
-    assert max(sizes) == {None: 15, 3: 3, 4: 3, 7: 6, 100: 15}[max_sequences]
-    assert [r.question.index for r in rollouts] == [i for i in range(5) for _ in range(3)]
-    assert [r.prompt_ids for r in rollouts] == [prompts[i] for i in range(5) for _ in range(3)]
-    assert_log_probs(model, rollouts)  # they really are answers to that prompt
-    assert len({tuple(ids) for ids in responses(rollouts)}) > 10
-
-
-def test_fewer_sequences_at_once_than_samples_of_a_prompt():
-    model = ending_model()
-    sizes = watched(model)
-    rollouts = generate(model, prompts_of(5, 9), n=5, max_sequences=2)
-    assert [r.question.index for r in rollouts] == [0] * 5 + [1] * 5
-    assert_log_probs(model, rollouts)
-    assert max(sizes) <= 2
-
-
-def test_at_least_one_sequence():
-    with pytest.raises(ValueError, match="`max_sequences` to be at least 1, but got 0"):
-        TransformersEngine(0)
-
-
-# ---------------------------------------------------------------------------------------------------- not finite logits
-
-
 class Breaking(nn.Module):
     """Spoils the logits of one row from a token on."""
 
@@ -371,99 +278,3 @@ def test_what_is_not_finite_behind_the_end_of_a_response_is_nobodys_business(mon
     Breaking(model, 1, float("nan"))
     rollouts = generate(model, prompts_of(5, 9), n=2)
     assert responses(rollouts) == [[EOS]] * 4
-
-
-# --------------------------------------------------------------------------------------------------------------- seeds
-
-
-def test_rollouts_are_a_function_of_the_seed():
-    model, prompts = ending_model(), prompts_of(5, 9)
-    first = generate(model, prompts, n=2, seed=1)
-    torch.rand(3)
-    again = generate(model, prompts, n=2, seed=1)
-    assert responses(again) == responses(first)
-    assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(again, first, strict=True))
-    assert not any(
-        a == b for a, b in zip(responses(generate(model, prompts, n=2, seed=2)), responses(first), strict=True)
-    )
-
-
-def draws():
-    return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
-
-
-def start():
-    random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
-    torch.manual_seed(5)
-
-
-def test_seeded_puts_all_global_states_back():
-    start()
-    expected = draws()
-    start()
-    with seeded("a", 1):
-        inside = draws()
-    assert draws() == expected
-    assert not {*inside} & {*expected}
-
-
-def test_seeded_puts_all_global_states_back_after_an_exception():
-    start()
-    expected = draws()
-    start()
-    with contextlib.suppress(KeyError), seeded("a", 1):
-        draws()
-        raise KeyError
-    assert draws() == expected
-
-
-def test_seeded_fixes_all_global_states_and_has_a_generator_apart():
-    with seeded("a", 1) as rng:
-        first = draws()
-        own = rng.random()
-    random.seed(7)
-    with seeded("a", 1) as rng:
-        assert rng.random() == own  # before any other draw, not after
-        assert draws() == first
-    with seeded("a", 1, 0) as rng:
-        assert rng.random() != own
-
-
-def test_seeds_are_the_same_on_every_machine_and_differ_between_names():
-    assert derive_seed("rollout", 1) == 5078802866501687356
-    names = (
-        [("rollout", i) for i in range(50)] + [("rollout", str(i)) for i in range(50)] + [("a", "b"), ("ab",), ("a,b",)]
-    )
-    assert len({derive_seed(*name) for name in names}) == len(names)
-    assert all(0 <= derive_seed(*name) < 2**63 for name in names)
-
-
-# --------------------------------------------------------------------------------------------------- seeds by question
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
-def test_with_seeds_a_response_depends_on_its_question_and_number_alone(top_p):
-    prompts, seeds = prompts_of(9, 4, 6, 4, 7), [derive_seed("question", i) for i in range(5)]
-    model = ending_model()
-    whole = responses(generate(model, prompts, n=4, seeds=seeds, top_p=top_p))
-    assert len({tuple(response) for response in whole}) > 15
-    order = [3, 0, 4, 1, 2]
-    turned = responses(generate(model, [prompts[i] for i in order], n=4, seeds=[seeds[i] for i in order], top_p=top_p))
-    assert turned == [response for i in order for response in whole[4 * i : 4 * i + 4]]
-    for limit in (1, 2, 3, 8):  # also several goes for the responses to one prompt
-        assert responses(generate(model, prompts, n=4, seeds=seeds, max_sequences=limit, top_p=top_p)) == whole
-    fewer = responses(generate(model, prompts, n=3, seed=1, seeds=seeds, top_p=top_p))
-    assert fewer == [response for i in range(5) for response in whole[4 * i : 4 * i + 3]]
-    others = responses(generate(model, prompts, n=4, seeds=[seed + 1 for seed in seeds], top_p=top_p))
-    assert others != whole
-
-
-def test_with_seeds_samples_follow_the_distribution():
-    model, (prompt,) = ending_model(), prompts_of(5)
-    expected = distribution(model, prompt)[0].exp()
-    drawn = generate(model, [prompt], n=20_000, seeds=[derive_seed(7)], max_tokens=1)
-    counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=len(TOKENIZER))
-    likely = expected > 0.001
-    deviation = (counts[likely] - 20_000 * expected[likely]) / (20_000 * expected[likely]).sqrt()
-    assert deviation.abs().max() < 4.5

@@ -1,6 +1,5 @@
-"""`pgpo report`: from the records of runs to tables, pictures and one sentence."""
+"""Comparisons of a report: pairs, controls, doses, notes, and the sentence that follows from the numbers."""
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -8,38 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pgpo_lightning.commands.main import main
-from pgpo_lightning.commands.report import report
 from pgpo_lightning.monitoring.collapse_rules import collapse_step
-from pgpo_lightning.monitoring.run_record import RunRecord, write_runs
 from pgpo_lightning.studies import measures
 from pgpo_lightning.studies.analysis import analyse, decide
 from pgpo_lightning.studies.comparisons import Design, conditions
 from pgpo_lightning.studies.inference import two_way
 from pgpo_lightning.studies.report_text import QUESTION, conclude, phrase
-from pgpo_lightning.studies.simulation import World, simulate
+from pgpo_lightning.studies.simulation import World
+from tests.support.studies import DOSES, runs, study_of, tiny
 
-SMALL = World(seeds=4, questions=20, samples=4)
-ARMS = {"sdpo": 0.0, "pgpo-1.0": 0.1, "constant-1.0": 0.0, "random-1.0": 0.0, "pgpo-2": 0.0, "grpo": -0.1}
-DOSES = {"pgpo-1.0": 1.5, "constant-1.0": 1.5, "random-1.0": 1.5, "pgpo-2": 1.2}
 FAST = Design(draws=0)
-
-
-def runs(seed=0, study="lr=1", arms=ARMS, world=SMALL, doses=DOSES):
-    return simulate(arms, world, seed, study, doses)
-
-
-def tiny(seed=0, arm="sdpo", scores=((0.5, 0.5), (0.5, 1.0), (0.0, 0.5)), **fields):
-    """A run evaluated at steps 0, 10 and 30, with two questions."""
-    questions = dict(zip(("0", "10", "30"), map(list, scores), strict=True))
-    return RunRecord(**{"study": "s", "arm": arm, "seed": seed, "steps": 30, "samples": 2, "seconds": 1.0, "cpu_seconds": 1.0,
-                  "curves": {}, "questions": questions} | fields)  # fmt: skip
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    for name in ("draw_curves", "draw_forest", "draw_multipliers"):
-        monkeypatch.setattr(f"pgpo_lightning.commands.report.{name}", lambda *args: None)
 
 
 def test_runs_with_other_held_out_questions_are_not_compared():
@@ -56,10 +33,6 @@ def test_runs_with_other_held_out_questions_are_not_compared():
     expected = "The records of 1 of 3 runs do not identify their held-out questions: for these runs only the number"
     assert any(note.startswith(expected) for note in mixed["notes"])
     assert not any("identify" in note for note in same["notes"])
-
-
-def study_of(content, number=0):
-    return content["studies"][number]
 
 
 def test_measures_of_a_run_are_those_one_would_write_down():
@@ -228,19 +201,6 @@ def test_studies_without_common_seeds_are_not_pooled():
     assert "without common seeds" in conclude(content)
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_single_seed_is_reported_without_intervals(tmp_path):
-    write_runs(runs(world=World(seeds=1, questions=20)), tmp_path / "runs.jsonl")
-    content = report([tmp_path / "runs.jsonl"], str(tmp_path / "out"))
-    assert content["conclusion"].startswith(
-        "Information helps beyond its dose: not resolved, because a single seed has no interval"
-    )
-    row = study_of(content)["comparisons"][0]["final"]
-    assert isinstance(row["value"], float)
-    assert (row["low"], row["high"], row["p"], row["bootstrap"]) == (None, None, None, [None, None])
-    assert "A single seed" in (tmp_path / "out" / "report.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -307,57 +267,11 @@ def test_wrong_settings_are_refused(setting, message):
         Design(**setting)
 
 
-def test_the_command_writes_tables_pictures_and_the_sentence(tmp_path, capsys):
-    write_runs(runs(1, "one"), tmp_path / "one.jsonl")
-    for run in runs(2, "two"):
-        run.save(tmp_path / run.study / run.arm / f"seed={run.seed}" / "run.json")
-    out = tmp_path / "out"
-    words = ["report", str(tmp_path / "one.jsonl"), str(tmp_path / "two"), "--output", str(out)]
-    main([*words, "--information", "[pgpo*,centred*]", "--decisive", "[constant,random]", "--margin", "0.03"])
-    text, content = (out / "report.md").read_text(), json.loads((out / "report.json").read_text())
-    assert text.rstrip().endswith(f"**{content['conclusion']}**")
-    assert capsys.readouterr().out.startswith(content["conclusion"])
-    assert content["design"]["information"] == ["pgpo*", "centred*"]
-    assert content["design"]["margin"] == 0.03
-    assert (content["cost"]["runs"], content["cost"]["seconds"]) == (48, 48 * 60)
-    for picture in ("curves.png", "forest.png", "multipliers.png"):
-        assert f"({picture})" in text
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert "biased upwards" in text
-    assert "| pgpo-1.0 − constant-1.0 | 4 | " in text
-    # From the records that it wrote beside the report, everything can be made again.
-    main(["report", str(out / "runs.jsonl"), "--output", str(tmp_path / "again"), "--information", "[pgpo*,centred*]",
-          "--decisive=[constant,random]", "--margin=0.03"])  # fmt: skip
-    for file in out.iterdir():
-        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-
-
-def test_without_multipliers_there_is_no_dose_to_report(tmp_path):
-    made = [tiny(seed, arm, rho=[]) for arm in ("grpo", "hapo") for seed in (0, 1)]
-    write_runs(made, tmp_path / "runs.jsonl")
-    report([str(tmp_path / "runs.jsonl")], str(tmp_path / "out"), baseline="grpo")
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "| entropy |\n" in text
-    assert "hapo − grpo" in text
-    assert not (tmp_path / "out" / "multipliers.png").exists()
-    write_runs([replace(run, rho=[1.1]) for run in made], tmp_path / "runs.jsonl")
-    report([str(tmp_path / "runs.jsonl")], str(tmp_path / "out"), baseline="grpo")
-    assert "| entropy | dose |\n" in (tmp_path / "out" / "report.md").read_text()
-    assert (tmp_path / "out" / "multipliers.png").exists()
-
-
 def test_every_arm_has_a_colour_of_its_own():
     from pgpo_lightning.studies.figures import _style
 
     for names in ([f"arm{i}" for i in range(11)], ["sdpo", *(f"arm{i}" for i in range(10))]):
         assert len({_style(name, names, Design())["color"] for name in names}) == 11
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_the_command_takes_options_before_the_runs(tmp_path):
-    write_runs(runs(), tmp_path / "runs.jsonl")
-    main(["report", "--output", str(tmp_path / "out"), "--information", "pgpo*", str(tmp_path / "runs.jsonl")])
-    assert (tmp_path / "out" / "report.md").exists()
 
 
 def test_the_same_runs_in_other_hours_give_the_same_numbers():

@@ -1,0 +1,73 @@
+"""Strategies and settings that cannot train right are refused."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+
+from pgpo_lightning.models.lora import LoRA
+from pgpo_lightning.modules import SDPO
+from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, tiny_model, tiny_sdpo
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (FSDPStrategy, "got FSDPStrategy: FSDP1 has no weights outside .* Take FSDP2"),
+        # It needs a package to be made, and passes for DDP, of which it is a subclass.
+        (
+            DeepSpeedStrategy,
+            "got DeepSpeedStrategy: its engine keeps gradients .* ddp with bitsandbytes.optim.AdamW8bit",
+        ),
+        (Strategy, "got Strategy: gradients would not be exchanged"),
+    ],
+)
+def test_a_strategy_under_which_steps_would_be_wrong_is_refused(strategy, why):
+    module = tiny_sdpo()
+    strategy = strategy() if strategy is FSDPStrategy else Mock(spec=strategy)
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=rf"ModelParallelStrategy \(FSDP2\), but {why}"):
+        module.setup("fit")
+
+
+def test_tensor_parallelism_is_refused():
+    module = tiny_sdpo()
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(
+        MisconfigurationException, match=r"`tensor_parallel_size` of 1.*but got 2.*`data_parallel_size`"
+    ):
+        module.setup("fit")
+
+
+class OwnWeights(TransformersEngine):
+    has_weights = True
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharded", "message"),
+    [
+        ({"lora": LoRA()}, True, "no `lora` with sharded weights, but got ModelParallelStrategy"),
+        ({"engine": OwnWeights()}, True, "no sharded weights with OwnWeights"),
+        ({"engine": OwnWeights(), "lora": LoRA()}, False, "no `lora` with OwnWeights"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, sharded, message):
+    pytest.importorskip("peft")
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | settings)
+    strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy("cpu")
+    if sharded:
+        strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
+    with pytest.raises(MisconfigurationException, match=message):
+        module.setup("fit")
