@@ -29,8 +29,10 @@ INSTEAD = {
 }
 CALLBACKS: dict[type[Callback], str] = {
     LearningRateFinder: "it takes steps of its own with a loss that a step does not return. Try rates with `pgpo ablate`",
-    BatchSizeFinder: "it takes steps that are thrown away. Ask `pgpo plan` what fits, and set `micro_batch_tokens`",
-    StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher_regularization: ema`",
+    BatchSizeFinder: (
+        "it takes steps that are thrown away. Ask `pgpo plan` what fits, and set `model.init_args.update.micro_batch_tokens`"
+    ),
+    StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher.regularization: ema`",
     GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.update.micro_batch_tokens` to save memory",
     ResumeCheckpoint: "every run has its own. Set `checkpoint.every_n_train_steps` and `checkpoint.keep`",
     RunSummary: "every run has its own. Set it by `summary`",

@@ -62,6 +62,10 @@ _ALIASES = {"alpha": ("divergence_alpha", "sensitivity")}
 class ConfigGroup:
     """Base of dataclasses that group settings. Their fields are compared one by one, under ``group.field``."""
 
+    def settled(self) -> dict[str, Any]:
+        """Return the fields by name; where one was left open, what then stands for it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # a dataclass
+
 
 class Remembers:
     """Keeps the arguments that an object is constructed with."""
@@ -104,8 +108,7 @@ def settings(thing: Any) -> dict[str, Plain]:
             continue
         value = getattr(thing, name, None) if value is None else value
         if isinstance(value, ConfigGroup):
-            fields = dataclasses.fields(value)  # type: ignore[arg-type]  # groups are dataclasses
-            found |= {f"{name}.{field.name}": describe(getattr(value, field.name)) for field in fields}
+            found |= {f"{name}.{field}": describe(each) for field, each in value.settled().items()}
         else:
             found[name] = describe(value)
     return found

@@ -43,7 +43,7 @@ class Verdict:
     """What a verifier says about one response.
 
     Args:
-        reward: The score; at least ``success_reward_threshold`` counts as a success.
+        reward: The score; at least ``reward.success_threshold`` counts as a success.
         feedback: Optional text about this very attempt (an error message, a failing test). It reaches the self-teacher
             of this attempt only.
         answer: The answer that was read from the response, for majority voting; ``None`` if there was none.

@@ -373,8 +373,10 @@ class OnPolicyModule(Remembers, L.LightningModule):
         return self.optimization.build(self.model, self.placement.sharded, self.resumed)
 
     def on_fit_start(self) -> None:
-        """Check the size and the number of batches."""
-        self.objective.check_length(start_up.count_batches(self.trainer, self.update))
+        """Check the size of the batches and, if the objective asks for it, their number."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        start_up.check_batch_size(size, self.update.updates_per_batch)
+        self.objective.check_length(partial(start_up.count_batches, self.trainer, self.update))
 
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect, over what was restored."""

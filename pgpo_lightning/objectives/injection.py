@@ -6,6 +6,7 @@ term, without clipping, without log-probabilities of a sampler and without impor
 What is logged describes the rollouts that the student sampled; the demonstrations have curves of their own, under ``hapo/``.
 """
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any, Literal
@@ -222,9 +223,10 @@ class InjectedPolicyGradient(PolicyGradientObjective):
         """Verify the demonstrations of the training questions."""
         self.demonstrations.check(questions, self.verify)
 
-    def check_length(self, batches: float) -> None:
-        """Compare the number of batches with what the gate knows."""
-        self.gate.check_length(batches)
+    def check_length(self, count_batches: Callable[[], float]) -> None:
+        """Compare the number of batches, if it is known, with what the gate knows."""
+        if math.isfinite(batches := count_batches()):
+            self.gate.check_length(batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what gate and demonstrations remember."""

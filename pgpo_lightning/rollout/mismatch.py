@@ -25,9 +25,9 @@ def check_sampler(statistics: StepStatistics, limit: float | None, step: int) ->
     gap = float((statistics.sampler_gap * statistics.length).sum() / statistics.length.sum())
     if limit is not None and gap > limit:  # not for NaN, which is for the handling of losses that are not finite
         raise RuntimeError(
-            f"Expected trainer and sampler to differ by at most `max_sampler_gap`={limit:g} nats per token, but got {gap:.3g} "
-            f"at step {step}: the rollouts are not samples of the weights that are trained. Either the engine kept old weights, "
-            "or its log-probabilities are those of another temperature or of a truncated distribution, or the model has "
-            "dropout, which acts in training alone. No update was made with this batch."
+            f"Expected trainer and sampler to differ by at most `mismatch.max_sampler_gap`={limit:g} nats per token, but got "
+            f"{gap:.3g} at step {step}: the rollouts are not samples of the weights that are trained. Either the engine kept "
+            "old weights, or its log-probabilities are those of another temperature or of a truncated distribution, or the "
+            "model has dropout, which acts in training alone. No update was made with this batch."
         )
     return {"rollout_corr/gap": gap}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pgpo_lightning.core.run_settings import ConfigGroup
 from pgpo_lightning.core.settings import Count, Fraction, checked
@@ -68,6 +69,15 @@ class TeacherConfig(ConfigGroup):
     def rate(self) -> float:
         """The update rate, with its default."""
         return 0.05 if self.update_rate is None else self.update_rate
+
+    @property
+    def steps(self) -> int:
+        """The period, with its default."""
+        return 10 if self.period is None else self.period
+
+    def settled(self) -> dict[str, Any]:
+        """See :meth:`ConfigGroup.settled`."""
+        return super().settled() | {"update_rate": self.rate, "period": self.steps}
 
 
 @partial(checked, prefix="reprompt.")

@@ -85,8 +85,7 @@ class SelfTeaching:
     def make(self, student: PreTrainedModel) -> Teacher:
         """Return the teacher, made from the student's weights (or its adapter) as they are now."""
         config = self.config
-        period = 10 if config.period is None else config.period
-        teacher = make_teacher(config.regularization, student, config.rate, period, config.gate, config.offload)
+        teacher = make_teacher(config.regularization, student, config.rate, config.steps, config.gate, config.offload)
         if isinstance(teacher, FrozenTeacher):
             self.start = fingerprint(student)
         return teacher

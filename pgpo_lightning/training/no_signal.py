@@ -69,9 +69,10 @@ def _cause(seen: Outcomes, right: int, cut: int, siblings: int, has_teacher: boo
     feedback = " Or give feedback: from the verifier, or as `privileged_context`." if no_feedback else ""
     if has_teacher and not shows_feedback:
         feedback = (
-            " Or give feedback, from the verifier or as `privileged_context`, and set `include_environment_feedback` to true."
+            " Or give feedback, from the verifier or as `privileged_context`, and set "
+            "`reprompt.include_environment_feedback` to true."
             if no_feedback
-            else " Or let the teacher see the feedback that there is: set `include_environment_feedback` to true."
+            else " Or let the teacher see the feedback that there is: set `reprompt.include_environment_feedback` to true."
         )
     rewards: dict[int, set[float]] = {}
     for question, reward in zip(seen.question, seen.reward, strict=True):
@@ -95,7 +96,7 @@ def _cause(seen: Outcomes, right: int, cut: int, siblings: int, has_teacher: boo
         )
     if has_teacher and not any(seen.taught):
         return (
-            "Some were right, but no other rollout was shown them: look at `num_generations`, `demonstration_source` and "
-            f"`max_reprompt_len`.{feedback}"
+            "Some were right, but no other rollout was shown them: look at `num_generations`, "
+            f"`reprompt.demonstration_source` and `reprompt.max_reprompt_len`.{feedback}"
         )
     return "All weights or advantages were zero: every question was answered always right or always wrong."

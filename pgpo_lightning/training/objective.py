@@ -110,8 +110,12 @@ class Objective(ABC):
     def check_questions(self, questions: list[Any]) -> None:  # noqa: B027
         """Look at the training questions before anything is sampled."""
 
-    def check_length(self, batches: float) -> None:  # noqa: B027
-        """Raise if the objective does not know what to do for so many batches."""
+    def check_length(self, count_batches: Callable[[], float]) -> None:  # noqa: B027
+        """Raise if the objective does not know what to do for the batches of the run.
+
+        Args:
+            count_batches: Returns their number, infinity if it is not known.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights."""

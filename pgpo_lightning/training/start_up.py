@@ -77,10 +77,8 @@ def check_data(data: Any, actor: Actor) -> None:
 def count_batches(trainer: L.Trainer, update: UpdateConfig) -> float:
     """Return how many batches a run will train on, infinity if that is not known.
 
-    Raises:
-        MisconfigurationException: If a batch cannot be divided into its updates.
+    It makes Lightning build the training data loader earlier than it would, so it is not called without need.
     """
-    check_batch_size(getattr(getattr(trainer, "datamodule", None), "batch_size", None), update.updates_per_batch)
     batches = trainer.estimated_stepping_batches
     if trainer.max_steps >= 0:
         batches = min(batches, -(-trainer.max_steps // update.steps_per_batch))

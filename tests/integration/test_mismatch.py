@@ -67,7 +67,7 @@ def weights(model):
 def test_wrong_log_probs_stop_the_run_before_anything_is_learned(tmp_path, kind):
     module, run = fit(tmp_path, Off(0.3), kind=kind)
     with pytest.raises(
-        RuntimeError, match=r"at most `max_sampler_gap`=0.1 nats per token, but got 0\.\d+ at step 0: the"
+        RuntimeError, match=r"at most `mismatch.max_sampler_gap`=0.1 nats per token, but got 0\.\d+ at step 0: the"
     ):
         run()
     assert all(torch.equal(a, b) for a, b in zip(weights(module.model), weights(tiny_model()), strict=True))
@@ -82,7 +82,7 @@ def test_rounding_does_not_stop_the_run_and_is_reported(tmp_path):
 
 def test_the_limit_can_be_moved_or_left_out(tmp_path):
     _, run = fit(tmp_path, Off(0.05), max_sampler_gap=0.02)
-    with pytest.raises(RuntimeError, match=r"`max_sampler_gap`=0\.02 nats per token, but got 0\.05 at step 0"):
+    with pytest.raises(RuntimeError, match=r"`mismatch.max_sampler_gap`=0\.02 nats per token, but got 0\.05 at step 0"):
         run()
     module, run = fit(tmp_path, Off(0.3), max_sampler_gap=None)
     run()

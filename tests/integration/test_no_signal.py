@@ -1,5 +1,6 @@
 """Steps in which no rollout is in the loss: left out, counted and explained."""
 
+import functools
 import itertools
 import warnings
 
@@ -29,17 +30,14 @@ class Watched:
         super().configure_model()
         self.passes_made = 0
         self.states = []
+        for name in ("_micro_batch", "_log_probs"):
+            setattr(self.learner, name, functools.partial(self.counted, getattr(type(self.learner), name)))
 
-    def _micro_batch(self, *args):
+    def counted(self, passes, *args):
         self.passes_made += 1
-        return super()._micro_batch(*args)
+        return passes(self.learner, *args)
 
-    def _log_probs(self, *args):
-        self.passes_made += 1
-        return super()._log_probs(*args)
-
-    def report(self, rows, statistics):
-        super().report(rows, statistics)
+    def on_train_batch_end(self, *_):
         weights = [p.detach().clone() for p in self.model.parameters()]
         teacher = [] if self.teacher is None else [p.detach().clone() for p in self.teacher.parameters()]
         moments = [v.clone() for s in self.optimizers().state.values() for v in s.values()]
@@ -59,7 +57,7 @@ def made(base, empty, updates=1, **settings):
     limits = {
         name: value for name, value in LIMITS.items() if name != "max_reprompt_len" or issubclass(base, SDPO | RLSD)
     }
-    module = type(f"Watched{base.__name__}", (Watched, base), {})(
+    module = build(type(f"Watched{base.__name__}", (Watched, base), {}),
         tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=updates,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
         scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5), **limits | settings,
@@ -185,7 +183,7 @@ def test_the_cause_follows_from_the_numbers(seen, siblings, has_teacher, said, u
 @pytest.mark.parametrize("feedback", [0, 4])
 def test_feedback_that_no_teacher_is_shown_is_named(feedback):
     text = explain(outcomes([0.0] * 4, feedback=feedback), 0.5, 64, 2, True, shows_feedback=False)
-    assert "set `include_environment_feedback` to true" in text
+    assert "set `reprompt.include_environment_feedback` to true" in text
     assert ("the feedback that there is" in text) == bool(feedback)
 
 
@@ -194,7 +192,7 @@ def test_a_step_without_signal_names_the_feedback_that_is_left_out(tmp_path):
         tiny_model(), lambda question, response: (0.0, "No."), tokenizer=TOKENIZER, num_generations=2,
         include_environment_feedback=False, **LIMITS,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="4 had feedback.*set `include_environment_feedback` to true"):
+    with pytest.warns(UserWarning, match="4 had feedback.*set `reprompt.include_environment_feedback` to true"):
         trainer(tmp_path, max_steps=1).fit(module, loader(questions(2)))
 
 
@@ -204,7 +202,8 @@ def test_demonstrations_of_hapo_are_a_signal(tmp_path):
     given = questions(4)
     for question in given:
         question.columns["solution"] = f"\\boxed{{{question.answer}}}"
-    module.actor.verifier = lambda question, response: float("boxed" in response and question.answer in response)
+    boxed = lambda question, response: float("boxed" in response and question.answer in response)  # noqa: E731
+    module.actor.verifier = module.objective.verify.verifier = boxed
     trainer(tmp_path, max_steps=2).fit(module, loader(given, 2))
     assert module.steps_without_signal == 0
     assert module.passes_made > 0

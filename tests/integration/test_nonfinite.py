@@ -14,13 +14,13 @@ class Poisoned(SDPO):
     def configure_model(self):
         super().configure_model()
         self.states = []
+        sound = type(self.objective).token_loss
+        self.objective.token_loss = lambda tokens, given: self.spoil(sound(self.objective, tokens, given))
 
-    def objective(self, tokens, given):
-        loss = super().objective(tokens, given)
+    def spoil(self, loss):
         return loss * torch.nan if self.steps in self.poisoned else loss
 
-    def report(self, rows, statistics):
-        super().report(rows, statistics)
+    def on_train_batch_end(self, *_):
         self.states.append(
             (
                 [p.detach().clone() for p in self.model.parameters()],
@@ -75,8 +75,7 @@ def test_as_many_as_allowed_do_not(tmp_path):
 
 def test_a_gradient_that_overflows_is_skipped_too(tmp_path):
     class Exploding(Poisoned):
-        def objective(self, tokens, given):
-            loss = SDPO.objective(self, tokens, given)
+        def spoil(self, loss):
             if self.steps in self.poisoned and loss.requires_grad:
                 loss.register_hook(lambda gradient: gradient * torch.inf)
             return loss

@@ -25,10 +25,13 @@ from pgpo_lightning.objectives.gates import Gate, Threshold
 from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design
-from tests.support.helpers import LIMITS, TOKENIZER, half_right, tiny_model
+from pgpo_lightning.teachers.configs import RepromptConfig
+from pgpo_lightning.training.configs import ModelConfig
+from tests.support.helpers import LIMITS, TOKENIZER, grouped, half_right, tiny_model
 
 FAMILIES = (OnPolicyModule, QuestionData, L.Callback, Engine, Gate, Threshold, Demonstrations)
 NOT_TRIED = {"tokenizer"}  # a text would be looked up on the Hub
+LIMITS_IN_GROUPS = grouped(LIMITS)
 
 
 def _modules():
@@ -97,8 +100,11 @@ def record():
 def needed(cls):
     """Return what a class cannot be built without."""
     if issubclass(cls, OnPolicyModule):
-        limits = {name: limit for name, limit in LIMITS.items() if name in arguments(cls)}
-        return {"model": tiny_model(), "verifier": half_right, "tokenizer": TOKENIZER, **limits}
+        given = {"model": tiny_model(), "verifier": half_right, "model_config": ModelConfig(tokenizer=TOKENIZER)}
+        given |= {
+            name: RepromptConfig(**value) if name == "reprompt" else value for name, value in LIMITS_IN_GROUPS.items()
+        }
+        return {name: value for name, value in given.items() if name in arguments(cls)}
     given = {
         "run": record(), "at": 3, "width": 2.0, "rate": 0.5, "target_mean": 1.1, "server": "http://localhost:1",
         "train": "questions.jsonl", "max_tokens": 8,
@@ -192,19 +198,21 @@ def test_no_number_of_any_class_takes_what_is_no_number(value):
     [
         ("temperature", 1e-12),
         ("temperature", 1e9),
-        ("eval_temperature", math.inf),
-        ("eval_top_p", 1e-30),
+        ("evaluation.temperature", math.inf),
+        ("evaluation.top_p", 1e-30),
         ("question_weight_exponent", math.inf),
-        ("success_reward_threshold", math.nan),
-        ("max_grad_norm", 1e-30),
-        ("max_grad_norm", math.inf),
-        ("teacher_update_rate", math.nan),
+        ("reward.success_threshold", math.nan),
+        ("update.max_grad_norm", 1e-30),
+        ("update.max_grad_norm", math.inf),
+        ("teacher.update_rate", math.nan),
         ("seed", -1),
         ("num_generations", 2.0),
-        ("gradient_checkpointing", 1),
+        ("model_config.gradient_checkpointing", 1),
     ],
 )
 def test_nonsense_that_a_module_once_took(name, value):
-    made, said = built(SDPO, name, value)
+    group, _, field = name.rpartition(".")
+    owner = type(inspect.signature(SDPO).parameters[group].default) if group else SDPO
+    made, said = built(owner, field, value)
     assert made is None
     assert said.startswith(f"Expected `{name}` to ")

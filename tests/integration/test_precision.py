@@ -15,10 +15,14 @@ from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, 
 class Watched(SDPO):
     """Remembers what every optimizer step left behind."""
 
-    def update(self, loss):
-        updated = super().update(loss)
+    def configure_model(self):
+        super().configure_model()
+        self.learner.apply = self.watched
+
+    def watched(self, *args):
+        updated = type(self.learner).apply(self.learner, *args)
         rate = self.optimizers().param_groups[0]["lr"]
-        self.seen.append((updated, self.scalars["actor/grad_norm"], rate, self.skipped_in_a_row))
+        self.seen.append((updated, self.scalars["actor/grad_norm"], rate, self.learner.skipped_in_a_row))
         return updated
 
 
@@ -75,8 +79,10 @@ def test_steps_that_overflow_are_skipped_and_the_rate_stays_exact(tmp_path):
 
 def test_a_scale_that_cannot_fall_any_further_counts_as_failure(tmp_path):
     class Poisoned(Watched):
-        def objective(self, tokens, given):
-            return super().objective(tokens, given) * torch.nan
+        def configure_model(self):
+            super().configure_model()
+            sound = type(self.objective).token_loss
+            self.objective.token_loss = lambda tokens, given: sound(self.objective, tokens, given) * torch.nan
 
     module = build(
         Poisoned, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, max_skipped_steps=1, **LIMITS
@@ -103,7 +109,7 @@ def test_narrow_weights_under_an_optimizer_that_rounds_to_nearest_are_warned_of(
     module(tiny_model().bfloat16(), Rounding).configure_optimizers()
     assert not [warning for warning in recwarn if "rounds to nearest" in str(warning.message)]
     with pytest.warns(
-        UserWarning, match=r"Weights in bfloat16 .* are lost .* `dtype` float32 .* `bf16_stochastic_round`"
+        UserWarning, match=r"Weights in bfloat16 .* are lost .* `model_config.dtype` float32 .* `bf16_stochastic_round`"
     ):
         module(tiny_model().bfloat16(), torch.optim.AdamW).configure_optimizers()
 

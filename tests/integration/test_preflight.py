@@ -15,7 +15,6 @@ from pgpo_lightning.training.preflight import less_successful, net_gap, signific
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
-    accumulate,
     build,
     config,
     half_right,
@@ -34,9 +33,13 @@ def told(caught):
 class Shifted(SDPO):
     """Information of a chosen value at every step, for twelve rollouts of six questions."""
 
-    def accumulate_gradients(self, rows):
-        loss = accumulate(super(), rows)
-        n, real = 12, self.step_statistics
+    def configure_model(self):
+        super().configure_model()
+        self.learner.accumulate = self.shifted
+
+    def shifted(self, *args):
+        step = type(self.learner).accumulate(self.learner, *args)
+        n, real = 12, step.statistics
         values = {name: torch.ones(n) for name in StepStatistics.__dataclass_fields__}
         spread = torch.linspace(-0.1, 0.1, n)
         values |= {
@@ -44,9 +47,9 @@ class Shifted(SDPO):
             "entropy_teacher": torch.ones(n),
             "sampler_gap": torch.zeros(n),
         }
-        self.step_statistics = StepStatistics(**values | {"question": torch.arange(n).float() // 2})
+        step.statistics = StepStatistics(**values | {"question": torch.arange(n).float() // 2})
         assert len(real)
-        return loss
+        return step
 
 
 @pytest.mark.parametrize(("shift", "warned"), [(-0.3, True), (-0.05, False), (0.3, False)])
@@ -104,7 +107,7 @@ class Confused(SDPO):
 
 
 def graded(folder, base, **settings):
-    module = base(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS | settings)
+    module = build(base, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, **LIMITS | settings)
     asked = questions(16)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

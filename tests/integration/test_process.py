@@ -46,7 +46,7 @@ def test_an_error_is_the_users_by_where_it_was_raised(tmp_path):
         report(error, None).splitlines()[0]
         == "error: Expected the model `x/y` to be usable, but x/y is not a local folder"
     )
-    assert mendable(raised(main, ["fit", "--config", config(tmp_path / "run"), "--model.alpha", "1.5"]))
+    assert mendable(raised(main, ["fit", "--config", config(tmp_path / "run"), "--model.divergence.alpha", "1.5"]))
 
 
 def test_a_fault_leaves_its_traceback_in_the_folder_of_the_run(tmp_path, monkeypatch):

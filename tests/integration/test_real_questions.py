@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.data import SciKnowEval
 from pgpo_lightning.monitoring.curves import read_scalars
+from tests.support.helpers import grouped
 
 DATA = os.environ.get("PGPO_SCIKNOWEVAL")
 pytestmark = pytest.mark.skipif(not DATA or not Path(DATA).is_dir(), reason="PGPO_SCIKNOWEVAL names no folder")
@@ -98,13 +99,13 @@ def test_training_evaluation_and_resume(tmp_path):
         },
         "model": {
             "class_path": "SDPO",
-            "init_args": {
+            "init_args": grouped({
                 "model": str(tmp_path / "model"),
                 "verifier": "pgpo_lightning.rewards.MultipleChoice",
                 "num_generations": 8, "max_prompt_length": 900, "max_reprompt_len": 1024, "max_response_length": 48,
                 "eval_samples": 4, "include_environment_feedback": False,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
-            },
+            }),
         },
         "multiplier": {"class_path": "InformationMultiplier", "init_args": {"sensitivity": 1.0}},
         "checkpoint": {"every_n_train_steps": 2},

@@ -22,7 +22,6 @@ from pgpo_lightning.training.step_log import loss_scalars
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
-    accumulate,
     build,
     half_right,
     loader,
@@ -63,7 +62,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_divergence_is_reported_whatever_the_objective(name):
     base, settings, measure, bound, minimised = OBJECTIVES[name]
-    module = base(tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=2, **LIMITS | settings)
+    module = build(base, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=2, **LIMITS | settings)
     module.configure_model()
     with torch.no_grad():
         for p in module.teacher.parameters():
@@ -71,7 +70,9 @@ def test_the_divergence_is_reported_whatever_the_objective(name):
     rows = random_rows(6)
     for row in rows:
         row.advantage = 0.75
-    _, statistics, _ = module.learner._micro_batch(rows, 1.0)
+    route = module.objective.routes(rows)[0]
+    assert route.samples == rows
+    _, statistics, _ = module.learner._micro_batch(route, rows, 1.0)
     expected, losses = [], []
     for row in rows:
         y = torch.tensor(row.rollout.response_ids)
@@ -100,12 +101,14 @@ def test_the_divergence_is_reported_whatever_the_objective(name):
 @pytest.mark.parametrize("base", [GRPO, HAPO])
 def test_without_a_teacher_there_is_no_divergence(base):
     limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
-    module = base(tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
+    module = build(base, tiny_model(), half_right, tokenizer=TOKENIZER, **limits)
     module.configure_model()
     rows = random_rows(4, with_reprompt=False)
     for row in rows:
         row.advantage = 0.5
-    _, statistics, _ = module.learner._micro_batch(rows, 1.0)
+    route = module.objective.routes(rows)[0]
+    assert route.samples == rows
+    _, statistics, _ = module.learner._micro_batch(route, rows, 1.0)
     assert not statistics.has_teacher.any()
     assert statistics.divergence.isnan().all()
     assert not any(tag.startswith("self_distillation") for tag in loss_scalars(statistics, 0.5))
@@ -142,10 +145,14 @@ def test_with_several_updates_the_curves_are_of_the_policy_that_sampled(tmp_path
     seen = []
 
     class Kept(SDPO):
-        def accumulate_gradients(self, rows):
-            loss = accumulate(super(), rows)
-            seen.append(self.step_statistics)
-            return loss
+        def configure_model(self):
+            super().configure_model()
+            self.learner.accumulate = self.kept
+
+        def kept(self, *args):
+            step = type(self.learner).accumulate(self.learner, *args)
+            seen.append(step.statistics)
+            return step
 
     module = build(Kept, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2, num_iterations=2,
                   optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS)  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pgpo_lightning.commands.main import main
 from tests.support.helpers import TOKENIZER, config, tiny_model
@@ -85,8 +86,9 @@ def test_settings_of_the_command_line_win_over_those_of_the_checkpoint(whole, tm
 def test_a_checkpoint_of_another_module_or_architecture_is_refused(whole, tmp_path):
     checkpoint = str(whole / "checkpoints" / "step=000006.ckpt")
     grpo = config(tmp_path / "a", module="GRPO")
-    text = Path(grpo).read_text().replace("    max_reprompt_len: 160\n", "")
-    Path(grpo).write_text(text)
+    settings = yaml.safe_load(Path(grpo).read_text())
+    del settings["model"]["init_args"]["reprompt"]
+    Path(grpo).write_text(yaml.safe_dump(settings))
     with pytest.raises(Exception, match=r"Expected a checkpoint of GRPO, but it is SDPO's"):
         main(["validate", "--config", grpo, "--ckpt_path", checkpoint])
     tiny_model().save_pretrained(tmp_path / "tiny")

@@ -37,9 +37,9 @@ def run(begun, tmp_path):
 CHANGED = {
     "--model.num_generations=2": r"`model.num_generations` is 2 and was 4",
     "--model.temperature=0.9": r"`model.temperature` is 0.9 and was 1.0",
-    "--model.model_config.dtype=bfloat16": r"`model.dtype` is 'bfloat16' and was 'float32'",
-    "--model.teacher.update_rate=0.5": r"`model.teacher_update_rate` is 0.5 and was 0.05",
-    "--model.verifier=helpers.half_right": r"`model.verifier` is .*half_right.* was {.*BoxedAnswer",
+    "--model.model_config.dtype=bfloat16": r"`model.model_config.dtype` is 'bfloat16' and was 'float32'",
+    "--model.teacher.update_rate=0.5": r"`model.teacher.update_rate` is 0.5 and was 0.05",
+    "--model.verifier=tests.support.helpers.half_right": r"`model.verifier` is .*half_right.* was {.*BoxedAnswer",
     "--multiplier=ConstantMultiplier": r"`multiplier` is .*ConstantMultiplier and was .*RandomMultiplier",
     "--multiplier.high=1.6": r"`multiplier.high` is 1.6 and was 1.5",
     "--multiplier=null": r"`multiplier` is None and was .*RandomMultiplier",
@@ -130,11 +130,11 @@ def test_a_checkpoint_of_an_older_version_is_continued_with_a_warning(run):
 def test_the_teachers_start_is_compared_where_no_checkpoint_holds_it():
     from pgpo_lightning.teachers.self_teaching import check_start
 
-    one, other = (tiny_sdpo(seed, teacher_regularization="frozen").start for seed in (0, 1))
+    one, other = (tiny_sdpo(seed, teacher_regularization="frozen").objective.teaching.start for seed in (0, 1))
     check_start(one, one)
     with pytest.raises(Exception, match="Expected `model` to be the one that the run began with"):
         check_start(one, other)
-    assert tiny_sdpo(teacher_regularization="ema").start is None
+    assert tiny_sdpo(teacher_regularization="ema").objective.teaching.start is None
 
 
 def test_what_is_new_must_not_change_until_somebody_says_so():
@@ -162,7 +162,11 @@ def test_arguments_are_found_through_all_classes_and_by_either_of_two_names():
     assert set(settings(ToyArithmetic(limit_train=3))) <= known
     module = settings(tiny_sdpo(alpha=0.5))
     assert {*MAY_CHANGE["model"], *SEEN_BY_EFFECT["model"]} <= set(module)
-    assert module["divergence_alpha"] == 0.5
+    assert module["divergence.alpha"] == 0.5
+    # What is left open is what it stands for.
+    assert (
+        module["teacher.update_rate"] == settings(tiny_sdpo(alpha=0.5, teacher_update_rate=0.05))["teacher.update_rate"]
+    )
 
 
 def _names(cls: type[StepSizeMultiplier]):

@@ -16,6 +16,8 @@ from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.rewards import BoxedAnswer
+from pgpo_lightning.teachers.configs import RepromptConfig
+from pgpo_lightning.training.configs import EvaluationConfig
 from tests.support import ROOT
 from tests.support.helpers import LIMITS, TOKENIZER, build, config, half_right, tiny_model, trainer
 
@@ -145,8 +147,8 @@ def test_the_example_in_the_readme_runs_and_leaves_a_summary(tmp_path, monkeypat
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (verifier,), (example,) = ([block for block in blocks if word in block] for word in ("def check", "L.Trainer("))
     for big, small in {
-        '"Qwen/Qwen3-0.6B"': '"toy"', "num_generations=8": "num_generations=2, eval_samples=2",
-        "max_response_length=1024": "max_response_length=8, max_prompt_length=64, max_reprompt_len=128",
+        '"Qwen/Qwen3-0.6B"': '"toy"', "num_generations=8": "num_generations=2, evaluation=EvaluationConfig(samples=2)",
+        "max_response_length=1024": "max_response_length=8, max_prompt_length=64, reprompt=RepromptConfig(max_reprompt_len=128)",
         "max_steps=100": "max_steps=2", "val_check_interval=20": "val_check_interval=1",
         'FileQuestions(train="train.jsonl"': 'FileQuestions(batch_size=2, train="train.jsonl"',
     }.items():  # fmt: skip
@@ -156,7 +158,7 @@ def test_the_example_in_the_readme_runs_and_leaves_a_summary(tmp_path, monkeypat
     for name, count in (("train", 4), ("test", 2)):
         (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * count)
     monkeypatch.chdir(tmp_path)
-    names = {}
+    names = {"EvaluationConfig": EvaluationConfig, "RepromptConfig": RepromptConfig}
     exec(verifier + example, names)
     folder = tmp_path / "runs" / "mine" / "lightning_logs" / "version_0"
     summary = json.loads((folder / "summary.json").read_text())

@@ -132,10 +132,10 @@ def test_steps_without_signal_are_those_of_the_run(tmp_path):
             return 1.0
 
     made = module()
-    made.verifier = lambda question, response: 0.0
+    made.actor.verifier = lambda question, response: 0.0
     trainer(tmp_path / "nothing", max_steps=2).fit(made, loader(questions(4)))
     assert made.steps_without_signal == 2
-    made.verifier = lambda question, response: (0.0, "No.")
+    made.actor.verifier = lambda question, response: (0.0, "No.")
     trainer(tmp_path / "something", max_steps=2, callbacks=[Notes()]).fit(made, loader(questions(4)))
     assert seen == [0, 1]
     assert made.steps_without_signal == 0

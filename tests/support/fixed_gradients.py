@@ -8,6 +8,8 @@ import torch
 from pgpo_lightning.callbacks import StepSizeMultiplier
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.training.learner import Learner, Step
+from pgpo_lightning.training.rates import advance_schedule
 
 STEPS, PARTS, LR = 20, 3, 0.01
 RHO = [1.0 + 0.5 * math.sin(k) for k in range(STEPS)]
@@ -32,6 +34,7 @@ class FixedGradients(SDPO):
         with torch.no_grad():
             self.model.weight.zero_()
             self.model.bias.zero_()
+        self.learner = Learner(self.model, self.objective, self.update)
         self.path, self.rates = [], []
 
     def training_step(self, batch, batch_idx):
@@ -40,8 +43,9 @@ class FixedGradients(SDPO):
         for _ in range(PARTS):
             loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in self.model.parameters())
             self.manual_backward(loss / PARTS)
-        self.update(0.0)
-        self._advance_schedule()
+        step = Step(0.0, self.step_statistics)
+        self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
+        advance_schedule(self.lr_schedulers(), self.optimizers(use_pl_optimizer=False))
         self.steps += 1
         self.path.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
         self.rates.append(self.optimizers().param_groups[0]["lr"])

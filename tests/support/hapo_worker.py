@@ -40,7 +40,7 @@ class FixedRollouts(HAPO):
                 rollouts.append(Rollout(question, self.encoder.question(question), ids, log_probs, text, True))
         return rollouts
 
-    def report(self, rows, statistics):
+    def on_train_batch_end(self, *_):
         self.seen.append({name: v for name, v in self.scalars.items() if name.startswith(("hapo", "actor"))})
 
 

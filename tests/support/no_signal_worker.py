@@ -29,8 +29,7 @@ def main():
         return 0.0 if module.steps in empty[module.global_rank] else value
 
     class Kept(SDPO):
-        def report(self, rows, statistics):
-            super().report(rows, statistics)
+        def on_train_batch_end(self, *_):
             weights.append(torch.cat([full_tensor(p.detach()).flatten().clone() for p in self.model.parameters()]))
 
     weights = []

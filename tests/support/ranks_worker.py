@@ -20,7 +20,7 @@ from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
 from pgpo_lightning.modules import SDPO, SRPO
 from pgpo_lightning.training.mini_batches import mini_batches
-from tests.support.helpers import LIMITS, TOKENIZER, accumulate, half_right, loader, random_rows, tiny_model
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, random_rows, tiny_model
 
 ROWS, STEPS = 8, 3
 STRATEGIES = {
@@ -50,10 +50,12 @@ class Fixed:
         if self.trainer.world_size == 1 and self.split == "updates":  # the shares that two ranks have together
             mine = [row for question in (0, 2, 1, 3) for row in rows if row.rollout.question.index == question]
         for part in mini_batches(mine, 2 if self.split == "updates" else 1):
-            loss = accumulate(self, part)
-            self.update(loss)
+            step = self.learner.accumulate(part, self.manual_backward, self._no_sync)
+            self.step_statistics = step.statistics
+            self.scalars |= step.scalars
+            self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
             signal = information(self.step_statistics)
-            self.seen.append((loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
+            self.seen.append((step.loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
         self.learner.move_teacher()
         self.steps += 1
 
@@ -71,7 +73,7 @@ def main():
     torch.set_num_threads(1)
     routed = split == "routed"
     given = {"allocation": TokenWeights("token", 2.0, None, "teacher-certainty")} if routed else {}
-    module = (FixedSRPO if routed else FixedSDPO)(
+    module = build(FixedSRPO if routed else FixedSDPO,
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher,

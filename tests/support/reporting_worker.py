@@ -28,12 +28,11 @@ def main():
     limits = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
 
     class Kept(GRPO):
-        def report(self, rows, statistics):
-            super().report(rows, statistics)
+        def on_train_batch_end(self, *_):
             told = self.trainer.callback_metrics
             kept["errors"].append(int(told["rollout/verifier_errors"]))
             kept["std"].append(told["critic/advantages/std"].item())
-            kept["advantages"].append(torch.tensor([row.advantage for row in rows]))
+            kept["advantages"].append(torch.tensor([row.advantage for row in self.last_samples]))
             kept["seconds"].append(told["timing_s/step"].item())
 
     def fit(steps, checkpoint=None):

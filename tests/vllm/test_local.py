@@ -166,7 +166,7 @@ def test_a_run_without_hand_overs_is_stopped_at_the_second_step(tmp_path, engine
     once.sampler = engine.sampler  # the second engine of a process would take half a minute
     engine.sampler.holds = None  # so that the first hand-over takes place
     with pytest.raises(
-        RuntimeError, match=r"`max_sampler_gap`=0\.1 nats per token, but got .* at step 1: the rollouts"
+        RuntimeError, match=r"`mismatch.max_sampler_gap`=0\.1 nats per token, but got .* at step 1: the rollouts"
     ):
         fit(tmp_path, once)
     assert once.handovers == 1
