@@ -3,7 +3,7 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restar
 
 
 class Teacher(nn.Module):
-    """A self-teacher: gives hidden states for the reprompted sequences and follows the student after each step.
+    """A self-teacher: computes hidden states for the reprompted sequences, and follows the student after each step.
 
     Attributes:
-        moves_with_student: Whether every optimizer step of the student changes what the teacher says. If not, it has a
-            `model` of its own, which moves in :meth:`update` alone.
+        moves_with_student: Whether every optimizer step of the student changes the teacher's predictions. If not, the teacher has
+            a `model` of its own, which changes in :meth:`update` only.
     """
 
     moves_with_student = False
@@ -39,27 +39,31 @@ class Teacher(nn.Module):
         """
 
     def head(self, student: PreTrainedModel) -> Head:
-        """Return the head that belongs to the hidden states of a teacher that stands still within a batch."""
-        return head(self.model)
+        """Return the head for hidden states of an earlier pass. Only for teachers that do not move with the student.
 
-    def observe(self, rows: list[Sample]) -> None:
-        """See this rank's rollouts of a step, before the step. All ranks call it equally often."""
+        Raises:
+            NotImplementedError: If the teacher moves with the student.
+        """
+        raise NotImplementedError(f"{type(self).__name__} moves with the student.")
+
+    def observe(self, samples: list[Sample]) -> None:
+        """Receive this rank's rollouts of a step, before the step. All ranks call it equally often."""
 
     def update(self, student: PreTrainedModel) -> None:
-        """Move after an optimizer step. Called once per training step, and only if a step was taken."""
+        """Update the teacher after an optimizer step. Called once per training step, and only if a step was taken."""
 
     def release(self) -> None:
-        """Free what was made for :meth:`sources` alone. Called when the gradients of an optimizer step are there."""
+        """Release what was allocated for :meth:`sources`. Called when the gradients of an optimizer step are complete."""
 
 
 def live(student: PreTrainedModel, sequences: Sequences, weight: float = 1.0) -> Source:
-    """Return what the student says as a teacher: without dropout, which would be another teacher for every token."""
+    """Return the student's own predictions as a teacher, without dropout, which would change the teacher at every token."""
     with evaluating(student):
         return source(student, sequences, weight)
 
 
 class LiveTeacher(Teacher):
-    """The student itself, seeing the feedback. Holds no copy of the weights."""
+    """The student itself, conditioned on the feedback. Holds no copy of the weights."""
 
     moves_with_student = True
 
@@ -70,12 +74,11 @@ class LiveTeacher(Teacher):
 
 
 class OwnWeights(Teacher):
-    """A teacher with a model of its own, which is another one than the student from the first step on.
+    """A teacher with a model of its own, which differs from the student from the first step on.
 
     Args:
-        student: The model whose weights, as they are now, are the starting point.
-        offload: Keep the weights in the host's memory. The student's device gets copies for :meth:`sources`, which stay until
-            :meth:`release`.
+        student: The model whose current weights are the starting point.
+        offload: Keep the weights in host memory. The student's device holds copies from :meth:`sources` until :meth:`release`.
     """
 
     def __init__(self, student: PreTrainedModel, offload: bool = False) -> None:
@@ -92,7 +95,12 @@ class OwnWeights(Teacher):
         return [self.own(sequences)]
 
     def own(self, sequences: Sequences, weight: float = 1.0) -> Source:
-        """Return what these weights say, as a part of a mixture."""
+        """Return the predictions of these weights, as a part of a mixture.
+
+        Args:
+            sequences: Reprompts with the student's responses.
+            weight: Weight of the logits in the mixture.
+        """
         if self.device_copy is None:
             return source(self.model, sequences, weight)
         return self.device_copy.source(sequences, weight)
@@ -106,11 +114,11 @@ class OwnWeights(Teacher):
         if self.device_copy is not None:
             self.device_copy.free()
 
-    def train(self, mode: bool = True) -> "OwnWeights":
-        """Stay in evaluation mode: a teacher with dropout would be another teacher for every token."""
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: with dropout the teacher would change at every token."""
         return super().train(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OwnWeights":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.device_copy is None:
             return super()._apply(fn, recurse)
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).dtype), recurse)  # another type, but no other place
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).dtype), recurse)  # changes the dtype, not the device

@@ -24,14 +24,28 @@ def make_teacher(
     gate: RefreshGate | None = None,
     offload: bool = False,
 ) -> Teacher:
-    """Build the teacher that a configuration names, from the student's weights, or its adapter, as they are now."""
+    """Return the teacher of a configuration, starting from the student's current weights, or from its adapter.
+
+    Args:
+        kind: Which teacher.
+        student: The model being trained.
+        rate: Weight of the student: in each update (``ema``, ``restart``), or in the mixture (``trust-region``).
+        period: Steps between two updates (``restart``).
+        gate: Conditions of a copy (``gated``).
+        offload: Keep whole weights in host memory. Without effect on adapters.
+    """
     if kind == "live":
         return LiveTeacher()
-    whole, adapted, settings = {
-        "frozen": (FrozenTeacher, FrozenAdapterTeacher, {}),
-        "ema": (EMATeacher, EMAAdapterTeacher, {"rate": rate}),
-        "trust-region": (TrustRegionTeacher, TrustRegionAdapterTeacher, {"rate": rate}),
-        "restart": (RestartTeacher, RestartAdapterTeacher, {"rate": rate, "period": period}),
-        "gated": (GatedTeacher, GatedAdapterTeacher, {"gate": gate or RefreshGate()}),
-    }[kind]
-    return adapted(student, **settings) if adapter(student) else whole(student, offload=offload, **settings)
+    adapted = bool(adapter(student))
+    gate = gate or RefreshGate()
+    if kind == "frozen":
+        return FrozenAdapterTeacher(student) if adapted else FrozenTeacher(student, offload)
+    if kind == "ema":
+        return EMAAdapterTeacher(student, rate) if adapted else EMATeacher(student, rate, offload)
+    if kind == "trust-region":
+        return TrustRegionAdapterTeacher(student, rate) if adapted else TrustRegionTeacher(student, rate, offload)
+    if kind == "restart":
+        if adapted:
+            return RestartAdapterTeacher(student, rate, period)
+        return RestartTeacher(student, rate, period, offload=offload)
+    return GatedAdapterTeacher(student, gate) if adapted else GatedTeacher(student, gate, offload=offload)

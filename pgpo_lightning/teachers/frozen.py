@@ -14,10 +14,10 @@ from pgpo_lightning.teachers.base import OwnWeights, live
 
 
 class FrozenTeacher(OwnWeights):
-    """The weights that the student started from. Not saved: the checkpoint holds their fingerprint only.
+    """The weights that the student started from. They are not saved: the checkpoint holds only their fingerprint.
 
     Args:
-        student: The model whose weights, as they are now, stay the teacher's.
+        student: The model whose current weights stay the teacher's.
         offload: See :class:`OwnWeights`.
     """
 
@@ -28,14 +28,14 @@ class FrozenTeacher(OwnWeights):
         self._register_load_state_dict_pre_hook(self._put_back_weights)
 
     def get_extra_state(self) -> dict[str, str]:
-        """Return the identity of the weights, for the checkpoint."""
+        """Return the fingerprint of the weights, for the checkpoint."""
         return {"identity": self.identity}
 
     def set_extra_state(self, state: dict[str, str]) -> None:
-        """Check that a checkpoint was trained with this very teacher.
+        """Check that a checkpoint was trained with the same teacher.
 
         Raises:
-            MisconfigurationException: If it was another one.
+            MisconfigurationException: If its fingerprint differs.
         """
         if state["identity"] != self.identity:
             raise MisconfigurationException(
@@ -49,16 +49,16 @@ class FrozenTeacher(OwnWeights):
             del state[name]
 
     def _put_back_weights(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        # So that a strict load finds nothing missing.
+        # A strict load must find no key missing.
         state.update({f"{prefix}model.{name}": tensor for name, tensor in self.model.state_dict().items()})
 
 
 class TrustRegionTeacher(FrozenTeacher):
-    """A geometric mixture of the frozen start and the live student: ``lerp(start logits, student logits, rate)``.
+    """A geometric mixture of the initial and the current student: ``lerp(initial logits, current logits, rate)``.
 
     Args:
-        student: The model whose weights, as they are now, are the fixed end of the mixture.
-        rate: Weight of the live student's logits.
+        student: The model whose current weights are the fixed part of the mixture.
+        rate: Weight of the current student's logits.
         offload: See :class:`OwnWeights`.
     """
 

@@ -1,6 +1,7 @@
 """Teachers of a student with an adapter: they hold an adapter of their own, and share the base weights with the student."""
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from pgpo_lightning.teachers.base import Teacher, live
 
 
 class FrozenAdapterTeacher(Teacher):
-    """The student's model with the adapter that it started from; if that was a fresh one, exactly the base model.
+    """The student's model with the adapter that it started from. With a new adapter that is exactly the base model.
 
-    Holds the matrices of an adapter, in fp32, and no other weights: they stand in for the student's during a forward pass.
+    It holds the matrices of an adapter in fp32 and no other weights. They replace the student's adapter during a forward pass.
 
     Args:
-        student: The model with an adapter whose matrices, as they are now, stay the teacher's.
+        student: A model with an adapter, whose current matrices stay the teacher's.
     """
 
     def __init__(self, student: PreTrainedModel) -> None:
@@ -33,26 +34,26 @@ class FrozenAdapterTeacher(Teacher):
         return [Source(self._hidden_states(student, sequences), head(student))]
 
     def head(self, student: PreTrainedModel) -> Head:
-        """See :meth:`Teacher.head`. The head has no adapter."""
+        """See :meth:`Teacher.head`. It is the student's, because the head has no adapter."""
         return head(student)
 
     def _hidden_states(self, student: PreTrainedModel, sequences: Sequences) -> Tensor:
         with evaluating(student):
-            mine = dict(self.model.named_parameters())
-            return sequences.hidden_states(decoder_with(student, mine), student.config)
+            matrices = dict(self.model.named_parameters())
+            return sequences.hidden_states(decoder_with(student, matrices), student.config)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenAdapterTeacher":
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # as EMATeacher: keep fp32
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # stays in fp32, as EMATeacher
 
 
 class EMAAdapterTeacher(FrozenAdapterTeacher):
-    """An exponential moving average of the student's adapter, matrix by matrix, from the student's own start.
+    """An exponential moving average of the student's adapter, matrix by matrix.
 
-    The average of ``B A`` is not the product of the averages; how far they are apart is in ``docs/lora.md``.
+    The average of ``B A`` is not the product of the averages. ``docs/lora.md`` measures the difference.
 
     Args:
-        student: The model with an adapter whose matrices, as they are now, are the starting point.
-        rate: How far the teacher moves towards the student per step.
+        student: A model with an adapter, whose current matrices are the starting point.
+        rate: Weight of the student in each update.
     """
 
     def __init__(self, student: PreTrainedModel, rate: float) -> None:
@@ -62,17 +63,17 @@ class EMAAdapterTeacher(FrozenAdapterTeacher):
     @torch.no_grad()
     def update(self, student: PreTrainedModel) -> None:
         """See :meth:`Teacher.update`."""
-        theirs = adapter(student)
-        for name, mine in self.model.named_parameters():
-            mine.lerp_(theirs[name].to(mine.dtype), self.rate)
+        matrices = adapter(student)
+        for name, own in self.model.named_parameters():
+            own.lerp_(matrices[name].to(own.dtype), self.rate)
 
 
 class TrustRegionAdapterTeacher(FrozenAdapterTeacher):
-    """A geometric mixture of the student at its start and the live student, as :class:`TrustRegionTeacher`.
+    """A geometric mixture of the initial and the current student, as :class:`~pgpo_lightning.teachers.frozen.TrustRegionTeacher`.
 
     Args:
-        student: The model with an adapter whose matrices, as they are now, are the fixed end of the mixture.
-        rate: Weight of the live student's logits.
+        student: A model with an adapter, whose current matrices are the fixed part of the mixture.
+        rate: Weight of the current student's logits.
     """
 
     moves_with_student = True

@@ -1,4 +1,4 @@
-"""Verdicts to teacher contexts: who sees which demonstration, and what the self-teacher's prompt says."""
+"""From verdicts to the self-teacher's prompts: which demonstration and feedback each of them contains."""
 
 import random
 import re
@@ -15,16 +15,25 @@ FEEDBACK_TEMPLATE = "\nThe following is feedback from your unsuccessful earlier 
 
 
 def fill(template: str, **values: str) -> str:
-    r"""Put values into ``{name}`` placeholders.
+    r"""Replace ``{name}`` placeholders by values.
 
-    Unlike ``str.format`` it leaves all other braces alone, so that templates may say ``\boxed{}``, and never looks into the
+    Unlike ``str.format`` it leaves all other braces unchanged, so templates may contain ``\boxed{}``, and does not interpret the
     values.
+
+    Args:
+        template: The text with placeholders.
+        values: Values by name. Placeholders without one stay.
     """
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def check_template(field: str, template: str, placeholders: tuple[str, ...]) -> None:
-    """Raise if a template lacks one of its placeholders, or is no text that can be encoded.
+    """Check that a template has its placeholders and can be encoded.
+
+    Args:
+        field: Name of the setting, for messages.
+        template: Its value.
+        placeholders: Names that must occur as ``{name}``.
 
     Raises:
         ValueError: Names the field and the placeholder.
@@ -46,7 +55,7 @@ DemonstrationSource = Literal["siblings", "own", "none"]
 
 @dataclass
 class RepromptBuilder:
-    """Builds the self-teacher's prompt of every row that has something to tell it.
+    """Builds the self-teacher's prompt for every sample with a demonstration or feedback.
 
     Fields carry the names of the SDPO reference; see :class:`pgpo_lightning.modules.SDPO` for their meaning.
     """
@@ -65,7 +74,7 @@ class RepromptBuilder:
     reprompt_without_context: bool = False
 
     def __post_init__(self) -> None:
-        """Check the settings against each other.
+        """Check that the settings are consistent.
 
         Raises:
             ValueError: If one contradicts another, or a template lacks a placeholder; names the field.
@@ -93,49 +102,50 @@ class RepromptBuilder:
 
     def attach(
         self,
-        rows: list[Sample],
+        samples: list[Sample],
         encode: Callable[[list[Message]], list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
         rng: random.Random,
         answer: Callable[[Rollout], str] = lambda rollout: remove_thinking(rollout.text),
     ) -> dict[str, float]:
-        """Give every row its reprompt, or none if there is neither a demonstration nor feedback (and that is not enough).
+        """Set the reprompt of every sample, or none if there is neither a demonstration nor feedback.
 
-        The demonstration is a uniform choice among the successful responses to the same question: one for all of them, and a
-        second for the first itself; or one for every row. (The reference takes the first of a list sorted by length, which
-        favours short ones.)
+        With `reprompt_without_context` a sample without both gets a reprompt too. The demonstration is chosen uniformly among the
+        successful responses to the same question. With ``shared`` all siblings get the same one, and the chosen sample itself
+        gets another; with ``independent`` each sample draws its own. (The reference takes the first of a list sorted by length,
+        which favours short ones.)
 
         Args:
-            rows: All rows of the step, whole groups; changed in place.
-            encode: Chat messages to prompt token ids.
-            tokens: Text to token ids, nothing added.
-            text: Token ids to text.
+            samples: All samples of the step, whole groups; changed in place.
+            encode: Converts chat messages to prompt token ids.
+            tokens: Converts text to token ids, without special tokens.
+            text: Converts token ids to text.
             rng: Source of the choice.
-            answer: A response to its text without thinking.
+            answer: Returns the text of a response without thinking.
 
         Returns:
-            Shares of rows and groups under the metric names of the reference.
+            Fractions of samples and groups under the metric names of the reference.
         """
         groups: dict[int, list[Sample]] = {}
-        for row in rows:
-            if row.verdict.reward >= self.success_reward_threshold:
-                groups.setdefault(row.rollout.question.index, []).append(row)
+        for sample in samples:
+            if sample.verdict.reward >= self.success_reward_threshold:
+                groups.setdefault(sample.rollout.question.index, []).append(sample)
         texts: dict[int, str] = {}
         for successes in groups.values():
             rng.shuffle(successes)
-            for row in successes:
+            for sample in successes:
                 without = self.remove_thinking_from_demonstration
-                texts[id(row)] = answer(row.rollout) if without else row.rollout.text
+                texts[id(sample)] = answer(sample.rollout) if without else sample.rollout.text
         count = dict.fromkeys(("demonstration", "feedback_available", "feedback_used", "trimmed", "dropped"), 0)
         fitted: dict[tuple[int, str | None, str | None], tuple[list[int] | None, str | None, bool]] = {}
-        for row in rows:
-            candidates = self._candidates(row, groups.get(row.rollout.question.index, []))
+        for sample in samples:
+            candidates = self._candidates(sample, groups.get(sample.rollout.question.index, []))
             shown = [texts[id(other)] for other in candidates if texts[id(other)].strip()]
             demonstration = None
             if shown:
                 demonstration = shown[0] if self.demonstration_choice == "shared" else rng.choice(shown)
-            feedback = self._feedback(row)
+            feedback = self._feedback(sample)
             count["demonstration"] += demonstration is not None
             count["feedback_available"] += feedback is not None
             if demonstration is not None and self.environment_feedback_only_without_solution:
@@ -143,41 +153,48 @@ class RepromptBuilder:
             count["feedback_used"] += feedback is not None
             if demonstration is None and feedback is None and not self.reprompt_without_context:
                 continue
-            key = (row.rollout.question.index, demonstration, feedback)
-            if key not in fitted:  # rows that are shown the same have the same prompt
-                fitted[key] = self._fit(row, demonstration, feedback, encode, tokens, text)
-            row.reprompt_ids, row.reprompt, trimmed = fitted[key]
+            key = (sample.rollout.question.index, demonstration, feedback)
+            if key not in fitted:  # samples with the same context have the same prompt
+                fitted[key] = self._fit(sample, demonstration, feedback, encode, tokens, text)
+            sample.reprompt_ids, sample.reprompt, trimmed = fitted[key]
             count["trimmed"] += trimmed
-            count["dropped"] += row.reprompt_ids is None
-        total = max(1, len(rows))
-        questions = len({row.rollout.question.index for row in rows})
+            count["dropped"] += sample.reprompt_ids is None
+        total = max(1, len(samples))
+        questions = len({sample.rollout.question.index for sample in samples})
         return {
             "self_distillation/success_group_fraction": len(groups) / max(1, questions),
             "self_distillation/success_sample_fraction": count["demonstration"] / total,
             "self_distillation/feedback_available_fraction": count["feedback_available"] / total,
             "self_distillation/feedback_used_fraction": count["feedback_used"] / total,
-            "self_distillation/reprompt_sample_fraction": sum(row.reprompt_ids is not None for row in rows) / total,
+            "self_distillation/reprompt_sample_fraction": sum(sample.reprompt_ids is not None for sample in samples)
+            / total,
             "self_distillation/reprompt_trimmed_fraction": count["trimmed"] / total,
             "self_distillation/reprompt_dropped_fraction": count["dropped"] / total,
         }
 
-    def _candidates(self, row: Sample, successes: list[Sample]) -> list[Sample]:
-        """Return whose text a row may be shown, out of the successes of its group."""
+    def _candidates(self, sample: Sample, successes: list[Sample]) -> list[Sample]:
+        """Return the successes of a sample's group whose text may be its demonstration."""
         if self.demonstration_source == "none":
             return []
         if self.demonstration_source == "own":
-            return [other for other in successes if other is row]
-        return [other for other in successes if other is not row or not self.dont_reprompt_on_self_success]
+            return [other for other in successes if other is sample]
+        return [other for other in successes if other is not sample or not self.dont_reprompt_on_self_success]
 
-    def _feedback(self, row: Sample) -> str | None:
+    def _feedback(self, sample: Sample) -> str | None:
         if not self.include_environment_feedback:
             return None
-        raw = row.verdict.feedback or row.rollout.question.privileged_context
+        raw = sample.verdict.feedback or sample.rollout.question.privileged_context
         return raw if raw and raw.strip() else None
 
-    def messages(self, row: Sample, demonstration: str | None, feedback: str | None) -> list[Message]:
-        """Return the teacher's conversation: the student's, its last user turn rewritten."""
-        *before, last = row.rollout.question.messages()
+    def messages(self, sample: Sample, demonstration: str | None, feedback: str | None) -> list[Message]:
+        """Return the teacher's conversation: the student's with a rewritten last user turn.
+
+        Args:
+            sample: The sample whose question is asked.
+            demonstration: Text of a successful response, if there is one.
+            feedback: Text of the feedback, if there is one.
+        """
+        *before, last = sample.rollout.question.messages()
         solution = (
             "" if demonstration is None else fill(self.solution_template, successful_previous_attempt=demonstration)
         )
@@ -187,30 +204,30 @@ class RepromptBuilder:
 
     def _fit(
         self,
-        row: Sample,
+        sample: Sample,
         demonstration: str | None,
         feedback: str | None,
         encode: Callable[[list[Message]], list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
     ) -> tuple[list[int] | None, str | None, bool]:
-        """Encode the reprompt, shortening the demonstration, then the feedback, from their ends until it fits.
+        """Encode the reprompt. Truncate first the demonstration, then the feedback, at the end until it fits.
 
         Returns:
-            Token ids and text of the reprompt, ``None`` if nothing fits, and whether it was shortened.
+            Token ids and text of the reprompt, ``None`` if nothing fits, and whether it was truncated.
         """
         parts = {"demonstration": demonstration, "feedback": feedback}
         left: dict[str, list[int]] = {}
         while any(parts.values()) or self.reprompt_without_context:
-            messages = self.messages(row, parts["demonstration"], parts["feedback"])
+            messages = self.messages(sample, parts["demonstration"], parts["feedback"])
             ids = encode(messages)
             if (excess := len(ids) - self.max_reprompt_len) <= 0:
                 return ids, messages[-1]["content"], bool(left)
             if not any(parts.values()):
                 break
-            # One token more than the excess, because text that is cut and encoded again can come out a token longer. What is
-            # left is cut again, not its text: half a character decodes to one of more tokens, and that would never end.
+            # One token more than the excess is cut, because truncated text can be a token longer when it is encoded again. The
+            # remaining tokens are cut again, not their text: half a character decodes to one of more tokens, which would not end.
             part = "demonstration" if parts["demonstration"] else "feedback"
-            left[part] = (left[part] if part in left else tokens(parts[part]))[: -(excess + 1)]
+            left[part] = (left[part] if part in left else tokens(parts[part] or ""))[: -(excess + 1)]
             parts[part] = text(left[part]).rstrip("\ufffd") or None
         return None, None, bool(left)

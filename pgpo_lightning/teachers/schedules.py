@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,16 +19,16 @@ from pgpo_lightning.teachers.lora import EMAAdapterTeacher
 
 
 class Periodic(Teacher):
-    """Restart-and-freeze: moves every `period` steps, by what a moving average would have moved in as many, and stands between.
+    """Restart-and-freeze: updates every `period` steps, as far as a moving average would have moved, and stays fixed in between.
 
     ``theta_T <- (1 - g) theta_T + g theta_S`` with ``g = 1 - (1 - rate)^period`` ("Denser is not better", arXiv 2607.01763). At
-    rate 1 it is a hard copy every `period` steps. A mixin, before an averaging teacher.
+    rate 1 this copies the student every `period` steps. This is a mixin, to be listed before an averaging teacher.
 
     Args:
         student: See :class:`EMATeacher`.
-        rate: Per step.
-        period: Steps.
-        kwargs: Of the averaging teacher.
+        rate: Weight of the student per step.
+        period: Steps between two updates.
+        kwargs: Further arguments of the averaging teacher.
     """
 
     def __init__(self, student: PreTrainedModel, rate: float, period: int, **kwargs: Any) -> None:
@@ -43,37 +43,37 @@ class Periodic(Teacher):
             super().update(student)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the steps so far, for the checkpoint."""
+        """Return the number of steps, for the checkpoint."""
         return {"steps": self.steps}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the number of steps."""
         self.steps = state["steps"]
 
 
 class RestartTeacher(Periodic, EMATeacher):
-    """Restart-and-freeze over all weights, in fp32, saved with the checkpoint."""
+    """Restart-and-freeze for all weights, in fp32, saved with the checkpoint."""
 
 
 class RestartAdapterTeacher(Periodic, EMAAdapterTeacher):
-    """Restart-and-freeze over an adapter's matrices."""
+    """Restart-and-freeze for the matrices of an adapter."""
 
 
 @partial(checked, prefix="teacher_gate.")
 @dataclass(frozen=True)
 class RefreshGate:
-    """When the teacher of CGTR becomes a copy of the student (arXiv 2606.03532).
+    """Conditions under which the teacher of CGTR becomes a copy of the student (arXiv 2606.03532).
 
-    If ``t - t_last >= min_steps`` and the mean reward of the last `window` steps exceeds ``r_ref + reward_gain`` and the longest
-    response of these steps is at most `max_length_ratio` times the mean one. r_ref is the window's mean reward at the last copy;
-    before the first, where the paper is silent, that of the first `window` steps.
+    All three must hold: ``t - t_last >= min_steps``; the mean reward of the last `window` steps exceeds ``r_ref + reward_gain``;
+    the longest response of these steps is at most `max_length_ratio` times the mean length. r_ref is the window's mean reward at
+    the last copy. Before the first copy it is unspecified in the paper; we chose the mean reward of the first `window` steps.
 
     Args:
-        min_steps: M_min.
-        window: w, steps.
-        reward_gain: delta_r.
-        max_length_ratio: L_max.
-        check_every: Steps between two looks.
+        min_steps: Minimum steps between two copies, M_min.
+        window: Steps of the window, w.
+        reward_gain: Required gain of the mean reward, delta_r.
+        max_length_ratio: Maximum ratio of the longest to the mean response length, L_max.
+        check_every: Steps between two checks.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -87,7 +87,13 @@ class RefreshGate:
 
 
 class Outcome(NamedTuple):
-    """What the rollouts of a step, of all ranks, came to: mean reward, longest and mean response in tokens."""
+    """Summary of the rollouts of a step, of all ranks.
+
+    Attributes:
+        reward: Mean reward.
+        longest: Tokens of the longest response.
+        length: Mean tokens of a response.
+    """
 
     reward: float
     longest: int
@@ -95,14 +101,14 @@ class Outcome(NamedTuple):
 
 
 class Gated(Teacher):
-    """CGTR: a copy of the student is taken when it has become better and does not ramble; see :class:`RefreshGate`.
+    """CGTR: copies the student when its reward has improved and its responses are not too long; see :class:`RefreshGate`.
 
-    A mixin, before an averaging teacher.
+    This is a mixin, to be listed before an averaging teacher.
 
     Args:
         student: See :class:`EMATeacher`.
-        gate: When.
-        kwargs: Of the averaging teacher.
+        gate: Conditions of a copy.
+        kwargs: Further arguments of the averaging teacher.
     """
 
     def __init__(self, student: PreTrainedModel, gate: RefreshGate, **kwargs: Any) -> None:
@@ -112,9 +118,10 @@ class Gated(Teacher):
         self.reference: float | None = None
         self.seen: deque[Outcome] = deque(maxlen=gate.window)
 
-    def observe(self, rows: list[Sample]) -> None:
+    def observe(self, samples: list[Sample]) -> None:
         """See :meth:`Teacher.observe`."""
-        everyone = [pair for part in gather([(row.verdict.reward, row.length) for row in rows]) for pair in part]
+        local = [(sample.verdict.reward, sample.length) for sample in samples]
+        everyone = [pair for part in gather(local) for pair in part]
         rewards, lengths = zip(*everyone, strict=True)
         self.seen.append(Outcome(sum(rewards) / len(rewards), max(lengths), sum(lengths) / len(lengths)))
         if self.reference is None and len(self.seen) == self.gate.window:
@@ -138,26 +145,26 @@ class Gated(Teacher):
         return sum(seen.reward for seen in self.seen) / len(self.seen)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what the gate goes by, for the checkpoint."""
+        """Return the state of the gate, for the checkpoint."""
         seen = [tuple(outcome) for outcome in self.seen]
         return {"steps": self.steps, "last": self.last, "reference": self.reference, "seen": seen}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state of the gate."""
         self.steps, self.last, self.reference = state["steps"], state["last"], state["reference"]
         self.seen = deque((Outcome(*outcome) for outcome in state["seen"]), maxlen=self.gate.window)
 
 
 class GatedTeacher(Gated, EMATeacher):
-    """CGTR over all weights, in the student's type, saved with the checkpoint."""
+    """CGTR for all weights, in the student's dtype, saved with the checkpoint."""
 
     def dtype(self, student: PreTrainedModel) -> torch.dtype:
-        """Return the student's: what is only ever copied loses nothing."""
+        """Return the student's dtype: weights that are copied, not averaged, lose no precision."""
         return next(student.parameters()).dtype
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedTeacher":
-        return OwnWeights._apply(self, fn, recurse)  # converted as the student is
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return OwnWeights._apply(self, fn, recurse)  # converted like the student
 
 
 class GatedAdapterTeacher(Gated, EMAAdapterTeacher):
-    """CGTR over an adapter's matrices."""
+    """CGTR for the matrices of an adapter."""
