@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow test-vllm test-llm lint toy clean
+.PHONY: quickstart test test-fast test-slow test-vllm test-llm lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -12,6 +12,10 @@ quickstart: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# For who changes a formula: tests of functions and small objects, and the examples in docstrings.
+test-fast: .venv/ready
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit pgpo_lightning benchmarks/theory
 
 # What takes minutes: every architecture of transformers against its own logits.
 test-slow: .venv/ready

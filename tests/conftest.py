@@ -1,6 +1,7 @@
 """One thread: two of them on a shared machine spin on each other, and results would depend on their number."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +13,15 @@ import torch
 from tests.support.interruptions import parts as parts
 
 torch.set_num_threads(1)
+FOLDER = Path(__file__).parent
+LEVELS = ("unit", "integration", "distributed")
+
+
+def pytest_collection_modifyitems(items):
+    """A test has the marker of the level whose folder it is in."""
+    for item in items:
+        if item.path.is_relative_to(FOLDER) and (level := item.path.relative_to(FOLDER).parts[0]) in LEVELS:
+            item.add_marker(level)
 
 
 @pytest.fixture(autouse=True)
