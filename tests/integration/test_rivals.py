@@ -35,8 +35,9 @@ def test_rlsd_forgets_the_teacher_and_copies_the_student(tmp_path):
     module = build(RLSD, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, teacher_period=2, mixing_steps=3,
                   optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **LIMITS)  # fmt: skip
     seen = []
-    update = module.after_update
-    module.after_update = lambda: (update(), seen.append((module.objective.current_mixing, same(module))))
+    module.configure_model()
+    move = module.learner.move_teacher
+    module.learner.move_teacher = lambda: (move(), seen.append((module.objective.current_mixing, same(module))))
     trainer(tmp_path, max_steps=4).fit(module, loader(questions(16), 4))
     assert [mixing for mixing, _ in seen] == pytest.approx([0.5, 1 / 3, 1 / 6, 0.0])
     assert [copied for _, copied in seen] == [False, True, False, True]

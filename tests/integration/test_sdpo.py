@@ -9,6 +9,7 @@ from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier
 from pgpo_lightning.core.types import Question, Verdict
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.training.learner import Learner
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
@@ -61,9 +62,8 @@ def test_rollouts_are_on_policy(tmp_path):
     ratios = []
 
     class Recording(SDPO):
-        def report(self, rows, statistics):
+        def on_train_batch_end(self, *_):
             ratios.append(self.step_statistics.sampler_log_ratio.abs().max().item())
-            super().report(rows, statistics)
 
     module = build(Recording, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4,
                        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **LIMITS)  # fmt: skip
@@ -137,12 +137,12 @@ def test_the_information_that_rho_was_made_from_is_reported(tmp_path):
 def test_a_teacher_that_stands_still_is_run_in_the_first_pass_over_a_batch_only(tmp_path, monkeypatch, kind, rereads):
     def run(again):
         sizes = []
-        sources = type(module := tiny_sdpo(teacher_regularization=kind)).teacher_sources
-        teacher = type(module.teacher)
+        sources = Learner.teacher_sources
+        teacher = type(tiny_sdpo(teacher_regularization=kind).teacher)
         counted = teacher.sources
         monkeypatch.setattr(teacher, "sources", lambda *a: sizes.append(1) or counted(*a))
         if again:  # as if every pass were the first
-            monkeypatch.setattr(SDPO, "teacher_sources", lambda self, rows: [forget(rows), sources(self, rows)][1])
+            monkeypatch.setattr(Learner, "teacher_sources", lambda self, rows: [forget(rows), sources(self, rows)][1])
         fitted, t = fit(tmp_path, model=tiny_model(), teacher_regularization=kind, num_iterations=3, steps=3)
         monkeypatch.undo()
         assert (t.global_step, fitted.steps) == (3, 1)

@@ -175,28 +175,31 @@ def nonsense(made: Any) -> Iterator[str]:
                     yield f"{name} = {value}"
 
 
+INNER = (
+    "engine", "lora", "gate", "rules", "demonstrations", "training_sampling", "update", "mismatch", "reward",
+    "student.config", "actor", "actor.verifier", "evaluator.config", "evaluator.sampling", "objective", "objective.config",
+    "objective.divergence", "objective.token_weights", "objective.injection", "objective.distillation",
+    "objective.policy_gradient", "objective.policy_gradient.config", "objective.teaching.builder",
+    "objective.teaching.config", "objective.teaching.config.gate",
+)  # fmt: skip
+"""Where the parts of what is built are; it has some of them."""
+
+
 def _objects(value: Any) -> Iterator[Any]:
     if value is None:
         return
     yield value
-    for inner in (
-        "eval_sampling",
-        "engine",
-        "verifier",
-        "lora",
-        "allocation",
-        "gate",
-        "rules",
-        "teacher_gate",
-        "demonstrations",
-    ):
-        if hasattr(each := getattr(value, inner, None), "__dict__"):
+    for way in INNER:
+        each = value
+        for name in way.split("."):
+            each = getattr(each, name, None)
+        if hasattr(each, "__dict__"):
             yield each
 
 
 def _build_optimizer(module: Any) -> None:
     """Build the optimizer as the module does, of one parameter."""
-    build_optimizer(module.make_optimizer, [torch.nn.Parameter(torch.ones(2, 2))])
+    build_optimizer(module.optimization.make_optimizer, [torch.nn.Parameter(torch.ones(2, 2))])
 
 
 def _at(config: Any, way: tuple[str, ...]) -> Any:

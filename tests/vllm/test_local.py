@@ -134,9 +134,8 @@ def test_a_large_step_at_once(engine):
 class Recording(SDPO):
     """Keeps the gap of every step."""
 
-    def report(self, rows, statistics):
+    def on_train_batch_end(self, *_):
         self.gaps = [*getattr(self, "gaps", []), self.scalars["rollout_corr/gap"]]
-        super().report(rows, statistics)
 
 
 def fit(folder, engine, steps=3, ckpt_path=None, callbacks=(), asked=8, **settings):
