@@ -83,20 +83,18 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
         elif 0 < kl < self.target / 2:  # as in rsl_rl: none at all is no sign of a small step
             self.rho = self.bounded(self.rho * self.factor)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
         """Scale the learning rate, and log what decided it."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.kl is not None:
             pl_module.scalars["lr/kl"] = self.kl
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: OnPolicyModule, batch: Any, batch_idx: int) -> None:
         """Note how many steps there were before this batch."""
         self._before = len(self.history)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure how far the policy moved."""
         if len(self.history) > self._before:
@@ -128,7 +126,12 @@ def policy_change(module: OnPolicyModule, rows: list[Sample]) -> float:
 
     Returns:
         The estimate over the rollouts of all ranks.
+
+    Raises:
+        RuntimeError: If the module has no weights yet.
     """
+    if module.learner is None:
+        raise RuntimeError("Expected `configure_model` to be called before the change of the policy is measured.")
     total, count = 0.0, 0
     for row, log_probs in module.learner.log_probs(rows, rows):
         change = (log_probs.double() - row.rollout.log_probs.to(log_probs.device)).clamp(-20, 20)
@@ -213,7 +216,7 @@ class PolyakMultiplier(StepSizeMultiplier):
         self.c, self.optimum, self.rho_min, self.rho_max = c, optimum, rho_min, rho_max
         self.loss = self.slope = 0.0
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Check that the loss has a known least value."""
         super().setup(trainer, pl_module, stage)
         if getattr(pl_module, "divergence", None) is None:
@@ -222,7 +225,7 @@ class PolyakMultiplier(StepSizeMultiplier):
                 f"{type(pl_module).__name__} has none here. Use SDPO with `full_logit_distillation`, or another multiplier."
             )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Check that the direction of a step is known."""
         for optimizer in trainer.optimizers:
             if not isinstance(optimizer, (SGD, Adam)) or optimizer.defaults.get("amsgrad"):
@@ -238,7 +241,7 @@ class PolyakMultiplier(StepSizeMultiplier):
             return 1.0
         return max(0.0, self.loss - self.optimum) / (self.c * self.slope)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
         """Look at loss and gradients, and scale the learning rate."""
         clipped = clip_coefficient(pl_module.scalars["actor/grad_norm"], pl_module.update.max_grad_norm)
         self.loss = pl_module.scalars["actor/pg_loss"]
@@ -334,7 +337,9 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
 
     def _reaches(self, alpha: float) -> bool:
         rhos = [self.bounded(exp(alpha * value)) for value in self.recent]
-        return fmean(rhos) >= self.target_mean if self.target_spread is None else stdev(rhos) >= self.target_spread
+        if self.target_spread is not None:
+            return stdev(rhos) >= self.target_spread
+        return self.target_mean is not None and fmean(rhos) >= self.target_mean
 
     def _solved(self) -> float:
         # Doubling first: behind the alpha at which rho meets its bounds the spread falls again.
@@ -348,7 +353,7 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
             low, high = (low, middle) if self._reaches(middle) else (middle, high)
         return high
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
         """Scale the learning rate, and log the alpha."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pl_module.scalars["information/sensitivity"] = self.sensitivity

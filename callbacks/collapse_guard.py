@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pgpo_lightning.callbacks.stability_monitor import StabilityMonitor
 from pgpo_lightning.core.settings import Count, PositiveFraction, checked
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.monitoring.collapse_rules import BROKEN_TEACHER, CollapseRules
 from pgpo_lightning.training.lowered_rates import lower_rates
 
@@ -66,7 +67,7 @@ class CollapseGuard(StabilityMonitor):
         super().load_state_dict(state_dict)
         self.rollbacks, self.best = [list(pair) for pair in state_dict["rollbacks"]], state_dict["best"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Check that there will be something to go back to."""
         if self.action != "roll-back" or trainer.fast_dev_run:
             return
@@ -87,7 +88,7 @@ class CollapseGuard(StabilityMonitor):
                 "has to be known."
             )
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Remember the scores, and the weights if they are the best so far."""
         super().on_validation_end(trainer, pl_module)
         scores = self.curves.get(f"val/avg@{pl_module.evaluator.config.samples}", {})
@@ -103,7 +104,7 @@ class CollapseGuard(StabilityMonitor):
                     "optimizers": [_copy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
                 }
 
-    def alarm(self, trainer: L.Trainer, pl_module: L.LightningModule, reasons: dict[str, str]) -> None:
+    def alarm(self, trainer: L.Trainer, pl_module: OnPolicyModule, reasons: dict[str, str]) -> None:
         """Do what the user chose."""
         if self.action == "warn":
             return
@@ -113,7 +114,7 @@ class CollapseGuard(StabilityMonitor):
         if self.action == "roll-back" and self.best is not None:
             told = f"Back to the weights of step {self.best['step']} (held-out score {self.best['score']:.3g})"
             over = len(self.rollbacks) >= self.max_rollbacks or BROKEN_TEACHER in reasons
-            self._go_back(trainer, pl_module)
+            self._go_back(trainer, pl_module, self.best)
             if not over:
                 schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
                 lower_rates(trainer.optimizers, schedules, self.lr_factor)
@@ -121,11 +122,11 @@ class CollapseGuard(StabilityMonitor):
         trainer.should_stop = trainer.should_stop or over
         rank_zero_warn(f"{told} after step {now}, because of {', '.join(reasons)}.")
 
-    def _go_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step = self.best["step"]
+    def _go_back(self, trainer: L.Trainer, pl_module: OnPolicyModule, best: dict[str, Any]) -> None:
+        step = best["step"]
         with torch.inference_mode(False):
-            pl_module.load_state_dict({**pl_module.state_dict(), **self.best["weights"]})
-            for optimizer, state in zip(trainer.optimizers, self.best["optimizers"], strict=True):
+            pl_module.load_state_dict({**pl_module.state_dict(), **best["weights"]})
+            for optimizer, state in zip(trainer.optimizers, best["optimizers"], strict=True):
                 # The rates stay where the schedule is now. A copy, because torch keeps the tensors that it is given.
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": _copy(state), "param_groups": groups})
@@ -135,11 +136,11 @@ class CollapseGuard(StabilityMonitor):
         self._log(trainer, pl_module.steps, {"rollbacks": float(len(self.rollbacks))}, always=True)
 
 
-def _trained(pl_module: L.LightningModule) -> dict[str, Any]:
+def _trained(pl_module: OnPolicyModule) -> dict[str, Any]:
     """Return what a step may change: everything but the frozen weights of the student, such as those under an adapter."""
     frozen = {
         f"model.{name}"
-        for name, parameter in pl_module.model.named_parameters(remove_duplicate=False)
+        for name, parameter in pl_module.get_submodule("model").named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     }
     return {name: value for name, value in pl_module.state_dict().items() if name not in frozen}

@@ -25,6 +25,7 @@ from pgpo_lightning.callbacks.step_size import InformationMultiplier, StepSizeMu
 from pgpo_lightning.core.seeding import derive_seed
 from pgpo_lightning.core.settings import Decay, Fraction, LowerBound, Seed, Text, checked
 from pgpo_lightning.losses.step_statistics import StepStatistics
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
 
 PRIOR_STEPS = 10
@@ -81,7 +82,7 @@ class RecordedMultiplier(StepSizeMultiplier):
                 f"`trainer.max_steps` to {len(self.record)}, or record a longer run."
             )
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Compare the number of steps with the record's."""
         super().on_fit_start(trainer, pl_module)
         self.__dict__.pop("sequence", None)  # the seed may be another than before
@@ -89,6 +90,7 @@ class RecordedMultiplier(StepSizeMultiplier):
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
         if steps < 0 or steps == math.inf:  # not known
             return
+        steps = int(steps)
         self.check_length(steps)
         dose, recorded = fmean(self.sequence[:steps] or [1.0]), fmean(self.record[:steps] or [1.0])
         if abs(dose / recorded - 1) > 0.01 and not trainer.fast_dev_run:
@@ -183,7 +185,7 @@ class ReplayedMultiplier(RecordedMultiplier):
     def __init__(self, run: Text) -> None:
         super().__init__(run)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Refuse the record of the same seed."""
         if pl_module.seed == self.recorded_seed:
             raise MisconfigurationException(
@@ -297,7 +299,7 @@ class LossScaledMultiplier(InformationMultiplier):
     `actor/grad_norm` are logged as they are without it. Settings are those of :class:`InformationMultiplier`.
     """
 
-    def apply(self, pl_module: L.LightningModule, optimizer: Optimizer, rho: float) -> None:
+    def apply(self, pl_module: OnPolicyModule, optimizer: Optimizer, rho: float) -> None:
         """Scale the gradients, not the learning rate."""
         norm, limit = pl_module.scalars["actor/grad_norm"], pl_module.update.max_grad_norm
         factor = rho * clip_coefficient(rho * norm, limit) / clip_coefficient(norm, limit)

@@ -12,9 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from pgpo_lightning.callbacks.resume_checkpoint import ResumeCheckpoint
+from pgpo_lightning.callbacks.resume_checkpoint import ResumeCheckpoint, validates_next
 from pgpo_lightning.core.settings import checked
 from pgpo_lightning.distributed.stopping import SIGNALS, Stopped
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 
 
 @checked
@@ -37,7 +38,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
         self._ending = False
         self._requeue: int | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Take over the signals from Lightning, which ends without saving, and broadcasts from within a handler.
 
         Raises:
@@ -50,7 +51,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
-        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # Lightning has no setting
         launcher = trainer.strategy.launcher
         SIGNALS.listen(() if self._requeue is None else (self._requeue,), None if launcher is None else launcher.kill)
         self._whole, self._ending = {}, False
@@ -63,11 +64,11 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
         """Take note of an evaluation that is to be made."""
         self._evaluate = bool(state_dict.get("evaluate"))
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """From here on there is something to lose."""
         SIGNALS.mode = "sections"
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Make the evaluation that was abandoned."""
         if self._evaluate:
             trainer.validating = True
@@ -75,31 +76,30 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
             trainer.training = True
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the position of a whole step."""
-        loop = trainer.fit_loop
         self._remember(trainer, pl_module)
-        self._evaluate = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self._evaluate = validates_next(trainer)
         if self._evaluate and _is_last(trainer):
             SIGNALS.mode = "never"
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Remember that nothing is owed."""
         if not trainer.sanity_checking:
             self._evaluate = False
             if self._whole:  # else this process has made no step
                 self._remember(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """The run ends anyway."""
         SIGNALS.mode = "never"
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Give the signals back."""
         SIGNALS.release()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: OnPolicyModule, exception: BaseException) -> None:
         """Save the last whole step, and requeue the job if that is what the signal asked for."""
         if not isinstance(exception, Stopped):
             return
@@ -116,12 +116,12 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
         if exception.number == self._requeue and trainer.is_global_zero:
             self._ask_slurm()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: OnPolicyModule, checkpoint: dict[str, Any]) -> None:
         """Put the position of the last whole step in place of the one within the next."""
         if self._ending:
             checkpoint.update(self._whole)
 
-    def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _remember(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         data = trainer.datamodule
         self._whole = {
             "epoch": trainer.current_epoch,

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.training.held_out import summary_line
 
 
@@ -34,14 +35,12 @@ class ProgressPrinter(ProgressBar):
         if self._enabled:
             print(*args, **kwargs)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: OnPolicyModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print the step."""
         if not self._enabled:
@@ -52,7 +51,7 @@ class ProgressPrinter(ProgressBar):
         parts = [f"{name} {float(shown[name]):.3f}" for name in names if name in shown]
         print(", ".join([f"step {pl_module.steps}", *parts, f"{seconds:.1f} s"]), flush=True)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Print the scores of a training run's evaluation."""
         evaluator = pl_module.evaluator
         if self._enabled and trainer.state.fn == TrainerFn.FITTING and evaluator.held_out is not None:

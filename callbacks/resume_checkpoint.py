@@ -17,6 +17,7 @@ from pgpo_lightning.checkpoints.single_file import claimed, not_saved, remove, r
 from pgpo_lightning.core.files import PARTIAL, sync_folder
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.distributed.collectives import together
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 
 SUPERSEDED = ".superseded"
 """Ends the name of a checkpoint that the run had written before it was resumed from an earlier one."""
@@ -68,7 +69,7 @@ class ResumeCheckpoint(Checkpoint):
         """That of a ModelCheckpoint beside this one, where Lightning asks this one for it; empty without one."""
         return next((callback.best_model_path for callback in self._beside if callback.best_model_path), "")
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Look who else saves."""
         self._beside = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
 
@@ -80,37 +81,36 @@ class ResumeCheckpoint(Checkpoint):
         """Go on as the same run."""
         self.run = state_dict["run"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: OnPolicyModule, checkpoint: dict[str, Any]) -> None:
         """Mark what this callback writes, and nothing that another one does."""
         if self._saving:
             checkpoint[MARK] = {"run": self.run}
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, or wait for the validation that is about to start."""
         self._due = pl_module.steps % self.every_n_train_steps == 0
-        loop = trainer.fit_loop
-        if self._due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if self._due and not validates_next(trainer):
             self._save(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Save what had to wait."""
         if self._due and not trainer.sanity_checking:
             self._save(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Save the last step."""
         self._save(trainer, pl_module)
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         self._due = False
         if trainer.fast_dev_run or self._saved == pl_module.steps:
             return
         self._saved = pl_module.steps
         folder = self.folder(trainer)
         with together():  # what fails on the first rank alone ends all of them
-            path = self._free(folder, pl_module.steps) if trainer.is_global_zero else None
+            path = self._free(folder, pl_module.steps) if trainer.is_global_zero else folder
         path = trainer.strategy.broadcast(path)
         self._saving = True
         try:
@@ -159,6 +159,12 @@ def _save_file(trainer: L.Trainer, path: Path) -> None:
         except Exception:
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait by now
             raise
+
+
+def validates_next(trainer: L.Trainer) -> bool:
+    """Return whether an evaluation follows the batch that has just ended."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def _save_shards(trainer: L.Trainer, path: Path) -> None:

@@ -17,6 +17,7 @@ from pgpo_lightning.core.settings import Natural, checked
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.distributed.stopping import Stopped
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.monitoring.curves import LAYOUT, draw_stability, error_tag, read_scalars, series
 from pgpo_lightning.monitoring.run_record import FILE, collect
 
@@ -52,7 +53,7 @@ class RunSummary(L.Callback):
         """Take over the seconds of training before the interruption."""
         self.seconds, self.cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Write the layout of the curves."""
         self._start_clocks()
         if (writer := _writer(trainer)) is not None:
@@ -64,7 +65,7 @@ class RunSummary(L.Callback):
             )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a few rollouts with what the teacher saw."""
         writer = _writer(trainer)
@@ -76,19 +77,19 @@ class RunSummary(L.Callback):
         text = "\n\n---\n\n".join(_as_text(row) for row in picked)
         writer.add_text("rollouts", text, pl_module.steps)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Draw the curves, write the summary and the record."""
         self._conclude(trainer, pl_module, ended=True)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: OnPolicyModule, exception: BaseException) -> None:
         """Draw the curves and write the summary of a run that was asked to end, and is to go on later."""
         if isinstance(exception, Stopped) and trainer.state.fn == "fit" and pl_module.steps:
             self._conclude(trainer, pl_module, ended=False)
 
-    def _conclude(self, trainer: L.Trainer, pl_module: L.LightningModule, ended: bool) -> None:
+    def _conclude(self, trainer: L.Trainer, pl_module: OnPolicyModule, ended: bool) -> None:
         log_dir = trainer.log_dir  # a collective: every rank has to ask
         writer = _writer(trainer)
-        if writer is None:
+        if writer is None or log_dir is None:
             return
         writer.flush()
         folder = Path(log_dir)
@@ -147,9 +148,7 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
     at, scores = series(scalars, f"val/avg@{k}")
     best = at[scores.index(max(scores))] if scores else None
 
-    def evaluation(step: int | None) -> dict[str, Any] | None:
-        if step is None:
-            return None
+    def evaluation(step: int) -> dict[str, Any]:
         tags = [tag for tag in scalars if tag.startswith("val/") and step in scalars[tag]]
         found = {tag.removeprefix("val/"): scalars[tag][step] for tag in sorted(tags)}
         errors = {name: scalars.get(error_tag(f"val/{name}"), {}).get(step, math.nan) for name in found}
@@ -161,9 +160,9 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         "steps": steps,
         "steps_without_signal": int(without[-1]) if without else 0,
         "seconds": round(seconds, 1),
-        "base": evaluation(0 if 0 in at else None),
-        "last": evaluation(at[-1] if at else None),
-        "final": evaluation(steps if steps in at else None),
+        "base": evaluation(0) if 0 in at else None,
+        "last": evaluation(at[-1]) if at else None,
+        "final": evaluation(steps) if steps in at else None,
         "best": None if best is None else {**evaluation(best), "of": len(scores)},
         "multiplier": {"mean": statistics.fmean(rho), "std": statistics.pstdev(rho)} if rho else None,
     }

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.callbacks.per_run_state import PerRunState
 from pgpo_lightning.core.settings import checked
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.monitoring.collapse_rules import TAGS, CollapseRules, alarms, signs
 
 
@@ -39,7 +40,7 @@ class StabilityMonitor(PerRunState):
         self.curves = {tag: dict(points) for tag, points in state_dict["curves"].items()}
         self.warned = dict(state_dict["warned"])
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Refuse a second monitor: both would log the same curves."""
         self.reset_for_new_run(trainer, stage)
         active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StabilityMonitor)]
@@ -49,7 +50,7 @@ class StabilityMonitor(PerRunState):
             )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the signs of this step, and warn."""
         now = pl_module.steps
@@ -68,7 +69,7 @@ class StabilityMonitor(PerRunState):
         if new:
             self.alarm(trainer, pl_module, new)
 
-    def alarm(self, trainer: L.Trainer, pl_module: L.LightningModule, reasons: dict[str, str]) -> None:
+    def alarm(self, trainer: L.Trainer, pl_module: OnPolicyModule, reasons: dict[str, str]) -> None:
         """Act on rules that fire for the first time. A monitor has said all there is to say.
 
         Args:
@@ -77,16 +78,17 @@ class StabilityMonitor(PerRunState):
             reasons: Rule to reason.
         """
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Remember the held-out scores; rules see them at the end of the next batch."""
         # Before the first step Lightning checks a few batches only, unless all are asked for.
         whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
-        if trainer.state.fn != TrainerFn.FITTING or not whole:
+        held_out = pl_module.evaluator.held_out
+        if trainer.state.fn != TrainerFn.FITTING or not whole or held_out is None:
             return
         k = pl_module.evaluator.config.samples
         # Lightning throws away what is logged before the first step, so the scores come from where they were computed.
         for name in ("avg", "pass"):
-            self.curves.setdefault(f"val/{name}@{k}", {})[pl_module.steps] = pl_module.evaluator.held_out.scores[name]
+            self.curves.setdefault(f"val/{name}@{k}", {})[pl_module.steps] = held_out.scores[name]
         passed = list(self.curves[f"val/pass@{k}"].values())
         if passed[0] > 0:
             self._log(trainer, pl_module.steps, {"pass_of_first": passed[-1] / passed[0]}, always=True)

@@ -19,6 +19,7 @@ from pgpo_lightning.core.settings import LowerBound, Multiplier, NonNegative, Se
 from pgpo_lightning.core.texts import shown
 from pgpo_lightning.losses.information import Aggregation, Estimator, information
 from pgpo_lightning.losses.step_statistics import StepStatistics
+from pgpo_lightning.modules.on_policy import OnPolicyModule
 
 
 class StepSizeMultiplier(Remembers, PerRunState):
@@ -86,7 +87,7 @@ class StepSizeMultiplier(Remembers, PerRunState):
             )
         return bounded
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Refuse a second multiplier: they would put back each other's rates."""
         active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
         if len(active) > 1:
@@ -96,7 +97,7 @@ class StepSizeMultiplier(Remembers, PerRunState):
             )
         self.reset_for_new_run(trainer, stage)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Take note of the module's seed."""
         self._seed_of_module = getattr(pl_module, "seed", None)
 
@@ -114,7 +115,7 @@ class StepSizeMultiplier(Remembers, PerRunState):
         """Take over what was there before the interruption."""
         self.history = list(state_dict["history"])
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
         """Scale the learning rate."""
         rho = self.bounded(
             self.multiplier(pl_module.step_statistics, trainer.global_step - pl_module.steps_without_signal)
@@ -123,11 +124,11 @@ class StepSizeMultiplier(Remembers, PerRunState):
         self.apply(pl_module, optimizer, rho)
         pl_module.scalars |= {"lr/multiplier": rho, "lr/effective": float(optimizer.param_groups[0]["lr"])}
 
-    def apply(self, pl_module: L.LightningModule, optimizer: Optimizer, rho: float) -> None:
+    def apply(self, pl_module: OnPolicyModule, optimizer: Optimizer, rho: float) -> None:
         """Scale the learning rates. The module puts them back when the step has ended, however it ends."""
         pl_module.scale_rates(optimizer, rho)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: OnPolicyModule, exception: BaseException) -> None:
         """Put the rates back where a second interrupt came while the module did so."""
         pl_module.restore_rates()
 
@@ -150,6 +151,8 @@ class InformationMultiplier(StepSizeMultiplier):
         ValueError: If a setting is out of range.
     """
 
+    rho_max: float
+
     def __init__(
         self,
         sensitivity: NonNegative | None = None,
@@ -167,7 +170,7 @@ class InformationMultiplier(StepSizeMultiplier):
         self.estimator, self.aggregation = estimator, aggregation
         self.signal = information(StepStatistics.empty())
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Check that the module has a teacher to be informed."""
         super().setup(trainer, pl_module, stage)
         if not getattr(pl_module, "has_teacher", False):
@@ -182,7 +185,7 @@ class InformationMultiplier(StepSizeMultiplier):
         # exp() of more than 700 overflows; rho_max bounds it anyway.
         return math.exp(min(self.sensitivity * self.signal.value, 700.0))
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
         """Scale the learning rate, and log the estimate that rho was made from."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pl_module.scalars["information/used"] = self.signal.value

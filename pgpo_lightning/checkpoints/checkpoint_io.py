@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
@@ -59,7 +59,8 @@ def install(strategy: Strategy, evaluates: bool) -> bool:
     Returns:
         Whether files are this project's now.
     """
-    outer, inner = None, strategy.checkpoint_io
+    outer: _WrappingCheckpointIO | None = None
+    inner: CheckpointIO | None = strategy.checkpoint_io
     while isinstance(inner, _WrappingCheckpointIO):
         outer, inner = inner, inner.checkpoint_io
     if type(inner) not in (TorchCheckpointIO, CheckpointFiles):

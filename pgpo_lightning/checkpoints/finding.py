@@ -96,8 +96,8 @@ def newest_checkpoint(folder: Path, resume: bool = True) -> Path:
         except ValueError as error:
             errors.append(error)
             continue
-        for error in errors:
-            warnings.warn(f"{error} Taken is {checkpoint.path} of step {checkpoint.step} instead.", stacklevel=2)
+        for damage in errors:
+            warnings.warn(f"{damage} Taken is {checkpoint.path} of step {checkpoint.step} instead.", stacklevel=2)
         return checkpoint.path
     if errors:
         raise DamagedCheckpointError(f"{errors[-1]} There is no other in {folder}: start without `--ckpt_path`.")

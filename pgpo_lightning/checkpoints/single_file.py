@@ -54,7 +54,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     try:
         with replacing(path) as file, claimed(file.stream.fileno()):
             stream = _Stream(file.stream)
-            torch.save(content, stream)
+            torch.save(content, stream)  # type: ignore[arg-type]  # which only writes and flushes
     except BaseException as error:
         cause = (stream and stream.error) or error  # torch tells of another error than the one that it met
         if isinstance(cause, OSError):

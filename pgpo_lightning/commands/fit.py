@@ -132,7 +132,7 @@ class PGPOCommand(LightningCLI):
         trainer.callbacks = callbacks
         endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
         if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and endless:
-            bar._get_train_description = "Epoch {:<4}".format  # Lightning would write "Epoch 0/-2"
+            bar._get_train_description = "Epoch {:<4}".format  # type: ignore[method-assign]  # not "Epoch 0/-2"
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -157,7 +157,7 @@ class PGPOCommand(LightningCLI):
                     lock.sign()
             super()._run_subcommand(subcommand)
         except (Exception, SystemExit) as error:
-            error.run_folder = folder  # for the traceback
+            error.run_folder = folder  # type: ignore[union-attr]  # `main` writes the traceback there
             raise
         finally:
             SIGNALS.release()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -72,11 +72,12 @@ class PlanCommand(BuildCommand):
         module.model = skeleton(config)
         check_positions(module.model, module.longest_prompt, module.max_response_length)
         module.model = None
-        device = options["device"] or ("cpu" if trainer.accelerator == "cpu" else "cuda")
+        device: Literal["cuda", "cpu"] = options["device"] or ("cpu" if trainer.accelerator == "cpu" else "cuda")
         compute = _compute(module, str(trainer.precision))
         limits = (module.actor.max_prompt_length, module.longest_prompt, module.max_response_length)
         means = [self._get(self.config, f"{name}_tokens") for name in ("prompt", "reprompt", "response")]
         lengths = [limit if mean is None else mean for mean, limit in zip(means, limits, strict=True)]
+        prompt, reprompt, response = lengths
         check("spread", options["spread"], Decay)
         for name, length, limit in zip(("prompt", "reprompt", "response"), lengths, limits, strict=True):
             check(f"{name}_tokens", length, Count)
@@ -93,7 +94,7 @@ class PlanCommand(BuildCommand):
             compute=compute,
             optimizer=module.optimization.make_optimizer,
             teacher="none" if teaching is None else teaching.config.regularization,
-            lengths=Lengths(*lengths, spread=options["spread"], longest=module.max_response_length),
+            lengths=Lengths(prompt, reprompt, response, options["spread"], module.max_response_length),
             questions=data.batch_size,
             samples=module.num_generations,
             longest_response=module.max_response_length,

@@ -78,7 +78,8 @@ class ProbeCommand(BuildCommand):
             FileExistsError: If `output` is a file.
         """
         module, config = self.model, self.config[self.subcommand]
-        if not isinstance(module, OnPolicyModule) or not module.has_teacher:
+        teaching = module.objective.teaching if isinstance(module, OnPolicyModule) else None
+        if teaching is None:
             raise ValueError(
                 f"Expected `model` to be a module with a self-teacher, such as SDPO, but got {type(module).__name__}."
             )
@@ -94,7 +95,7 @@ class ProbeCommand(BuildCommand):
         check("temperature", temperature, Temperature)
         check("top_p", config.top_p, Nucleus)
         check("split", config.split, Literal["train", "validation"])
-        asked = contexts(config.contexts, config.templates, config.controls, module.objective.teaching.builder)
+        asked = contexts(config.contexts, config.templates, config.controls, teaching.builder)
         folder = output_folder(config.output)
         questions = self._questions(config.split, config.questions)
         settings = {"module": _plain(config.model.init_args), "split": config.split}
@@ -203,7 +204,7 @@ def calibrate(
     predictions = []
     for name, value, asked in wanted:
         inside = bool(line.gaps.min() <= value <= line.gaps.max())
-        told = (None, None)
+        told: tuple[float | None, float | None] = (None, None)
         if inside or asked or extrapolate:
             told = line.predict(value, extrapolate=extrapolate)
         predictions.append({"name": name, "gap": value, "gain": told[0], "half": told[1], "inside": inside})

@@ -62,11 +62,11 @@ def check_trainer(config: Any) -> None:
             raise ValueError(
                 f"Expected `trainer.{name}` to leave something to train, but got 0. `pgpo validate` trains nothing."
             )
-    for kind in ("steps", "epochs"):
-        least, most = config.get(f"min_{kind}"), config.get(f"max_{kind}")
+    for unit in ("steps", "epochs"):
+        least, most = config.get(f"min_{unit}"), config.get(f"max_{unit}")
         if least is not None and most not in (None, -1) and least > most:
             raise ValueError(
-                f"Expected `trainer.min_{kind}` to be at most `trainer.max_{kind}`, {most}, but got {least}."
+                f"Expected `trainer.min_{unit}` to be at most `trainer.max_{unit}`, {most}, but got {least}."
             )
     if (limit := config.get("max_time")) is not None and not (Timer(limit)._duration or 0) > 0:
         raise ValueError(f"Expected `trainer.max_time` to be longer than nothing, but got {limit}.")

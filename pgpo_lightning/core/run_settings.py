@@ -202,7 +202,8 @@ def check_settings(
     Raises:
         MisconfigurationException: If anything else did; names all of it with both values.
     """
-    allowed, refused = [], []
+    allowed: list[str] = []
+    refused: list[str] = []
     for part, name, old, new in sorted(changes(before, now), key=lambda change: change[:2]):
         field, text = (f"{part}.{name}", repr) if name else (part, str)
         change = f"`{field}` is {shown(new, text, longest=150)} and was {shown(old, text, longest=150)}"
