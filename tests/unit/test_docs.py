@@ -1,11 +1,15 @@
 """Every path, dotted name and link that the pages and the configurations mention exists."""
 
 import importlib
+import inspect
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
+from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
+from pgpo_lightning.modules.moved import MOVED
 from tests.support import ROOT
 
 FOLDERS = ("pgpo_lightning", "callbacks", "configs", "docs", "benchmarks", "tests")
@@ -97,3 +101,21 @@ def test_pages_that_use_our_terms_link_the_glossary(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     if page.name != "glossary.md" and re.search(r"\b(dose|arms?|rho|demonstrations?)\b|\bI\b", prose):
         assert "(glossary.md" in prose
+
+
+@pytest.mark.parametrize(
+    "page", [path for path in PAGES if path.parent.name != "benchmarks"], ids=lambda path: path.name
+)
+def test_settings_stand_in_their_groups(page):
+    """`update.micro_batch_tokens` is a field of its group, and the page does not call it `micro_batch_tokens`."""
+    groups = {
+        name: {field.name for field in fields(parameter.annotation)}
+        for module in (SDPO, GRPO, HAPO, RLSD, SRPO)
+        for name, parameter in inspect.signature(module).parameters.items()
+        if is_dataclass(parameter.annotation)
+    }
+    code = " ".join(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")))
+    named = re.findall(rf"(?<![\w.-])({'|'.join(groups)})\.(?!py\b)(\w+)(?![\w(*])", code)
+    assert not sorted(f"{group}.{field}" for group, field in set(named) if field not in groups[group])
+    bare = set(re.findall(r"(?<![\w.-])([a-z]\w*)(?![\w.-])", code)) & MOVED.keys()
+    assert not bare - {"alpha", "is_clip", "preflight", "shaping", "std", "ties", "tokenizer"}
