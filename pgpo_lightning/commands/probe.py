@@ -1,12 +1,10 @@
-"""The command ``pgpo probe``: what each context of the self-teacher is worth, before training; and what that foretold.
+"""The command ``pgpo probe``: estimate, before training, how much each teacher context helps, and check it on finished runs.
 
-It takes the configuration of the run to come, samples from the student and from the same weights reading each reprompt, and
-compares their scores (arXiv 2605.30070, section 2). With ``--calibrate`` it fits the line from gaps to gains through finished
-runs.
+The command takes the configuration of a run. It samples from the student, and from the same weights with each reprompt, and
+compares the scores (arXiv 2605.30070, section 2). With ``--calibrate`` it fits a line from gaps to gains of finished runs.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.commands.building import BuildCommand
-from pgpo_lightning.core.files import output_folder
+from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Text, check, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import fp32_by_default
@@ -27,7 +25,7 @@ from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
 from pgpo_lightning.probe.figures import draw_gaps, draw_line
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
 from pgpo_lightning.probe.line import fit
-from pgpo_lightning.probe.measure import Prober, write
+from pgpo_lightning.probe.measure import Prober
 from pgpo_lightning.probe.probe_report import calibration_content, calibration_report, probe_report, summary
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.training.start_up import check_combination
@@ -39,42 +37,53 @@ _UPDATE = (
     *("divergence", "teacher", "token_weights", "question_weight_exponent", "policy_gradient"),
     *("mixing", "mixing_steps", "evidence_clip"),
 )
-"""Settings of a module that the probe's rollouts do not depend on, or that it takes from elsewhere. Any other one makes another
-probe."""
+"""Settings of a module that the probe's rollouts do not depend on, or that the probe sets itself.
+
+A change of any other setting makes a different probe.
+"""
 
 
 class ProbeCommand(BuildCommand):
-    """Parses what `pgpo fit` parses, and measures what its contexts bring."""
+    """Parses the arguments of `pgpo fit` and measures the gap of each context."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is measured, and where it goes."""
+        """Add the options of the probe."""
         super().add_arguments_to_parser(parser)
-        known = f"Contexts to measure beside none: {', '.join(CONTEXTS)}."
+        known = f"Contexts to measure in addition to none: {', '.join(CONTEXTS)}."
         parser.add_argument("--contexts", type=list[str], default=list(CONTEXTS), help=known)
         parser.add_argument(
             "--templates",
             type=dict[str, str],
             default={},
-            help="Contexts of your own, name to reprompt template: --templates.careful '{prompt} Check each step.'",
+            help="More contexts, name to reprompt template: --templates.careful '{prompt} Check each step.'",
         )
         parser.add_argument(
-            "--controls", type=list[str], default=list(CONTROLS), help=f"Leakage controls: {', '.join(CONTROLS)}."
+            "--controls",
+            type=list[str],
+            default=list(CONTROLS),
+            help=f"Controls for leakage of the answer: {', '.join(CONTROLS)}.",
         )
-        parser.add_argument("--questions", type=int, default=QUESTIONS, help="Most questions to ask.")
-        parser.add_argument("--samples", type=int | None, help="Per question; by default `num_generations`.")
-        parser.add_argument("--split", type=str, default="validation", help="Whose questions: train or validation.")
-        parser.add_argument("--temperature", type=float | None, help="By default that of the rollouts in training.")
-        parser.add_argument("--top_p", type=float, default=1.0, help="Nucleus; 1.0 as in training.")
-        parser.add_argument("--output", type=str, default="runs/probe", help="Folder of results and samples.")
+        parser.add_argument("--questions", type=int, default=QUESTIONS, help="Maximum number of questions.")
+        parser.add_argument("--samples", type=int | None, help="Responses per question; by default `num_generations`.")
+        parser.add_argument(
+            "--split", type=str, default="validation", help="Split of the questions: train or validation."
+        )
+        parser.add_argument(
+            "--temperature",
+            type=float | None,
+            help="Sampling temperature; by default that of the rollouts in training.",
+        )
+        parser.add_argument("--top_p", type=float, default=1.0, help="Nucleus sampling; 1.0 as in training.")
+        parser.add_argument("--output", type=str, default="runs/probe", help="Folder of the results and samples.")
 
     def run(self) -> dict[str, Any]:
-        """Measure everything that is not measured yet, and write the report.
+        """Measure all contexts that are not measured yet, and write the report.
 
         Returns:
-            What ``probe.json`` holds.
+            The content of ``probe.json``.
 
         Raises:
-            ValueError: If a setting is out of range, or the folder holds a probe with others.
+            ValueError: If a setting is out of range, or the folder contains a probe with other settings.
             FileExistsError: If `output` is a file.
         """
         module, config = self.model, self.config[self.subcommand]
@@ -95,10 +104,10 @@ class ProbeCommand(BuildCommand):
         check("temperature", temperature, Temperature)
         check("top_p", config.top_p, Nucleus)
         check("split", config.split, Literal["train", "validation"])
-        asked = contexts(config.contexts, config.templates, config.controls, teaching.builder)
+        wanted = contexts(config.contexts, config.templates, config.controls, teaching.builder)
         folder = output_folder(config.output)
         questions = self._questions(config.split, config.questions)
-        settings = {"module": _plain(config.model.init_args), "split": config.split}
+        settings = {"module": _relevant(config.model.init_args), "split": config.split}
         settings["precision"] = str(config.trainer.precision)
         sampling = Sampling(module.max_response_length, temperature, config.top_p)
         chunk = min(self.datamodule.batch_size, len(questions))
@@ -107,11 +116,11 @@ class ProbeCommand(BuildCommand):
             accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision or "32-true"
         )
         check_combination(module.engine, module.lora is not None, sharded=False)
-        module.training_run = False  # no teacher's weights: it has the student's
+        module.training_run = False  # the teacher has the student's weights
         module.configure_model()
-        fabric.setup_module(module)  # to its device, in its precision
+        fabric.setup_module(module)  # moves it to its device and precision
         with fabric.autocast(), fp32_by_default():
-            content = measure(prober, asked, settings | {"module": _plain(config.model.init_args, reprompt=True)})
+            content = measure(prober, wanted, settings | {"module": _relevant(config.model.init_args, reprompt=True)})
         save(content, folder)
         return content
 
@@ -121,27 +130,25 @@ class ProbeCommand(BuildCommand):
         data.drop_prompts(self.model.actor.too_long)
         if len(data.questions[split]) < 2:
             raise ValueError(
-                f"Expected {split} questions to ask, but {type(data).__name__} has {len(data.questions[split])}."
+                f"Expected at least 2 {split} questions, but {type(data).__name__} has {len(data.questions[split])}."
             )
         return data.questions[split][:limit]
 
 
-def measure(prober: Prober, asked: list[Context], settings: dict[str, Any]) -> dict[str, Any]:
-    """Sample student and teacher, and compare them.
+def measure(prober: Prober, wanted: list[Context], settings: dict[str, Any]) -> dict[str, Any]:
+    """Sample from student and teacher, and compare the scores.
 
     Args:
-        prober: What samples.
-        asked: Contexts and controls, `none` first.
-        settings: To be recorded beside the prober's own.
+        prober: Samples and grades.
+        wanted: Contexts and controls, `none` first.
+        settings: Settings to record in addition to the prober's own.
     """
     rows = prober.student()
     threshold = prober.module.reward.success_threshold
     student = np.array([row.verdict.reward for chunk in rows for row in chunk]).reshape(-1, prober.samples)
-    measured = {context.name: prober.teacher(context, rows) for context in asked}
+    measured = {context.name: prober.teacher(context, rows) for context in wanted}
     draws = question_draws(len(student))
-    gaps = {
-        name: gap(student, measured["none"].reward, made.reward, threshold, draws) for name, made in measured.items()
-    }
+    gaps = {name: gap(student, measured["none"].reward, one.reward, threshold, draws) for name, one in measured.items()}
     failed = (student < threshold).mean()
     score = ratio(student.mean(axis=1), np.ones(len(student)), draws)
     return {
@@ -149,18 +156,18 @@ def measure(prober: Prober, asked: list[Context], settings: dict[str, Any]) -> d
         "student": {"score": vars(score), "failed": float(failed)},
         "contexts": [
             summary(context, measured[context.name], gaps[context.name], gaps.get("sibling"), draws)
-            for context in asked
+            for context in wanted
         ],
     }
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
     """Write ``probe.json``, ``probe.md`` and ``probe.png``, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_gaps(content, folder / "probe.png")
-    write(folder / PROBE, dumps(content))
+    with replacing(folder / "probe.png") as file:
+        draw_gaps(content, file.stream)
+    write_json(folder / PROBE, plain(content), indent=1, ensure_ascii=False, allow_nan=False)
     report = probe_report(content, "probe.png")
-    write(folder / "probe.md", report.rstrip("\n"))
+    write_text(folder / "probe.md", report)
     print("\n" + report.split("## How to read it")[0].strip() + f"\n\nreport: {folder / 'probe.md'}")
 
 
@@ -173,18 +180,19 @@ def calibrate(
     extrapolate: bool = False,
     output: Text = "runs/calibration",
 ) -> dict[str, Any]:
-    """Fit the line from gaps before training to gains of training, and tell how well each run is foretold by the others.
+    """Fit the line from gaps before training to gains from training, and report the leave-one-out prediction error.
 
     Args:
-        runs: Folders with finished runs anywhere below them, of three or more contexts.
-        gaps: Folder of the probe that was made before them; by default the nearest ``probe.json`` in a run's folder or above it.
-        scale: Which net gap: ``all``, rollouts that can get the context do, as in training here; ``failed``, only failed ones.
-        predict: Net gaps of configurations to predict, beside all contexts of the probes that no run was made with.
-        extrapolate: Predict also outside of the calibrated range, marked as such.
+        runs: Folders that contain finished runs at any depth, of three or more contexts.
+        gaps: Folder of their probe; by default the nearest ``probe.json`` in a run's folder or above it.
+        scale: Scale of the net gap. ``all``: every rollout for which the context is available gets it, as in training here.
+            ``failed``: only failed rollouts.
+        predict: Net gaps to predict a gain for, in addition to those of all probed contexts without a run.
+        extrapolate: Also predict outside the calibrated range; such predictions are marked.
         output: Folder of ``calibration.md``, ``.json`` and ``.png``.
 
     Returns:
-        What ``calibration.json`` holds.
+        The content of ``calibration.json``.
 
     Raises:
         ValueError: If there are fewer than three configurations, a run has no probe, or a gap in `predict` is out of range.
@@ -198,41 +206,29 @@ def calibrate(
     for source in sorted({point.probe for point in found}):
         rows = {row["name"]: row for row in read_probe(source)["contexts"] if row["control"] is None}
         used = [rows[point.context]["settings"] for point in found if point.probe == source]
-        # A run whose rollouts never get the context learns nothing: the line is not about it.
+        # The line is not valid for a context that no rollout gets, because training with it changes nothing.
         left = {name: row for name, row in rows.items() if row["settings"] not in used and row["coverage"]}
         wanted += [(name, row[key]["value"], False) for name, row in left.items()]
     predictions = []
-    for name, value, asked in wanted:
+    for name, value, explicit in wanted:
         inside = bool(line.gaps.min() <= value <= line.gaps.max())
-        told: tuple[float | None, float | None] = (None, None)
-        if inside or asked or extrapolate:
-            told = line.predict(value, extrapolate=extrapolate)
-        predictions.append({"name": name, "gap": value, "gain": told[0], "half": told[1], "inside": inside})
+        gain: float | None = None
+        half: float | None = None
+        if inside or explicit or extrapolate:
+            gain, half = line.predict(value, extrapolate=extrapolate)
+        predictions.append({"name": name, "gap": value, "gain": gain, "half": half, "inside": inside})
     content = calibration_content(line, found, bootstrap(found), predictions, scale)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_line(line, content, folder / "calibration.png")
-    write(folder / "calibration.json", dumps(content))
+    with replacing(folder / "calibration.png") as file:
+        draw_line(line, content, file.stream)
+    write_json(folder / "calibration.json", plain(content), indent=1, ensure_ascii=False, allow_nan=False)
     report = calibration_report(content, "calibration.png")
-    write(folder / "calibration.md", report.rstrip("\n"))
+    write_text(folder / "calibration.md", report)
     print(f"{report}\nreport: {folder / 'calibration.md'}")
     return content
 
 
-def dumps(content: dict[str, Any]) -> str:
-    """Return JSON with null where there is no number."""
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plain(settings: Any, reprompt: bool = False) -> dict[str, Any]:
-    """Return what the rollouts depend on, as JSON; with `reprompt` also what the configured reprompts do."""
+def _relevant(settings: Any, reprompt: bool = False) -> dict[str, Any]:
+    """Return the settings that the rollouts depend on, as JSON; with `reprompt` also those of the configured reprompts."""
     idle = {*_UPDATE, *(() if reprompt else ("reprompt",))}
     kept = {name: value for name, value in settings.as_dict().items() if name not in idle}
     kept["model_config"].pop("gradient_checkpointing", None)
@@ -248,17 +244,17 @@ def main(args: list[str]) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     if any(word.split("=")[0] == "--calibrate" for word in args):
         parser = jsonargparse.ArgumentParser(prog="pgpo probe", description=(calibrate.__doc__ or "").splitlines()[0])
-        # jsonargparse makes no list of words by itself.
+        # jsonargparse makes no list of positional words by itself.
         parser.add_argument("--calibrate", nargs="+", required=True, metavar="RUNS", help="folders with finished runs")
         parser.add_function_arguments(calibrate, skip={"runs", "extrapolate"})
         action = jsonargparse.ActionYesNo(no_prefix="no_")
         parser.add_argument(
-            "--extrapolate", action=action, nargs="?", help="Predict outside of the calibrated range too."
+            "--extrapolate", action=action, nargs="?", help="Also predict outside the calibrated range."
         )
-        given = vars(parser.parse_args(args))
-        return calibrate(given.pop("calibrate"), **given)
+        options = vars(parser.parse_args(args))
+        return calibrate(options.pop("calibrate"), **options)
     if {"-h", "--help"} & {*args}:
         print(
-            "pgpo probe --calibrate RUNS ... fits the line from gaps to gains; pgpo probe --calibrate --help lists its options.\n"
+            "pgpo probe --calibrate RUNS fits the line from gaps to gains; pgpo probe --calibrate --help lists its options.\n"
         )
     return ProbeCommand(args).run()

@@ -1,1 +1,1 @@
-"""What a teacher's context is worth before training: its accuracy gap, and what such gaps brought in calibration runs."""
+"""Estimates, before training, of how much each teacher context helps, and their calibration on finished runs."""

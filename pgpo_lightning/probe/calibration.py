@@ -1,4 +1,4 @@
-"""From finished runs and the probes made before them to the points of the line, with the errors of both."""
+"""Points of the calibration line from finished runs and the probes made before them, with the errors of both."""
 
 import json
 import math
@@ -21,24 +21,24 @@ from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
 PROBE = "probe.json"
 Scale = Literal["all", "failed"]
-"""Which rollouts get the context: all that can, as SDPO trains, or failed ones only, as in arXiv 2605.30070."""
+"""Which rollouts get the context: all for which it is available, as in SDPO, or failed ones only, as in arXiv 2605.30070."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration: its gap before training and what training brought.
+    """One configuration: its gap before training and its gain from training.
 
     Attributes:
-        name: Of the arm, with its study if there are several.
+        name: Name of the arm, with its study if there are several.
         context: Name of the context in the probe.
         gap: Net gap of each question of the probe, ``(questions,)``.
-        gain: Held-out score at the end less that at the start, ``(seeds, held-out questions)``.
-        seeds: Of the rows of `gain`.
-        steps: Batches that each of them trained on.
-        questions_sha256: Of the probe's questions.
+        gain: Held-out score at the end minus that at the start, ``(seeds, held-out questions)``.
+        seeds: Seeds of the rows of `gain`.
+        steps: Number of training batches of each run.
+        questions_sha256: Hash of the probe's questions.
         probe: The file of the probe.
-        collapsed: Whether a run ended below half of the score that it started from: the line does not speak of stability.
-        held_out: Whether the probe asked the questions that the runs were scored on.
+        collapsed: Whether a run ended below half of its first score. The line does not predict stability.
+        held_out: Whether the probe has the same questions as the runs' held-out evaluations.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Point:
 def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
     """Find runs and their probes.
 
-    A run belongs to the context whose settings its ``config.yaml`` has; a record without one beside it to the context that its
-    arm is named after.
+    The context of a run is the one with the settings in its ``config.yaml``. Without that file it is the context with the name
+    of its arm.
 
     Args:
-        paths: Folders with finished runs anywhere below them, or single records.
-        gaps: A probe's folder or file; by default the ``probe.json`` in the run's folder or the nearest one above it.
-        scale: Which net gap.
+        paths: Folders that contain finished runs at any depth, or single records.
+        gaps: Folder or file of a probe; by default the ``probe.json`` in the run's folder or the nearest folder above it.
+        scale: Scale of the net gap.
 
     Raises:
-        ValueError: If there is no run, a run has no probe or scores that are no numbers, or the probe has not measured the run's
+        ValueError: If there is no run, a run has no probe or a score that is not finite, or the probe does not have the run's
             context; names the file.
     """
     files: dict[Path, None] = {}
@@ -90,10 +90,10 @@ def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
 
 
 def read_probe(path: Path) -> dict[str, Any]:
-    """Read what a probe measured.
+    """Read the result of a probe.
 
     Raises:
-        ValueError: If it is not there or no probe's.
+        ValueError: If the file does not exist or is not the result of a probe.
     """
     if not path.is_file():
         raise ValueError(f"Expected the result of `pgpo probe`, but there is no {path}.")
@@ -129,7 +129,7 @@ def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path)
         if run.arm not in measured:
             raise ValueError(
                 f"Expected the arm of {file} to be named after a context of {source} ({', '.join(measured)}), because it has no "
-                f"config.yaml to tell, but got {run.arm}."
+                f"config.yaml, but got {run.arm}."
             )
         return run.arm
     try:
@@ -143,36 +143,32 @@ def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path)
             f"Expected {config} to be of a run with a self-teacher, such as SDPO, but it has no `reprompt`."
         )
     for name in ("model", "verifier"):
-        if (mine := _plain(settings.get(name))) != (theirs := _plain(probe["settings"]["module"].get(name))):
+        if (own := _plain(settings.get(name))) != (probed := _plain(probe["settings"]["module"].get(name))):
             raise ValueError(
-                f"Expected `model.init_args.{name}` of {config} to be that of {source}, {theirs}, but got {mine}."
+                f"Expected `model.init_args.{name}` of {config} to be that of {source}, {probed}, but got {own}."
             )
     defaults = {field.name: field.default for field in fields(RepromptBuilder)}
     threshold = {"success_reward_threshold": settings["reward"]["success_threshold"]}
-    mine = effective(defaults | settings["reprompt"] | threshold)
-    matches = [name for name, row in measured.items() if _same(row["settings"], mine)]
+    effects = effective(defaults | settings["reprompt"] | threshold)
+    matches = [name for name, row in measured.items() if not _differ(row["settings"], effects)]
     if not matches:
-        nearest = min(measured.values(), key=lambda row: len(_differ(row["settings"], mine)))
+        nearest = min(measured.values(), key=lambda row: len(_differ(row["settings"], effects)))
         raise ValueError(
             f"Expected {source} to have measured the context of {config}, but none of its {len(measured)} contexts has these "
-            f"settings; {nearest['name']} differs in `{'`, `'.join(_differ(nearest['settings'], mine))}`."
+            f"settings; {nearest['name']} differs in `{'`, `'.join(_differ(nearest['settings'], effects))}`."
         )
     return run.arm if run.arm in matches else matches[0]
 
 
 def _plain(value: Any) -> Any:
-    """Return a class given by its path alone and one with empty arguments as the same thing."""
+    """Return a class without arguments as its path, whether or not it has an empty ``init_args``."""
     if isinstance(value, dict) and not value.get("init_args"):
         return value.get("class_path", value)
     return value
 
 
-def _differ(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    return [name for name in sorted({*theirs, *mine} - {"control"}) if theirs.get(name) != mine.get(name)]
-
-
-def _same(theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
-    return not _differ(theirs, mine)
+def _differ(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    return [name for name in sorted({*first, *second} - {"control"}) if first.get(name) != second.get(name)]
 
 
 def _point(name: str, context: str, runs: list[RunRecord], probe: dict[str, Any], source: Path, scale: Scale) -> Point:
@@ -210,7 +206,7 @@ def _point(name: str, context: str, runs: list[RunRecord], probe: dict[str, Any]
     if not np.isfinite(gap).all():
         raise ValueError(f"Expected `{key}` of {context} in {source} to be numbers, but some are not.")
     held_out = settings["split"] == "validation" and len(gap) == len(gains[0])
-    if known and "joint_sha256" in settings:  # not of versions that did not keep it
+    if known and "joint_sha256" in settings:  # probes of older versions do not have it
         held_out = settings["joint_sha256"] in known
     steps = tuple(run.steps for run in runs)
     return Point(
@@ -229,14 +225,14 @@ def _point(name: str, context: str, runs: list[RunRecord], probe: dict[str, Any]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Standard deviations over resampled questions and seeds.
+    """Results of resampling questions and seeds.
 
     Attributes:
-        gaps: Of each point's gap, ``(n,)``.
-        gains: Of each point's gain, ``(n,)``.
-        noise: Variance between the points of the errors of their gaps, mean over the draws.
-        intercepts: Drawn intercepts, ``(draws,)``; NaN where all drawn gaps are equal.
-        slopes: Drawn slopes, likewise.
+        gaps: Standard error of each point's gap, ``(n,)``.
+        gains: Standard error of each point's gain, ``(n,)``.
+        noise: Variance between points of the errors of their gaps, mean over the draws.
+        intercepts: Intercept of each draw, ``(draws,)``; NaN where all gaps of the draw are equal.
+        slopes: Slope of each draw, likewise.
     """
 
     gaps: NDArray[np.float64]
@@ -251,13 +247,13 @@ class Bootstrap:
         return float(low), float(high)
 
 
-def bootstrap(given: list[Point], draws: int = 2000, seed: int = 0) -> Bootstrap:
-    """Draw questions and seeds anew, for all points together where they are the same, and fit each draw.
+def bootstrap(points: list[Point], draws: int = 2000, seed: int = 0) -> Bootstrap:
+    """Resample questions and seeds, jointly for all points that share them, and fit a line to each draw.
 
-    With S seeds the spread between seeds comes out too small by sqrt((S - 1) / S): with two, by 0.71.
+    With S seeds the standard deviation over seeds is too small by a factor of sqrt((S - 1) / S), 0.71 for two seeds.
 
     Args:
-        given: The points.
+        points: The points.
         draws: Number of resamples.
         seed: Of the resamples.
     """
@@ -265,23 +261,23 @@ def bootstrap(given: list[Point], draws: int = 2000, seed: int = 0) -> Bootstrap
     drawn: dict[tuple[str, Any], NDArray[np.float64]] = {}
 
     def draw(kind: str, key: Any, number: int) -> NDArray[np.float64]:
-        """Return the draws of some questions or seeds: the same for the same, independent of all others."""
+        """Return the draws of some questions or seeds. Equal keys get the same draws, other keys independent ones."""
         if (kind, key) not in drawn:
-            before = sum(kind == each for each, _ in drawn)
-            drawn[kind, key] = question_draws(number, draws, seed + len(kinds) * before + kinds.index(kind))
+            earlier = sum(kind == each for each, _ in drawn)
+            drawn[kind, key] = question_draws(number, draws, seed + len(kinds) * earlier + kinds.index(kind))
         return drawn[kind, key]
 
     gaps, gains = [], []
-    for point in given:
-        asked = draw("questions", point.questions_sha256, len(point.gap))
-        gaps.append(asked @ point.gap / len(point.gap))
-        # The held-out questions, where the probe did not ask them, are another sample.
+    for point in points:
+        question_counts = draw("questions", point.questions_sha256, len(point.gap))
+        gaps.append(question_counts @ point.gap / len(point.gap))
+        # Held-out questions that the probe does not have are a sample of their own.
         number = point.gain.shape[1]
-        held_out = asked if point.held_out else draw("held-out", number, number)
-        of_seeds = draw("seeds", point.seeds, len(point.seeds))
-        gains.append(((of_seeds @ point.gain) * held_out).sum(axis=1) / point.gain.size)
+        held_out = question_counts if point.held_out else draw("held-out", number, number)
+        seed_counts = draw("seeds", point.seeds, len(point.seeds))
+        gains.append(((seed_counts @ point.gain) * held_out).sum(axis=1) / point.gain.size)
     drawn_gaps, drawn_gains = np.array(gaps).T, np.array(gains).T
-    errors = drawn_gaps - np.array([point.gap.mean() for point in given])
-    noise = float(errors.var(axis=1, ddof=1).mean()) if len(given) > 1 else math.nan
+    errors = drawn_gaps - np.array([point.gap.mean() for point in points])
+    noise = float(errors.var(axis=1, ddof=1).mean()) if len(points) > 1 else math.nan
     intercepts, slopes = lines(drawn_gaps, drawn_gains)
     return Bootstrap(drawn_gaps.std(axis=0), drawn_gains.std(axis=0), noise, intercepts, slopes)

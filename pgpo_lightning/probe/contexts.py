@@ -1,7 +1,7 @@
-"""What the self-teacher may be told: contexts that a run can be trained with, and controls that show what a gap is made of.
+"""Contexts of the self-teacher that a run can be trained with, and controls that show which part of a context helps.
 
-A context is nothing but a :class:`~pgpo_lightning.teachers.configs.RepromptConfig`, so that what is measured is what
-a run then trains with. A control changes the rollouts that demonstrations are taken from; no run can be configured to it.
+A context is a :class:`~pgpo_lightning.teachers.configs.RepromptConfig`, so a run can train with exactly the context that was
+measured. A control changes the rollouts that demonstrations are taken from. A run cannot train with it.
 """
 
 import re
@@ -16,7 +16,7 @@ from pgpo_lightning.rewards.grade import Verifier, grade
 from pgpo_lightning.teachers.reprompt import RepromptBuilder, check_template
 
 PLAIN = "{prompt}{solution}{feedback}"
-"""The template that adds nothing."""
+"""The template that adds nothing to the prompt."""
 
 _NO_DEMONSTRATION = {"demonstration_source": "none", "demonstration_choice": "shared"}
 _OWN = {"demonstration_source": "own", "demonstration_choice": "shared", "dont_reprompt_on_self_success": False}
@@ -34,21 +34,22 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "sibling+feedback": _SIBLING | _FEEDBACK | {"environment_feedback_only_without_solution": False},
     "configured": {},
 }
-"""Name to the settings of a module that give a run this context; all others stay as configured.
+"""Name to the settings of a module that give a run this context. All other settings stay as configured.
 
-`none` resamples from the plain prompt. `own` shows a response its own text if it is right, `own+feedback` its feedback if it is
-wrong (arXiv 2605.30070). `sibling+feedback` shows both where there are both. `configured` is what the configuration trains with.
+`none` samples again from the plain prompt. `own` shows a correct response its own text, and `own+feedback` also shows an
+incorrect response its feedback (arXiv 2605.30070). `sibling+feedback` shows both if both are available. `configured` is the
+context of the configuration.
 """
 
 
 @dataclass(frozen=True)
 class Context:
-    """Something that a teacher is told.
+    """A context of the teacher.
 
     Attributes:
-        name: Of it.
-        builder: Makes the reprompts.
-        control: The name of the control, if it is one: see :data:`CONTROLS`.
+        name: Name of the context.
+        builder: Builder of the reprompts.
+        control: Name of the control, if it is one; see :data:`CONTROLS`.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Context:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that the reprompts depend on, beside the rollouts."""
+        """Everything that the reprompts depend on, except the rollouts."""
         return {"control": self.control, **effective(asdict(self.builder))}
 
 
@@ -67,20 +68,20 @@ def contexts(
     """Return contexts and controls, `none` first.
 
     Args:
-        names: Of contexts, keys of :data:`CONTEXTS`.
-        templates: Name to reprompt template of contexts of one's own: {prompt} with a text around it. A template that says
-            {solution} shows a sibling's success there, one that says {feedback} the feedback.
+        names: Names of contexts, keys of :data:`CONTEXTS`.
+        templates: Name to reprompt template of additional contexts: {prompt} with text around it. A sibling's success
+            replaces {solution}, and the feedback replaces {feedback}.
         controls: Keys of :data:`CONTROLS`.
-        configured: The builder of the run to come.
+        configured: The builder of the configured run.
 
     Raises:
-        ValueError: If a name is unknown or taken, a template lacks {prompt}, or a context contradicts what is configured.
+        ValueError: If a name is unknown or taken, a template lacks {prompt}, or a context contradicts the configuration.
     """
-    for field, given, known in (("contexts", names, CONTEXTS), ("controls", controls, CONTROLS)):
-        if unknown := [name for name in given if name not in known]:
+    for field, chosen, known in (("contexts", names, CONTEXTS), ("controls", controls, CONTROLS)):
+        if unknown := [name for name in chosen if name not in known]:
             raise ValueError(f"Expected `{field}` to be among {', '.join(known)}, but got {', '.join(unknown)}.")
     if taken := [name for name in templates if name in (*CONTEXTS, *CONTROLS, "student")]:
-        raise ValueError(f"Expected other names in `templates` than those that are taken, but got {', '.join(taken)}.")
+        raise ValueError(f"Expected names in `templates` that are not yet in use, but got {', '.join(taken)}.")
     if odd := [name for name in templates if not name.replace("-", "").replace("_", "").isalnum()]:
         raise ValueError(f"Expected names in `templates` of letters, digits, - and _, but got {', '.join(odd)}.")
     if len(set(names)) < len(names) or len(set(controls)) < len(controls):
@@ -88,10 +89,10 @@ def contexts(
     for name, template in templates.items():
         check_template(f"templates.{name}", template, ("prompt",))
     settings = {name: CONTEXTS[name] for name in dict.fromkeys(["none", *names])}
-    settings |= {name: _of_template(template) for name, template in templates.items()}
-    made = [Context(name, _changed(configured, changes, name)) for name, changes in settings.items()]
-    shown = CONTEXTS["sibling"] | {"dont_reprompt_on_self_success": True}
-    return made + [Context(name, _changed(configured, shown, name), control=name) for name in controls]
+    settings |= {name: _template_settings(template) for name, template in templates.items()}
+    measured = [Context(name, _changed(configured, changes, name)) for name, changes in settings.items()]
+    sibling = CONTEXTS["sibling"] | {"dont_reprompt_on_self_success": True}
+    return measured + [Context(name, _changed(configured, sibling, name), control=name) for name in controls]
 
 
 def _changed(configured: RepromptBuilder, changes: Mapping[str, Any], name: str) -> RepromptBuilder:
@@ -99,11 +100,12 @@ def _changed(configured: RepromptBuilder, changes: Mapping[str, Any], name: str)
         return replace(configured, **changes)
     except ValueError as error:
         raise ValueError(
-            f"{error} So the configuration does not go with {name}: leave that out of `--contexts` or `--controls`, or change it."
+            f"{error} The configuration is therefore incompatible with {name}: leave that out of `--contexts` or "
+            "`--controls`, or change the configuration."
         ) from None
 
 
-def _of_template(template: str) -> dict[str, Any]:
+def _template_settings(template: str) -> dict[str, Any]:
     solution, feedback = ("{solution}" in template), ("{feedback}" in template)
     return {
         **(_SIBLING if solution else _NO_DEMONSTRATION),
@@ -114,12 +116,12 @@ def _of_template(template: str) -> dict[str, Any]:
 
 
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a :class:`RepromptBuilder` without those that the others leave without effect.
+    """Return the settings of a :class:`RepromptBuilder` that have an effect, given the others.
 
-    Two runs with equal effective settings have the same teacher, whatever else their configurations say.
+    Two runs with equal effective settings have the same teacher, even if their other settings differ.
 
     Args:
-        settings: With a value for every field; others are left out.
+        settings: With a value for every field of the builder. Other keys are ignored.
     """
     kept = {field.name: settings[field.name] for field in fields(RepromptBuilder)}
     demonstration, feedback = kept["demonstration_source"] != "none", kept["include_environment_feedback"]
@@ -138,20 +140,20 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def others(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
-    """Give every question the responses to the next one: what remains is form, not content."""
+    """Give every question the responses to the next question, which keeps the form and removes the content."""
     groups = _groups(rows)
-    if len(groups) < 2:  # nobody to borrow from
+    if len(groups) < 2:  # no other question
         return [Sample(row.rollout, replace(row.verdict, reward=threshold - 1)) for row in rows]
     swapped = []
-    for mine, theirs in zip(groups, groups[1:] + groups[:1], strict=True):
-        for row, other in zip(mine, theirs, strict=True):
+    for group, next_group in zip(groups, groups[1:] + groups[:1], strict=True):
+        for row, other in zip(group, next_group, strict=True):
             rollout = replace(other.rollout, question=row.rollout.question)
             swapped.append(Sample(rollout, replace(other.verdict)))
     return swapped
 
 
 def wrong(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
-    """Let failed responses pass for successes, and successes for failures."""
+    """Swap successes and failures."""
     return [
         Sample(
             row.rollout, replace(row.verdict, reward=threshold - 1 if row.verdict.reward >= threshold else threshold)
@@ -161,22 +163,22 @@ def wrong(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Samp
 
 
 def answers(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
-    """Cut successes down to the shortest ending that the verifier takes for a success by itself: the answer without its steps."""
-    cut: dict[tuple[int, str], str] = {}
-    made = []
+    """Shorten successes to the shortest ending that the verifier accepts: the answer without its steps."""
+    endings: dict[tuple[int, str], str] = {}
+    shortened = []
     for row in rows:
         text = row.rollout.text
         if row.verdict.reward >= threshold:
             key = (row.rollout.question.index, text)
-            if key not in cut:
-                cut[key] = _ending(row, threshold, verifier)
-            text = cut[key]
-        made.append(Sample(replace(row.rollout, text=text), row.verdict))
-    return made
+            if key not in endings:
+                endings[key] = _ending(row, threshold, verifier)
+            text = endings[key]
+        shortened.append(Sample(replace(row.rollout, text=text), row.verdict))
+    return shortened
 
 
 def _ending(row: Sample, threshold: float, verifier: Verifier) -> str:
-    """Return the shortest accepted ending, at white space; the whole text if there is none."""
+    """Return the shortest accepted ending that starts after white space, or the whole text if none is accepted."""
     text = row.rollout.text
     for start in reversed([space.end() for space in re.finditer(r"\s+", text)]):
         ending = text[start:]
@@ -184,7 +186,7 @@ def _ending(row: Sample, threshold: float, verifier: Verifier) -> str:
             if grade(verifier, row.rollout.question, ending).reward >= threshold:
                 return ending
         except VerifierError:
-            continue  # half a response may be more than a verifier can bear
+            continue  # a verifier may fail on a part of a response
     return text
 
 
@@ -200,4 +202,4 @@ CONTROLS: dict[str, Callable[[list[Sample], float, Verifier], list[Sample]]] = {
     "wrong": wrong,
     "other": others,
 }
-"""From rollouts (whole groups of equal size), success threshold and verifier to those that demonstrations are taken from."""
+"""Functions from rollouts (whole groups of equal size), success threshold and verifier to the source of demonstrations."""

@@ -1,10 +1,10 @@
-r"""Accuracy gaps of a self-teacher, with their errors. Pure functions of numpy arrays.
+r"""Accuracy gaps of a self-teacher with standard errors. Pure functions of numpy arrays.
 
 With student score :math:`s_{ik}` and teacher score :math:`t_{ik}` on question i, rollout k, the gap of a context c is
-:math:`g(c) = \bar t - \bar s` (arXiv 2605.30070). A rollout that does not get the context keeps its plain prompt: its teacher
-score is the one of `none`, the sample from the plain prompt again. What is compared is the net gap
-:math:`g(c) - g(\text{none})`, to which such rollouts add exactly 0. Errors are bootstrapped over questions, with everything
-that was sampled for a question drawn together; all contexts share the draws.
+:math:`g(c) = \bar t - \bar s` (arXiv 2605.30070). A rollout without the context keeps its plain prompt. Its teacher score is
+that of `none`, a second sample from the plain prompt. Contexts are compared by the net gap :math:`g(c) - g(\text{none})`, to
+which such rollouts add exactly 0. Standard errors are from a bootstrap over questions, which resamples all scores of a
+question together. All contexts share the draws.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Value:
-    """A number and the standard deviation of its bootstrap."""
+    """An estimate and its bootstrap standard error."""
 
     value: float
     error: float
@@ -28,20 +28,20 @@ class Value:
 
 @dataclass(frozen=True)
 class Gap:
-    """What a context brings before training.
+    """The gap of a context before training.
 
     Attributes:
-        coverage: Share of rollouts that get the context.
-        coverage_failed: Share of failed rollouts that get it; NaN if none failed.
-        teacher: Mean score of the teacher; rollouts without the context count with their plain prompt.
+        coverage: Fraction of the rollouts that get the context.
+        coverage_failed: Fraction of the failed rollouts that get it; NaN if none failed.
+        teacher: Mean score of the teacher, with the plain prompt for rollouts without the context.
         gap: Teacher minus student.
         net: Gap less that of `none`.
-        net_failed: The same if only failed rollouts get the context and successes keep their plain prompt: the scale of
-            arXiv 2605.30070. It is (share failed) * (recovery - recovery of `none`) for scores of 0 and 1.
-        recovery: Share of the failed rollouts whose teacher succeeds.
-        recovery_net: Less that of `none`: the share that a second try does not recover by itself.
+        net_failed: The net gap if only failed rollouts get the context and successes keep their plain prompt, the scale of
+            arXiv 2605.30070. For scores of 0 and 1 it is (fraction failed) * (recovery - recovery of `none`).
+        recovery: Fraction of the failed rollouts whose teacher succeeds.
+        recovery_net: Recovery minus that of `none`, which a second attempt recovers without a context.
         by_question: Net gap of each question, ``(questions,)``.
-        by_question_failed: Net gap of each question on the failed scale.
+        by_question_failed: `net_failed` of each question.
     """
 
     coverage: float
@@ -57,28 +57,28 @@ class Gap:
 
 
 def question_draws(questions: int, draws: int = DRAWS, seed: int = 0) -> Table:
-    """Return how often each bootstrap sample holds each question, ``(draws, questions)``."""
+    """Return how often each bootstrap sample contains each question, ``(draws, questions)``."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(questions, np.full(questions, 1 / questions), draws).astype(float)
 
 
 def gap(student: Table, none: Table, teacher: Table, threshold: float, draws: Table) -> Gap:
-    """Return what a context brings.
+    """Return the gap of a context.
 
     Args:
         student: Scores of the rollouts.
         none: Scores of the teacher with the plain prompt, one for each rollout.
         teacher: Scores of the teacher with the context; NaN where a rollout does not get it.
-        threshold: Scores from here on count as success.
+        threshold: Smallest score that counts as success.
         draws: From :func:`question_draws`.
 
     Raises:
-        ValueError: If shapes differ or `none` has gaps.
+        ValueError: If shapes differ or `none` has missing scores.
     """
     if not student.shape == none.shape == teacher.shape:
         raise ValueError(f"Expected tables of one shape, but got {student.shape}, {none.shape} and {teacher.shape}.")
     if np.isnan(none).any():
-        raise ValueError("Expected `none` to cover every rollout, but it has gaps.")
+        raise ValueError("Expected `none` to cover every rollout, but it has missing scores.")
     covered, failed = ~np.isnan(teacher), student < threshold
     score = np.where(covered, teacher, none)
     net = (score - none).mean(axis=1)
@@ -100,27 +100,27 @@ def gap(student: Table, none: Table, teacher: Table, threshold: float, draws: Ta
     )
 
 
-def ratio(above: NDArray[np.floating | np.integer], below: Table, draws: Table) -> Value:
-    """Return sum(above) / sum(below) over questions; NaN where there is nothing below.
+def ratio(numerator: NDArray[np.floating | np.integer], denominator: Table, draws: Table) -> Value:
+    """Return sum(numerator) / sum(denominator) over questions; NaN if the denominator is 0.
 
     Args:
-        above: Of each question, ``(questions,)``.
-        below: Likewise; of ones for a mean.
+        numerator: Of each question, ``(questions,)``.
+        denominator: Likewise; ones for a mean.
         draws: From :func:`question_draws`.
     """
-    if not below.sum():
+    if not denominator.sum():
         return Value(float("nan"), float("nan"))
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = (draws @ above) / (draws @ below)
-    return Value(float(above.sum() / below.sum()), float(np.nanstd(drawn)))
+        drawn = (draws @ numerator) / (draws @ denominator)
+    return Value(float(numerator.sum() / denominator.sum()), float(np.nanstd(drawn)))
 
 
 def kept(part: Table, whole: Table, draws: Table, level: float = 0.95) -> tuple[float, float, float]:
-    """Return which share of one net gap another one keeps, with its bootstrap percentile interval.
+    """Return the ratio of a control's net gap to that of its context, with its bootstrap percentile interval.
 
     Args:
-        part: Net gap of each question, ``(questions,)``, of a control.
-        whole: Of the context that it is a control of.
+        part: Net gap of the control for each question, ``(questions,)``.
+        whole: Net gap of its context, likewise.
         draws: From :func:`question_draws`.
         level: Of the interval.
     """

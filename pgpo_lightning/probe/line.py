@@ -2,11 +2,12 @@ r"""The predictive law of self-distillation (arXiv 2605.30070): the gain of trai
 
 .. math:: \Delta(c) \approx a + b\,g(c)
 
-Least squares, because the line is there to predict the gain of a configuration whose gap is measured with the same error as
-those it was fitted to: for that, and only that, the regression on the measured gap is the right one. The slope as a
-property of the true gap is steeper by 1 / reliability; both are reported. Neither Deming's nor York's line is used for it: they
-take the errors of the points as independent, and gaps measured on the same questions and the same student are not.
-The bootstrap over questions and seeds (:func:`bootstrap`) draws them together.
+The line predicts the gain of a configuration whose gap is measured with the same error as those of the fitted points. For
+this purpose regression on the measured gap, by least squares, is correct. The slope with respect to the true gap is steeper by
+1 / reliability; both are reported. Deming's and York's regressions assume independent errors of the points, and gaps measured
+on the same questions and the same student are correlated. The bootstrap over questions and seeds
+(:func:`pgpo_lightning.probe.calibration.bootstrap`) resamples them together. SciPy's `linregress` has no leave-one-out errors
+and no prediction interval.
 """
 
 import math
@@ -21,7 +22,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Line:
-    """A fitted line and what is known of its errors.
+    """A fitted line and its errors.
 
     Attributes:
         gaps: The points' g, ``(n,)``.
@@ -47,22 +48,22 @@ class Line:
 
     @property
     def residuals(self) -> Vector:
-        """Gains less the line, ``(n,)``."""
+        """Gains minus fitted values, ``(n,)``."""
         return self.gains - self.intercept - self.slope * self.gaps
 
     @property
     def scatter(self) -> float:
-        """Standard deviation around the line, n - 2 degrees of freedom."""
+        """Standard deviation around the line with n - 2 degrees of freedom."""
         return math.sqrt(float(self.residuals @ self.residuals) / (self.n - 2))
 
     @property
     def leverage(self) -> Vector:
-        """Weight of every point in its own fitted value, ``(n,)``; they sum to 2, and 1 means that the line goes through it."""
+        """Weight of every point in its own fitted value, ``(n,)``. The line passes through a point of weight 1; the sum is 2."""
         return 1 / self.n + (self.gaps - self.gaps.mean()) ** 2 / self.spread
 
     @property
     def left_out(self) -> Vector:
-        """Error of each point against the line through the others, ``(n,)``."""
+        """Leave-one-out error: each gain minus its prediction from the other points, ``(n,)``."""
         return self.residuals / (1 - self.leverage)
 
     @property
@@ -72,17 +73,17 @@ class Line:
 
     @property
     def r2(self) -> float:
-        """Share of the gains' variance on the line."""
+        """Fraction of the variance of the gains that the line explains."""
         return 1 - float(self.residuals @ self.residuals) / self._total
 
     @property
     def loo_r2(self) -> float:
-        """The same with every point predicted from the others; below 0 it is worse than the mean of all."""
+        """The same with each point predicted from the others. Negative if that is worse than the mean of all points."""
         return 1 - float(self.left_out @ self.left_out) / self._total
 
     @property
     def loo_constant(self) -> float:
-        """Leave-one-out error without any gap: every point predicted by the mean gain of the others."""
+        """Leave-one-out error without the gap: each point is predicted by the mean gain of the others."""
         errors = (self.gains - self.gains.mean()) * self.n / (self.n - 1)
         return float(np.sqrt((errors**2).mean()))
 
@@ -91,21 +92,21 @@ class Line:
         return float(((self.gains - self.gains.mean()) ** 2).sum())
 
     def predict(self, gap: float, level: float = 0.95, extrapolate: bool = False) -> tuple[float, float]:
-        """Return the gain to expect of a new configuration and the half width of its prediction interval.
+        """Return the predicted gain of a new configuration and the half width of its prediction interval.
 
         Args:
-            gap: Its g, measured as the others were.
-            level: Of the interval, from Student's t with n - 2 degrees of freedom.
-            extrapolate: Allow a gap outside of those that the line was fitted to.
+            gap: Its g, measured as those of the fitted points.
+            level: Of the interval (Student's t with n - 2 degrees of freedom).
+            extrapolate: Allow a gap outside the calibrated range.
 
         Raises:
-            ValueError: If the gap is outside and that is not allowed.
+            ValueError: If the gap is outside the calibrated range and `extrapolate` is False.
         """
         low, high = self.gaps.min(), self.gaps.max()
         if not low <= gap <= high and not extrapolate:
             raise ValueError(
                 f"Expected a gap within the calibrated range [{low:.4f}, {high:.4f}], but got {gap:.4f}. Calibrate with a run "
-                "beyond it, or give `--extrapolate` to go on regardless."
+                "beyond it, or give `--extrapolate`."
             )
         away = 1 + 1 / self.n + (gap - self.gaps.mean()) ** 2 / self.spread
         half = float(student_t.isf((1 - level) / 2, self.n - 2)) * self.scatter * math.sqrt(away)
@@ -128,7 +129,9 @@ def fit(gaps: Vector, gains: Vector) -> Line:
         (1.6, 0.052)
     """
     if len(gaps) < 3:
-        raise ValueError(f"Expected at least 3 configurations to fit a line and tell its error, but got {len(gaps)}.")
+        raise ValueError(
+            f"Expected at least 3 configurations to fit a line and estimate its error, but got {len(gaps)}."
+        )
     if len(np.unique(gaps)) < 3:
         raise ValueError(f"Expected at least 3 different gaps, but got {sorted(set(gaps.tolist()))}.")
     away = gaps - gaps.mean()
@@ -137,7 +140,7 @@ def fit(gaps: Vector, gains: Vector) -> Line:
 
 
 def lines(gaps: NDArray[np.float64], gains: NDArray[np.float64]) -> tuple[Vector, Vector]:
-    """Return intercepts and slopes of many fits at once, ``(draws,)`` each; NaN where all gaps are equal.
+    """Return intercepts and slopes of many fits, ``(draws,)`` each; NaN where all gaps are equal.
 
     Args:
         gaps: ``(draws, n)``.
@@ -150,11 +153,11 @@ def lines(gaps: NDArray[np.float64], gains: NDArray[np.float64]) -> tuple[Vector
 
 
 def reliability(gaps: Vector, noise: float) -> float:
-    """Return the share of the gaps' variance that is not error of measurement; at most 1, below 0 if it is all error.
+    """Return the fraction of the variance of the gaps that is not measurement error: at most 1, below 0 if all is error.
 
     Args:
         gaps: ``(n,)``.
-        noise: Expected variance between the errors of the gaps. An error that all have in common, such as that of `none`, is
-            no part of it: it moves the line and does not tilt it.
+        noise: Expected variance between the errors of the gaps. An error common to all gaps, such as that of `none`, is not
+            part of it, because it shifts the line and does not change its slope.
     """
     return 1 - noise / float(gaps.var(ddof=1))

@@ -1,8 +1,8 @@
-"""The rollouts of a probe: the student's, and those of the self-teacher sampling from its reprompts, each part kept as it comes.
+"""Rollouts of a probe, from the student and from the self-teacher reading its reprompts. Each part is saved when it is done.
 
-A part is one context on one chunk of questions, a file of its own that is written all at once. A probe that was stopped, or is
-asked for one more context, makes the missing parts only. All random numbers are functions of the seed, the context and the
-chunk; the demonstrations are the same in every context that shows siblings.
+A part is one context on one chunk of questions, in a file of its own that is written atomically. A probe that was stopped, or
+gets one more context, samples only the missing parts. All random numbers are functions of the seed, the context and the chunk.
+The demonstrations are the same in every context that shows siblings.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgpo_lightning.core.files import write_json
 from pgpo_lightning.core.identity import joint_sha256, question_sha256
 from pgpo_lightning.core.seeding import derive_seed, seeded
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
@@ -27,18 +28,18 @@ from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.prompts import PromptEncoder
 
 Answer = dict[str, Any]
-"""A judged response: ``text``, ``reward``, ``length`` (tokens), ``finished``; the student's also ``feedback`` and ``answer``."""
+"""A graded response: ``text``, ``reward``, ``length`` (tokens), ``finished``; the student's also ``feedback`` and ``answer``."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one context gave, each ``(questions, samples)``.
+    """Measurements of one context. Tables are ``(questions, samples)``.
 
     Attributes:
-        reward: Of the teacher's response; NaN where the rollout gets no context.
-        length: Its tokens; NaN likewise.
-        example: A question, what the teacher read and what it said; None if no rollout got the context.
-        seconds: That it took to sample and judge.
+        reward: Reward of the teacher's response; NaN where the rollout gets no context.
+        length: Its length in tokens; NaN likewise.
+        example: A student's response, the teacher's prompt and the teacher's response; None if no rollout got the context.
+        seconds: Time to sample and grade.
     """
 
     reward: Table
@@ -52,13 +53,13 @@ class Prober:
 
     Args:
         module: With its model loaded, on its device.
-        questions: To ask.
-        samples: Of the student per question; the teacher answers once for every one of them.
-        sampling: How both are sampled.
-        chunk: Questions at a time.
+        questions: The questions.
+        samples: Responses of the student per question. The teacher responds once for each of them.
+        sampling: Sampling parameters of both.
+        chunk: Number of questions in a part.
         seed: Of every random choice.
-        folder: For the parts.
-        settings: What the student's rollouts depend on beside the arguments above; parts made with others are not used.
+        folder: Of the parts.
+        settings: Everything else that the student's rollouts depend on. Parts with other settings are refused.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class Prober:
         self.seed = seed
         self.folder = folder
         self.chunks = [questions[start : start + chunk] for start in range(0, len(questions), chunk)]
-        self.joint_sha256 = joint_sha256(map(question_sha256, questions))  # as records of runs have it
-        asked = json.dumps(
+        self.joint_sha256 = joint_sha256(map(question_sha256, questions))  # as in records of runs
+        content = json.dumps(
             [[q.index, q.messages(), q.answer, q.privileged_context, q.columns] for q in questions], default=str
         )
         self.settings = {
@@ -90,26 +91,28 @@ class Prober:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "questions": len(questions),
-            "questions_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+            "questions_sha256": hashlib.sha256(content.encode()).hexdigest(),
         }
 
     def student(self) -> list[list[Sample]]:
-        """Return the student's judged rollouts, those to one question next to each other, chunk by chunk."""
+        """Return the student's graded rollouts for each chunk, grouped by question."""
         rows = []
         for number, questions in enumerate(self.chunks):
             content = self._part("student", number, {}, lambda n=number: {"answers": self._ask(n)})
             answers = content["answers"]
-            of = [question for question in questions for _ in range(self.samples)]
+            repeated = [question for question in questions for _ in range(self.samples)]
             encoder = self.module.encoder
-            rows.append([_row(encoder, question, answer) for question, answer in zip(of, answers, strict=True)])
+            rows.append(
+                [_sample(encoder, question, answer) for question, answer in zip(repeated, answers, strict=True)]
+            )
         return rows
 
     def teacher(self, context: Context, rows: list[list[Sample]]) -> Measured:
-        """Return what the self-teacher says in a context.
+        """Return the self-teacher's responses in a context.
 
         Args:
-            context: Or a control.
-            rows: From :meth:`student`; left as they are.
+            context: The context or control.
+            rows: From :meth:`student`; not modified.
         """
         answers: list[Answer | None] = []
         seconds, examples = 0.0, []
@@ -132,8 +135,10 @@ class Prober:
         with torch.no_grad(), seeded(self.seed, "probe", "student", number):
             rollouts = module.sample(self.chunks[number], self.samples, self.sampling)
             verdicts = module.judge(rollouts)
-        told = [{"feedback": verdict.feedback, "answer": verdict.answer} for verdict in verdicts]
-        return [_answer(*pair) | more for pair, more in zip(zip(rollouts, verdicts, strict=True), told, strict=True)]
+        return [
+            _answer(rollout, verdict) | {"feedback": verdict.feedback, "answer": verdict.answer}
+            for rollout, verdict in zip(rollouts, verdicts, strict=True)
+        ]
 
     def _teach(self, context: Context, number: int, student: list[Sample]) -> dict[str, Any]:
         module, encoder, builder = self.module, self.module.encoder, context.builder
@@ -146,91 +151,83 @@ class Prober:
             rollouts = self._generate(rows)
             verdicts = iter(module.judge([rollout for rollout in rollouts if rollout is not None]))
         answers = [None if rollout is None else _answer(rollout, next(verdicts)) for rollout in rollouts]
-        places = [i for i, answer in enumerate(answers) if answer is not None]
-        failed = [i for i in places if student[i].verdict.reward < builder.success_reward_threshold]
+        answered = [i for i, answer in enumerate(answers) if answer is not None]
+        failed = [i for i in answered if student[i].verdict.reward < builder.success_reward_threshold]
         example = None
-        if places:
-            i = (failed or places)[0]
+        if answered:
+            i = (failed or answered)[0]
             example = {
-                "attempt": student[i].rollout.text,
-                "teacher reads": rows[i].reprompt,
-                "teacher says": answers[i]["text"],
+                "student_response": student[i].rollout.text,
+                "teacher_prompt": rows[i].reprompt,
+                "teacher_response": answers[i]["text"],
             }
         return {"answers": answers, "example": example}
 
     def _generate(self, rows: list[Sample]) -> list[Rollout | None]:
-        """Sample a response to every reprompt. Rows with the same one are samples of one prompt, which is then run once."""
-        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        """Sample a response to every reprompt. Equal reprompts of a question are one prompt with several samples."""
+        by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             if row.reprompt_ids is not None:
-                places[(row.rollout.question.index, *row.reprompt_ids)].append(i)
+                by_prompt[(row.rollout.question.index, *row.reprompt_ids)].append(i)
         by_count: dict[int, list[list[int]]] = defaultdict(list)
-        for same in places.values():
-            by_count[len(same)].append(same)
-        found: list[Rollout | None] = [None] * len(rows)
+        for indices in by_prompt.values():
+            by_count[len(indices)].append(indices)
+        result: list[Rollout | None] = [None] * len(rows)
         module = self.module
         for count, groups in sorted(by_count.items()):
             first = [rows[group[0]] for group in groups]
             questions, prompts = [row.rollout.question for row in first], [row.reprompt_ids for row in first]
-            made = module.actor.generate(module.model, questions, prompts, count, self.sampling)
-            for place, rollout in zip((i for group in groups for i in group), made, strict=True):
-                found[place] = rollout
-        return found
+            rollouts = module.actor.generate(module.model, questions, prompts, count, self.sampling)
+            for index, rollout in zip((i for group in groups for i in group), rollouts, strict=True):
+                result[index] = rollout
+        return result
 
     def _part(self, name: str, number: int, more: dict[str, Any], make: Any) -> dict[str, Any]:
-        """Read a part, or make it and write it."""
+        """Return the content of a part, from its file if it exists."""
         path = self.folder / "parts" / name / f"{number:04d}.json"
         settings = json.loads(json.dumps(self.settings | more))
         if path.is_file():
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-                theirs = content["settings"]
+                recorded = content["settings"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"Expected {path} to be a part of a probe, but reading it failed: {error!r}. Delete it, and it is made again."
+                    f"Expected {path} to be a part of a probe, but reading it failed: {error!r}. Delete it to have it made again."
                 ) from None
-            check_settings(theirs, settings, path)
+            check_settings(recorded, settings, path)
             return content
         start = time.perf_counter()
         content = make()
         content |= {"seconds": round(time.perf_counter() - start, 2), "settings": settings}
-        write(path, json.dumps(content, ensure_ascii=False))
+        write_json(path, content, ensure_ascii=False)
         print(f"{name}: {number + 1} of {len(self.chunks)} chunks, {content['seconds']:.1f} s", flush=True)
         return content
 
 
-def check_settings(theirs: dict[str, Any], mine: dict[str, Any], path: Path) -> None:
-    """Raise unless a part was made with these settings.
+def check_settings(recorded: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    """Check that a part was made with these settings.
 
     Raises:
-        ValueError: Names the file and what differs.
+        ValueError: If not; names the file and the settings that differ.
     """
-    if theirs != mine:
-        differ = _differing(theirs, mine)
+    if recorded != settings:
+        differ = _differing(recorded, settings)
         raise ValueError(
             f"Expected {path} to be made with the settings of this probe, but `{'`, `'.join(differ)}` differ. Choose another "
-            "`--output`, or delete the folder that it stands in."
+            "`--output`, or delete the folder that contains it."
         )
 
 
-def _differing(theirs: dict[str, Any], mine: dict[str, Any], within: str = "") -> list[str]:
-    """Return the dotted names of what differs, as deep as both have it."""
+def _differing(first: dict[str, Any], second: dict[str, Any], within: str = "") -> list[str]:
+    """Return the dotted names of the settings that differ."""
     found = []
-    for name in sorted({*theirs, *mine}):
-        a, b = theirs.get(name), mine.get(name)
+    for name in sorted({*first, *second}):
+        a, b = first.get(name), second.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differing(a, b, f"{within}{name}.")
         elif a != b:
             found.append(f"{within}{name}")
     return found
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file all at once: a reader never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _answer(rollout: Rollout, verdict: Verdict) -> Answer:
@@ -242,8 +239,8 @@ def _answer(rollout: Rollout, verdict: Verdict) -> Answer:
     }
 
 
-def _row(encoder: PromptEncoder, question: Question, answer: Answer) -> Sample:
-    """Return a rollout with what reprompts are made of."""
+def _sample(encoder: PromptEncoder, question: Question, answer: Answer) -> Sample:
+    """Return a rollout with its verdict, from which reprompts are made."""
     text = answer["text"]
     rollout = Rollout(
         question, encoder.question(question), encoder.tokens(text), torch.zeros(0), text, answer["finished"]

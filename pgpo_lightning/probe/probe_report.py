@@ -1,4 +1,4 @@
-"""What a probe and a calibration say, as Markdown and JSON."""
+"""Reports of a probe and of a calibration, as Markdown and JSON."""
 
 import math
 from typing import Any
@@ -14,55 +14,57 @@ from pgpo_lightning.probe.measure import Measured
 
 _LINE = ("n", "intercept", "slope", "r2", "scatter", "loo_rmse", "loo_r2", "loo_constant")
 
-SURE = 2  # standard errors of a gap that is told from 0
+SIGNIFICANT = 2
+"""Standard errors by which a significant gap differs from 0."""
 
 READING = """\
-- **covered**: share of rollouts that get the context; of the failed ones in brackets. The others keep their plain prompt, and
-  add exactly 0 to the net gap.
-- **gap**: mean score of the teacher, the same weights sampling from the reprompt, less the student's. **net gap**: less the gap
-  of `none`, which only samples again. In **net gap, failed only**, successes keep their plain prompt too: the scale of
-  arXiv 2605.30070. In the other they get what `pgpo fit` would show them, with `dont_reprompt_on_self_success` {own}.
-- **recovery**: share of failed rollouts whose teacher succeeds; in brackets, less that of `none`.
-- ± is a standard error: bootstrap over questions, paired. A net gap below {sure} of them is not told from 0.
-- Controls cannot be trained with. `answer`: a sibling's success cut down to the shortest ending that the verifier accepts; what
-  it keeps of the gap needs no steps. `wrong`: a sibling's failure passed off as a success. `other`: a success of another
-  question. Of the first, a large share says that the gap is the answer's; of the last, that it is the form's."""
+- **covered**: fraction of the rollouts that get the context; of the failed ones in brackets. The others keep their plain prompt
+  and add exactly 0 to the net gap.
+- **gap**: mean score of the teacher (the same weights sampling from the reprompt) minus the student's. **net gap**: minus the gap
+  of `none`, a second sample from the plain prompt. In **net gap, failed only**, successes keep their plain prompt too, the scale
+  of arXiv 2605.30070. In the other net gap, successes get the reprompt of `pgpo fit` with `dont_reprompt_on_self_success` {own}.
+- **recovery**: fraction of the failed rollouts whose teacher succeeds; in brackets, minus that of `none`.
+- ± is a standard error: paired bootstrap over questions. A net gap of less than {sure} standard errors is not significant.
+- Controls are not contexts for training. `answer`: a sibling's success, shortened to the shortest ending that the verifier
+  accepts. The part of the gap that it keeps does not need the steps. `wrong`: a sibling's failure, presented as a success.
+  `other`: a success of another question. A large part kept by `answer` means that the gap comes from the answer. A large part
+  kept by `other` means that it comes from the form."""
 
 
 def summary(context: Context, measured: Measured, gap: Gap, whole: Gap | None, draws: Table) -> dict[str, Any]:
     """Return the record of one context.
 
     Args:
-        context: Or control.
-        measured: What it gave.
-        gap: What it brings.
-        whole: The gap of `sibling`, for a control; None if that was not measured.
+        context: The context or control.
+        measured: Its measurements.
+        gap: Its gap.
+        whole: The gap of `sibling`, for a control; None if it was not measured.
         draws: From :func:`pgpo_lightning.probe.gaps.question_draws`.
     """
     values = {name: value for name, value in vars(gap).items() if isinstance(value, Value | float)}
-    made: dict[str, Any] = {"name": context.name, "control": context.control}
-    made |= {name: vars(value) if isinstance(value, Value) else value for name, value in values.items()}
-    made["told_from_0"] = gap.net.value != 0 and abs(gap.net.value) >= SURE * gap.net.error
+    record: dict[str, Any] = {"name": context.name, "control": context.control}
+    record |= {name: vars(value) if isinstance(value, Value) else value for name, value in values.items()}
+    record["significant"] = gap.net.value != 0 and abs(gap.net.value) >= SIGNIFICANT * gap.net.error
     length = measured.length[~np.isnan(measured.length)]
-    made["length"] = float(length.mean()) if length.size else math.nan
+    record["length"] = float(length.mean()) if length.size else math.nan
     if context.control is not None and whole is not None and whole.net.value:
-        made["keeps"] = dict(
+        record["keeps"] = dict(
             zip(("value", "low", "high"), kept(gap.by_question, whole.by_question, draws), strict=True)
         )
-    made["seconds"] = measured.seconds
-    made["example"] = measured.example
-    made["settings"] = context.settings
-    made["by_question"] = [round(float(value), 6) for value in gap.by_question]
-    made["by_question_failed"] = [round(float(value), 6) for value in gap.by_question_failed]
-    return made
+    record["seconds"] = measured.seconds
+    record["example"] = measured.example
+    record["settings"] = context.settings
+    record["by_question"] = [round(float(value), 6) for value in gap.by_question]
+    record["by_question_failed"] = [round(float(value), 6) for value in gap.by_question_failed]
+    return record
 
 
-def probe_report(content: dict[str, Any], picture: str) -> str:
+def probe_report(content: dict[str, Any], figure: str) -> str:
     """Return the report of a probe.
 
     Args:
-        content: What ``probe.json`` holds.
-        picture: Its file.
+        content: Content of ``probe.json``.
+        figure: File of the figure.
     """
     settings, student = content["settings"], content["student"]
     intro = (
@@ -90,9 +92,9 @@ def probe_report(content: dict[str, Any], picture: str) -> str:
         "recovery (net)",
         "tokens",
     ]
-    parts = ["# Probe", intro, markdown_table(header, rows), f"![net gaps]({picture})", "\n".join(_remarks(content))]
+    parts = ["# Probe", intro, markdown_table(header, rows), f"![net gaps]({figure})", "\n".join(_remarks(content))]
     own = str(settings["module"]["dont_reprompt_on_self_success"]).lower()
-    return "\n\n".join([*parts, "## How to read it", READING.format(own=own, sure=SURE)]) + "\n"
+    return "\n\n".join([*parts, "## How to read it", READING.format(own=own, sure=SIGNIFICANT)]) + "\n"
 
 
 def _remarks(content: dict[str, Any]) -> list[str]:
@@ -100,18 +102,18 @@ def _remarks(content: dict[str, Any]) -> list[str]:
     student = content["student"]
     remarks = []
     if absent := [name for name, row in rows.items() if row["coverage"] == 0]:
-        remarks.append(f"No rollout gets {', '.join(absent)}: nothing to show (no feedback, or no such sibling).")
-    unsure = [
+        remarks.append(f"Available for no rollout: {', '.join(absent)} (no feedback, or no such sibling).")
+    insignificant = [
         name
         for name, row in rows.items()
-        if row["control"] is None and name != "none" and row["coverage"] and not row["told_from_0"]
+        if row["control"] is None and name != "none" and row["coverage"] and not row["significant"]
     ]
-    if unsure:
-        remarks.append(f"Not told from 0: {', '.join(unsure)}.")
+    if insignificant:
+        remarks.append(f"Net gap not significant: {', '.join(insignificant)}.")
     if harm := [
-        name for name, row in rows.items() if row["control"] is None and row["told_from_0"] and row["net"]["value"] < 0
+        name for name, row in rows.items() if row["control"] is None and row["significant"] and row["net"]["value"] < 0
     ]:
-        remarks.append(f"Worse than no context: {', '.join(harm)}.")
+        remarks.append(f"Negative net gap: {', '.join(harm)}.")
     remarks += [
         f"`{row['control']}`: {row['keeps']['value']:.0%} [{row['keeps']['low']:.0%}, {row['keeps']['high']:.0%}] of "
         "the net gap of `sibling`."
@@ -122,19 +124,19 @@ def _remarks(content: dict[str, Any]) -> list[str]:
     if best["net"]["value"] > 0:
         remarks.append(
             f"Largest net gap: {best['name']}, {_pm(best['net'])}. A student that closed it would score about "
-            f"{student['score']['value'] + best['net']['value']:.3f} at this temperature; a teacher that rises too lets it go on."
+            f"{student['score']['value'] + best['net']['value']:.3f} at this temperature; more if the teacher improves too."
         )
     return [f"- {remark}" for remark in remarks]
 
 
 def calibration_content(
-    line: Line, given: list[Point], boot: Bootstrap, predictions: list[dict[str, Any]], scale: str
+    line: Line, points: list[Point], boot: Bootstrap, predictions: list[dict[str, Any]], scale: str
 ) -> dict[str, Any]:
-    """Return what ``calibration.json`` holds.
+    """Return the content of ``calibration.json``.
 
     Args:
-        line: Through the points.
-        given: The points.
+        line: The fitted line.
+        points: The points.
         boot: Their errors.
         predictions: With `name`, `gap`, `gain`, `half`, `inside`.
         scale: Of the gaps.
@@ -155,9 +157,9 @@ def calibration_content(
             "leverage": float(line.leverage[i]),
             "collapsed": point.collapsed,
         }
-        for i, point in enumerate(given)
+        for i, point in enumerate(points)
     ]
-    stable = [i for i, point in enumerate(given) if not point.collapsed]
+    stable = [i for i, point in enumerate(points) if not point.collapsed]
     rest = None
     if 3 <= len(stable) < line.n:
         rest = fit(line.gaps[stable], line.gains[stable])
@@ -174,12 +176,12 @@ def calibration_content(
     }
 
 
-def calibration_report(content: dict[str, Any], picture: str) -> str:
+def calibration_report(content: dict[str, Any], figure: str) -> str:
     """Return the report of a calibration.
 
     Args:
         content: From :func:`calibration_content`.
-        picture: Its file.
+        figure: File of the figure.
     """
     rows = [
         [
@@ -194,20 +196,20 @@ def calibration_report(content: dict[str, Any], picture: str) -> str:
         ]
         for row in content["points"]
     ]
-    header = ["run", "seeds", "net gap g", "gain Δ", "Δ by seed", "line", "left-out error", "leverage"]
+    header = ["run", "seeds", "net gap g", "gain Δ", "Δ by seed", "line", "leave-one-out error", "leverage"]
     a, b = content["intercept_interval"], content["slope_interval"]
-    told = (
-        f"**Δ = {content['intercept']:+.3f} {content['slope']:+.3f} g** over {content['n']} configurations, g on the scale of "
+    fitted = (
+        f"**Δ = {content['intercept']:+.3f} {content['slope']:+.3f} g** from {content['n']} configurations, g on the scale of "
         f"{content['scale']} rollouts; a in [{a[0]:+.3f}, {a[1]:+.3f}], b in [{b[0]:+.3f}, {b[1]:+.3f}] (95 %, bootstrap over "
         f"questions and seeds). R² {content['r2']:.3f}, scatter {content['scatter']:.4f}. Leave-one-out RMSE "
-        f"{content['loo_rmse']:.4f} (R² {content['loo_r2']:.3f}); without any gap, from the mean of the other runs, it is "
+        f"{content['loo_rmse']:.4f} (R² {content['loo_r2']:.3f}). Predicting the mean of the other runs, without the gap, gives "
         f"{content['loo_constant']:.4f}. Reliability of g: {content['reliability']:.3f}."
     )
     parts = [
         "# Calibration",
-        told,
+        fitted,
         markdown_table(header, rows),
-        f"![gain over gap]({picture})",
+        f"![gain against gap]({figure})",
         "\n".join(_warnings(content)),
     ]
     if content["predictions"]:
@@ -222,30 +224,31 @@ def calibration_report(content: dict[str, Any], picture: str) -> str:
 
 
 def _warnings(content: dict[str, Any]) -> list[str]:
-    made = []
+    warnings = []
     heavy = [row for row in content["points"] if row["leverage"] > 0.7]
     if heavy:
         names = ", ".join(f"{row['name']} ({row['leverage']:.2f})" for row in heavy)
-        made.append(f"The line hangs on {names}: without that the slope may be another one.")
-    if gone := [row["name"] for row in content["points"] if row["collapsed"]]:
-        told = f"Fell below half of the score they started from: {', '.join(gone)}."
+        warnings.append(f"High leverage: {names}. Without these points the slope may differ.")
+    if collapsed := [row["name"] for row in content["points"] if row["collapsed"]]:
+        remark = f"Fell below half of their first score: {', '.join(collapsed)}."
         if (rest := content["without_collapsed"]) is not None:
-            told += (
-                f" Through the other {rest['n']}: Δ = {rest['intercept']:+.3f} {rest['slope']:+.3f} g, R² {rest['r2']:.3f}, "
+            remark += (
+                f" Line through the other {rest['n']}: Δ = {rest['intercept']:+.3f} {rest['slope']:+.3f} g, R² {rest['r2']:.3f}, "
                 f"leave-one-out RMSE {rest['loo_rmse']:.4f} (R² {rest['loo_r2']:.3f}), without the gap "
                 f"{rest['loo_constant']:.4f}."
             )
-        made.append(told)
+        warnings.append(remark)
     if content["loo_rmse"] >= content["loo_constant"]:
-        made.append("**The gap foretells no better than the mean of the other runs.** Do not choose by this line.")
+        warnings.append(
+            "**The gap predicts no better than the mean of the other runs.** Do not choose a context by this line."
+        )
     if content["reliability"] < 0.8:
-        made.append("The gaps are measured too roughly for a line: ask more questions.")
+        warnings.append("The measurement errors of the gaps are too large for a line: use more questions.")
     if len(lengths := sorted({steps for row in content["points"] for steps in row["steps"]})) > 1:
-        told = ", ".join(map(str, lengths))
-        made.append(f"Runs of {told} steps: a line is of one length of training.")
+        warnings.append(f"Runs of {', '.join(map(str, lengths))} steps: a line is valid for one length of training.")
     if any(len(row["seeds"]) < 2 for row in content["points"]):
-        made.append("Single seeds: the gains' errors lack the spread between seeds.")
-    return [f"- {line}" for line in made]
+        warnings.append("Single seeds: the errors of the gains do not include the variance between seeds.")
+    return [f"- {line}" for line in warnings]
 
 
 def _number(value: float, form: str) -> str:

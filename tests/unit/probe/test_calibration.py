@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pgpo_lightning.commands.probe import calibrate, dumps
+from pgpo_lightning.commands.probe import calibrate
+from pgpo_lightning.core.files import plain, write_json
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.probe.calibration import Point, bootstrap, points
 from pgpo_lightning.probe.contexts import contexts
-from pgpo_lightning.probe.measure import write
 from tests.support.helpers import tiny_sdpo
 
 
@@ -28,7 +28,7 @@ def finished(folder, seed, gains):
 def study(content, tmp_path, slope=2.0, noise=0.0):
     """Runs whose gain is 0.01 + slope * gap of their context."""
     root = tmp_path / "study"
-    write(root / "probe.json", dumps(content))
+    write_json(root / "probe.json", plain(content))
     gaps = {made["name"]: made["net"]["value"] for made in content["contexts"] if made["control"] is None}
     rng = np.random.default_rng(0)
     for name in ("none", "careful", "sibling"):
@@ -50,8 +50,8 @@ def test_gains_are_foretold_from_gaps(parrot, tmp_path, capsys):
     assert told["feedback"]["gain"] == pytest.approx(0.01 + 2 * gaps["feedback"])
     assert {"own", "own+feedback", "feedback", "g = 0.3"} <= set(told)
     text = (tmp_path / "out" / "calibration.md").read_text()
-    assert "**Δ = +0.010 +2.000 g** over 3 configurations" in text
-    assert "hangs on none (0.83), sibling (0.83)" in text
+    assert "**Δ = +0.010 +2.000 g** from 3 configurations" in text
+    assert "High leverage: none (0.83), sibling (0.83)" in text
     assert (tmp_path / "out" / "calibration.png").stat().st_size > 5000
     assert "Predictions" in capsys.readouterr().out
 
@@ -76,7 +76,7 @@ def test_a_gap_that_foretells_nothing_is_called_so(parrot, tmp_path):
     root, _ = study(parrot, tmp_path, slope=0.0, noise=0.3)
     content = calibrate([str(root)], output=str(tmp_path / "out"))
     assert content["loo_rmse"] > content["loo_constant"]
-    assert "foretells no better" in (tmp_path / "out" / "calibration.md").read_text()
+    assert "predicts no better" in (tmp_path / "out" / "calibration.md").read_text()
 
 
 def test_a_collapse_is_named_and_fitted_around(parrot, tmp_path):
@@ -87,7 +87,7 @@ def test_a_collapse_is_named_and_fitted_around(parrot, tmp_path):
     assert content["slope"] < 1.5
     assert content["without_collapsed"]["slope"] == pytest.approx(2)
     assert (
-        "they started from: feedback. Through the other 3: Δ = +0.010 +2.000 g"
+        "their first score: feedback. Line through the other 3: Δ = +0.010 +2.000 g"
         in (tmp_path / "out" / "calibration.md").read_text()
     )
 

@@ -67,7 +67,7 @@ def test_none_is_always_measured_and_names_are_checked():
         ((["peer"], {}, []), "`contexts` to be among"),
         ((["own", "own"], {}, []), "once"),
         (([], {}, ["leak"]), "`controls` to be among"),
-        (([], {"own": "{prompt}"}, []), "names that are taken|that are taken"),
+        (([], {"own": "{prompt}"}, []), "that are not yet in use"),
         (([], {"a/b": "{prompt}"}, []), "letters, digits"),
         (([], {"mine": "no placeholder"}, []), "`templates.mine` to contain the placeholder {prompt}"),
     ]:
@@ -80,7 +80,7 @@ def test_a_configuration_that_shows_no_demonstration_is_probed_as_it_is():
     told = {context.name: reprompts(context) for context in contexts(["feedback", "configured"], {}, [], bare)}
     assert told["configured"] == told["feedback"] == [None, "3*4+5? Careful: F:no", None]
     for names, controls, culprit in ((["sibling"], [], "sibling"), ([], ["wrong"], "wrong")):
-        with pytest.raises(ValueError, match=f"placeholder {{solution}}.* does not go with {culprit}: leave that out"):
+        with pytest.raises(ValueError, match=f"placeholder {{solution}}.* incompatible with {culprit}: leave that out"):
             contexts(names, {}, controls, bare)
 
 

@@ -27,8 +27,8 @@ def test_gaps_of_a_parrot(parrot):
     assert rows["sibling"]["net_failed"]["value"] == 0.5
     assert rows["answer"]["keeps"]["value"] == 1
     assert rows["other"]["keeps"]["value"] == -1
-    assert rows["sibling"]["example"]["teacher reads"].count("Correct solution:") == 1
-    assert rows["answer"]["example"]["teacher says"].startswith("\\boxed{")
+    assert rows["sibling"]["example"]["teacher_prompt"].count("Correct solution:") == 1
+    assert rows["answer"]["example"]["teacher_response"].startswith("\\boxed{")
 
 
 def test_rows_with_the_same_reprompt_are_samples_of_one_prompt(tmp_path):

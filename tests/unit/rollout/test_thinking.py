@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.modules import HAPO, SDPO
 from pgpo_lightning.objectives.demonstrations import ColumnDemonstrations
-from pgpo_lightning.probe.measure import _row
+from pgpo_lightning.probe.measure import _sample
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.rollout.thinking import PAIRS, Thinking
 from tests.support.helpers import build, half_right, prepare, tiny_model
@@ -127,4 +127,4 @@ def test_the_probe_shows_what_a_run_shows():
     encoder = PromptEncoder(tokenizer, True)
     for text, left in (("is 2? no</think>\nIt is 3.", "It is 3."), ("still thinking", "")):
         answer = {"text": text, "finished": True, "reward": 1.0, "feedback": None, "answer": "3"}
-        assert encoder.answer(_row(encoder, Question("Place?", "3"), answer).rollout) == left
+        assert encoder.answer(_sample(encoder, Question("Place?", "3"), answer).rollout) == left
