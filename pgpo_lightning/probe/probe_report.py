@@ -93,7 +93,7 @@ def probe_report(content: dict[str, Any], figure: str) -> str:
         "tokens",
     ]
     parts = ["# Probe", intro, markdown_table(header, rows), f"![net gaps]({figure})", "\n".join(_remarks(content))]
-    own = str(settings["module"]["dont_reprompt_on_self_success"]).lower()
+    own = str(settings["module"]["reprompt"]["dont_reprompt_on_self_success"]).lower()
     return "\n\n".join([*parts, "## How to read it", READING.format(own=own, sure=SIGNIFICANT)]) + "\n"
 
 
