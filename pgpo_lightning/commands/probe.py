@@ -20,7 +20,7 @@ from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Tex
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.probe.calibration import PROBE, Scale, bootstrap, points, read_probe
+from pgpo_lightning.probe.calibration import PROBE, Scale, arguments, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
 from pgpo_lightning.probe.figures import draw_gaps, draw_line
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
@@ -231,7 +231,7 @@ def _relevant(settings: Any, reprompt: bool = False) -> dict[str, Any]:
     """Return the settings that the rollouts depend on, as JSON; with `reprompt` also those of the configured reprompts."""
     idle = {*_UPDATE, *(() if reprompt else ("reprompt",))}
     kept = {name: value for name, value in settings.as_dict().items() if name not in idle}
-    kept["model_config"].pop("gradient_checkpointing", None)
+    arguments(kept["model_config"]).pop("gradient_checkpointing", None)
     return json.loads(json.dumps(kept, default=str))
 
 

@@ -148,8 +148,8 @@ def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path)
                 f"Expected `model.init_args.{name}` of {config} to be that of {source}, {probed}, but got {own}."
             )
     defaults = {field.name: field.default for field in fields(RepromptBuilder)}
-    threshold = {"success_reward_threshold": settings["reward"]["success_threshold"]}
-    effects = effective(defaults | settings["reprompt"] | threshold)
+    threshold = {"success_reward_threshold": arguments(settings["reward"])["success_threshold"]}
+    effects = effective(defaults | arguments(settings["reprompt"]) | threshold)
     matches = [name for name, row in measured.items() if not _differ(row["settings"], effects)]
     if not matches:
         nearest = min(measured.values(), key=lambda row: len(_differ(row["settings"], effects)))
@@ -158,6 +158,16 @@ def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path)
             f"settings; {nearest['name']} differs in `{'`, `'.join(_differ(nearest['settings'], effects))}`."
         )
     return run.arm if run.arm in matches else matches[0]
+
+
+def arguments(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config group, which a configuration gives directly or as ``class_path`` and ``init_args``.
+
+    Example:
+        >>> arguments({"class_path": "RewardConfig", "init_args": {"success_threshold": 0.5}})
+        {'success_threshold': 0.5}
+    """
+    return group.get("init_args", {}) if "class_path" in group else group
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pgpo_lightning.core.files import markdown_table
-from pgpo_lightning.probe.calibration import Bootstrap, Point
+from pgpo_lightning.probe.calibration import Bootstrap, Point, arguments
 from pgpo_lightning.probe.contexts import Context
 from pgpo_lightning.probe.gaps import Gap, Table, Value, kept
 from pgpo_lightning.probe.line import Line, fit, reliability
@@ -93,7 +93,7 @@ def probe_report(content: dict[str, Any], figure: str) -> str:
         "tokens",
     ]
     parts = ["# Probe", intro, markdown_table(header, rows), f"![net gaps]({figure})", "\n".join(_remarks(content))]
-    own = str(settings["module"]["reprompt"]["dont_reprompt_on_self_success"]).lower()
+    own = str(arguments(settings["module"]["reprompt"])["dont_reprompt_on_self_success"]).lower()
     return "\n\n".join([*parts, "## How to read it", READING.format(own=own, sure=SIGNIFICANT)]) + "\n"
 
 

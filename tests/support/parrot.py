@@ -45,7 +45,7 @@ class Parrot(Engine):
 
 SETTINGS = {
     "split": "validation",
-    "module": {"model": "parrot", "verifier": "boxed", "dont_reprompt_on_self_success": True},
+    "module": {"model": "parrot", "verifier": "boxed", "reprompt": {"dont_reprompt_on_self_success": True}},
 }
 
 

@@ -145,22 +145,25 @@ def test_runs_find_their_context_by_their_settings(parrot, tmp_path):
     content = json.loads((root / "probe.json").read_text())
     module = tiny_sdpo(max_reprompt_len=300)
     none = asdict(contexts([], {}, [], module.objective.teaching.builder)[0].builder)
-    settings = {"model": {"init_args": none | {"model": "parrot", "verifier": "boxed"}}}
+    reward = {"success_threshold": none.pop("success_reward_threshold")}
+    settings = {"model": {"init_args": {"model": "parrot", "verifier": "boxed", "reprompt": none, "reward": reward}}}
+    settings["model"]["init_args"]["reward"] = {"class_path": "RewardConfig", "init_args": reward}  # as a run writes it
     folder = root / "base" / "careful" / "seed=0"
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     assert {point.context for point in points([folder], None, "failed")} == {"none"}  # whatever its folder is called
-    settings["model"]["init_args"]["reprompt_template"] = "{prompt} Other"
+    settings["model"]["init_args"]["reprompt"]["reprompt_template"] = "{prompt} Other"
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(
         ValueError, match=r"none of its 7 contexts has these settings; .* differs in `reprompt_template`"
     ):
         points([folder], None, "all")
-    settings["model"]["init_args"] |= {"reprompt_template": "{prompt}!!", "verifier": {"class_path": "strict"}}
+    settings["model"]["init_args"]["reprompt"]["reprompt_template"] = "{prompt}!!"
+    settings["model"]["init_args"]["verifier"] = {"class_path": "strict"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match=r"`model.init_args.verifier` of .*config.yaml to be that of"):
         points([folder], None, "all")
     assert content["contexts"][0]["name"] == "none"
-    del settings["model"]["init_args"]["demonstration_choice"]  # a GRPO has none
+    del settings["model"]["init_args"]["reprompt"]  # a GRPO has none
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match=r"config.yaml to be of a run with a self-teacher"):
         points([folder], None, "all")

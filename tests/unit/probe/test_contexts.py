@@ -105,14 +105,14 @@ def test_arms_of_the_study_are_the_contexts_of_the_probe():
     module = tiny_sdpo()
     names = {field.name for field in fields(RepromptBuilder)}
     configured = asdict(module.objective.teaching.builder) | {
-        name: value for name, value in base.items() if name in names
+        name: value for name, value in base.get("reprompt", {}).items() if name in names
     }
     assert defaults.items() <= configured.items()
     templates = {"instruction": "{prompt}\n\nCorrectly solve the original question."}
     known = {c.name: c.settings for c in contexts(list(CONTEXTS), templates, [], RepromptBuilder(**configured))}
     assert set(study.arms) == set(known) - {"configured"}
     for name, settings in study.arms.items():
-        trained = configured | settings["model"]["init_args"]
+        trained = configured | settings["model"]["init_args"].get("reprompt", {})
         assert {"control": None, **effective(trained)} == known[name], name
 
 
