@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -103,6 +103,11 @@ def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+    """Return the text of a sequence of token ids."""
+    return cast("str", tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))  # a list only for a batch
 
 
 def known_tokens(model: PreTrainedModel) -> int:

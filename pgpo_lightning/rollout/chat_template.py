@@ -1,4 +1,4 @@
-"""A check of a tokenizer's chat template: it comes from the Hub, and may loop for ever, raise, or lose the question."""
+"""A check of a tokenizer's chat template, which is a program from the Hub: it may never end, raise, or omit the question."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedTokenizerBase
@@ -20,32 +21,32 @@ except ImportError:  # not on Windows, which has no fork either
 
 QUESTION = "What is 2 + 3?"
 SECONDS = 10.0
-"""How long a template may take for a conversation of one short question."""
-_ROOM = 1 << 30  # bytes of memory beyond what the process has
-_LONGEST = 1_000_000  # characters
+"""Time limit of a template for a conversation of one short question."""
+_ROOM = 1 << 30  # additional memory of the process (bytes)
+_LONGEST = 1_000_000  # maximum characters of the result
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
-    """Render one short question, within bounds of time and memory, and look at what comes out.
+    """Render one short question within limits of time and memory, and check the result.
 
     Args:
-        tokenizer: With a chat template or without one, which is fine.
-        enable_thinking: Handed to the template.
+        tokenizer: A tokenizer. Without a chat template there is nothing to check.
+        enable_thinking: Passed to the template.
 
     Raises:
-        MisconfigurationException: If the template does not end, raises, or leaves the question out; names the tokenizer.
+        MisconfigurationException: If the template does not end, raises, or omits the question; names the tokenizer.
     """
     if tokenizer.chat_template is None:
         return
     if problem := _problem(_Template(tokenizer, enable_thinking)):
         raise MisconfigurationException(
-            f"Expected the chat template of `{tokenizer.name_or_path}` to render a question, but {problem}. Mend "
+            f"Expected the chat template of `{tokenizer.name_or_path}` to render a question, but {problem}. Correct "
             "`chat_template` in its folder, or set `model.tokenizer` to one with another template."
         )
 
 
 class _Template:
-    """What a rendered text depends on; equal for equal templates, so that each is checked once in a process."""
+    """A template with its inputs. Equal templates compare equal, so each is checked once per process."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
@@ -59,9 +60,10 @@ class _Template:
 
     def render(self) -> str:
         turns = [{"role": "user", "content": QUESTION}]
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=False, enable_thinking=self.enable_thinking
         )
+        return cast("str", text)
 
 
 @lru_cache(maxsize=64)
@@ -83,16 +85,17 @@ def _problem(template: _Template) -> str | None:
 
 
 def bounded(render: Callable[[], str]) -> tuple[str, str]:
-    """Run a function in a forked process that ends when its time or memory does.
+    """Run a function in a forked process with limits of time and memory.
 
-    A thread cannot be stopped, and an alarm does not interrupt a single operation such as ``10 ** 10 ** 10``. The copy runs plain
-    Python only: no tensor, no accelerator.
+    Unlike a process pool (``concurrent.futures``, ``pebble``) this starts no threads in the parent and limits memory too. A
+    thread cannot be stopped, and an alarm does not interrupt a single operation such as ``10 ** 10 ** 10``. The forked process
+    runs plain Python only: no tensor, no accelerator.
 
     Args:
-        render: To run; returns a text.
+        render: The function, which returns a text.
 
     Returns:
-        ``text`` with the text, ``error`` with the exception, ``late``, ``memory``, or ``died`` with the signal.
+        ``text`` with the text, ``error`` with the exception, ``late``, ``memory``, or ``died`` with the exit status.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings():
@@ -113,7 +116,7 @@ def bounded(render: Callable[[], str]) -> tuple[str, str]:
             return "late", ""
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)  # it is a zombie at least, whose number nobody else has
+        os.kill(child, signal.SIGKILL)  # not reaped yet, so its id is not reused
         _, status = os.waitpid(child, 0)
     if not received:
         return "died", f"status {status}"
@@ -128,12 +131,12 @@ def _limit(what: int, most: int) -> None:
 
 
 def _answer(render: Callable[[], str], writing: int) -> None:
-    """Write the outcome into a pipe and end this process, whatever happens."""
+    """Write the outcome into a pipe, and end this process in any case."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         _limit(resource.RLIMIT_CPU, int(SECONDS) + 1)
-        statm = Path("/proc/self/statm")  # elsewhere than on Linux time is the only bound
+        statm = Path("/proc/self/statm")  # outside of Linux only time is limited
         if statm.exists():
             _limit(resource.RLIMIT_AS, int(statm.read_text().split()[0]) * resource.getpagesize() + _ROOM)
         try:

@@ -1,4 +1,4 @@
-"""Checks of what code of a user's own hands in: batches of a DataLoader, rollouts of an engine."""
+"""Checks of objects from user code: batches of a DataLoader, rollouts of an engine."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from pgpo_lightning.core.types import Question, Rollout
 
 
 def check_kind(batch: Any) -> None:
-    """Make sure that a batch is a list of questions.
+    """Check that a batch is a list of questions.
 
     Raises:
-        ValueError: If not; says what to give instead.
+        ValueError: If it is not; says how to return one.
     """
     if not isinstance(batch, (list, tuple)) or not all(isinstance(each, Question) for each in batch):
         found = (
@@ -28,10 +28,10 @@ def check_kind(batch: Any) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Make sure that a batch is a list of different questions.
+    """Check that a batch is a list of different questions.
 
     Raises:
-        ValueError: If not; says what to give instead.
+        ValueError: If it is not; says how to return one.
     """
     check_kind(batch)
     if len({question.index for question in batch}) < len(batch):
@@ -42,22 +42,22 @@ def check_batch(batch: Any) -> None:
 
 
 def check_rollouts(rollouts: Any, questions: list[Question], n: int, engine: str) -> None:
-    """Make sure that an engine gave `n` whole rollouts per question, those to one question next to each other.
+    """Check that an engine returned `n` complete rollouts per question, with rollouts of one question adjacent.
 
     Args:
-        rollouts: What it returned.
-        questions: What was asked.
-        n: Responses wanted per question.
-        engine: Its name, for messages.
+        rollouts: What the engine returned.
+        questions: The questions that it was given.
+        n: Requested responses per question.
+        engine: Name of the engine, for messages.
 
     Raises:
-        ValueError: If not; says what is wrong.
+        ValueError: If it did not; says what is wrong.
     """
     wanted = f"Expected {engine}.generate to return "
     if not isinstance(rollouts, list) or not all(isinstance(rollout, Rollout) for rollout in rollouts):
         raise ValueError(f"{wanted}a list of Rollout, but got {shown(rollouts)}.")
-    asked = [question.index for question in questions for _ in range(n)]
-    if [rollout.question.index for rollout in rollouts] != asked:
+    expected = [question.index for question in questions for _ in range(n)]
+    if [rollout.question.index for rollout in rollouts] != expected:
         raise ValueError(
             f"{wanted}{n} rollouts for each of {len(questions)} questions, those to one question next to each other, but got "
             f"{len(rollouts)}, to questions {[rollout.question.index for rollout in rollouts][:16]}."

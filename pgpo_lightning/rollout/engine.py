@@ -16,12 +16,12 @@ class Sampling:
     """How responses are sampled.
 
     Args:
-        max_tokens: Most response tokens, end-of-sequence included.
+        max_tokens: Maximum response tokens, end-of-sequence included.
         temperature: Logits are divided by it.
-        top_p: Nucleus; 1.0 samples from the whole distribution. Anything else than 1.0 makes the recorded log-probabilities
-            those of another distribution than the one sampled from, so it is for evaluation only.
-        seeds: One per question, of all of its responses: samples then depend on neither batch nor rank. Null draws from the
-            global generator of torch.
+        top_p: Nucleus sampling; 1.0 samples from the whole distribution. For evaluation only, unless it is 1.0: otherwise the
+            recorded log-probabilities are not those of the distribution that is sampled from.
+        seeds: One seed per question, for all of its responses. Samples then depend neither on the batch nor on the rank. Null
+            draws from torch's global generator.
     """
 
     max_tokens: Count
@@ -31,27 +31,27 @@ class Sampling:
 
 
 class NotFiniteError(RuntimeError):
-    """The model gave NaN or infinity where a token was to be drawn."""
+    """The logits of a token to be sampled contain NaN or infinity."""
 
 
 class Engine(ABC):
     """Samples responses from the current student.
 
     Attributes:
-        has_weights: Whether it has weights of its own, to which the student's are copied: whole ones, without adapter.
+        has_weights: Whether the engine holds a copy of the student's weights. It takes whole weights only, no adapter.
     """
 
     has_weights = False
 
     def prepare(self, model: PreTrainedModel, longest: int) -> None:  # noqa: B027
-        """Find out at start-up whether and how the student can be sampled from. Called before weights are sharded.
+        """Find out at start-up how the student can be sampled. Called before weights are sharded.
 
         Args:
             model: The student.
-            longest: Most tokens of prompt and response together.
+            longest: Maximum tokens of prompt and response together.
 
         Raises:
-            MisconfigurationException: If it cannot; names the architecture.
+            MisconfigurationException: If it cannot be sampled; names the architecture.
         """
 
     @abstractmethod
@@ -66,22 +66,22 @@ class Engine(ABC):
     ) -> list[Rollout]:
         """Sample `n` responses to every prompt.
 
-        The student is handed in with every call, so that an engine with weights of its own cannot be left with old ones.
+        Every call receives the student, so that an engine with a copy of its weights can update the copy.
 
         Args:
-            model: The student as it is now.
-            tokenizer: Of the student; has end-of-sequence and padding tokens.
-            questions: What is asked.
+            model: The student with its current weights.
+            tokenizer: The student's tokenizer, with end-of-sequence and padding tokens.
+            questions: The questions.
             prompts: Their token ids, in the same order.
             n: Responses per prompt.
-            sampling: How. An engine that ignores its `seeds` makes evaluation depend on the batch size.
+            sampling: Sampling settings. With an engine that ignores `seeds`, evaluation depends on the batch size.
 
         Returns:
-            ``len(questions) * n`` rollouts, those to one question next to each other.
+            ``len(questions) * n`` rollouts. Rollouts of one question are adjacent.
         """
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return every token that ends a response: the model's own, which may be several, and the tokenizer's."""
+    """Return all end-of-sequence tokens: the model's, which may be several, and the tokenizer's."""
     own = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}

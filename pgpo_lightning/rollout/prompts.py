@@ -1,23 +1,25 @@
-"""Chat messages to prompt token ids, the same way for student and teacher."""
+"""From chat messages to prompt token ids, in the same way for student and teacher."""
 
 import warnings
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedTokenizerBase
 
 from pgpo_lightning.core.types import Message, Question, Rollout
+from pgpo_lightning.models.loading import decode
 from pgpo_lightning.rollout.chat_template import QUESTION, check_chat_template
 from pgpo_lightning.rollout.thinking import Thinking
 
 
 class PromptEncoder:
-    """Encodes conversations with the tokenizer's chat template, thinking mode always explicit.
+    """Encodes conversations with the tokenizer's chat template, with an explicit thinking mode.
 
-    A tokenizer without a chat template is fine for plain text: its turns are joined by blank lines.
+    Without a chat template, turns are joined by blank lines.
 
     Args:
-        tokenizer: Of the policy.
-        enable_thinking: Handed to the chat template, which may ignore it. Qwen3's opens an empty think block if false.
+        tokenizer: The policy's tokenizer.
+        enable_thinking: Passed to the chat template, which may ignore it. If false, Qwen3's opens an empty think block.
 
     Raises:
         MisconfigurationException: If the chat template cannot be used; see
@@ -30,14 +32,14 @@ class PromptEncoder:
         self.enable_thinking = enable_thinking
         self.thinking = Thinking(tokenizer)
         self.rows: int | None = None
-        """Rows of the model's embeddings, once it is loaded."""
+        """Number of token ids with an embedding; ``None`` until the model is loaded."""
         self._highest = (-1, "")
-        self._before = _put_before(tokenizer)
+        self._prefix = _prefix(tokenizer)
         self._system_checked = False
         if self.messages([{"role": "user", "content": QUESTION}])[-1:] == [tokenizer.eos_token_id]:
             warnings.warn(
                 f"The chat template of `{tokenizer.name_or_path}` ends a prompt with the end-of-sequence token "
-                f"{tokenizer.eos_token!r}, so that answers start after the end. Make it honour `add_generation_prompt`.",
+                f"{tokenizer.eos_token!r}, so answers start after the end. Make it support `add_generation_prompt`.",
                 stacklevel=2,
             )
 
@@ -46,7 +48,7 @@ class PromptEncoder:
 
         Raises:
             MisconfigurationException: If the question is a list of messages and the tokenizer has no chat template, if the
-                template raises, or if the prompt has a token that the model does not know.
+                template raises, or if the prompt has a token without an embedding.
         """
         where = question.source or f"question {question.index}"
         if not isinstance(question.prompt, str) and self.tokenizer.chat_template is None:
@@ -60,33 +62,34 @@ class PromptEncoder:
             self._system_checked = True
             if ids == self.messages(question.messages()[1:], where):
                 warnings.warn(
-                    f"The chat template of `{self.tokenizer.name_or_path}` leaves out the system message of {where}, so that no "
-                    "model reads any. Put it into the prompt, or set `model.tokenizer` to one with another template.",
+                    f"The chat template of `{self.tokenizer.name_or_path}` omits the system message of {where}, so the model "
+                    "does not see it. Put it into the prompt, or set `model.tokenizer` to one with another template.",
                     stacklevel=2,
                 )
         return ids
 
     def messages(self, messages: list[Message], where: str = "a prompt") -> list[int]:
-        """Return the token ids of a conversation, up to where the assistant's answer starts.
+        """Return the token ids of a conversation, up to the start of the assistant's answer.
 
         Args:
             messages: The conversation.
-            where: What it is, for error messages.
+            where: Its source, for error messages.
 
         Raises:
-            MisconfigurationException: If the chat template raises, or a token is unknown to the model.
+            MisconfigurationException: If the chat template raises, or a token has no embedding.
         """
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages)
-            return self._known([*self._before, *self.tokens(text)], where)
+            return self._known([*self._prefix, *self.tokens(text)], where)
         try:
-            ids = self.tokenizer.apply_chat_template(
+            encoding: Any = self.tokenizer.apply_chat_template(
                 messages,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 enable_thinking=self.enable_thinking,
-            )["input_ids"]
+            )
+            ids: list[int] = encoding["input_ids"]
         except Exception as error:  # templates are programs
             _check_text("".join(str(message.get("content")) for message in messages), where)
             roles = ", ".join(str(message.get("role")) for message in messages)
@@ -97,7 +100,7 @@ class PromptEncoder:
         return self._known(ids, where)
 
     def tokens(self, text: str) -> list[int]:
-        """Return the token ids of plain text, without any special token added."""
+        """Return the token ids of plain text, without special tokens."""
         try:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         except TypeError:
@@ -106,29 +109,30 @@ class PromptEncoder:
         return self._known(ids, "a text")
 
     def text(self, ids: list[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Return the text of token ids without special tokens."""
+        return decode(self.tokenizer, ids, skip_special_tokens=True)
 
     def answer(self, rollout: Rollout) -> str:
         """Return the text of a response without its thinking."""
         return self.thinking.remove(rollout.text, rollout.response_ids, rollout.prompt_ids)
 
     def know_rows(self, rows: int) -> None:
-        """Take note of how many tokens the model knows.
+        """Set the number of token ids that the model has embeddings for.
 
         Args:
-            rows: Of its embeddings and its head, whichever has less.
+            rows: Rows of its embeddings or of its head, whichever has fewer.
 
         Raises:
-            MisconfigurationException: If the tokenizer's own vocabulary has more, or a prompt was encoded to more.
+            MisconfigurationException: If the tokenizer's vocabulary, or a prompt encoded earlier, has a higher token id.
         """
         vocabulary, added = self.tokenizer.get_vocab(), self.tokenizer.get_added_vocab()
         named = {"pad_token": self.tokenizer.pad_token_id, "eos_token": self.tokenizer.eos_token_id}
-        # Added tokens above the rows do no harm while no text has them: Gemma 3 has one for images.
+        # Added tokens without an embedding are harmless if no text contains them: Gemma 3 has one for images.
         highest = max((i for token, i in vocabulary.items() if token not in added), default=-1)
-        for name, place in (*named.items(), ("vocabulary", highest)):
-            if place is not None and place >= rows:
-                what = f"{len(vocabulary)} tokens up to number {place}" if name == "vocabulary" else f"`{name}` {place}"
+        for name, token_id in (*named.items(), ("vocabulary", highest)):
+            if token_id is not None and token_id >= rows:
+                whole = f"{len(vocabulary)} tokens up to number {token_id}"
+                what = whole if name == "vocabulary" else f"`{name}` {token_id}"
                 raise MisconfigurationException(
                     f"Expected the tokens of `{self.tokenizer.name_or_path}` to have rows in the model's embeddings, but it has "
                     f"{what}, and they have {rows} rows (0 to {rows - 1}). Set `model.tokenizer` to the model's own, or save the "
@@ -152,7 +156,7 @@ class PromptEncoder:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Raise if a text holds half of a character, which no tokenizer takes."""
+    """Raise if a text contains half of a character, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -162,12 +166,12 @@ def _check_text(text: str, where: str) -> None:
         ) from None
 
 
-def _put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer puts before a text, such as a beginning-of-sequence token.
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer adds before a text, such as a beginning-of-sequence token.
 
-    What it puts behind, such as an end-of-sequence token, must not stand before an answer.
+    Tokens that it adds after the text, such as an end-of-sequence token, must not precede an answer.
     """
     plain = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     whole = tokenizer(QUESTION)["input_ids"]
-    places = range(len(whole) - len(plain) + 1)
-    return whole[: next((i for i in places if whole[i : i + len(plain)] == plain), 0)]
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)]

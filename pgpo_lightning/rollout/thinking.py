@@ -1,9 +1,11 @@
-"""Responses without their thinking, whatever tags a model thinks between and whoever opened them."""
+"""Removal of the thinking from responses, for all known pairs of tags, also if the prompt opens the block."""
 
 import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+from pgpo_lightning.models.loading import decode
 
 PAIRS = (
     ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Nemotron, SmolLM, Phi reasoning, MiniMax, OLMo
@@ -18,18 +20,18 @@ PAIRS = (
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
 )
-"""Opening and closing tag of every way to think that is known here."""
+"""Known opening and closing tags of thinking."""
 
 Span = tuple[int, int]
 Tag = tuple[int, int, int, bool]
-"""Start, end, place in a list of pairs, and whether it opens."""
+"""Start, end, index of its pair, and whether it opens the block."""
 
 
 def remove_thinking(text: str, opened: bool = False, pairs: Sequence[tuple[str, str]] = PAIRS[:1]) -> str:
-    r"""Drop every think block and the white space after it.
+    r"""Remove every think block and the white space after it.
 
-    A closing tag without an opening one closes a block that began before the text, as where the chat template opens it:
-    everything up to that tag goes. A block that is never closed goes to the end of the text.
+    A closing tag without an opening tag closes a block that began before the text, for example in the chat template. Then
+    everything up to that tag is removed. A block that is never closed extends to the end of the text.
 
     Args:
         text: A response.
@@ -50,9 +52,9 @@ def remove_thinking(text: str, opened: bool = False, pairs: Sequence[tuple[str, 
 
 
 def _outside(length: int, tags: list[Tag], opened: bool) -> list[Span]:
-    """Return what lies outside of blocks, from the places of all tags in a sequence."""
+    """Return the spans outside of blocks, from the positions of all tags in a sequence."""
     kept: list[Span] = []
-    inside: int | None = -1 if opened else None  # the pair of the block; -1 for whichever pair closes it
+    inside: int | None = -1 if opened else None  # the pair of the open block; -1 if any pair may close it
     at = 0
     for start, end, pair, opens in sorted(tags):
         if opens and inside is None:
@@ -66,17 +68,17 @@ def _outside(length: int, tags: list[Tag], opened: bool) -> list[Span]:
 
 
 class Thinking:
-    """How a tokenizer's model thinks: the tags that its chat template or its vocabulary has.
+    """The tags of thinking of a model: those in the chat template or the vocabulary of its tokenizer.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         known = "\0".join([str(tokenizer.chat_template or ""), *tokenizer.get_added_vocab()])
         self.tokenizer = tokenizer
         self.pairs = [pair for pair in PAIRS if pair == PAIRS[0] or any(_head(tag) in known for tag in pair)]
-        """Tags, `<think>` always among them, because models are told by their prompts to use it."""
+        """Pairs of tags. `<think>` is always among them, because prompts ask models to use it."""
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         tags = [[tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in pair] for pair in self.pairs]
         self.special = [
@@ -87,15 +89,15 @@ class Thinking:
                 for each, tag in zip(ids, pair, strict=True)
             )
         ]
-        """Token ids of the tags that no text has, because special tokens are left out of it."""
+        """Token ids of the tags that are special tokens, which decoded text does not contain."""
 
     def opened_by(self, prompt_ids: list[int]) -> bool:
-        """Return whether a prompt ends inside a block, right after its opening tag."""
-        end = self.tokenizer.decode(prompt_ids[-32:]).rstrip()
+        """Return whether a prompt ends with an opening tag, so that the response starts inside a block."""
+        end = decode(self.tokenizer, prompt_ids[-32:]).rstrip()
         return any(end.endswith(opening) for opening, _ in self.pairs)
 
     def continued(self, text: str, prompt_ids: list[int]) -> str:
-        """Return a text as the answer to a prompt: without its opening tag where the prompt ends in that already."""
+        """Return a text as the answer to a prompt: without its opening tag if the prompt ends with one already."""
         if self.opened_by(prompt_ids):
             for opening, _ in self.pairs:
                 if text.lstrip().startswith(opening):
@@ -106,13 +108,13 @@ class Thinking:
         """Return a response without its thinking.
 
         Args:
-            text: The response, special tokens left out.
-            response_ids: Its tokens, in which tags are found that are special tokens. If `text` is not theirs, it is taken as it
-                is.
-            prompt_ids: Of the prompt that it answers.
+            text: The response without special tokens.
+            response_ids: Tokens of the response, in which tags that are special tokens are found. They are ignored if `text` is
+                not their text.
+            prompt_ids: Tokens of its prompt.
         """
-        if text != self.tokenizer.decode(response_ids, skip_special_tokens=True):
-            return remove_thinking(text, pairs=self.pairs)  # cut or written by somebody: it starts anywhere
+        if text != decode(self.tokenizer, response_ids, skip_special_tokens=True):
+            return remove_thinking(text, pairs=self.pairs)  # truncated, or not sampled: it may start outside of a block
         opened = self.opened_by(prompt_ids)
         tags = [
             (start, start + len(tag), i, opens)
@@ -123,12 +125,12 @@ class Thinking:
         ]
         if tags:
             spans = _outside(len(response_ids), tags, opened)
-            parts = [self.tokenizer.decode(response_ids[start:end], skip_special_tokens=True) for start, end in spans]
+            parts = [decode(self.tokenizer, response_ids[start:end], skip_special_tokens=True) for start, end in spans]
             text = "".join(part.lstrip() if start else part for part, (start, _) in zip(parts, spans, strict=True))
             opened = False
         return remove_thinking(text, opened, self.pairs)
 
 
 def _head(tag: str) -> str:
-    """Return what a tag starts with in a template or a vocabulary, where one of several tokens is not in one piece."""
+    """Return the first part of a tag, because a tag of several tokens is not in one piece in a vocabulary."""
     return tag.split("|>")[0] + "|>" if tag.startswith("<|") else tag

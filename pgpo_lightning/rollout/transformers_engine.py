@@ -8,24 +8,24 @@ from pgpo_lightning.core.seeding import derive_seed, uniform
 from pgpo_lightning.core.settings import Count, checked
 from pgpo_lightning.core.types import Question, Rollout
 from pgpo_lightning.models.decoding import Way
-from pgpo_lightning.models.loading import evaluating
+from pgpo_lightning.models.loading import decode, evaluating
 from pgpo_lightning.models.soundness import way_to_sample
 from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling, end_tokens
 
-_LOOK_EVERY = 16  # steps between two looks at which responses have ended, on a GPU
-_WORTH_LEAVING = 0.75  # share of responses still going from which on copying their keys and values pays
+_LOOK_EVERY = 16  # steps between two checks for ended responses on a GPU
+_WORTH_LEAVING = 0.75  # if at most this fraction of the responses goes on, copying their keys and values pays off
 
 
 @checked
 class TransformersEngine(Engine):
-    """Samples with the model's own forward pass; the prompt is run once for all of its responses.
+    """Samples with the model's own forward pass. Each prompt is computed once for all of its responses.
 
-    How is found by trying, once for every model: prompts side by side; only those of one length, where padding would reach a
-    recurrent state; or without a cache, where the model has none that is right.
+    The way of decoding is found by trial, once per model. By default all prompts are in one batch. Prompts of different lengths
+    are separated if padding would enter a recurrent state. The cache is not used if it gives wrong log-probabilities.
 
     Args:
-        max_sequences: Most responses decoded at the same time. The whole step at once is fastest; less saves memory for
-            keys and values.
+        max_sequences: Maximum responses decoded at the same time. The whole step at once is fastest; a lower value saves memory
+            for keys and values.
     """
 
     def __init__(self, max_sequences: Count | None = None) -> None:
@@ -46,26 +46,28 @@ class TransformersEngine(Engine):
     ) -> list[Rollout]:
         """See :meth:`Engine.generate`."""
         limit = self.max_sequences or max(1, len(questions)) * n
-        at_once, each = max(1, limit // n), min(n, limit)
+        prompts_at_once, responses_at_once = max(1, limit // n), min(n, limit)
         way = way_to_sample(model, max(map(len, prompts), default=1) + sampling.max_tokens)
         found: list[list[Rollout]] = [[] for _ in questions]
         with evaluating(model):
-            for places in _side_by_side(prompts, way):
-                for start in range(0, len(places), at_once):
-                    part = places[start : start + at_once]
-                    asked, theirs = [questions[i] for i in part], [prompts[i] for i in part]
-                    for done in range(0, n, each):  # in several goes only if the responses to one prompt are too many
-                        count = min(each, n - done)
+            for group in _batchable(prompts, way):
+                for start in range(0, len(group), prompts_at_once):
+                    part = group[start : start + prompts_at_once]
+                    batch, batch_prompts = [questions[i] for i in part], [prompts[i] for i in part]
+                    for done in range(
+                        0, n, responses_at_once
+                    ):  # several rounds only if one prompt has too many responses
+                        count = min(responses_at_once, n - done)
                         seeds = None if sampling.seeds is None else [sampling.seeds[i] for i in part]
                         streams = seeds and [derive_seed(seed, i) for seed in seeds for i in range(done, done + count)]
-                        rollouts = _decode(model, tokenizer, asked, theirs, count, sampling, way, streams)
+                        rollouts = _decode(model, tokenizer, batch, batch_prompts, count, sampling, way, streams)
                         for k, i in enumerate(part):
                             found[i] += rollouts[k * count : (k + 1) * count]
         return [rollout for rollouts in found for rollout in rollouts]
 
 
-def _side_by_side(prompts: list[list[int]], way: Way) -> list[list[int]]:
-    """Return places of prompts that may stand in one batch."""
+def _batchable(prompts: list[list[int]], way: Way) -> list[list[int]]:
+    """Return groups of indices of prompts that may be in one batch."""
     if way.padding:
         return [list(range(len(prompts)))]
     by_length: dict[int, list[int]] = {}
@@ -95,9 +97,9 @@ def _decode(
                 question=questions[i // n],
                 prompt_ids=prompts[i // n],
                 response_ids=response,
-                # A copy: a view would keep the whole padded matrix alive.
+                # Copied, because a view would keep the whole padded matrix alive.
                 log_probs=log_probs[i, :length].clone(),
-                text=tokenizer.decode(response, skip_special_tokens=True),
+                text=decode(tokenizer, response, skip_special_tokens=True),
                 finished=response[-1] in ends,
             )
         )
@@ -116,14 +118,14 @@ def _sample(
 ) -> tuple[Tensor, Tensor]:
     """Return sampled tokens and their log-probabilities, ``(prompts * n, T)`` each, on the CPU.
 
-    A loop of its own instead of ``generate``, for three reasons: the prompt is run once for all of its responses; responses
-    that have ended leave the batch, where ``generate`` decodes them on until the longest has ended; and the log-probability of a
-    token is taken where it is drawn, without keeping logits of all steps. What follows the end of a response is undefined.
+    This loop replaces ``generate`` for three reasons. The prompt is computed once for all of its responses. Ended responses leave
+    the batch, whereas ``generate`` decodes them until the longest has ended. The log-probability of a token is taken when it is
+    drawn, so the logits of all steps need not be kept. Values after the end of a response are undefined.
 
-    `streams` holds a seed per response; without it torch's global generator is drawn from.
+    `streams` holds a seed per response. Without it torch's global generator is used.
 
     Raises:
-        NotFiniteError: If the model gave none to draw from.
+        NotFiniteError: If logits are not finite.
     """
     device = next(model.parameters()).device
     end_ids = torch.tensor(sorted(ends), device=device)
@@ -132,14 +134,14 @@ def _sample(
     total = len(prompts) * n
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
     log_probs = torch.zeros(sampling.max_tokens, total, device=device)
-    active = torch.arange(total, device=device)  # the responses that are still in the batch
+    active = torch.arange(total, device=device)  # responses that are still in the batch
     seeds = None if streams is None else torch.tensor(streams, device=device)
     ended = torch.zeros(total, dtype=torch.bool, device=device)
     looked = 0
     for step in range(sampling.max_tokens):
         logits = decoding.logits.float()
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
-        # Numbers for all responses, ended or not: what one response draws does not depend on when the others end.
+        # Numbers are drawn for all responses, ended or not, so that a response does not depend on when the others end.
         drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
         token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), drawn[active])
         tokens[step, active] = token
@@ -160,30 +162,30 @@ def _sample(
 
 
 def _looks(device: torch.device, step: int) -> bool:
-    """Tell whether to look at what was drawn, which makes the host wait for the device."""
+    """Return whether to check for ended responses at this step, which synchronises host and device."""
     return device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1
 
 
 def _check_finite(log_probs: Tensor, first: int, last: int) -> None:
-    """Raise if a token from step `first` to `last` was drawn from logits that are not finite."""
+    """Raise :class:`NotFiniteError` if a token from step `first` to `last` was drawn from logits that are not finite."""
     bad = ~log_probs[first : last + 1].isfinite()
     if bad.any():
         step = int(bad.any(1).nonzero()[0])
         raise NotFiniteError(
             f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
-            "NaN or infinity among them. Either weights are not finite any more (go back to a checkpoint, and lower the learning "
+            "NaN or infinity among them. Either weights are no longer finite (go back to a checkpoint, and lower the learning "
             "rate), or float16 overflows: set `dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
         )
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a token per row by inverting the distribution function; several times as fast as ``torch.multinomial`` on a CPU.
+    """Draw a token per row by inverting the distribution function, on a CPU several times as fast as ``torch.multinomial``.
 
     Args:
         weights: Probabilities up to a factor, shape ``(n, V)``.
         uniform: Random numbers in [0, 1), shape ``(n, 1)``.
     """
     cumulative = weights.cumsum(-1)
-    # 1 - u lies in (0, 1]: no token of probability zero can be the first to reach it.
+    # 1 - u lies in (0, 1], so a token of probability zero is never the first to reach it.
     place = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
-    return place.clamp(max=weights.size(-1) - 1)  # NaN is behind all
+    return place.clamp(max=weights.size(-1) - 1)  # with NaN the index is one too large

@@ -1,7 +1,7 @@
-"""Rollouts through vLLM: in this process, on the student's devices, or on a server (``vllm serve``) somewhere else.
+"""Sampling with vLLM: in this process, on the student's devices, or on a separate server (``vllm serve``).
 
-What vLLM needs to be right here, and does not do by itself: the student's weights after every change, an empty prefix cache
-with them, log-probabilities of the distribution that is sampled from, and seeds that come from the run's.
+On-policy training needs four things that vLLM does not do by itself: a weight sync after every change of the student, an empty
+prefix cache afterwards, log-probabilities of the distribution that is sampled from, and seeds derived from the run's seed.
 """
 
 import inspect
@@ -19,35 +19,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Positive, PositiveFraction, Text, checked
 from pgpo_lightning.core.types import Question, Rollout
-from pgpo_lightning.models.loading import Dtype
+from pgpo_lightning.models.loading import Dtype, decode
 from pgpo_lightning.rollout.engine import Engine, Sampling, end_tokens
 from pgpo_lightning.rollout.weight_sync import checksum
 
 FIXED = ("model", "runner", "skip_tokenizer_init", "logprobs_mode", "generation_config")  # arguments of `vllm.LLM`
-LOWEST_TEMPERATURE = 0.01  # below it vLLM samples at another temperature than it is told
+LOWEST_TEMPERATURE = 0.01  # below it vLLM silently samples at a higher temperature
 
 
 @dataclass
 class Completion:
-    """One response as vLLM gives it: token ids and their log-probabilities (nats)."""
+    """One response of vLLM.
+
+    Attributes:
+        token_ids: Tokens of the response, end token included.
+        log_probs: Log-probability of each token (nats).
+    """
 
     token_ids: list[int]
     log_probs: list[float]
 
 
 class Sampler(ABC):
-    """Where vLLM runs."""
+    """A running vLLM, in this process or on a server."""
 
     max_model_len: int
-    """Most tokens of prompt and response together."""
+    """Maximum tokens of prompt and response together."""
 
     holds: list[int] | None = None
-    """The :func:`~pgpo_lightning.rollout.weight_sync.checksum` of the weights that it samples from, or ``None`` if that is
-    not known."""
+    """The :func:`~pgpo_lightning.rollout.weight_sync.checksum` of its weights, or ``None`` if they are unknown."""
 
     @abstractmethod
     def load(self, model: PreTrainedModel) -> None:
-        """Take over the student's weights, and forget the keys and values that the old ones left."""
+        """Load the student's weights, and drop the keys and values computed with the old ones."""
 
     @abstractmethod
     def complete(
@@ -55,41 +59,41 @@ class Sampler(ABC):
     ) -> list[list[Completion]]:
         """Return `n` responses to every prompt, end token included."""
 
-    def wake(self) -> None:  # noqa: B027  (nothing to do is what most need)
-        """Take back the memory that :meth:`sleep` gave away."""
+    def wake(self) -> None:  # noqa: B027  (optional)
+        """Allocate the memory again that :meth:`sleep` released."""
 
     def sleep(self) -> None:  # noqa: B027
-        """Give memory away until the next step, if asked to."""
+        """Release memory until the next step, if configured."""
 
 
 @checked
 class VLLMEngine(Engine):
-    """Samples with vLLM. Needs the extra ``vllm``; a server needs it on its own machine only.
+    """Samples with vLLM. Needs the extra ``vllm``, or with a server vLLM on the server's machine only.
 
-    In this process, the student's weights are handed over in memory; to tensor-parallel workers and to a server they travel
-    through a folder. Whether they have changed is read from the weights themselves at every call, so that a resumed run and
-    one that was put back to older weights are right as well.
+    In this process the weight sync happens in memory. To tensor-parallel workers and to a server, weights are written into a
+    folder. A checksum of the weights decides at every call whether a sync is needed, so resumed runs and runs that were reset to
+    older weights are correct too.
 
-    Seen running on a CPU only. On a GPU the calls are the same, but nothing of it has met one yet, and `enable_sleep_mode`
-    and a `tensor_parallel_size` above 1 have not run at all.
+    Tested on CPU only; untested on GPU, where the calls are the same. `enable_sleep_mode` and a `tensor_parallel_size` above 1
+    have never been run.
 
     Args:
-        server: Address of a running ``vllm serve``, such as ``http://localhost:8000``, started as docs/vllm.md says; null runs
-            vLLM in this process. One run per server.
-        server_timeout: Seconds to wait for the server to come up.
-        weights_folder: Where weights are put down for a server, which must see the folder under the same path, or for
-            tensor-parallel workers; by default a temporary folder of this machine.
-        gpu_memory_utilization: Share of the GPU's memory for vLLM's weights, keys and values (in this process).
-        tensor_parallel_size: GPUs that one copy of the model is spread over (in this process).
-        max_model_len: Most tokens of prompt and response together; null takes the model's positions (in this process).
-        enforce_eager: No compilation and no CUDA graphs: starts sooner, samples slower (in this process).
-        dtype: What vLLM computes in; null takes what the student computes in, so that both mean the same policy as nearly as
-            possible (in this process).
-        enable_sleep_mode: Give vLLM's memory to the training step between rollouts (in this process).
+        server: Address of a running ``vllm serve``, such as ``http://localhost:8000``, started as described in docs/vllm.md.
+            Null runs vLLM in this process. One run per server.
+        server_timeout: Seconds to wait for the server to become available.
+        weights_folder: Folder for the weights of a server, which must see it under the same path, or of tensor-parallel workers.
+            By default a temporary folder of this machine.
+        gpu_memory_utilization: Fraction of the GPU's memory for vLLM's weights, keys and values (in this process).
+        tensor_parallel_size: Number of GPUs that one copy of the model is distributed over (in this process).
+        max_model_len: Maximum tokens of prompt and response together. Null takes the model's positions (in this process).
+        enforce_eager: No compilation and no CUDA graphs: starts faster, samples slower (in this process).
+        dtype: Type that vLLM computes in. Null takes the student's, which keeps the train-inference mismatch small (in this
+            process).
+        enable_sleep_mode: Release vLLM's memory during the training step (in this process).
         options: Further arguments of ``vllm.LLM`` (in this process).
 
     Raises:
-        MisconfigurationException: If vLLM is to run in this process and is not installed.
+        MisconfigurationException: If vLLM should run in this process and is not installed.
         ValueError: If a setting is out of range or contradicts another; names the field.
     """
 
@@ -133,23 +137,23 @@ class VLLMEngine(Engine):
     ) -> list[Rollout]:
         """See :meth:`Engine.generate`.
 
-        With a `top_p` below 1 the log-probabilities are those of the nucleus, the distribution that is sampled from then.
+        With a `top_p` below 1 the log-probabilities are those of the nucleus, the distribution that is sampled from.
 
         Raises:
-            ValueError: If vLLM cannot sample so: too cold, or more tokens than it has room for.
-            RuntimeError: If a response came back incomplete, or the server does not do what it is asked to.
+            ValueError: If the temperature is too low for vLLM, or prompt and response can exceed its maximum length.
+            RuntimeError: If a response is incomplete, or a request to the server fails.
         """
         if sampling.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
-                f"Expected a temperature of at least {LOWEST_TEMPERATURE} for vLLM, which silently takes that for anything "
-                f"colder, but got {sampling.temperature}."
+                f"Expected a temperature of at least {LOWEST_TEMPERATURE} for vLLM, which silently uses that value for "
+                f"lower ones, but got {sampling.temperature}."
             )
-        # One for every prompt, of its first response; vLLM counts on for the others, within 64 bits.
+        # The seed of each prompt's first response. vLLM increments it for the others, within 64 bits.
         drawn = torch.randint(2**62, (len(prompts),)).tolist() if sampling.seeds is None else sampling.seeds
         seeds = [seed % 2**62 for seed in drawn]
         ends = end_tokens(model, tokenizer)
         dtype = computes_in(model)
-        with _undisturbed(next(model.parameters()).device.type):
+        with _isolated(next(model.parameters()).device.type):
             if self.sampler is None:
                 self.sampler = self._start(model, dtype)
             longest = max(map(len, prompts), default=0)
@@ -159,7 +163,7 @@ class VLLMEngine(Engine):
                     f"the longest response to it, but got {self.sampler.max_model_len}."
                 )
             self.sampler.wake()
-            self.hand_over(model)
+            self.sync_weights(model, self.sampler)
             answers = self.sampler.complete(prompts, seeds, n, sampling, sorted(ends))
             self.sampler.sleep()
         return [
@@ -168,13 +172,13 @@ class VLLMEngine(Engine):
             for answer in completions
         ]
 
-    def hand_over(self, model: PreTrainedModel) -> None:
-        """Give the sampler the student's weights, if it has others."""
-        now = checksum(model)
-        if self.sampler.holds != now:
-            self.sampler.holds = None  # what it has if this fails, nobody knows
-            self.sampler.load(model)
-            self.sampler.holds = now
+    def sync_weights(self, model: PreTrainedModel, sampler: Sampler) -> None:
+        """Load the student's weights into the sampler, unless it has them already."""
+        current = checksum(model)
+        if sampler.holds != current:
+            sampler.holds = None  # unknown if the next line fails
+            sampler.load(model)
+            sampler.holds = current
 
     def _start(self, model: PreTrainedModel, dtype: str) -> Sampler:
         if self.server is not None:
@@ -187,7 +191,7 @@ class VLLMEngine(Engine):
 
 
 def computes_in(model: PreTrainedModel) -> str:
-    """Return the name of the type that the model computes in here and now: that of autocast, or else of its weights."""
+    """Return the name of the type that the model currently computes in: that of autocast, or else of its weights."""
     parameter = next(model.parameters())
     device = parameter.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
@@ -195,8 +199,8 @@ def computes_in(model: PreTrainedModel) -> str:
 
 
 def _check(server: str | None, local: dict[str, Any]) -> None:
-    ours = {*inspect.signature(VLLMEngine).parameters, *FIXED}
-    if taken := sorted(ours & {*(local["options"] or {})}):
+    reserved = {*inspect.signature(VLLMEngine).parameters, *FIXED}
+    if taken := sorted(reserved & {*(local["options"] or {})}):
         raise ValueError(f"Expected `options` to hold nothing that is set elsewhere, but got {', '.join(taken)}.")
     if server is None:
         if find_spec("vllm") is None:
@@ -210,7 +214,7 @@ def _check(server: str | None, local: dict[str, Any]) -> None:
     defaults = inspect.signature(VLLMEngine).parameters
     if changed := [name for name, value in local.items() if value != defaults[name].default]:
         raise ValueError(
-            f"Expected `{changed[0]}` to be left alone with a `server`, which was started with settings of its own, but got "
+            f"Expected `{changed[0]}` to be left at its default with a `server`, which has settings of its own, but got "
             f"{local[changed[0]]}."
         )
 
@@ -225,8 +229,8 @@ def _rollout(
 ) -> Rollout:
     response = answer.token_ids
     finished = bool(response) and response[-1] in ends
-    whole = finished or len(response) == sampling.max_tokens
-    if not whole or len(answer.log_probs) != len(response) or not ends.isdisjoint(response[:-1]):
+    complete = finished or len(response) == sampling.max_tokens
+    if not complete or len(answer.log_probs) != len(response) or not ends.isdisjoint(response[:-1]):
         raise RuntimeError(
             f"Expected vLLM's response to end with an end token or after {sampling.max_tokens} tokens, with a log-probability "
             f"for each, but got {len(response)} tokens {response[-8:]} and {len(answer.log_probs)} log-probabilities."
@@ -236,17 +240,17 @@ def _rollout(
         prompt_ids=prompt,
         response_ids=response,
         log_probs=torch.tensor(answer.log_probs, dtype=torch.float32),
-        text=tokenizer.decode(response, skip_special_tokens=True),
+        text=decode(tokenizer, response, skip_special_tokens=True),
         finished=finished,
     )
 
 
 @contextmanager
-def _undisturbed(device: str) -> Iterator[None]:
-    """Keep vLLM and the training step out of each other's global state.
+def _isolated(device: str) -> Iterator[None]:
+    """Isolate the global state of vLLM and of the training step.
 
-    Starting vLLM seeds every global generator; autocast and half precision as default would reach into its kernels; and
-    weights that are made while Lightning validates could never be written again.
+    Starting vLLM seeds all global generators. Autocast and half precision as default would affect its kernels. Weights that are
+    created in Lightning's inference mode during validation could never be overwritten.
     """
     before = torch.get_default_dtype()
     with seeded("vllm"), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from pgpo_lightning.rollout.weight_sync import checkpoint_weights, checksum, wri
 
 
 class LocalSampler(Sampler):
-    """An engine that shares process and device with the student.
+    """vLLM in the student's process and on its device.
 
     Args:
         model: The student, whose weights it starts with.
-        folder: Where weights are put down; by default a temporary folder.
+        folder: Parent of the folder for weights; by default a temporary folder.
         settings: The settings of :class:`~pgpo_lightning.rollout.vllm_engine.VLLMEngine` for this process.
 
     Raises:
@@ -33,7 +34,7 @@ class LocalSampler(Sampler):
                 "Expected one process for vLLM without a `server`, but got "
                 f"{dist.get_world_size()}. Start a server and give its address as `engine.init_args.server`."
             )
-        # Within this process, so that weights go over in memory. vLLM reads its variables when they are needed.
+        # vLLM must not start a process of its own, so that weights can be passed in memory. It reads these variables late.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine
         import vllm
@@ -46,16 +47,16 @@ class LocalSampler(Sampler):
         write_weights(model, self.folder)
         options = dict(settings["options"] or {})
         if next(model.parameters()).device.type == "cpu":
-            # For a request with a seed whose prompt is run in parts, vLLM turns its generator back, which those of a CPU cannot.
+            # For a seeded request with a chunked prompt vLLM rewinds its generator, which a CPU's generator does not support.
             options.setdefault("enable_chunked_prefill", False)
         arguments = {name: value for name, value in settings.items() if name != "options"}
         _quiet()
         self.llm = vllm.LLM(
             str(self.folder),
             runner="generate",
-            skip_tokenizer_init=True,  # token ids go in and come out
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from: behind the temperature
-            generation_config="vllm",  # no sampling settings of the model's own
+            skip_tokenizer_init=True,  # inputs and outputs are token ids
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from, after the temperature
+            generation_config="vllm",  # ignores sampling settings of the model's files
             **arguments,
             **options,
         )
@@ -66,11 +67,11 @@ class LocalSampler(Sampler):
 
     def load(self, model: PreTrainedModel) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.load`."""
-        if self.spread:  # tensors do not travel to other processes in a call
+        if self.spread:  # tensors cannot be passed to other processes in a call
             write_weights(model, self.folder)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         else:
-            # Not the model's `load_weights` alone: on a CPU the matrices are packed copies, which only this makes anew.
+            # The model's `load_weights` is not enough: on a CPU the matrices are packed copies, which only this call renews.
             weights = iter(checkpoint_weights(model).items())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
@@ -86,16 +87,16 @@ class LocalSampler(Sampler):
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
-                seed=seed,  # of the first response; vLLM counts on for the others
-                logprobs=0,  # the sampled token's alone
+                seed=seed,  # of the first response; vLLM increments it for the others
+                logprobs=0,  # of the sampled token only
                 stop_token_ids=ends,
-                ignore_eos=True,  # these end a response and nothing else does
+                ignore_eos=True,  # only `stop_token_ids` end a response
                 detokenize=False,
             )
             for seed in seeds
         ]
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answers = self.llm.generate(asked, params, use_tqdm=False)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = self.llm.generate(requests, params, use_tqdm=False)
         return [[_completion(output) for output in answer.outputs] for answer in answers]
 
     def wake(self) -> None:
@@ -107,19 +108,26 @@ class LocalSampler(Sampler):
     def sleep(self) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.sleep`."""
         if self.dozes:
-            self.llm.sleep(level=1)  # keeps the weights, in the host's memory: level 2 would wake up without any
+            self.llm.sleep(level=1)  # keeps the weights in host memory; level 2 would drop them
             self.asleep = True
 
 
 def _quiet() -> None:
-    """Leave out what vLLM says at every start or hand-over and means nothing here. Filters outlive its own set-up of logging."""
+    """Suppress messages that vLLM logs at every start or weight sync and that do not apply here.
+
+    They are filters, because vLLM resets other logging settings when it starts.
+    """
     chatter = {
         "vllm.renderers.base": "Chat template warmup failed",  # there is no tokenizer
-        # Its table of angles is no weight. The same message about another layer is a hand-over that went wrong.
+        # Its table of angles is not a weight. The same message about another layer is a failed weight sync.
         "vllm.model_executor.model_loader.reload.layerwise": "RotaryEmbedding: Failed to load weights",
     }
     for name, message in chatter.items():
-        logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
+        logging.getLogger(name).addFilter(partial(_lacks, message))
+
+
+def _lacks(message: str, record: logging.LogRecord) -> bool:
+    return message not in record.getMessage()
 
 
 def _completion(output: Any) -> Completion:

@@ -18,22 +18,22 @@ from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.vllm_engine import Completion, Sampler
 from pgpo_lightning.rollout.weight_sync import write_weights
 
-_PATIENCE = 3600  # seconds until an answer that does not come is an error
-_AT_ONCE = 64  # requests under way; each is a prompt with all of its responses
+_PATIENCE = 3600  # timeout of a request (seconds)
+_AT_ONCE = 64  # maximum concurrent requests; each is one prompt with all of its responses
 
 
 class ServerSampler(Sampler):
     """A running ``vllm serve``, with VLLM_SERVER_DEV_MODE=1 and ``--logprobs-mode processed_logprobs``.
 
-    With several ranks the first writes the weights and tells the server, the others wait for it.
+    With several ranks the first writes the weights and notifies the server, while the others wait.
 
     Args:
-        url: Its address.
-        timeout: Seconds to wait for it to come up.
-        folder: Where weights are put down; the server must see it under the same path.
+        url: Address of the server.
+        timeout: Seconds to wait for the server to become available.
+        folder: Folder for the weights, which the server must see under the same path.
 
     Raises:
-        MisconfigurationException: If there is no such server, or it was not started as it must be.
+        MisconfigurationException: If the server is not available, or was not started with these settings.
     """
 
     def __init__(self, url: str, timeout: float, folder: str | None) -> None:
@@ -53,8 +53,9 @@ class ServerSampler(Sampler):
                 f"Expected the vLLM server at {self.url} to return the log-probabilities that it samples with, but got {mode}. "
                 "Start it with `--logprobs-mode processed_logprobs`."
             )
-        self.temporary = tempfile.TemporaryDirectory(prefix="pgpo-weights-") if folder is None else None
-        self.folder = Path(folder or self.temporary.name)
+        if folder is None:
+            self.temporary = tempfile.TemporaryDirectory(prefix="pgpo-weights-")
+        self.folder = Path(self.temporary.name if folder is None else folder)
 
     def load(self, model: PreTrainedModel) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.load`."""
@@ -62,7 +63,7 @@ class ServerSampler(Sampler):
         if not dist.is_initialized() or dist.get_rank() == 0:
             try:
                 self._send(model)
-            except Exception as error:  # told to the other ranks, which would wait for ever
+            except Exception as error:  # sent to the other ranks, which would otherwise wait forever
                 failure = f"{error}"
         if failures := [each for each in gather(failure) if each]:
             raise RuntimeError(f"Expected the vLLM server at {self.url} to take new weights, but got: {failures[0]}")
@@ -71,21 +72,23 @@ class ServerSampler(Sampler):
         write_weights(model, self.folder)
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
         if not self._ask("/reset_prefix_cache", {})["success"]:
-            raise RuntimeError("it kept the keys and values of the old weights, because it is still answering somebody")
+            raise RuntimeError(
+                "it kept the keys and values of the old weights, because other requests are still running"
+            )
 
     def complete(
         self, prompts: list[list[int]], seeds: list[int], n: int, sampling: Sampling, ends: list[int]
     ) -> list[list[Completion]]:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.complete`."""
-        # The server fills in what is not said from the model's generation_config.json.
+        # The server takes missing values from the model's generation_config.json, so all are stated.
         common = {
             "model": self.name, "n": n, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
             "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
             "frequency_penalty": 0.0, "logprobs": 0, "return_token_ids": True, "stop_token_ids": ends, "ignore_eos": True,
         }  # fmt: skip
 
-        def one(asked: tuple[list[int], int]) -> list[Completion]:
-            prompt, seed = asked  # a request of its own, because all prompts of a request share its seed
+        def one(request: tuple[list[int], int]) -> list[Completion]:
+            prompt, seed = request  # one request per prompt, because all prompts of a request have the same seed
             choices = self._ask("/v1/completions", common | {"prompt": prompt, "seed": seed})["choices"]
             choices.sort(key=lambda choice: choice["index"])
             return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]

@@ -14,17 +14,17 @@ ENDS = [TOKENIZER.eos_token_id, *range(40, 60)]  # several, so that random weigh
 
 
 class Counting(VLLMEngine):
-    """Counts the hand-overs; can leave them out, which nothing but this test may."""
+    """Counts the weight syncs; can leave them out, which nothing but this test may."""
 
-    handing_over = True
-    handovers = 0
+    syncing = True
+    weight_syncs = 0
 
-    def hand_over(self, model):
-        if not self.handing_over:
+    def sync_weights(self, model, sampler):
+        if not self.syncing:
             return
-        before = self.sampler.holds
-        super().hand_over(model)
-        self.handovers += before != self.sampler.holds
+        before = sampler.holds
+        super().sync_weights(model, sampler)
+        self.weight_syncs += before != sampler.holds
 
 
 def student(seed=0, **settings):
@@ -107,23 +107,23 @@ def check_seeds(engine, model):
     assert sum(a == b for a, b in zip(responses(other), responses(first), strict=True)) < 3
 
 
-def check_handover(engine, model):
+def check_weight_sync(engine, model):
     """New weights at every change, at no other time, and old ones come back too."""
     prompts = prompts_of(7, 12)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generate(engine, model, prompts, n=2)
-    start = engine.handovers
+    start = engine.weight_syncs
     generate(engine, model, prompts, n=2)
-    assert engine.handovers == start
+    assert engine.weight_syncs == start
     for seed in (1, 2):
         nudge(model, seed=seed)
         assert largest_gap(model, generate(engine, model, prompts, n=4)) < 1e-5
     model.load_state_dict(before)  # what a roll-back does
     assert largest_gap(model, generate(engine, model, prompts, n=4)) < 1e-5
-    assert engine.handovers == start + 3
-    engine.handing_over = False
+    assert engine.weight_syncs == start + 3
+    engine.syncing = False
     nudge(model)
     stale = generate(engine, model, prompts, n=4)
-    engine.handing_over = True
+    engine.syncing = True
     assert largest_gap(model, stale) > 0.5
     assert largest_gap(model, generate(engine, model, prompts, n=4)) < 1e-5

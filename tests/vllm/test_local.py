@@ -16,9 +16,9 @@ from pgpo_lightning.rollout.engine import Sampling
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, trainer
 from tests.support.vllm_checks import (
     Counting,
-    check_handover,
     check_samples,
     check_seeds,
+    check_weight_sync,
     distribution,
     generate,
     largest_gap,
@@ -64,8 +64,8 @@ def test_seeds(engine):
     check_seeds(engine, student())
 
 
-def test_handover(engine):
-    check_handover(engine, student())
+def test_weight_sync(engine):
+    check_weight_sync(engine, student())
 
 
 @pytest.mark.parametrize(
@@ -155,20 +155,20 @@ def test_a_run_samples_from_its_own_weights_at_every_step(engine, tmp_path):
     assert max(module.gaps) < 1e-5
 
 
-def test_a_run_without_hand_overs_is_stopped_at_the_second_step(tmp_path, engine):
+def test_a_run_without_weight_syncs_is_stopped_at_the_second_step(tmp_path, engine):
     class Once(Counting):
-        def hand_over(self, model):
-            if self.sampler is not engine.sampler or not self.handovers:
-                super().hand_over(model)
+        def sync_weights(self, model, sampler):
+            if sampler is not engine.sampler or not self.weight_syncs:
+                super().sync_weights(model, sampler)
 
     once = Once(max_model_len=256, enforce_eager=True)
     once.sampler = engine.sampler  # the second engine of a process would take half a minute
-    engine.sampler.holds = None  # so that the first hand-over takes place
+    engine.sampler.holds = None  # so that the first weight sync takes place
     with pytest.raises(
         RuntimeError, match=r"`mismatch.max_sampler_gap`=0\.1 nats per token, but got .* at step 1: the rollouts"
     ):
         fit(tmp_path, once)
-    assert once.handovers == 1
+    assert once.weight_syncs == 1
 
 
 def test_a_resumed_run_and_a_repeated_one_sample_the_same(engine, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.weight_sync import write_weights
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, questions, trainer
-from tests.support.vllm_checks import Counting, check_handover, check_samples, check_seeds, student
+from tests.support.vllm_checks import Counting, check_samples, check_seeds, check_weight_sync, student
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -58,8 +58,8 @@ def test_seeds(engine):
     check_seeds(engine, student())
 
 
-def test_handover(engine):
-    check_handover(engine, student())
+def test_weight_sync(engine):
+    check_weight_sync(engine, student())
 
 
 def test_a_run(engine, tmp_path):

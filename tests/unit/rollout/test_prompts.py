@@ -74,7 +74,7 @@ def test_a_system_message_that_no_model_reads_is_told_of():
     drops = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     encoder = PromptEncoder(tokenizer_with(chat_template=drops), False)
     encoder.question(Question("1+1=", "2"))
-    with pytest.warns(UserWarning, match="leaves out the system message of data.jsonl:3"):
+    with pytest.warns(UserWarning, match="omits the system message of data.jsonl:3"):
         encoder.question(Question("1+1=", "2", system="A", source="data.jsonl:3"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
