@@ -1,6 +1,6 @@
-"""Multipliers by rules of others than PGPO (arXiv 2606.03620), and PGPO with an alpha that finds itself.
+"""Multipliers by published rules other than PGPO (arXiv 2606.03620), and PGPO with an alpha that adapts.
 
-The first three know nothing of the feedback: they are the rivals that an informed step size has to beat, or to join.
+The first three do not use the feedback. They are the baselines that an informed step size has to beat.
 """
 
 import math
@@ -35,21 +35,21 @@ from pgpo_lightning.modules import OnPolicyModule
 
 @checked
 class KLAdaptiveMultiplier(StepSizeMultiplier):
-    """Divides rho by 1.5 when a step moved the policy by more than twice the target, multiplies it when by less than half.
+    """Divides rho by 1.5 after a KL above twice the target, and multiplies rho by 1.5 after a KL below half of it.
 
-    The rule of rsl_rl and rl_games (adaptive schedule). The first step has rho 1; what a step did decides over the next.
-    With several updates per batch, what all of them did together decides over the next batch. A batch whose updates were
-    all skipped decides nothing.
+    The rule of rsl_rl and rl_games (adaptive schedule). The first step has rho 1; the KL that a step caused determines rho of
+    the next. With several updates per batch, the KL of all of them determines rho of the next batch. A batch whose updates
+    were all skipped changes nothing.
 
-    Costs one more forward pass of the student over the batch per step, with the new weights on the old rollouts: the
-    rollouts of the next step are the new policy's own, and say nothing of the old one. Beside the update (student forward
-    and backward, teacher forward) that is about a quarter, beside generation little.
+    Costs one more forward pass of the student over the batch per step, with the new weights on the old rollouts. (The rollouts
+    of the next step come from the new policy and cannot measure the change.) That is about a quarter of the update (student
+    forward and backward, teacher forward), and little compared with generation.
 
-    Logs `lr/kl`, by which this step's rho was decided.
+    Logs `lr/kl`, the KL that determined rho of this step.
 
     Args:
         target: KL per token (nats), above 0; see :func:`policy_change`.
-        factor: By how much rho changes at a time, above 1 and at most 10.
+        factor: Factor of one change of rho, above 1 and at most 10.
         rho_min: Lower bound, above 0 and at most 1. rsl_rl keeps the rate between 1/100 and 10 times its start.
         rho_max: Upper bound, at least 1.
 
@@ -72,41 +72,41 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
         self._before = 0  # steps before this batch
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
-        """Return what the step before decided."""
+        """Return rho as the previous step determined it."""
         return self.rho
 
     def decide(self, kl: float) -> None:
-        """Set rho of the next step by what the last one did."""
+        """Set rho of the next step from the KL of the last one."""
         self.kl = kl
         if kl > 2 * self.target:
             self.rho = self.bounded(self.rho / self.factor)
-        elif 0 < kl < self.target / 2:  # as in rsl_rl: none at all is no sign of a small step
+        elif 0 < kl < self.target / 2:  # as in rsl_rl: a KL of 0 does not mean a small step
             self.rho = self.bounded(self.rho * self.factor)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
-        """Scale the learning rate, and log what decided it."""
+        """Scale the learning rate, and log the KL that determined rho."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.kl is not None:
             pl_module.scalars["lr/kl"] = self.kl
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: OnPolicyModule, batch: Any, batch_idx: int) -> None:
-        """Note how many steps there were before this batch."""
+        """Remember the number of steps before this batch."""
         self._before = len(self.history)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure how far the policy moved."""
+        """Measure the change of the policy."""
         if len(self.history) > self._before:
             with trainer.precision_plugin.forward_context():
                 self.decide(policy_change(pl_module, pl_module.last_samples))
 
     def state_dict(self) -> dict[str, Any]:
-        """Add what was decided, and by what."""
+        """Add rho and the KL that determined it."""
         return super().state_dict() | {"rho": self.rho, "kl": self.kl}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was decided."""
+        """Restore rho and the KL."""
         super().load_state_dict(state_dict)
         self.rho, self.kl = state_dict["rho"], state_dict["kl"]
 
@@ -115,10 +115,10 @@ class KLAdaptiveMultiplier(StepSizeMultiplier):
 def policy_change(module: OnPolicyModule, rows: list[Sample]) -> float:
     r"""Estimate KL(sampler||policy) per token (nats), from the sampler's own tokens.
 
-    The direction of rsl_rl, and the one that rollouts of the old policy can estimate: mean of (r - 1 - log r) over all
-    their tokens, with r the ratio of the token's probability now to that when it was sampled. Every term is at least 0 and
-    the mean is unbiased (log ratios beyond 20 are cut). An engine that computes other probabilities than the trainer adds
-    its disagreement, about half its mean square: keep the target well above (`rollout_corr/log_ratio` shows it).
+    The direction of rsl_rl, which rollouts of the old policy can estimate: mean of (r - 1 - log r) over all their tokens.
+    r is the token's probability now over its probability when it was sampled. Every term is at least 0 and the mean is unbiased
+    (log ratios are clipped at 20). The train-inference mismatch of an engine adds about half of its mean square: choose a
+    target well above that (`rollout_corr/log_ratio` shows it).
 
     Args:
         module: With the policy's weights as they are now.
@@ -143,15 +143,15 @@ def policy_change(module: OnPolicyModule, rows: list[Sample]) -> float:
 
 @checked
 class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
-    """rho = sqrt(min(1, (ESS / B) / base_ratio)): smaller steps where few sequences carry the batch, never larger ones.
+    """rho = sqrt(min(1, (ESS / B) / base_ratio)): smaller steps if few sequences dominate the batch, never larger ones.
 
-    The rule of VCPO (github.com/mit-han-lab/vcpo). B is the number of sequences in the loss, and ESS = (sum w)^2 / sum w^2
-    with w the probability of the whole response under the trainer over that under the sampler. It needs a disagreement
-    between the two: an engine with other kernels or old weights, or several updates per batch. Where they agree, rho is 1.
+    The rule of VCPO (github.com/mit-han-lab/vcpo). B is the number of sequences in the loss, and ESS = (sum w)^2 / sum w^2.
+    w is the probability of the whole response under the trainer over its probability under the sampler. rho differs from 1
+    only with a train-inference mismatch: an engine with other kernels or old weights, or several updates per batch.
 
     Args:
-        scaling_rule: ``sqrt`` as VCPO has it for AdamW, or ``linear``.
-        base_ratio: ESS / B from which on rho is 1; in (0, 1].
+        scaling_rule: ``sqrt``, which VCPO uses for AdamW, or ``linear``.
+        base_ratio: ESS / B at and above which rho is 1; in (0, 1].
         clip: Upper bound of w; null for none.
         rho_min: Lower bound; from 0 to 1.
 
@@ -177,7 +177,7 @@ class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
             return 1.0
         log_weight = (statistics.sampler_log_ratio * statistics.length).double()
         log_weight = log_weight if self.clip is None else log_weight.clamp(max=math.log(self.clip))
-        # As logarithms: the weight of a long response overflows.
+        # In logarithms, because the weight of a long response overflows.
         log_size = 2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)
         ratio = min(1.0, log_size.exp().item() / len(statistics) / self.base_ratio)
         return math.sqrt(ratio) if self.scaling_rule == "sqrt" else ratio
@@ -185,26 +185,25 @@ class EffectiveSampleSizeMultiplier(StepSizeMultiplier):
 
 @checked
 class PolyakMultiplier(StepSizeMultiplier):
-    r"""The step after which the loss, were it linear, would be at its optimum, capped.
+    r"""The step that would bring a linear loss to its optimum, with an upper bound.
 
     rho = min(rho_max, (L - optimum) / (c * sum_i lr_i <g_i, h_i>)), with g the gradient before clipping and h the direction
     of the step at rate 1: the stochastic Polyak step (SPS_max, arXiv 2002.10542), whose denominator is c lr ||g||^2 for
     plain SGD. Under Adam h = g / (sqrt(v) + eps) with this step's corrected v, the metric of MoMo-Adam (arXiv 2305.07583):
-    ||g||^2 has another scale than Adam's steps and would leave rho at a bound. Momentum and weight decay are left out.
+    ||g||^2 has another scale than Adam's steps, and rho would stay at a bound. Momentum and weight decay are ignored.
 
-    A divergence is at least 0, which makes it known enough; but the teacher sees feedback that the student does not, so the
-    least loss that a student can reach is above 0, the step too long, and the cap what keeps it in check: look how often
-    rho is at it.
+    The optimum of a divergence is assumed to be 0. The true optimum is higher, because the teacher sees feedback that the
+    student does not. The steps are therefore too long, and the upper bound limits them: check how often rho reaches it.
 
     Args:
-        c: Larger is shorter; above 0. 1 is Polyak's own.
-        optimum: Least loss, at least 0.
+        c: Larger values give shorter steps; above 0. Polyak's value is 1.
+        optimum: Smallest loss, at least 0.
         rho_min: Lower bound, at least 0.
-        rho_max: The cap.
+        rho_max: Upper bound.
 
     Raises:
         ValueError: If a setting is out of range.
-        MisconfigurationException: At start-up, if the loss is no divergence, or the optimizer none of SGD, Adam and AdamW.
+        MisconfigurationException: At start-up, if the loss is not a divergence, or the optimizer is not SGD, Adam or AdamW.
     """
 
     def __init__(
@@ -217,16 +216,16 @@ class PolyakMultiplier(StepSizeMultiplier):
         self.loss = self.slope = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
-        """Check that the loss has a known least value."""
+        """Check that the loss has a known minimum."""
         super().setup(trainer, pl_module, stage)
-        if getattr(pl_module, "divergence", None) is None:
+        if pl_module.objective.divergence is None:
             raise MisconfigurationException(
-                "Expected a loss that is a divergence for PolyakMultiplier, because its least value must be known, but "
-                f"{type(pl_module).__name__} has none here. Use SDPO with `full_logit_distillation`, or another multiplier."
+                "Expected a loss that is a divergence for PolyakMultiplier, because its minimum must be known, but "
+                f"{type(pl_module).__name__} has no divergence here. Use SDPO with `full_logit_distillation`, or another multiplier."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Check that the direction of a step is known."""
+        """Check that the direction of the optimizer's steps is known."""
         for optimizer in trainer.optimizers:
             if not isinstance(optimizer, (SGD, Adam)) or optimizer.defaults.get("amsgrad"):
                 raise MisconfigurationException(
@@ -236,13 +235,13 @@ class PolyakMultiplier(StepSizeMultiplier):
         super().on_train_start(trainer, pl_module)
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
-        """Return the ratio; 1 where there is no gradient."""
+        """Return the ratio; 1 without a gradient."""
         if self.slope <= 0:
             return 1.0
         return max(0.0, self.loss - self.optimum) / (self.c * self.slope)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
-        """Look at loss and gradients, and scale the learning rate."""
+        """Read loss and gradients, and scale the learning rate."""
         clipped = clip_coefficient(pl_module.scalars["actor/grad_norm"], pl_module.update.max_grad_norm)
         self.loss = pl_module.scalars["actor/pg_loss"]
         self.slope = slope(optimizer) / clipped
@@ -251,8 +250,8 @@ class PolyakMultiplier(StepSizeMultiplier):
 
 @torch.no_grad()
 def slope(optimizer: Optimizer) -> float:
-    """Return how fast the loss falls along the step that is about to be taken: sum of rate * <gradient, direction>."""
-    total = torch.zeros(())  # a tensor: one wait for the device, not one per parameter
+    """Return the slope of the loss along the next step: sum of rate * <gradient, direction>."""
+    total = torch.zeros(())  # a tensor, so that the device is waited for once and not for every parameter
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -269,23 +268,23 @@ def slope(optimizer: Optimizer) -> float:
 
 @checked
 class AdaptiveInformationMultiplier(InformationMultiplier):
-    """PGPO with an alpha that adapts to a wanted dose or a wanted spread of rho.
+    """PGPO with an alpha that adapts to a target dose or a target standard deviation of rho.
 
     The paper tunes alpha per task, and rho depends on alpha times I, whose size depends on task, model and estimator. Here
-    alpha is, at every step, the smallest with which the rule would have had the target over the last `window` steps that
-    had a teacher. It uses the past only. For the first `warmup` such steps it is `sensitivity`; where no alpha up to
-    `sensitivity_max` would have met the target it stays what it was. The target is met about, not exactly: a spread comes
-    out a seventh too large over 100 steps of independent I, because alpha varies too, and more where I drifts. Where doses
-    must be equal use :class:`MatchedConstantMultiplier` and its kin.
+    alpha is, at every step, the smallest value that would have met the target over the last `window` steps with a teacher.
+    Only past steps are used. For the first `warmup` such steps alpha is `sensitivity`. If no alpha up to `sensitivity_max`
+    would have met the target, alpha does not change. The target is met approximately: over 100 steps of independent I the
+    standard deviation is a seventh too large, because alpha varies too; it is larger if I drifts. If doses must be equal, use
+    :class:`MatchedConstantMultiplier` or another control that is matched to a recorded run.
 
     Logs `information/sensitivity`, the alpha of the step.
 
     Args:
-        target_mean: Wanted mean of rho; at least 1 and below `rho_max`. Give either this or the next.
-        target_spread: Wanted standard deviation of rho over steps; above 0.
-        window: Most steps that count.
+        target_mean: Target mean of rho; at least 1 and below `rho_max`. Give either this or `target_spread`.
+        target_spread: Target standard deviation of rho over steps; above 0.
+        window: Largest number of past steps that are used.
         warmup: Steps before the first adaptation; from 2 to `window`.
-        sensitivity: alpha of these; default 1.0.
+        sensitivity: alpha of these steps; default 1.0.
         sensitivity_max: Largest alpha.
         kwargs: See :class:`InformationMultiplier`.
 
@@ -342,7 +341,7 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
         return self.target_mean is not None and fmean(rhos) >= self.target_mean
 
     def _solved(self) -> float:
-        # Doubling first: behind the alpha at which rho meets its bounds the spread falls again.
+        # Double first: beyond the alpha at which rho reaches its bounds the spread decreases again.
         low, high = 0.0, min(2.0**-10, self.sensitivity_max)
         while not self._reaches(high):
             if high >= self.sensitivity_max:
@@ -359,10 +358,10 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
         pl_module.scalars["information/sensitivity"] = self.sensitivity
 
     def state_dict(self) -> dict[str, Any]:
-        """Add alpha, and what it is made from."""
+        """Add alpha, and the information of the last steps."""
         return super().state_dict() | {"recent": list(self.recent), "sensitivity": self.sensitivity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over alpha, and what it is made from."""
+        """Restore alpha, and the information of the last steps."""
         super().load_state_dict(state_dict)
         self.recent, self.sensitivity = list(state_dict["recent"]), state_dict["sensitivity"]

@@ -1,10 +1,9 @@
-"""Controls: what PGPO (arXiv 2606.03620) has to beat before its information, and not its dose, can be said to matter.
+"""Controls of PGPO (arXiv 2606.03620): multipliers that separate the effect of its information from that of its dose.
 
-Matched to a recorded run, by the `run.json` that every run leaves: the same dose at every step
-(:class:`MatchedConstantMultiplier`), the same values at random (:class:`MatchedRandomMultiplier`) or permuted in time
-(:class:`ShuffledMultiplier`), the same schedule (:class:`ReplayedMultiplier`), and the opposite of the rule at the same
-dose (:class:`InverseMultiplier`). Variants of the rule itself: :class:`CentredMultiplier` and
-:class:`LossScaledMultiplier`.
+Matched to a recorded run through its `run.json`: the same dose at every step (:class:`MatchedConstantMultiplier`), the same
+values at random (:class:`MatchedRandomMultiplier`) or permuted in time (:class:`ShuffledMultiplier`), the same schedule
+(:class:`ReplayedMultiplier`), and the opposite rule at the same dose (:class:`InverseMultiplier`). Variants of the rule
+itself: :class:`CentredMultiplier` and :class:`LossScaledMultiplier`.
 
 The dose of a run is the mean of its multipliers over optimizer steps.
 """
@@ -29,24 +28,24 @@ from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
 
 PRIOR_STEPS = 10
-"""How many steps of this run weigh as much as what its record lets expect, in :class:`InverseMultiplier`."""
+"""Weight of the record in :class:`InverseMultiplier`'s correction, as a number of steps of this run."""
 
 
 @checked
 class RecordedMultiplier(StepSizeMultiplier):
-    """What all controls share that are matched to a recorded run. A subclass writes :meth:`arranged`.
+    """Base class of the controls that are matched to a recorded run. A subclass implements :meth:`arranged`.
 
-    The record has a multiplier for every optimizer step that was taken. Steps that the recorded run left out because no rollout
-    was in the loss are entered behind them with the record's mean, because this run may take as many more.
+    The record has the multiplier of every optimizer step that was taken. The recorded run may have skipped steps without a
+    rollout in the loss. For each of them the record's mean is appended, because this run may take as many more steps.
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
-        kwargs: Of the next class, where a subclass has two.
+        kwargs: Of the next base class, if a subclass has two.
 
     Raises:
         ValueError: If there is no such record, or it has no multipliers above 0.
-        MisconfigurationException: If this run has more optimizer steps than the record: at start-up, or where their number is
-            not known then, at the first step beyond. If a resumed run meets another record than it began with.
+        MisconfigurationException: If this run has more optimizer steps than the record: at start-up, or, if their number is
+            unknown then, at the first step too many. If a resumed run finds another record than it began with.
     """
 
     def __init__(self, run: Text, **kwargs: Any) -> None:
@@ -61,12 +60,12 @@ class RecordedMultiplier(StepSizeMultiplier):
         self.record += [fmean(self.record)] * recorded.steps_without_signal
 
     def arranged(self) -> list[float]:
-        """Return rho of every step, made from the record alone."""
+        """Return rho of every step, computed from the record alone."""
         return self.record
 
     @cached_property
     def sequence(self) -> list[float]:
-        """What :meth:`arranged` returned."""
+        """The result of :meth:`arranged`."""
         return self.arranged()
 
     def multiplier(self, statistics: StepStatistics, step: int) -> float:
@@ -75,7 +74,7 @@ class RecordedMultiplier(StepSizeMultiplier):
         return self.sequence[step]
 
     def check_length(self, steps: float) -> None:
-        """Refuse more steps than were recorded."""
+        """Raise if there are more steps than were recorded."""
         if steps > len(self.record):
             raise MisconfigurationException(
                 f"Expected at most the {len(self.record)} optimizer steps that {self.run} recorded, but got {steps}. Set "
@@ -104,17 +103,17 @@ class RecordedMultiplier(StepSizeMultiplier):
         return super().state_dict() | {"record": list(self.record)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Make sure that the record is still the same."""
+        """Check that the record is still the same."""
         super().load_state_dict(state_dict)
         if state_dict["record"] != self.record:
             raise MisconfigurationException(
-                f"Expected {self.run} to be the record that this run began with, but it has other multipliers. Start afresh."
+                f"Expected {self.run} to be the record that this run began with, but it has other multipliers. Start a new run."
             )
 
 
 @checked
 class MatchedConstantMultiplier(RecordedMultiplier):
-    """The recorded run's dose at every step: is PGPO more than a larger learning rate?
+    """The recorded run's dose at every step. Tests whether PGPO is more than a larger learning rate.
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
@@ -124,22 +123,22 @@ class MatchedConstantMultiplier(RecordedMultiplier):
         super().__init__(run)
 
     def arranged(self) -> list[float]:
-        """Return the record's mean, again and again."""
+        """Return the record's mean for every step."""
         return [fmean(self.record)] * len(self.record)
 
 
 @checked
 class MatchedRandomMultiplier(RecordedMultiplier):
-    """Draws from the recorded run's own values, independent of the batch: does it matter *when* a step is large?
+    """Draws from the recorded run's values, independent of the batch. Tests whether it matters *when* a step is large.
 
-    As many values as the record has are drawn from it with replacement, before the first step and from `seed` alone. Such
-    draws would miss the record's dose by its spread over the root of its length, so all of them are multiplied by the one
-    factor that makes their mean the record's exactly. Their distribution is the record's but for that factor (and
-    sampling).
+    As many values as the record has are drawn from it with replacement, before the first step and from `seed` alone. The mean
+    of such draws has a standard error (the record's standard deviation over the root of its length). All draws are therefore
+    multiplied by one factor that makes their mean exactly the record's. Apart from that factor they have the record's
+    distribution.
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
-        seed: Of the draws; null takes the module's.
+        seed: Of the draws; null means the module's seed.
     """
 
     def __init__(self, run: Text, seed: Seed | None = None) -> None:
@@ -155,11 +154,11 @@ class MatchedRandomMultiplier(RecordedMultiplier):
 
 @checked
 class ShuffledMultiplier(RecordedMultiplier):
-    """The recorded run's values, each once, in another order: does it matter *when* a step is large?
+    """The recorded run's values, each once, in another order. Tests whether it matters *when* a step is large.
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
-        seed: Of the order; null takes the module's.
+        seed: Of the order; null means the module's seed.
     """
 
     def __init__(self, run: Text, seed: Seed | None = None) -> None:
@@ -173,44 +172,46 @@ class ShuffledMultiplier(RecordedMultiplier):
 
 @checked
 class ReplayedMultiplier(RecordedMultiplier):
-    """The recorded run's values in their order: is PGPO more than a schedule that happens to suit the task?
+    """The recorded run's values in their order. Tests whether PGPO is more than a schedule that happens to suit the task.
 
     Args:
-        run: The recorded run: its folder, or its ``run.json``. Of another seed: replaying one's own run repeats it.
+        run: The recorded run: its folder, or its ``run.json``. It must have another seed, or it would be repeated.
 
     Raises:
-        MisconfigurationException: At start-up, if the record is of the same seed.
+        MisconfigurationException: At start-up, if the recorded run has the same seed.
     """
 
     def __init__(self, run: Text) -> None:
         super().__init__(run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Refuse the record of the same seed."""
+        """Raise if the recorded run has the same seed."""
         if pl_module.seed == self.recorded_seed:
             raise MisconfigurationException(
-                f"Expected `run` to be of another seed than this run's, but {self.run} has seed {self.recorded_seed} too: to "
-                "replay it would give the recorded run again, not a control of it."
+                f"Expected `run` to be of another seed than this run's, but {self.run} has seed {self.recorded_seed} too: "
+                "replaying it would repeat the recorded run."
             )
         super().on_fit_start(trainer, pl_module)
 
 
 @checked
 class InverseMultiplier(RecordedMultiplier, InformationMultiplier):
-    r"""The opposite of PGPO, small steps where the feedback tells much, at the recorded run's dose.
+    r"""The opposite of PGPO, small steps if the information is large, at the recorded run's dose.
 
-    rho_k = c_k exp(-sensitivity * I_k), with this run's own I_k. The factor c_k is made before the step, from the past
-    alone: c_k = B_k / (r_k P_k), where B_k is what is left of the record's summed rho after what this run has spent; P_k =
-    sum_{j >= k} 1 / rho_j over the rest of the record, which is what exp(-sensitivity * I) will sum to if the record is of
-    PGPO with the same sensitivity and information; and r_k, this run's exp(-sensitivity * I) so far over the record's 1 /
-    rho so far (with a prior of ten steps at r = 1), corrects for an information or sensitivity that differs. As long as
-    both runs agree c_k stays the same; the dose is met to about one step's worth of the last step's surprise.
+    rho_k = c_k exp(-sensitivity * I_k), with this run's own I_k. The factor c_k = B_k / (r_k P_k) uses past steps only:
+
+    - B_k is the record's sum of rho minus the sum of rho of this run so far.
+    - P_k = sum_{j >= k} 1 / rho_j over the rest of the record. It predicts the sum of exp(-sensitivity * I) over the rest of
+      this run, if the record is of PGPO with the same sensitivity and information.
+    - r_k corrects for a different information or sensitivity: this run's sum of exp(-sensitivity * I) so far over the record's
+      sum of 1 / rho so far, with a prior of ten steps at r = 1.
+
+    As long as both runs agree, c_k is constant. The dose is met up to the prediction error of the last step.
 
     Args:
         run: A recorded PGPO run: its folder, or its ``run.json``.
-        rho_min: Lower bound. PGPO's 1.0 would cut off what this rule does.
-        kwargs: See :class:`InformationMultiplier`. With its own `sensitivity`, `estimator` and `aggregation` the
-            record fits best.
+        rho_min: Lower bound. PGPO's 1.0 would disable this rule.
+        kwargs: See :class:`InformationMultiplier`. Use the `sensitivity`, `estimator` and `aggregation` of the recorded run.
 
     Raises:
         ValueError: If the record's dose is out of bounds.
@@ -240,25 +241,25 @@ class InverseMultiplier(RecordedMultiplier, InformationMultiplier):
         return budget / (ratio * self.remaining[step]) * value
 
     def state_dict(self) -> dict[str, Any]:
-        """Add what was seen."""
+        """Add the sum of exp(-sensitivity * I)."""
         return super().state_dict() | {"seen": self.seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was seen."""
+        """Restore the sum of exp(-sensitivity * I)."""
         super().load_state_dict(state_dict)
         self.seen = state_dict["seen"]
 
 
 @checked
 class CentredMultiplier(InformationMultiplier):
-    """rho = clip(exp(sensitivity * (I - mean)), rho_min, rho_max), with a moving average of I over the steps before.
+    """rho = clip(exp(sensitivity * (I - mean)), rho_min, rho_max), where mean is a moving average of I over past steps.
 
-    Its dose is about 1, so that only the allocation over steps is left of PGPO. A step without any teacher has rho 1 and
-    leaves the average as it is, and so has the first step with one.
+    Its dose is about 1, so that only PGPO's allocation over steps remains. A step without any teacher has rho 1 and does not
+    change the average. The first step with a teacher has rho 1, too.
 
     Args:
         decay: Of the average, per step; the average is corrected for its start at zero.
-        rho_min: Lower bound. The default is the inverse of the upper one.
+        rho_min: Lower bound. The default is the inverse of the upper bound.
         kwargs: See :class:`InformationMultiplier`.
 
     Raises:
@@ -285,18 +286,18 @@ class CentredMultiplier(InformationMultiplier):
         return super().state_dict() | {"average": self.average, "weight": self.weight}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the average."""
+        """Restore the average."""
         super().load_state_dict(state_dict)
         self.average, self.weight = state_dict["average"], state_dict["weight"]
 
 
 class LossScaledMultiplier(InformationMultiplier):
-    """PGPO's rho on the loss instead of the update: does it matter that Adam's moments never see it?
+    """PGPO's rho on the loss instead of the update. Tests whether it matters that rho does not enter Adam's moments.
 
-    Rates stay as they are. The gradients of the whole step, of all micro-batches and ranks, become what they had been with
-    the loss times rho: multiplied *before* clipping, so that a step that is clipped anyway does not change in length. (They
-    arrive here clipped, but what was clipped is known.) AdamW's weight decay does not see rho. `actor/pg_loss` and
-    `actor/grad_norm` are logged as they are without it. Settings are those of :class:`InformationMultiplier`.
+    Learning rates do not change. The gradients of the whole step, of all micro-batches and ranks, become those of the loss times
+    rho. rho applies *before* clipping, so the length of a step that is clipped anyway does not change. (The gradients are
+    already clipped here, but the clipping factor is known.) rho does not affect AdamW's weight decay. `actor/pg_loss` and
+    `actor/grad_norm` are logged without rho. Settings are those of :class:`InformationMultiplier`.
     """
 
     def apply(self, pl_module: OnPolicyModule, optimizer: Optimizer, rho: float) -> None:
@@ -310,7 +311,7 @@ class LossScaledMultiplier(InformationMultiplier):
 
 
 def exp(value: float) -> float:
-    """Return e to the value; what would overflow is bounded by `rho_max` anyway."""
+    """Return e to the value, with the exponent limited to avoid overflow: `rho_max` bounds the result anyway."""
     return math.exp(min(value, 700.0))
 
 

@@ -1,7 +1,8 @@
 """Multipliers of the step size: rho of PGPO (arXiv 2606.03620, Eq. 9) and its first controls.
 
-The step and not the loss, as in the paper's Algorithm 1. Adam divides by the gradient's own scale, so a *constant* factor of the
-loss cancels. A varying one does not; it weights batches, which a factor of the step does only by 1 - beta1 (docs/theory.md).
+rho multiplies the step and not the loss, as in the paper's Algorithm 1. Adam divides by the gradient's own scale, so a *constant*
+factor of the loss cancels. A varying factor of the loss weights batches; a factor of the step does so only by 1 - beta1
+(docs/theory.md).
 """
 
 import math
@@ -25,12 +26,12 @@ from pgpo_lightning.modules.on_policy import OnPolicyModule
 class StepSizeMultiplier(Remembers, PerRunState):
     """Multiplies the learning rate of every parameter group by rho, for exactly one optimizer step.
 
-    A subclass writes :meth:`multiplier`. The rate is scaled when all gradients of the step are there, and put back by the module
-    right after the step, before any schedule or checkpoint looks at it. Gradients are not touched, so moments of Adam never
-    see rho. With decoupled weight decay (AdamW) the decay of that step is scaled as well, because PyTorch multiplies it by
+    A subclass implements :meth:`multiplier`. The rate is scaled once all gradients of the step are computed. The module restores
+    it right after the step, before a schedule or checkpoint reads it. Gradients do not change, so rho does not enter Adam's
+    moments. With decoupled weight decay (AdamW) the decay of that step is scaled as well, because PyTorch multiplies it by
     the rate.
 
-    Logs `lr/multiplier` (rho) and `lr/effective` beside the module's `lr/base`.
+    Logs `lr/multiplier` (rho) and `lr/effective` in addition to the module's `lr/base`.
 
     Raises:
         MisconfigurationException: At start-up, if another multiplier is active.
@@ -39,11 +40,11 @@ class StepSizeMultiplier(Remembers, PerRunState):
     rho_min: float | None = 0.0
     rho_max: float | None = None
     seed: int | None = None
-    """Of the draws of a subclass that draws; null takes the module's."""
+    """Seed of a subclass that draws random numbers; null means the module's seed."""
     _seed_of_module: int | None = None
 
     history: list[float]
-    """Rho of every optimizer step that was taken so far."""
+    """rho of every optimizer step so far."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Begin with an empty history, also in a subclass that does not call ``super().__init__()``."""
@@ -59,9 +60,9 @@ class StepSizeMultiplier(Remembers, PerRunState):
         """Return rho for this step, before bounds.
 
         Args:
-            statistics: One row per sequence in the loss, of all ranks. Must decide alone: a value that differed between
-                ranks would make their weights drift apart.
-            step: Optimizer steps taken so far, without those that were left out; the same after a resume.
+            statistics: One row per sequence in the loss, of all ranks. The result must depend on nothing else that differs
+                between ranks, or their weights would diverge.
+            step: Optimizer steps so far, without skipped ones; the same after a resume.
         """
 
     def bounded(self, rho: float) -> float:
@@ -88,7 +89,7 @@ class StepSizeMultiplier(Remembers, PerRunState):
         return bounded
 
     def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
-        """Refuse a second multiplier: they would put back each other's rates."""
+        """Raise if there is a second multiplier: each would restore the other's rates."""
         active = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
         if len(active) > 1:
             raise MisconfigurationException(
@@ -98,21 +99,21 @@ class StepSizeMultiplier(Remembers, PerRunState):
         self.reset_for_new_run(trainer, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Take note of the module's seed."""
+        """Remember the module's seed."""
         self._seed_of_module = getattr(pl_module, "seed", None)
 
     @property
     def draw_seed(self) -> int:
-        """The seed that draws are made from: one's own, else the module's."""
+        """The seed of random draws: this multiplier's, else the module's."""
         known = self._seed_of_module if self.seed is None else self.seed
         return global_seed() if known is None else known
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rho of every step so far; a subclass with a state adds its own."""
+        """Return rho of every step so far; a subclass adds its own state."""
         return {"history": list(self.history)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was there before the interruption."""
+        """Restore rho of every step before the interruption."""
         self.history = list(state_dict["history"])
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
@@ -125,11 +126,11 @@ class StepSizeMultiplier(Remembers, PerRunState):
         pl_module.scalars |= {"lr/multiplier": rho, "lr/effective": float(optimizer.param_groups[0]["lr"])}
 
     def apply(self, pl_module: OnPolicyModule, optimizer: Optimizer, rho: float) -> None:
-        """Scale the learning rates. The module puts them back when the step has ended, however it ends."""
+        """Scale the learning rates. The module restores them after the step, also after an error."""
         pl_module.scale_rates(optimizer, rho)
 
     def on_exception(self, trainer: L.Trainer, pl_module: OnPolicyModule, exception: BaseException) -> None:
-        """Put the rates back where a second interrupt came while the module did so."""
+        """Restore the rates if an interrupt arrived while the module did so."""
         pl_module.restore_rates()
 
 
@@ -142,8 +143,8 @@ class InformationMultiplier(StepSizeMultiplier):
     Args:
         sensitivity: The paper's alpha; at least 0. Default 1.0.
         alpha: The paper's own name of `sensitivity`.
-        rho_max: Upper bound, at least 1. The paper gives no value.
-        rho_min: Lower bound. 1.0 keeps the paper's promise that rho >= 1 where the estimate is negative; null for none.
+        rho_max: Upper bound, at least 1. Unspecified in the paper; we chose 2.0.
+        rho_min: Lower bound. 1.0 keeps rho >= 1, as the paper states, also if the estimate of I is negative; null for none.
         estimator: See :func:`pgpo_lightning.losses.information.information`.
         aggregation: See :func:`pgpo_lightning.losses.information.information`.
 
@@ -171,7 +172,7 @@ class InformationMultiplier(StepSizeMultiplier):
         self.signal = information(StepStatistics.empty())
 
     def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
-        """Check that the module has a teacher to be informed."""
+        """Check that the module has a teacher, without which there is no information."""
         super().setup(trainer, pl_module, stage)
         if not getattr(pl_module, "has_teacher", False):
             raise MisconfigurationException(
@@ -186,7 +187,7 @@ class InformationMultiplier(StepSizeMultiplier):
         return math.exp(min(self.sensitivity * self.signal.value, 700.0))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
-        """Scale the learning rate, and log the estimate that rho was made from."""
+        """Scale the learning rate, and log the estimate of I that rho is computed from."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         pl_module.scalars["information/used"] = self.signal.value
         if self.rho_max > 1:
@@ -197,7 +198,7 @@ class InformationMultiplier(StepSizeMultiplier):
 
 @checked
 class ConstantMultiplier(StepSizeMultiplier):
-    """The same rho at every step: the control that asks whether PGPO is more than a larger learning rate.
+    """The same rho at every step. Tests whether PGPO is more than a larger learning rate.
 
     Args:
         value: rho; 0.001 to 1000.
@@ -217,12 +218,12 @@ class ConstantMultiplier(StepSizeMultiplier):
 
 @checked
 class RandomMultiplier(StepSizeMultiplier):
-    """A uniform draw per step that knows nothing of the batch: the control for the information in PGPO's rho.
+    """A uniform draw per step, independent of the batch: the control for the information in PGPO's rho.
 
     Args:
         low: Smallest rho; 0.001 to 1000.
         high: Largest rho.
-        seed: Of the draws, which depend on it and on the step alone; null takes the module's.
+        seed: Of the draws, which depend on it and on the step alone; null means the module's seed.
 
     Raises:
         ValueError: If a setting is out of range.
