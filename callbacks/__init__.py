@@ -1,6 +1,6 @@
-"""The shelf of swappable parts: what decides how large a step is, and what watches it.
+"""Callbacks: multipliers of the step size, monitors of collapse, checkpoints, and the summary of a run.
 
-Import from ``pgpo_lightning.callbacks``; this folder stands at the top of the repository to be in plain sight.
+Import from ``pgpo_lightning.callbacks``; the folder is at the top of the repository so that it is easy to find.
 """
 
 if __name__ != "pgpo_lightning.callbacks":

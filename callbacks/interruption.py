@@ -1,4 +1,4 @@
-"""What a run does when it is asked to end: it saves the last whole step, from which it continues as if nothing had been."""
+"""Saves the last complete step when a signal ends a run, so that the run resumes from there bit for bit."""
 
 import os
 import shutil
@@ -19,27 +19,28 @@ from pgpo_lightning.modules.on_policy import OnPolicyModule
 
 
 @checked
-class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoint is
-    """Saves the last whole step when SIGINT, SIGTERM or SIGHUP asks the process to end, through :class:`ResumeCheckpoint`.
+class Interruption(Checkpoint):  # Lightning calls checkpoints after all other callbacks
+    """Saves the last complete step on SIGINT, SIGTERM or SIGHUP, through :class:`ResumeCheckpoint`.
 
-    Sampling and evaluation are abandoned, an update is finished first; a second signal of the kind ends the process at once. An
-    evaluation that was abandoned is made when the run continues; the one after the last step is not abandoned. Under SLURM's
-    requeue (``SLURMEnvironment.requeue_signal``, by default SIGUSR1) the job is requeued too. ``Trainer.fit`` raises
+    Sampling and evaluation are aborted, an update is finished first. A second signal of the same kind ends the process at once.
+    An aborted evaluation is repeated when the run resumes; the one after the last step is not aborted. Under SLURM's requeue
+    (``SLURMEnvironment.requeue_signal``, by default SIGUSR1) the job is also requeued. ``Trainer.fit`` raises
     :class:`pgpo_lightning.distributed.stopping.Stopped`.
 
     Args:
-        continues: Whether the same command, started again, goes on from the newest checkpoint. If not, SLURM is not asked to.
+        continues: Whether the same command resumes from the newest checkpoint when it is started again. If not, SLURM's job is
+            not requeued.
     """
 
     def __init__(self, continues: bool = True) -> None:
         self.continues = continues
-        self._whole: dict[str, Any] = {}  # of a checkpoint of the last whole step: what sampling the next one changes
+        self._whole: dict[str, Any] = {}  # entries of a checkpoint of the last complete step that sampling changes
         self._evaluate = False  # before the next step
         self._ending = False
         self._requeue: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
-        """Take over the signals from Lightning, which ends without saving, and broadcasts from within a handler.
+        """Replace Lightning's signal handlers, which end without saving and broadcast from within a handler.
 
         Raises:
             MisconfigurationException: If there is no :class:`ResumeCheckpoint` to save through.
@@ -57,19 +58,19 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
         self._whole, self._ending = {}, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether an evaluation was abandoned; nothing if not."""
+        """Return whether an evaluation was aborted; nothing if not."""
         return {"evaluate": True} if self._evaluate else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take note of an evaluation that is to be made."""
+        """Remember an evaluation that has to be repeated."""
         self._evaluate = bool(state_dict.get("evaluate"))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """From here on there is something to lose."""
+        """Abort only sampling and evaluation from here on."""
         SIGNALS.mode = "sections"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Make the evaluation that was abandoned."""
+        """Repeat the evaluation that was aborted."""
         if self._evaluate:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -78,33 +79,33 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the position of a whole step."""
+        """Remember the position after a complete step."""
         self._remember(trainer, pl_module)
         self._evaluate = validates_next(trainer)
         if self._evaluate and _is_last(trainer):
             SIGNALS.mode = "never"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Remember that nothing is owed."""
+        """Remember that no evaluation is due."""
         if not trainer.sanity_checking:
             self._evaluate = False
-            if self._whole:  # else this process has made no step
+            if self._whole:  # else this process has not completed a step
                 self._remember(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """The run ends anyway."""
+        """Ignore signals: the run ends anyway."""
         SIGNALS.mode = "never"
 
     def teardown(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         SIGNALS.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: OnPolicyModule, exception: BaseException) -> None:
-        """Save the last whole step, and requeue the job if that is what the signal asked for."""
+        """Save the last complete step, and requeue the job if the signal asked for it."""
         if not isinstance(exception, Stopped):
             return
         if processes := getattr(trainer.strategy.launcher, "procs", None):
-            processes.clear()  # or Lightning, which watches them, would kill this process when the first of them has ended
+            processes.clear()  # Lightning would kill this process when the first of them has ended
         if trainer.state.fn != "fit":
             return
         checkpoint = next(callback for callback in trainer.callbacks if isinstance(callback, ResumeCheckpoint))
@@ -117,7 +118,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
             self._ask_slurm()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: OnPolicyModule, checkpoint: dict[str, Any]) -> None:
-        """Put the position of the last whole step in place of the one within the next."""
+        """Replace the position within the next step by that after the last complete one."""
         if self._ending:
             checkpoint.update(self._whole)
 
@@ -135,7 +136,7 @@ class Interruption(Checkpoint):  # the last of all callbacks, as every checkpoin
     def _ask_slurm(self) -> None:
         if not self.continues:
             rank_zero_info(
-                "The job is not requeued: without `--ckpt_path last-or-new` it would not go on from its checkpoint."
+                "The job is not requeued: without `--ckpt_path last-or-new` it would not resume from its checkpoint."
             )
             return
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")

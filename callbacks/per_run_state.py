@@ -1,4 +1,4 @@
-"""What makes one callback object usable in several runs of one process, as in a loop over seeds."""
+"""Base class of callbacks with a state: one callback object serves several runs of one process, as in a loop over seeds."""
 
 import copy
 from typing import Any
@@ -7,14 +7,15 @@ import lightning as L
 
 
 class PerRunState(L.Callback):
-    """A callback with a state, which a new run does not take over from the last one."""
+    """A callback whose state is reset when a new run begins."""
 
     _fresh: dict[str, Any] | None = None
 
     def reset_for_new_run(self, trainer: L.Trainer, stage: str) -> None:
-        """Put back the state that there was before the first run, if a new run begins. To be called in `setup`.
+        """Restore the state of before the first run, if a new run begins. To be called in `setup`.
 
-        Afterwards a checkpoint's state is loaded, if one is resumed from. A Trainer that goes on has taken steps already.
+        If the run is resumed, Lightning loads the state of the checkpoint afterwards. A Trainer that continues a run has taken
+        steps already, and keeps the state.
         """
         if stage != "fit" or trainer.global_step > 0:
             return

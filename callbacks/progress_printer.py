@@ -1,4 +1,4 @@
-"""Progress of a run whose output goes to a file: a line per step and per evaluation, nothing that is written over."""
+"""Progress of a run whose output goes to a file: one line per step and per evaluation."""
 
 import time
 from typing import Any
@@ -12,9 +12,9 @@ from pgpo_lightning.training.held_out import summary_line
 
 
 class ProgressPrinter(ProgressBar):
-    """Prints step, reward, information I (nats), multiplier rho and seconds of every step; the scores of every evaluation.
+    """Prints step, reward, information I (nats), multiplier rho and seconds of every step, and the scores of every evaluation.
 
-    Stands in for a progress bar, which a log file would hold as thousands of control characters.
+    Replaces a progress bar, which would fill a log file with control characters.
     """
 
     def __init__(self) -> None:
@@ -23,15 +23,15 @@ class ProgressPrinter(ProgressBar):
         self._start = 0.0
 
     def enable(self) -> None:
-        """Print."""
+        """Enable printing."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Print nothing: on all ranks but the first."""
+        """Disable printing, on all ranks except the first."""
         self._enabled = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print what the module prints through Lightning."""
+        """Print text of the module."""
         if self._enabled:
             print(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Checkpoints from which a killed run continues as if it had not been killed."""
+"""Checkpoints from which a killed run resumes bit for bit."""
 
 import os
 import uuid
@@ -20,24 +20,24 @@ from pgpo_lightning.distributed.collectives import together
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 
 SUPERSEDED = ".superseded"
-"""Ends the name of a checkpoint that the run had written before it was resumed from an earlier one."""
+"""Suffix of a later checkpoint of a run that was resumed from an earlier one."""
 
 
 @checked
 class ResumeCheckpoint(Checkpoint):
-    """Saves the whole state of the run every few steps, after the validation that belongs to the step.
+    """Saves the whole state of the run every few steps, after the validation of that step.
 
     Lightning's ModelCheckpoint saves before that validation, and a run that is killed in between never logs it. A file named
-    ``step=*.ckpt`` is always whole and on the disk before an older one goes. Files of others in the folder are left alone:
-    every file says which run's ResumeCheckpoint wrote it.
+    ``step=*.ckpt`` is always complete and on the disk before an older one is deleted. Files of other runs and programs are
+    never deleted: every file records which run's ResumeCheckpoint wrote it.
 
     With a plug-in that writes in the background, such as Lightning's ``AsyncCheckpointIO``, there may be one file more than
-    `keep`: the older one goes when the newer one is there.
+    `keep`: an older file is deleted once the newer one exists.
 
     Args:
-        every_n_train_steps: Batches between two checkpoints. The last step is saved in any case.
-        keep: How many of the newest are kept; null for all. With 2 or more, `--ckpt_path last` has an older one where the newest
-            is damaged.
+        every_n_train_steps: Batches between two checkpoints. The last step is always saved.
+        keep: Number of checkpoints to keep, the newest ones; null for all. With 2 or more, `--ckpt_path last` falls back to an
+            older one if the newest is damaged.
         dirpath: Folder; by default ``checkpoints`` in the folder of the log.
 
     Raises:
@@ -56,12 +56,12 @@ class ResumeCheckpoint(Checkpoint):
         self._saved = -1
 
     def folder(self, trainer: L.Trainer) -> Path:
-        """Return where the checkpoints of this run are."""
+        """Return the folder of this run's checkpoints."""
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     @property
     def newest(self) -> Path | None:
-        """The file that this process wrote last, on the rank that writes; None before."""
+        """The last file that this process wrote, on the rank that writes; None before."""
         return self._mine[-1] if self._mine and self._saved >= 0 else None
 
     @property
@@ -70,32 +70,32 @@ class ResumeCheckpoint(Checkpoint):
         return next((callback.best_model_path for callback in self._beside if callback.best_model_path), "")
 
     def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
-        """Look who else saves."""
+        """Remember other callbacks that save checkpoints."""
         self._beside = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the run's mark."""
+        """Return the identifier of the run."""
         return {"run": self.run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the same run."""
+        """Keep the identifier of the resumed run."""
         self.run = state_dict["run"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: OnPolicyModule, checkpoint: dict[str, Any]) -> None:
-        """Mark what this callback writes, and nothing that another one does."""
+        """Mark checkpoints that this callback writes."""
         if self._saving:
             checkpoint[MARK] = {"run": self.run}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, or wait for the validation that is about to start."""
+        """Save, unless a validation follows."""
         self._due = pl_module.steps % self.every_n_train_steps == 0
         if self._due and not validates_next(trainer):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Save what had to wait."""
+        """Save after the validation."""
         if self._due and not trainer.sanity_checking:
             self._save(trainer, pl_module)
 
@@ -109,7 +109,7 @@ class ResumeCheckpoint(Checkpoint):
             return
         self._saved = pl_module.steps
         folder = self.folder(trainer)
-        with together():  # what fails on the first rank alone ends all of them
+        with together():  # a failure on the first rank alone ends all ranks
             path = self._free(folder, pl_module.steps) if trainer.is_global_zero else folder
         path = trainer.strategy.broadcast(path)
         self._saving = True
@@ -125,13 +125,13 @@ class ResumeCheckpoint(Checkpoint):
                 self._written(trainer, path)
 
     def _free(self, folder: Path, step: int) -> Path:
-        """Return a name that is nobody else's, and learn which files of earlier processes are this run's."""
+        """Return a name that no other file has, and find this run's files of earlier processes."""
         if self._mine is None:
             found, _ = look(folder)
             mine = [c for c in found if c.mark is not None and c.mark["run"] == self.run]
             self._mine = [c.path for c in sorted(mine, key=lambda c: (c.step <= step, c.modified))]
             for checkpoint in mine if self.keep is None else ():
-                if checkpoint.step > step:  # `last` would take it for the newest
+                if checkpoint.step > step:  # `last` would select it as the newest
                     checkpoint.path.rename(checkpoint.path.with_name(checkpoint.path.name + SUPERSEDED))
                     self._mine.remove(checkpoint.path)
         path = folder / f"step={step:06d}.ckpt"
@@ -144,7 +144,7 @@ class ResumeCheckpoint(Checkpoint):
     def _written(self, trainer: L.Trainer, path: Path) -> None:
         mine = [one for one in self._mine or [] if one != path] + [path]
         if self.keep is not None:
-            there = [one for one in mine if one.exists()]  # one that is written in the background may not be
+            there = [one for one in mine if one.exists()]  # a file that is written in the background may not exist yet
             for old in there[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
                 mine.remove(old)
@@ -152,12 +152,12 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _save_file(trainer: L.Trainer, path: Path) -> None:
-    """Save, and fail on all ranks where the one that writes fails."""
+    """Save, and fail on all ranks if the writing rank fails."""
     with together():
         try:
             trainer.save_checkpoint(path)
         except Exception:
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait by now
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks are waiting there
             raise
 
 
@@ -168,7 +168,7 @@ def validates_next(trainer: L.Trainer) -> bool:
 
 
 def _save_shards(trainer: L.Trainer, path: Path) -> None:
-    """Save to a folder that gets its name when all ranks have written all of it."""
+    """Save to a folder that gets its final name once all ranks have written all of it."""
     partial = path.with_name(path.name + PARTIAL)
     with together():
         if trainer.is_global_zero:
@@ -180,7 +180,7 @@ def _save_shards(trainer: L.Trainer, path: Path) -> None:
     try:
         with claimed(handle):
             trainer.save_checkpoint(partial)
-            with together():  # what fails on the first rank alone ends all of them
+            with together():  # a failure on the first rank alone ends all ranks
                 if trainer.is_global_zero:
                     finish_shards(partial)
                     remove(path)
@@ -191,7 +191,7 @@ def _save_shards(trainer: L.Trainer, path: Path) -> None:
         cause = next((each for each in [error, *failures] if isinstance(each, OSError)), None)
         if trainer.is_global_zero:
             remove(partial)
-        if cause is None:  # torch's own, which hides the one of the system
+        if cause is None:  # torch's own error, which hides that of the system
             cause = OSError(str((failures or [error])[0]).splitlines()[0])
         raise not_saved(path, cause, _bytes(trainer)) from error
     finally:
@@ -199,7 +199,7 @@ def _save_shards(trainer: L.Trainer, path: Path) -> None:
 
 
 def _bytes(trainer: L.Trainer) -> int:
-    """Return how large the tensors of a checkpoint of all ranks are."""
+    """Return the size of the tensors in a checkpoint of all ranks, in bytes."""
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     tensors = [*trainer.lightning_module.parameters(), *trainer.lightning_module.buffers(), *kept]

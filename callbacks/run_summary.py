@@ -1,4 +1,4 @@
-"""What a person sees of a run: grouped curves, sampled texts, a picture and a summary at the end."""
+"""Output of a run for people: grouped curves, sampled texts, and at the end a picture, a table and a summary."""
 
 import math
 import statistics
@@ -24,9 +24,9 @@ from pgpo_lightning.monitoring.run_record import FILE, collect
 
 @checked
 class RunSummary(L.Callback):
-    """Groups the curves in TensorBoard, logs a few rollouts as text, and closes a run with a picture, a summary and a record.
+    """Groups the curves in TensorBoard, logs a few rollouts as text, and writes a picture, a summary and a record at the end.
 
-    Needs a TensorBoard logger; without one it says so and does nothing.
+    Requires a TensorBoard logger; without one it warns and does nothing.
 
     Args:
         texts_every_n_steps: Batches between two logs of rollouts; 0 for none.
@@ -50,7 +50,7 @@ class RunSummary(L.Callback):
         return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the seconds of training before the interruption."""
+        """Restore the seconds of training before the interruption."""
         self.seconds, self.cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
@@ -58,31 +58,31 @@ class RunSummary(L.Callback):
         self._start_clocks()
         if (writer := _writer(trainer)) is not None:
             writer.add_custom_scalars(LAYOUT)
-        elif not trainer.fast_dev_run:  # which takes the logger away
+        elif not trainer.fast_dev_run:  # which removes the logger
             rank_zero_warn(
-                "This run will leave no summary.json, run.json and stability.png, which are made from the log of a "
-                "TensorBoardLogger: leave `trainer.logger` null, or add one to it."
+                "This run will write no summary.json, run.json and stability.png, because they are made from the log of a "
+                "TensorBoardLogger. Leave `trainer.logger` null, or add one to it."
             )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a few rollouts with what the teacher saw."""
+        """Log a few rollouts with the teacher's prompts."""
         writer = _writer(trainer)
         if writer is None or not self.texts_every_n_steps or (pl_module.steps - 1) % self.texts_every_n_steps:
             return
-        # One of each kind first: what a failed response's teacher sees is what one wants to read.
+        # From the worst to the best reward: the teacher's prompt of a failed response is the most informative.
         rows = sorted(pl_module.last_samples, key=lambda row: row.verdict.reward)
         picked = [rows[i * (len(rows) - 1) // max(1, self.texts - 1)] for i in range(min(self.texts, len(rows)))]
         text = "\n\n---\n\n".join(_as_text(row) for row in picked)
         writer.add_text("rollouts", text, pl_module.steps)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Draw the curves, write the summary and the record."""
+        """Draw the curves, and write the summary and the record."""
         self._conclude(trainer, pl_module, ended=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: OnPolicyModule, exception: BaseException) -> None:
-        """Draw the curves and write the summary of a run that was asked to end, and is to go on later."""
+        """Draw the curves and write the summary of a run that was stopped by a signal."""
         if isinstance(exception, Stopped) and trainer.state.fn == "fit" and pl_module.steps:
             self._conclude(trainer, pl_module, ended=False)
 
@@ -101,7 +101,7 @@ class RunSummary(L.Callback):
         summary = summarise(scalars, pl_module.steps, seconds, pl_module.evaluator.config.samples)
         write_json(folder / "summary.json", summary, indent=2)
         multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
-        if ended:  # the record says that a run is complete
+        if ended:  # a record marks a run as complete
             collect(
                 folder,
                 scalars,
@@ -129,7 +129,7 @@ class RunSummary(L.Callback):
 
 
 def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, k: int) -> dict[str, Any]:
-    """Condense a run: scores before and after, and the multiplier it trained with.
+    """Summarise a run: scores before and after, and the multiplier that it trained with.
 
     Args:
         scalars: Of the run.
@@ -138,12 +138,12 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
         k: Samples per question in evaluation.
 
     Returns:
-        `base`, `last` and `best` hold the evaluation scores before the first step (null if there was no such evaluation), at
-        the last evaluation and at the one with the best avg@k, each with its step and, as `standard_error`, the standard errors
-        of the scores over questions; `final` those after the last step (null if the run was not evaluated there); `best` also
-        the number of evaluations that it was chosen from, as `of`: chance makes the best of several noisy scores too high;
-        `multiplier` mean and standard deviation of rho over steps (null without a multiplier);
-        `steps_without_signal` optimizer steps that were left out because no rollout was in the loss.
+        `base`, `last` and `best`: the evaluation scores before the first step (null without such an evaluation), at the last
+        evaluation, and at the one with the best avg@k. Each has its step and, as `standard_error`, the standard errors of the
+        scores, clustered by question. `final`: those after the last step (null if the run was not evaluated there). `best` also
+        has the number of evaluations that it was selected from, as `of`: the best of several noisy scores is biased upwards.
+        `multiplier`: mean and standard deviation of rho over steps (null without a multiplier). `steps_without_signal`:
+        optimizer steps that were skipped because no rollout was in the loss.
     """
     at, scores = series(scalars, f"val/avg@{k}")
     best = at[scores.index(max(scores))] if scores else None
@@ -169,7 +169,7 @@ def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, 
 
 
 def before_after(summary: dict[str, Any]) -> str:
-    """Return a table of the scores before and after training, with their standard errors over questions."""
+    """Return a table of the scores before and after training, with standard errors clustered by question."""
     columns = [name for name in ("base", "best", "final" if summary["final"] else "last") if summary[name]]
     if not columns:
         return f"{summary['steps']} steps, no evaluation"
@@ -178,14 +178,14 @@ def before_after(summary: dict[str, Any]) -> str:
     titles = [f"{looks if name == 'best' else name} @{summary[name]['step']}" for name in columns]
     lines = ["held-out".ljust(12) + "".join(f"{title:>18}" for title in titles)]
     lines += [name.ljust(12) + "".join(_cell(summary[column], name) for column in columns) for name in rows]
-    lines.append("± standard error over questions; the best of several is too high by chance")
+    lines.append("± standard error, clustered by question; the best of several is biased upwards")
     if not summary["final"]:
         lines.append(f"no evaluation after step {summary['last']['step']}: see `trainer.val_check_interval`")
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     if rho := summary["multiplier"]:
         lines[-1] += f", multiplier {rho['mean']:.3f} ± {rho['std']:.3f}"
     if summary["steps_without_signal"]:
-        lines[-1] += f", {summary['steps_without_signal']} optimizer steps left out: no rollout was in the loss"
+        lines[-1] += f", {summary['steps_without_signal']} optimizer steps skipped: no rollout was in the loss"
     return "\n".join(lines)
 
 

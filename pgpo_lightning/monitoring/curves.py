@@ -108,7 +108,7 @@ def draw_stability(scalars: Scalars, path: str | Path, title: str) -> None:
             if errors := scalars.get(error_tag(tag), {}):
                 low = [v - errors.get(s, 0.0) for s, v in zip(steps, values, strict=True)]
                 high = [v + errors.get(s, 0.0) for s, v in zip(steps, values, strict=True)]
-                axis.fill_between(steps, low, high, alpha=0.3, label="± standard error over questions")
+                axis.fill_between(steps, low, high, alpha=0.3, label="± standard error, clustered by question")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)

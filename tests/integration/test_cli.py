@@ -244,7 +244,7 @@ def test_a_run_says_when_it_was_last_evaluated():
     head, row, note, _ = before_after(whole).splitlines()
     assert re.split(r"  +", head) == ["held-out", "base @0", "best of 3 @10", "final @20"]
     assert re.split(r"  +", row.strip()) == ["avg@2", "0.500 ± 0.125", "0.750 ± 0.062", "0.625"]
-    assert note == "± standard error over questions; the best of several is too high by chance"
+    assert note == "± standard error, clustered by question; the best of several is biased upwards"
     assert cut["final"] is None
     assert cut["last"] == whole["last"]
     assert "last @20" in before_after(cut)

@@ -237,5 +237,5 @@ def test_the_summary_counts_them():
     summary = summarise({"actor/steps_without_signal": {1: 0.0, 2: 3.0}}, 2, 9.0, 2)
     assert summary["steps_without_signal"] == 3
     told = before_after(summary | {"last": {"step": 1, "avg@2": 0.5, "standard_error": {}}})
-    assert told.endswith("2 steps in 9 s, 3 optimizer steps left out: no rollout was in the loss")
+    assert told.endswith("2 steps in 9 s, 3 optimizer steps skipped: no rollout was in the loss")
     assert "left out" not in before_after(summarise({}, 2, 9.0, 2) | {"last": {"step": 1, "standard_error": {}}})
