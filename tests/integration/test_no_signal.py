@@ -55,7 +55,9 @@ def made(base, empty, updates=1, **settings):
         return 0.0 if module.steps * updates + share in empty else value
 
     limits = {
-        name: value for name, value in LIMITS.items() if name != "max_reprompt_len" or issubclass(base, SDPO | RLSD)
+        name: value
+        for name, value in LIMITS.items()
+        if name != "max_reprompt_len" or issubclass(base, SDPO | SRPO | RLSD)
     }
     module = build(type(f"Watched{base.__name__}", (Watched, base), {}),
         tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=updates,

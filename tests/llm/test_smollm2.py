@@ -17,6 +17,7 @@ from pgpo_lightning.commands.main import main
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+from tests.support.helpers import grouped
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent.parent / ".models" / "smollm2-135m-instruct"
@@ -49,7 +50,7 @@ def config(folder, **changes):
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
         },
-        "model": {"class_path": "SDPO", "init_args": model | changes.pop("model", {})},
+        "model": {"class_path": "SDPO", "init_args": grouped(model | changes.pop("model", {}))},
         "data": {
             "class_path": "FileQuestions",
             "init_args": data | {"batch_size": 2, "eval_batch_size": 4, "limit_val": 4},
