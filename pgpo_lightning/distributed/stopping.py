@@ -1,8 +1,8 @@
-"""Ending a process that is asked to end by a signal, at a place where nothing is lost.
+"""Termination by a signal at a point where no progress is lost.
 
-Until training begins, a signal ends the process wherever it is. From then on it is only noted, except within *sections*: code
-that takes long, changes nothing that a checkpoint holds, and exchanges nothing between ranks (sampling). There it raises at once.
-Behind a section all ranks agree, so that they end at the same step even if one of them alone was asked.
+Before training begins, a signal ends the process at once. During training it is only recorded, except within *sections*: code
+that takes long, changes no state of a checkpoint, and uses no collectives (sampling). There it raises at once. After a section
+all ranks agree, so that they end at the same step even if only one of them received the signal.
 """
 
 import os
@@ -17,25 +17,25 @@ from typing import Any, Literal
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 AGAIN = 1.0
-"""Seconds after which a signal is a second request. Before, it is the first that came twice: to the process and to its group."""
+"""Seconds after which a signal is a second request. Earlier ones are duplicates, sent to the process and to its group."""
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. No ``Exception``, so that nobody takes it for an error of something that was tried.
+    """Raised when a signal ends this process. It is not an ``Exception``, so that ``except Exception`` does not catch it.
 
     Args:
-        number: Of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
         self.saved: Path | str | None = None
-        """The checkpoint to go on from, if there is one."""
+        """The checkpoint to resume from, if there is one."""
 
     @property
     def status(self) -> int:
-        """The exit status by which shells and schedulers know that a signal ended a process."""
+        """The exit status that tells shells and schedulers that a signal ended the process."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -43,14 +43,19 @@ class Stopped(BaseException):
         return f"stopped by {signal.Signals(self.number).name}{where}"
 
 
-def _gather(mine: int | None) -> list[int | None]:
-    from pgpo_lightning.distributed.collectives import gather  # here, because torch takes seconds
+def _gather(local: int | None) -> list[int | None]:
+    from pgpo_lightning.distributed.collectives import gather  # importing torch takes seconds
 
-    return gather(mine)
+    return gather(local)
 
 
 class Signals:
-    """What this process does when it is asked to end. There is one such object, :data:`SIGNALS`, as there is one process."""
+    """The reaction of this process to signals. :data:`SIGNALS` is the only instance.
+
+    Attributes:
+        mode: Where a signal raises at once: ``anywhere``, within ``sections``, or ``never``.
+        asked: The signal that was received; ``None`` before.
+    """
 
     def __init__(self) -> None:
         self.mode: Literal["anywhere", "sections", "never"] = "anywhere"
@@ -61,14 +66,14 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def listen(self, more: tuple[int, ...] = (), forward: Callable[[int], Any] | None = None) -> None:
-        """Take over the signals that ask for an end, but those that are ignored (``nohup``, a shell's background).
+        """Handle the signals that end a process, except those that are ignored (``nohup``, background jobs of a shell).
 
         Args:
-            more: Further signals that do.
-            forward: Sends a signal to the processes that this one started to share its work.
+            more: Further signals to handle.
+            forward: Sends a signal to the ranks that this process started.
         """
         if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may, and only it is interrupted
+            return  # only the main thread may handle signals
         if not self._before:
             self.mode, self.asked, self._inside = "anywhere", None, False
         self._forward = forward or self._forward
@@ -77,7 +82,7 @@ class Signals:
                 self._before[number] = signal.signal(number, self._handle)
 
     def release(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before, self._forward, self._inside = {}, None, False
@@ -85,7 +90,7 @@ class Signals:
     def _handle(self, number: int, _: Any) -> None:
         now = time.monotonic()
         if self.asked is not None:
-            # SIGTERM behind SIGINT is not the user's second word but that of a launcher such as torchrun.
+            # SIGTERM after SIGINT comes from a launcher such as torchrun and is not a second request of the user.
             if number == self.asked and now - self._since > AGAIN:
                 self._pass_on(signal.SIGKILL)
                 os._exit(128 + number)
@@ -94,12 +99,10 @@ class Signals:
         self._pass_on(number)
         if self.mode == "anywhere" or self._inside:
             raise Stopped(number)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0 and sys.__stderr__ is not None:
             what = "the run is about to end" if self.mode == "never" else "the step is finished first"
-            # Not print(), which must not be entered twice.
-            os.write(
-                sys.__stderr__.fileno(), f"\n{signal.Signals(number).name}: {what}; once more ends it now.\n".encode()
-            )
+            message = f"\n{signal.Signals(number).name}: {what}; once more ends it now.\n"
+            os.write(sys.__stderr__.fileno(), message.encode())  # print() is not reentrant
 
     def _pass_on(self, number: int) -> None:
         if self._forward is not None:
@@ -107,13 +110,13 @@ class Signals:
 
     @contextmanager
     def section(self, together: bool) -> Iterator[None]:
-        """Let a signal end the enclosed code at once.
+        """Context in which a signal raises at once.
 
         Args:
-            together: Whether ranks are to agree behind it. Else they do when each calls :meth:`agree`.
+            together: Whether ranks agree after it. Otherwise each rank must call :meth:`agree`.
 
         Raises:
-            Stopped: If this rank, or with ``together`` any rank, was asked to end.
+            Stopped: If this rank, or with ``together`` any rank, received a signal.
         """
         if self.mode != "sections":
             yield
@@ -126,7 +129,7 @@ class Signals:
                 yield
             finally:
                 self._inside = False
-            if self.asked is not None:  # and what was tried took the exception for its own
+            if self.asked is not None:  # the enclosed code caught the exception
                 raise Stopped(self.asked)
         except Stopped:
             _gather(self.asked)
@@ -135,10 +138,10 @@ class Signals:
             self.agree()
 
     def agree(self) -> None:
-        """Ask all ranks whether to end.
+        """Exchange received signals between all ranks.
 
         Raises:
-            Stopped: If any of them was asked to.
+            Stopped: If any rank received one.
         """
         if self.mode == "sections" and (numbers := [number for number in _gather(self.asked) if number is not None]):
             raise Stopped(numbers[0])

@@ -1,8 +1,8 @@
 r"""Metrics over several samples per question: avg@k, pass@k, majority@k, lengths.
 
-They group samples by the index of the question, so neither the order of the samples matters nor how they are spread over
-ranks, and a question that a distributed sampler repeats to even out the ranks counts once. Where its samples are repeated too,
-leave them out before: as further samples they would count in pass@k and the majority.
+Samples are grouped by the index of their question. So the order of the samples and their distribution over ranks do not matter,
+and a question that a distributed sampler repeats to pad ranks counts once. If its samples are repeated too, drop them before the
+update: as additional samples they would count in pass@k and in the majority.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ class PerQuestionMean(Metric):
 
     .. math:: \frac{1}{|Q|} \sum_{q \in Q} \frac{1}{n_q} \sum_{i=1}^{n_q} v_{q,i}
 
-    ``update`` takes ``question`` (``(N,)``, int64, which question each sample belongs to) and ``value`` (``(N,)``);
-    ``compute`` returns a scalar, NaN before the first update. A subclass writes :meth:`per_question`.
+    ``update`` takes ``question`` (``(N,)``, int64, the question of each sample) and ``value`` (``(N,)``). ``compute`` returns a
+    scalar, NaN before the first update. Subclasses override :meth:`per_question`.
 
     Example:
         >>> metric = PerQuestionMean()
@@ -48,8 +48,12 @@ class PerQuestionMean(Metric):
     def update(self, question: Tensor, value: Tensor) -> None:
         """Add samples.
 
+        Args:
+            question: Index of each sample's question, shape ``(N,)``.
+            value: Value of each sample, shape ``(N,)``.
+
         Raises:
-            ValueError: If the two are not vectors of one length.
+            ValueError: If the two are not vectors of the same length.
         """
         if question.ndim != 1 or question.shape != value.shape:
             raise ValueError(
@@ -66,10 +70,10 @@ class PerQuestionMean(Metric):
         return torch.tensor(mean, dtype=torch.float32, device=self.device)
 
     def standard_error(self) -> Tensor:
-        r"""Return the standard error of the mean, clustered by question: NaN with fewer than two.
+        r"""Return the standard error of the mean, clustered by question; NaN with fewer than two questions.
 
-        Samples of one question are alike, so what varies independently is the questions' scores :math:`s_q`:
-        :math:`\sqrt{\operatorname{Var}(s_q) / |Q|}`. Of this process's samples: exchange them first if there are others.
+        Samples of one question are correlated, so only the questions' scores :math:`s_q` vary independently:
+        :math:`\sqrt{\operatorname{Var}(s_q) / |Q|}`. It covers the samples of this process; with several, gather them before.
         """
         scores = self.per_question()
         error = math.sqrt(statistics.variance(scores) / len(scores)) if len(scores) > 1 else math.nan
@@ -85,8 +89,8 @@ class PerQuestionMean(Metric):
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all ranks."""
-        # torchmetrics gives a rank without samples an empty float32 state; next to the int64 of the other ranks the
-        # gathered bytes would be read as the wrong type.
+        # torchmetrics gives a rank without samples an empty float32 state. Gathered with the int64 states of other ranks, the
+        # bytes would be interpreted as the wrong type.
         for name, dtype in self._dtypes().items():
             if isinstance(state := getattr(self, name), list) and not state:
                 setattr(self, name, [torch.zeros(0, dtype=dtype, device=self.device)])
@@ -118,7 +122,7 @@ class MeanLength(PerQuestionMean):
 
 
 class CutOffFraction(PerQuestionMean):
-    """Fraction of responses that were cut off at the length limit: ``value`` is 1 for those and 0 for the others."""
+    """Fraction of responses that were truncated at the length limit: ``value`` is 1 for those and 0 for the others."""
 
     higher_is_better = False
 
@@ -160,7 +164,7 @@ class PassAtK(PerQuestionMean):
             n, failures = len(samples), sum(value < threshold for (value,) in samples)
             if n < self.k:
                 raise ValueError(f"Expected at least k={self.k} samples of question {question}, but got {n}.")
-            # Integers are exact: no rounding where the two binomials are huge or nearly equal.
+            # Integers are exact, also where the two binomials are huge or nearly equal.
             scores.append((math.comb(n, self.k) - math.comb(failures, self.k)) / math.comb(n, self.k))
         return scores
 
@@ -168,8 +172,8 @@ class PassAtK(PerQuestionMean):
 class MajorityAtK(PerQuestionMean):
     """Reward of the most frequent answer to each question, "majority@k" with k samples per question.
 
-    Among equally frequent answers the one given first counts, over ranks in the order of the ranks. Samples without an
-    answer have no vote; a question without any vote scores 0.
+    Ties are broken in favour of the earliest sample, in the order of ranks. Samples without an answer have no vote. A question
+    without votes scores 0.
 
     Example:
         >>> metric = MajorityAtK()
@@ -202,11 +206,11 @@ class MajorityAtK(PerQuestionMean):
         scores = []
         for samples in self._samples("answer", "value").values():
             votes = Counter(answer for answer, _ in samples if answer != _NO_ANSWER)
-            winner = max(votes, key=votes.__getitem__, default=None)  # the first of equals
+            winner = max(votes, key=votes.__getitem__, default=None)  # the first of several
             scores.append(next((value for answer, value in samples if answer == winner), 0.0))
         return scores
 
 
 def _stable_hash(text: str) -> int:
-    """Return 63 bits that every rank computes alike, unlike Python's ``hash``."""
+    """Return a hash of 63 bits that is the same on every rank, unlike Python's ``hash``."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""What held-out answers are scored as: from a line per question to scores with standard errors, and one file."""
+"""Scores of held-out answers: from one JSON line per question to scores with standard errors, and one file of answers."""
 
 import heapq
 import json
@@ -22,11 +22,11 @@ class HeldOut:
     """The scores of one evaluation.
 
     Attributes:
-        scores: By name: `avg`, `pass`, `maj` (only if there were answers to vote on), `length` (tokens), `cut_off`.
-        errors: Their standard errors, clustered by question; NaN for a single question.
-        questions: How many were asked.
-        sha256: Of the questions in their order, see :func:`~pgpo_lightning.core.identity.joint_sha256`.
-        path: The file of the answers, if they were written.
+        scores: Scores by name: `avg`, `pass`, `maj` (only if there were answers to vote on), `length` (tokens), `cut_off`.
+        errors: Standard errors of the scores, clustered by question; NaN for a single question.
+        questions: Number of questions.
+        sha256: Hash of the questions in their order, see :func:`~pgpo_lightning.core.identity.joint_sha256`.
+        path: File of the answers, if they were written.
     """
 
     scores: dict[str, float]
@@ -37,7 +37,7 @@ class HeldOut:
 
 
 SCORES = ("avg", "pass", "maj")
-"""What is named ``name@k``, and told with its standard error."""
+"""Scores that are named ``name@k`` and reported with their standard error."""
 
 
 def score_name(name: str, k: int) -> str:
@@ -93,19 +93,19 @@ def score(
 ) -> HeldOut:
     """Score the results of all ranks, and write them in the order of the questions.
 
-    A question that several ranks were given, so that all have equally many, counts once in everything.
+    A question that several ranks received, as padding, counts once.
 
     Args:
-        parts: Lines of :func:`result_line`, those of each rank in the order of their `index`.
-        k: Of pass@k.
-        threshold: Rewards from here on pass.
-        file: Where the lines are written, all at once; null for nowhere.
-        name: Says from the scores what the file shall be called instead.
+        parts: Lines of :func:`result_line` of each rank, in the order of their `index`.
+        k: Number of attempts of pass@k.
+        threshold: Rewards of at least this value pass.
+        file: Destination of the lines, written atomically; ``None`` writes none.
+        name: Returns another name of the file, given the scores.
 
     Raises:
-        ValueError: If two questions have one `index`.
+        ValueError: If two different questions have the same `index`.
     """
-    # One process has all samples: there is nothing to exchange.
+    # One process has all samples, so the metrics need no synchronisation.
     metrics: dict[str, PerQuestionMean] = {
         "avg": AvgAtK(sync_on_compute=False),
         "pass": PassAtK(k, threshold, sync_on_compute=False),
@@ -119,7 +119,7 @@ def score(
             _update(metrics, result)
             hashes.append(result["sha256"])
             voted |= any(answer is not None for answer in result["answers"])
-        if not voted:  # without answers to vote on there is no majority, rather than one of zero
+        if not voted:  # without votes the majority is undefined, not zero
             del metrics["maj"]
         found = HeldOut(
             {name: float(metric.compute()) for name, metric in metrics.items()},
@@ -156,7 +156,7 @@ def _each_once(parts: list[Iterator[bytes]], out: IO[bytes] | None) -> Iterator[
 
 def _update(metrics: dict[str, PerQuestionMean], result: dict[str, Any]) -> None:
     index = torch.full((len(result["rewards"]),), result["index"])
-    # Not the default type, which is bf16 under Lightning's bf16-true: a length of 301 would be 300.
+    # The default dtype is bf16 under Lightning's bf16-true, in which a length of 301 would be 300.
     reward, length, cut_off = (
         torch.tensor(values, dtype=torch.float32)
         for values in (result["rewards"], result["lengths"], [not finished for finished in result["finished"]])

@@ -1,4 +1,4 @@
-"""Why no rollout of an optimizer step is in the loss, and what to do about it."""
+"""Explanation of steps without a learning signal: why no rollout is in the loss, and what to change."""
 
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -8,7 +8,15 @@ from pgpo_lightning.core.types import Sample
 
 @dataclass
 class Outcomes:
-    """What became of rollouts that are not in the loss; one number per rollout and field."""
+    """Outcomes of rollouts that are not in the loss, one entry per rollout.
+
+    Attributes:
+        question: Index of the question.
+        reward: Reward of the response.
+        cut_off: Whether the response was truncated at the length limit.
+        taught: Whether a teacher's prompt exists.
+        feedback: Whether there is feedback.
+    """
 
     question: list[int]
     reward: list[float]
@@ -17,34 +25,34 @@ class Outcomes:
     feedback: list[bool]
 
     @classmethod
-    def from_samples(cls, rows: list[Sample]) -> "Outcomes":
-        """Collect those of one rank."""
+    def from_samples(cls, samples: list[Sample]) -> "Outcomes":
+        """Collect the outcomes of one rank."""
         return cls(
-            question=[row.rollout.question.index for row in rows],
-            reward=[row.verdict.reward for row in rows],
-            cut_off=[not row.rollout.finished for row in rows],
-            taught=[row.reprompt_ids is not None for row in rows],
-            feedback=[bool(row.verdict.feedback or row.rollout.question.privileged_context) for row in rows],
+            question=[sample.rollout.question.index for sample in samples],
+            reward=[sample.verdict.reward for sample in samples],
+            cut_off=[not sample.rollout.finished for sample in samples],
+            taught=[sample.reprompt_ids is not None for sample in samples],
+            feedback=[bool(s.verdict.feedback or s.rollout.question.privileged_context) for s in samples],
         )
 
     @classmethod
     def join(cls, parts: list["Outcomes"]) -> "Outcomes":
-        """Put those of all ranks behind each other."""
+        """Concatenate the outcomes of all ranks."""
         return cls(**{f.name: list(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(cls)})
 
 
 def explain(
     seen: Outcomes, threshold: float, limit: int, siblings: int, has_teacher: bool, shows_feedback: bool = True
 ) -> str:
-    """Return the numbers of rollouts without a signal, the cause that they show, and what to do.
+    """Return a description of rollouts without a signal: their counts, the likely cause, and what to change.
 
     Args:
         seen: At least one rollout, of all ranks.
-        threshold: Rewards from here on count as success.
+        threshold: Rewards of at least this value are successes.
         limit: `max_response_length` (tokens).
         siblings: `num_generations`.
-        has_teacher: Whether the objective compares with a teacher; without one it compares siblings' rewards.
-        shows_feedback: Whether a teacher is shown feedback where there is any.
+        has_teacher: Whether the objective uses a teacher. Without one it compares siblings' rewards.
+        shows_feedback: Whether the teacher's prompt contains feedback if there is any.
 
     Example:
         >>> seen = Outcomes([0, 0], [1.0, 1.0], [False] * 2, [False] * 2, [False] * 2)

@@ -1,4 +1,4 @@
-"""Whether the first batch shows that the teacher harms, before the first optimizer step."""
+"""Checks before the first optimizer step that the teacher is not worse than the student."""
 
 import math
 from collections.abc import Callable
@@ -13,32 +13,32 @@ from pgpo_lightning.losses.information import Information, clustered_error, info
 from pgpo_lightning.losses.step_statistics import StepStatistics
 
 LEVEL = 0.01
-"""Probability of a warning, in a run of its own, where the true value is 0; one-sided, Student's t over questions."""
+"""Probability of a false warning per run if the true value is 0: one-sided, Student's t over questions."""
 
 
 def significantly_negative(value: float, standard_error: float, questions: int, level: float = LEVEL) -> bool:
-    """Return whether a mean over questions is below 0.
+    """Return whether a mean over questions is significantly below 0.
 
     Args:
         value: The mean.
-        standard_error: Clustered by question.
-        questions: Their number; fewer than 2 say nothing.
-        level: One-sided.
+        standard_error: Its standard error, clustered by question.
+        questions: Number of questions. With fewer than 2 the result is false.
+        level: One-sided significance level.
 
     Example:
         >>> significantly_negative(-0.69, 0.19, 8), significantly_negative(-0.5, 0.19, 8)
         (True, False)
     """
-    from scipy.stats import t  # half a second, for what runs once
+    from scipy.stats import t  # imported here: it takes half a second and runs once
 
     return questions > 1 and value < float(t.ppf(level, questions - 1)) * standard_error
 
 
 def less_certain(statistics: StepStatistics) -> str | None:
-    """Return what to say if the teacher is less certain than the student, or None.
+    """Return a warning if the teacher is less certain than the student, else ``None``.
 
     Args:
-        statistics: Of the first optimizer step, of all ranks; student and teacher still have the same weights.
+        statistics: Statistics of the first optimizer step, of all ranks, when student and teacher have the same weights.
     """
     signal = information(statistics)
     questions = statistics.question[statistics.has_teacher.bool()].unique().numel()
@@ -46,8 +46,8 @@ def less_certain(statistics: StepStatistics) -> str | None:
         return None
     return (
         f"the teacher is less certain than the student: I = {signal.value:.3g} +- {signal.standard_error:.2g} nats per token "
-        f"over {questions} questions, below 0 at the one-sided level of {LEVEL:.0%}. What the teacher is shown may harm. "
-        "Measure what it is worth with `pgpo probe` before you train"
+        f"over {questions} questions, below 0 at the one-sided level of {LEVEL:.0%}. The teacher's context may harm. "
+        "Measure its effect with `pgpo probe` before you train"
     )
 
 
@@ -55,26 +55,26 @@ def net_gap(gains: Tensor, question: Tensor) -> Information:
     """Return the mean gain and its standard error, clustered by question.
 
     Args:
-        gains: Success of the teacher's answer less that of a fresh answer to the plain prompt, shape ``(n,)``.
-        question: Their questions' numbers, shape ``(n,)``.
+        gains: Success of the teacher's answer minus that of a new answer to the plain prompt, shape ``(n,)``.
+        question: Indices of the questions, shape ``(n,)``.
     """
     value = gains.double().mean()
     return Information(value.item(), clustered_error(gains.double() - value, question))
 
 
 def less_successful(gap: Information, questions: int) -> str | None:
-    """Return what to say if the teacher's answers succeed less often than the student's, or None."""
+    """Return a warning if the teacher's answers succeed less often than the student's, else ``None``."""
     if not significantly_negative(gap.value, gap.standard_error, questions):
         return None
     return (
         f"the teacher answers worse than the student: net gap {gap.value:.3g} +- {gap.standard_error:.2g} over {questions} "
-        f"questions, below 0 at the one-sided level of {LEVEL:.0%}. What the teacher is shown harms. Compare contexts with "
+        f"questions, below 0 at the one-sided level of {LEVEL:.0%}. The teacher's context harms. Compare contexts with "
         "`pgpo probe` before you train"
     )
 
 
 def joined(parts: list[list[tuple[int, float]]]) -> tuple[Tensor, Tensor]:
-    """Return gains and questions of all ranks from (question, gain) pairs of each."""
+    """Return gains and question indices of all ranks from each rank's (question, gain) pairs."""
     pairs = [pair for part in parts for pair in part]
     return torch.tensor([gain for _, gain in pairs]), torch.tensor([question for question, _ in pairs])
 
@@ -100,8 +100,9 @@ def measure_gap(
     """
     taught = [sample for sample in samples if sample.reprompt_ids is not None]
     questions = [sample.rollout.question for sample in taught]
+    reprompts = [sample.reprompt_ids for sample in taught if sample.reprompt_ids is not None]
     success = []
-    for prompts in ([sample.reprompt_ids for sample in taught], [sample.rollout.prompt_ids for sample in taught]):
+    for prompts in (reprompts, [sample.rollout.prompt_ids for sample in taught]):
         answers = generate(questions, prompts) if taught else []
         success.append([verdict.reward >= threshold for verdict in judge(answers)])
     local = [(q.index, float(t) - float(s)) for q, t, s in zip(questions, *success, strict=True)]

@@ -1,4 +1,4 @@
-"""Checks of the optimizer that was built: its class may be anybody's, so that its settings are read off its parameter groups."""
+"""Checks of the optimizer. Its class may be any, so its settings are read from its parameter groups."""
 
 import inspect
 import warnings
@@ -13,7 +13,7 @@ from pgpo_lightning.core.settings import Decay, NonNegative, Range, check
 from pgpo_lightning.core.texts import shown
 
 HIGHEST_RATE = 10.0
-"""Adam and its kin move every weight by about `lr` in every step, and the weights of language models are far below 1."""
+"""Adam changes every weight by about `lr` per step, and the weights of language models are far below 1."""
 
 SETTINGS = {
     "lr": Annotated[float, Range(above=0, most=HIGHEST_RATE)],
@@ -22,20 +22,20 @@ SETTINGS = {
     "dampening": NonNegative,
     "betas": Annotated[float, Range(least=0, below=1)],
 }
-"""What is checked where a group has it, beside `eps` and `maximize`."""
+"""Settings that are checked if a group has them, besides `eps` and `maximize`."""
 
 EPS = Range(above=0, most=1)
 
 
 def build_optimizer(make: OptimizerCallable, parameters: list[Parameter]) -> Optimizer:
-    """Return the optimizer of these parameters, with settings that have been checked.
+    """Return the optimizer of these parameters, after checking its settings.
 
     Args:
-        make: From parameters to an optimizer.
-        parameters: What is trained.
+        make: Constructs the optimizer from parameters.
+        parameters: The trained parameters.
 
     Raises:
-        ValueError: If its class does not take its settings, or :func:`check_optimizer` does not.
+        ValueError: If the optimizer's class or :func:`check_optimizer` rejects the settings.
     """
     try:
         optimizer = make(parameters)
@@ -46,10 +46,10 @@ def build_optimizer(make: OptimizerCallable, parameters: list[Parameter]) -> Opt
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise if the optimizer would learn nothing, learn the opposite, or leave the numbers that float32 has.
+    """Check that the optimizer would change the weights, in the right direction, and without overflow in float32.
 
     Args:
-        optimizer: As it was built, before a schedule or a multiplier has changed its rates.
+        optimizer: The new optimizer, before a schedule or a multiplier has changed its rates.
 
     Raises:
         ValueError: Names the setting.
@@ -57,7 +57,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if group.get("maximize"):
             raise ValueError(
-                "Expected `optimizer.maximize` to be false, because the loss is to become smaller, but got true. Leave it out."
+                "Expected `optimizer.maximize` to be false, because the loss is minimised, but got true. Leave it out."
             )
         for name, hint in SETTINGS.items():
             value = group.get(name)
@@ -66,13 +66,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
                     check(
                         f"optimizer.{name}{f'[{i}]' if isinstance(value, (tuple, list)) else ''}", _number(each), hint
                     )
-        eps = group.get("eps")  # of Adafactor it is a pair, with a null in it; of bitsandbytes' Lion, which has none, 0
+        eps = group.get("eps")  # a pair with None in Adafactor; 0 in bitsandbytes' Lion, which has none
         if isinstance(eps, Real) and _takes(optimizer, "eps") and not EPS.holds(eps):
             raise ValueError(f"Expected `optimizer.eps` {EPS.text}, but got {shown(eps)}.")
 
 
 def check_rates(optimizer: Optimizer) -> None:
-    """Raise if a schedule made a learning rate that no step should be taken with. 0 is one: a warm-up may begin there.
+    """Check the learning rates that a schedule has set. 0 is allowed, because a warm-up may start there.
 
     Raises:
         ValueError: Names the schedule.
@@ -105,7 +105,7 @@ def _takes(optimizer: Optimizer, setting: str) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """Return the number in a tensor, which some optimizers keep their rate in."""
+    """Return the number in a tensor, because some optimizers store their rate as one."""
     return value.item() if hasattr(value, "item") else value
 
 

@@ -1,7 +1,7 @@
-"""An optimizer and its schedule when a run is resumed with other settings of them.
+"""Changed settings of optimizer and schedule in a resumed run.
 
-Restored state would silently win over what the user wrote: here the new settings take effect, as if the schedule had had them
-from the first step on. What would need other state than the checkpoint has is refused.
+The restored state would silently override the user's settings. Here the new settings take effect, as if the schedule had had them
+from the first step. Changes that need other state than the checkpoint holds are rejected.
 """
 
 import warnings
@@ -16,13 +16,13 @@ from pgpo_lightning.core.run_settings import Plain, describe
 from pgpo_lightning.training.lowered_rates import lower_rates
 
 MAY_CHANGE = {"lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "foreach"}
-"""Of a parameter group. Others, such as `amsgrad`, decide which state there is, or are the sign of the step."""
+"""Settings of a parameter group that may change. Others, such as `amsgrad`, decide which state exists, or the step's sign."""
 
 _RUNNING = {"base_lrs", "_last_lr", "lr_lambdas", "_schedulers"}
 
 
 def describe_optimizer(optimizer: Optimizer, make_scheduler: Callable[[Optimizer], Any] | None) -> tuple[Any, Plain]:
-    """Make the schedule, and return it with a description of optimizer and schedule before the first step."""
+    """Construct the schedule, and return it with a description of optimizer and schedule before the first step."""
     groups = [
         {name: describe(value) for name, value in group.items() if name not in ("params", "param_names")}
         | {"parameters": len(group["params"])}
@@ -48,11 +48,15 @@ def _describe_scheduler(scheduler: Any) -> Plain:
 def check_optimizer(before: Plain, now: Plain) -> list[str]:
     """Compare optimizer and schedule of a resumed run with those of its checkpoint.
 
+    Args:
+        before: Description from the checkpoint, see :func:`describe_optimizer`.
+        now: Description of this run.
+
     Returns:
-        What may change and did, each as text.
+        A message for each permitted change.
 
     Raises:
-        MisconfigurationException: If anything else did; says what.
+        MisconfigurationException: If another setting changed; names it.
     """
     if before["class"] != now["class"]:
         _refuse("optimizer", before["class"], now["class"], "its state is of the former")
@@ -61,8 +65,8 @@ def check_optimizer(before: Plain, now: Plain) -> list[str]:
         _refuse("optimizer", f"for groups of {old} parameters", f"for groups of {new}", "its state is of the former")
     classes = [each["scheduler"] and each["scheduler"]["class"] for each in (before, now)]
     if classes[0] != classes[1]:
-        _refuse("scheduler", *classes, "its position is in the former")
-    told = []
+        _refuse("scheduler", classes[0], classes[1], "its position is in the former")
+    messages = []
     for number, (old, new) in enumerate(zip(before["groups"], now["groups"], strict=True)):
         for name in sorted(old.keys() & new.keys() - {"initial_lr"}):
             if old[name] == new[name]:
@@ -73,21 +77,21 @@ def check_optimizer(before: Plain, now: Plain) -> list[str]:
                     where,
                     old[name],
                     new[name],
-                    "it decides over state that the checkpoint has or has not, or over all steps",
+                    "it determines which state the checkpoint holds, or it affects all steps",
                 )
-            told.append(f"`model.{where}` is {new[name]!r} and was {old[name]!r}")
+            messages.append(f"`model.{where}` is {new[name]!r} and was {old[name]!r}")
     if before["scheduler"] != now["scheduler"]:
         names = [name for name in now["scheduler"] if before["scheduler"].get(name) != now["scheduler"][name]]
-        told += [
+        messages += [
             f"`model.scheduler.{name}` is {now['scheduler'][name]!r} and was {before['scheduler'].get(name)!r}"
             for name in names
         ]
-    return told
+    return messages
 
 
 def _refuse(what: str, old: Any, new: Any, why: str) -> None:
     raise MisconfigurationException(
-        f"Expected the `{what}` that the run began with, {old}, but got {new}: {why}. Go on with the former, or start a new run "
+        f"Expected the `{what}` that the run began with, {old}, but got {new}: {why}. Resume with the former, or start a new run "
         "from the checkpoint's weights (`pgpo export`)."
     )
 
@@ -99,17 +103,17 @@ def take_effect(
     now: Plain,
     make: Callable[[], tuple[Optimizer, Any]],
 ) -> None:
-    """Give a restored optimizer and schedule the settings that differ from the checkpoint's.
+    """Apply the settings that differ from the checkpoint's to a restored optimizer and schedule.
 
-    The rate is what the new schedule has at this step, times what a :class:`~pgpo_lightning.callbacks.CollapseGuard` has lowered
-    the old one by.
+    The learning rate becomes that of the new schedule at this step, times the factor by which a
+    :class:`~pgpo_lightning.callbacks.CollapseGuard` has lowered the old rate.
 
     Args:
-        optimizer: Restored.
-        scheduler: Restored; ``None`` without.
-        before: Their description in the checkpoint.
-        now: Their description in this run.
-        make: Returns another optimizer and schedule of this run, before their first step.
+        optimizer: The restored optimizer.
+        scheduler: The restored schedule, or ``None``.
+        before: Description of both in the checkpoint.
+        now: Description of both in this run.
+        make: Returns a new optimizer and schedule of this run, before their first step.
     """
     if before == now:
         return
@@ -121,9 +125,8 @@ def take_effect(
     fresh, schedule = make()
     if schedule is not None:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "(?s).*lr_scheduler.step.*"
-            )  # there is no step of an optimizer in between
+            # No optimizer step happens in between, of which torch would warn.
+            warnings.filterwarnings("ignore", "(?s).*lr_scheduler.step.*")
             for _ in range(scheduler.last_epoch):
                 schedule.step()
         scheduler.load_state_dict(schedule.state_dict())

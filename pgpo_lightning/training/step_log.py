@@ -1,4 +1,4 @@
-"""What a step is reported as: pure functions from its rows to scalars, under the names of verl and the SDPO reference."""
+"""Scalars of a step: pure functions of its samples and statistics, under the names of verl and the SDPO reference."""
 
 import math
 from dataclasses import dataclass, fields
@@ -14,7 +14,15 @@ from pgpo_lightning.losses.step_statistics import StepStatistics
 
 @dataclass
 class RolloutSummary:
-    """One number per rollout and field, of one rank or, joined, of all ranks."""
+    """Values of rollouts, one entry per rollout, of one rank or, after :meth:`join`, of all ranks.
+
+    Attributes:
+        reward: Reward of the response.
+        response_length: Response tokens.
+        prompt_length: Prompt tokens.
+        cut_off: Whether the response was truncated at the length limit.
+        negative_log_prob: Mean of -log p over the response tokens under the sampler (nats).
+    """
 
     reward: list[float]
     response_length: list[int]
@@ -23,29 +31,33 @@ class RolloutSummary:
     negative_log_prob: list[float]
 
     @classmethod
-    def from_samples(cls, rows: list[Sample]) -> "RolloutSummary":
+    def from_samples(cls, samples: list[Sample]) -> "RolloutSummary":
         """Summarise the rollouts of one rank."""
         return cls(
-            reward=[row.verdict.reward for row in rows],
-            response_length=[row.length for row in rows],
-            prompt_length=[len(row.rollout.prompt_ids) for row in rows],
-            cut_off=[not row.rollout.finished for row in rows],
-            negative_log_prob=[-row.rollout.log_probs.mean().item() for row in rows],
+            reward=[sample.verdict.reward for sample in samples],
+            response_length=[sample.length for sample in samples],
+            prompt_length=[len(sample.rollout.prompt_ids) for sample in samples],
+            cut_off=[not sample.rollout.finished for sample in samples],
+            negative_log_prob=[-sample.rollout.log_probs.mean().item() for sample in samples],
         )
 
     @classmethod
     def join(cls, parts: list["RolloutSummary"]) -> "RolloutSummary":
-        """Put the summaries of all ranks behind each other."""
+        """Concatenate the summaries of all ranks."""
         return cls(**{f.name: list(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(cls)})
 
 
-def rollout_scalars(rows: list[Sample], threshold: float) -> dict[str, float]:
-    """Return rewards and lengths of all rollouts of a step and of all ranks, with and without a teacher.
+def rollout_scalars(samples: list[Sample], threshold: float) -> dict[str, float]:
+    """Return scalars of rewards and lengths over all rollouts of a step, of all ranks, with and without a teacher.
 
     `rollout/neg_log_prob` is the mean of -log p over the sampled tokens of each response (nats): an unbiased estimate of the
-    student's entropy that needs no forward pass, so it is there even when no row is in the loss.
+    student's entropy. It needs no forward pass, so it exists even if no sample is in the loss.
+
+    Args:
+        samples: This rank's samples of the step.
+        threshold: Rewards of at least this value are successes.
     """
-    summary = RolloutSummary.join(gather(RolloutSummary.from_samples(rows)))
+    summary = RolloutSummary.join(gather(RolloutSummary.from_samples(samples)))
     reward = torch.tensor(summary.reward, dtype=torch.float32)
     length = torch.tensor(summary.response_length, dtype=torch.float32)
     return {
@@ -62,19 +74,19 @@ def rollout_scalars(rows: list[Sample], threshold: float) -> dict[str, float]:
 
 
 def loss_scalars(statistics: StepStatistics, threshold: float, bound: float | None = None) -> dict[str, float]:
-    """Return what the rows in the loss say. Entries that no row speaks for are left out.
+    """Return scalars of the sequences in the loss. Scalars without any value are omitted.
 
     Args:
-        statistics: Of one optimizer step.
-        threshold: Rewards from here on count as success.
-        bound: The largest value that the divergence can have (nats), if there is one.
+        statistics: Statistics of one optimizer step.
+        threshold: Rewards of at least this value are successes.
+        bound: The largest possible value of the divergence (nats), if there is one.
     """
     successful = statistics.reward >= threshold
     taught = statistics.has_teacher.bool()
     weight = statistics.weight
 
-    def mean(values: torch.Tensor, rows: torch.Tensor | None = None) -> float:
-        values = values if rows is None else values[rows]
+    def mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+        values = values if mask is None else values[mask]
         return values.mean().item() if values.numel() else math.nan
 
     scalars = {

@@ -32,4 +32,4 @@ def test_what_fails_on_the_first_rank_ends_all(tmp_path):
         process.join(60)
     assert [process.exitcode for process in both] == [1, 1]
     assert "NotADirectoryError" in Path(f"{log}.0").read_text()
-    assert "the first rank to take the results of all, but there it failed: NotADir" in Path(f"{log}.1").read_text()
+    assert "the first rank to process the results of all ranks, but it failed: NotADir" in Path(f"{log}.1").read_text()

@@ -23,8 +23,8 @@ def test_a_verifier_that_fails_on_one_rank_ends_both(tmp_path, strategy, what):
     assert codes == [1, 1], "\n".join(texts)
     last = [[line for line in text.splitlines() if MESSAGES[what] in line][-1] for text in texts]
     assert last[0] == last[1]
-    assert "(raised by rank 1, from which this one has it)" in texts[0]
-    assert "from which this one has it" not in texts[1]
+    assert "(raised by rank 1 and forwarded to this one)" in texts[0]
+    assert "forwarded to this one" not in texts[1]
     assert "no such test" in last[0]
 
 
