@@ -221,7 +221,8 @@ class PolyakMultiplier(StepSizeMultiplier):
         if pl_module.objective.divergence is None:
             raise MisconfigurationException(
                 "Expected a loss that is a divergence for PolyakMultiplier, because its minimum must be known, but "
-                f"{type(pl_module).__name__} has no divergence here. Use SDPO with `full_logit_distillation`, or another "
+                f"{type(pl_module).__name__} has no divergence here. Use SDPO with "
+                f"`divergence.full_logit_distillation`, or another "
                 "multiplier."
             )
 

@@ -41,7 +41,7 @@ class Compute:
         teacher: Type of the teacher's.
         autocast: Type that matrix products are cast to, if any.
         checkpointing: Whether activations are recomputed.
-        attention: As `attn_implementation`.
+        attention: As `model_config.attn_implementation`.
         adapt: Turns a student into what is trained of it (frozen weights, adapters); by default all of it is trained.
     """
 

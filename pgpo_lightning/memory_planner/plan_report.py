@@ -42,7 +42,7 @@ def remarks(made: MemoryPlan) -> list[str]:
     if run.offload:
         found.append(f"The teacher's {made.host / GIB:.2f} GiB are in the host's memory, for each device.")
         if run.sharding.kind == "fsdp":
-            found.append("`pgpo fit` refuses `teacher_offload` with sharded weights; set it to false.")
+            found.append("`pgpo fit` refuses `teacher.offload` with sharded weights; set it to false.")
     if run.sharding.kind == "fsdp":
         if made.optimizer.name.startswith("bitsandbytes"):
             found.append("bitsandbytes' optimizers do not work on shards; torchao's do.")

@@ -132,7 +132,7 @@ def group(rows: list[Sample], budget: int, share: PromptSharing, with_teacher: b
 
     Args:
         rows: Of one optimizer step on one device.
-        budget: `micro_batch_tokens`.
+        budget: `update.micro_batch_tokens`.
         share: Whether equal prompts are run once.
         with_teacher: Whether there is a teacher with prompts of its own.
     """

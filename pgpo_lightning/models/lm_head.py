@@ -67,8 +67,9 @@ def check_head(model: PreTrainedModel) -> None:
 def damaged(name: str) -> MisconfigurationException:
     """Return the error for a model whose logits contain NaN, given its name."""
     return MisconfigurationException(
-        f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `dtype` is too narrow. Set "
-        "`dtype` to float32, or load the model again."
+        f"Expected finite logits from {name}, but NaN is among them: its weights are damaged, or `model_config.dtype` "
+        f"is too narrow. Set "
+        "`model_config.dtype` to float32, or load the model again."
     )
 
 

@@ -276,7 +276,8 @@ def check_base(saved: dict[str, Any], found: str) -> None:
     """
     if saved["fingerprint"] != found:
         raise MisconfigurationException(
-            f"Expected `model` to be the base that the adapter was trained on ({saved['base'] or 'an object'}, `dtype` "
+            f"Expected `model` to be the base that the adapter was trained on ({saved['base'] or 'an object'}, "
+            f"`model_config.dtype` "
             f"{saved['dtype']}, `quantization` {saved['quantization']}, fingerprint {saved['fingerprint']}), but got other "
             f"weights (fingerprint {found})."
         )
@@ -307,7 +308,9 @@ def write_adapter(folder: str | Path, matrices: dict[str, Tensor], saved: dict[s
 
 
 def merged(folder: str | Path, saved: dict[str, Any], base: str | None) -> PreTrainedModel:
-    """Return the base model with an adapter merged into its weights. Quantised weights are converted back to `dtype` first.
+    """Return the base model with an adapter merged into its weights.
+
+    Quantised weights are converted back to `model_config.dtype` first.
 
     Args:
         folder: Folder of the adapter.

@@ -44,5 +44,5 @@ def warn_of_slow_products(precision: str, dtype: str, device: torch.device) -> N
         return
     rank_zero_warn(
         f"Products in {narrow} are slow on this CPU, which has no instructions for them: a step takes several times as long as "
-        "in float32. Set `trainer.precision` to 32-true and `dtype` to float32, or use a GPU."
+        "in float32. Set `trainer.precision` to 32-true and `model_config.dtype` to float32, or use a GPU."
     )

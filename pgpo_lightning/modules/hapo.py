@@ -28,7 +28,7 @@ class HAPO(OnPolicyModule):
         gate: Which groups get one; by default those whose confidence lies below 0.8.
         injection: How demonstrations enter the loss.
         policy_gradient: Advantages and clipping. Advantages are divided by the group's standard deviation (Eq. 2) unless
-            `norm_adv_by_std_in_grpo` is false.
+            `policy_gradient.norm_adv_by_std_in_grpo` is false.
     """
 
     def __init__(

@@ -82,5 +82,5 @@ def check_moved(names: Iterable[str], known: Iterable[str]) -> None:
         ValueError: Names the argument, and where it stands.
     """
     for name in names:
-        if name in MOVED and name not in known:
+        if name in MOVED and name not in known and MOVED[name].split(".")[0] in known:
             raise ValueError(f"Expected `{MOVED[name]}`, where `{name}` stands now, but got `{name}`. Write it there.")

@@ -120,10 +120,13 @@ class CreditedPolicyGradient(PolicyGradientObjective):
         self.current_mixing = mixing
         """The weight of the teacher's evidence at this step."""
 
+    def mixing_at(self, step: int) -> float:
+        """Return the weight of the teacher's evidence after so many batches."""
+        return self.mixing if self.mixing_steps is None else self.mixing * max(0.0, 1 - step / self.mixing_steps)
+
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
         """Give every sample its advantage and, if it has a demonstration or feedback, its teacher's prompt."""
-        fall = 1.0 if self.mixing_steps is None else max(0.0, 1 - given.step / self.mixing_steps)
-        self.current_mixing = self.mixing * fall
+        self.current_mixing = self.mixing_at(given.step)
         scalars = self.teaching.attach(samples, given.learner.teacher, given.rng) | super().prepare(samples, given)
         return scalars | {"critic/advantages/mixing": self.current_mixing}
 

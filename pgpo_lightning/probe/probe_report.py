@@ -22,7 +22,8 @@ READING = """\
   and add exactly 0 to the net gap.
 - **gap**: mean score of the teacher (the same weights sampling from the reprompt) minus the student's. **net gap**: minus the gap
   of `none`, a second sample from the plain prompt. In **net gap, failed only**, successes keep their plain prompt too, the scale
-  of arXiv 2605.30070. In the other net gap, successes get the reprompt of `pgpo fit` with `dont_reprompt_on_self_success` {own}.
+  of arXiv 2605.30070. In the other net gap, successes get the reprompt of `pgpo fit` with
+  `reprompt.dont_reprompt_on_self_success` {own}.
 - **recovery**: fraction of the failed rollouts whose teacher succeeds; in brackets, minus that of `none`.
 - ± is a standard error: paired bootstrap over questions. A net gap of less than {sure} standard errors is not significant.
 - Controls are not contexts for training. `answer`: a sibling's success, shortened to the shortest ending that the verifier

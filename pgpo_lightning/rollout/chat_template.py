@@ -41,7 +41,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, enable_thinking: boo
     if problem := _problem(_Template(tokenizer, enable_thinking)):
         raise MisconfigurationException(
             f"Expected the chat template of `{tokenizer.name_or_path}` to render a question, but {problem}. Correct "
-            "`chat_template` in its folder, or set `model.tokenizer` to one with another template."
+            "`chat_template` in its folder, or set `model.model_config.tokenizer` to one with another template."
         )
 
 

@@ -55,7 +55,7 @@ class PromptEncoder:
             raise MisconfigurationException(
                 f"Expected a tokenizer with a chat template, because the prompt of {question.source or question.index} is a "
                 f"list of messages, but `{self.tokenizer.name_or_path}` has none. Give prompts as text, or set "
-                "`model.tokenizer` to one with a template."
+                "`model.model_config.tokenizer` to one with a template."
             )
         ids = self.messages(question.messages(), where)
         if question.system and not self._system_checked:
@@ -63,7 +63,8 @@ class PromptEncoder:
             if ids == self.messages(question.messages()[1:], where):
                 warnings.warn(
                     f"The chat template of `{self.tokenizer.name_or_path}` omits the system message of {where}, so the model "
-                    "does not see it. Put it into the prompt, or set `model.tokenizer` to one with another template.",
+                    "does not see it. Put it into the prompt, or set `model.model_config.tokenizer` to one with "
+                    "another template.",
                     stacklevel=2,
                 )
         return ids
@@ -95,7 +96,8 @@ class PromptEncoder:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise MisconfigurationException(
                 f"Expected the chat template of `{self.tokenizer.name_or_path}` to take the turns of {where} ({roles}), but it "
-                f"raises {type(error).__name__}: {error}. Change the row, or set `model.tokenizer` to one with another template."
+                f"raises {type(error).__name__}: {error}. Change the row, or set `model.model_config.tokenizer` to one "
+                f"with another template."
             ) from error
         return self._known(ids, where)
 
@@ -135,7 +137,8 @@ class PromptEncoder:
                 what = whole if name == "vocabulary" else f"`{name}` {token_id}"
                 raise MisconfigurationException(
                     f"Expected the tokens of `{self.tokenizer.name_or_path}` to have rows in the model's embeddings, but it has "
-                    f"{what}, and they have {rows} rows (0 to {rows - 1}). Set `model.tokenizer` to the model's own, or save the "
+                    f"{what}, and they have {rows} rows (0 to {rows - 1}). Set `model.model_config.tokenizer` to the "
+                    f"model's own, or save the "
                     "model after `model.resize_token_embeddings(len(tokenizer))`."
                 )
         self.rows = rows

@@ -174,7 +174,7 @@ def _check_finite(log_probs: Tensor, first: int, last: int) -> None:
         raise NotFiniteError(
             f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
             "NaN or infinity among them. Either weights are no longer finite (go back to a checkpoint, and lower the learning "
-            "rate), or float16 overflows: set `dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
+            "rate), or float16 overflows: set `model_config.dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
         )
 
 

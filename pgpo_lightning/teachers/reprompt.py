@@ -82,23 +82,26 @@ class RepromptBuilder:
         source = self.demonstration_source
         if source == "own" and self.dont_reprompt_on_self_success:
             raise ValueError(
-                "Expected `dont_reprompt_on_self_success` false with `demonstration_source` own, which shows a response its "
+                "Expected `reprompt.dont_reprompt_on_self_success` false with `reprompt.demonstration_source` own, "
+                "which shows a response its "
                 "own text, but got true."
             )
         if source != "siblings" and self.demonstration_choice != "shared":
             raise ValueError(
-                f"Expected `demonstration_choice` shared with `demonstration_source` {source}, which leaves nothing to choose, "
+                f"Expected `reprompt.demonstration_choice` shared with `reprompt.demonstration_source` {source}, which "
+                f"leaves nothing to choose, "
                 f"but got {self.demonstration_choice}."
             )
         if source == "none" and not (self.include_environment_feedback or self.reprompt_without_context):
             raise ValueError(
-                "Expected `include_environment_feedback` or `reprompt_without_context` true with `demonstration_source` none, "
+                "Expected `reprompt.include_environment_feedback` or `reprompt.reprompt_without_context` true with "
+                "`reprompt.demonstration_source` none, "
                 "because else no response has a teacher, but got false for both."
             )
         shown = ["prompt", *["solution"] * (source != "none"), *["feedback"] * self.include_environment_feedback]
-        check_template("reprompt_template", self.reprompt_template, tuple(shown))
-        check_template("solution_template", self.solution_template, ("successful_previous_attempt",))
-        check_template("feedback_template", self.feedback_template, ("feedback_raw",))
+        check_template("reprompt.reprompt_template", self.reprompt_template, tuple(shown))
+        check_template("reprompt.solution_template", self.solution_template, ("successful_previous_attempt",))
+        check_template("reprompt.feedback_template", self.feedback_template, ("feedback_raw",))
 
     def attach(
         self,
@@ -111,7 +114,8 @@ class RepromptBuilder:
     ) -> dict[str, float]:
         """Set the reprompt of every sample, or none if there is neither a demonstration nor feedback.
 
-        With `reprompt_without_context` a sample without both gets a reprompt too. The demonstration is chosen uniformly among the
+        With `reprompt.reprompt_without_context` a sample without both gets a reprompt too. The demonstration is chosen
+        uniformly among the
         successful responses to the same question. With ``shared`` all siblings get the same one, and the chosen sample itself
         gets another; with ``independent`` each sample draws its own. (The reference takes the first of a list sorted by length,
         which favours short ones.)

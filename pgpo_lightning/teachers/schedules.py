@@ -59,7 +59,7 @@ class RestartAdapterTeacher(Periodic, EMAAdapterTeacher):
     """Restart-and-freeze for the matrices of an adapter."""
 
 
-@partial(checked, prefix="teacher_gate.")
+@partial(checked, prefix="teacher.gate.")
 @dataclass(frozen=True)
 class RefreshGate:
     """Conditions under which the teacher of CGTR becomes a copy of the student (arXiv 2606.03532).

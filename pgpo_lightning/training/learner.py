@@ -322,7 +322,7 @@ class Learner:
             Whether the step was taken.
 
         Raises:
-            RuntimeError: After `max_skipped_steps` skipped steps in a row.
+            RuntimeError: After `update.max_skipped_steps` skipped steps in a row.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = float("inf") if self.update.max_grad_norm is None else self.update.max_grad_norm

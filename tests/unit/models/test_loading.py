@@ -128,7 +128,7 @@ def test_plain_text_without_a_chat_template():
 def test_messages_need_a_chat_template(where, named):
     encoder = PromptEncoder(other_tokenizer(chat_template=None), False)
     with pytest.raises(
-        MisconfigurationException, match=rf"the prompt of {named} is a list of messages.*`model.tokenizer`"
+        MisconfigurationException, match=rf"the prompt of {named} is a list of messages.*`model.model_config.tokenizer`"
     ):
         encoder.question(Question([{"role": "user", "content": "1+1="}], "2", **where))
 

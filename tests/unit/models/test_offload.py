@@ -137,9 +137,9 @@ def test_ddp_does_not_ask_for_one_device(tmp_path):
     [
         (
             {"teacher_regularization": "live"},
-            "no `teacher_offload` with a teacher that has no weights but the student's",
+            "no `teacher.offload` with a teacher that has no weights but the student's",
         ),
-        ({"lora": LoRA()}, "no `teacher_offload` with a teacher that has an adapter"),
+        ({"lora": LoRA()}, "no `teacher.offload` with a teacher that has an adapter"),
     ],
 )
 def test_where_it_would_save_nothing_it_is_refused(settings, message):
@@ -150,5 +150,5 @@ def test_where_it_would_save_nothing_it_is_refused(settings, message):
 
 def test_sharded_weights_are_refused():
     made = module("ema", True)
-    with pytest.raises(MisconfigurationException, match=r"no `teacher_offload` with sharded weights.*strategy` to ddp"):
+    with pytest.raises(MisconfigurationException, match=r"no `teacher.offload` with sharded weights.*strategy` to ddp"):
         made._check_combination(sharded=True)

@@ -297,7 +297,8 @@ def test_a_run_refuses_what_it_cannot_be_right_about():
 def test_more_kept_tokens_than_there_are_is_refused():
     module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, distillation_topk=len(TOKENIZER) + 1, **LIMITS)
     with pytest.raises(
-        MisconfigurationException, match=f"`distillation_topk` to be at most the {len(TOKENIZER)} tokens .* null"
+        MisconfigurationException,
+        match=f"`divergence.distillation_topk` to be at most the {len(TOKENIZER)} tokens .* null",
     ):
         module.configure_model()
     build(

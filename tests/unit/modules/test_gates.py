@@ -238,10 +238,10 @@ def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage
         (lambda: hapo(std="none"), "`std` to be one of sample, population"),
         (
             lambda: hapo(std="population", norm_adv_by_std_in_grpo=False),
-            "`norm_adv_by_std_in_grpo` with `std` population",
+            "`policy_gradient.norm_adv_by_std_in_grpo` with `std` population",
         ),
         (lambda: hapo(shaping=0.0), "`shaping` to be above 0"),
-        (lambda: hapo(gradient_parts_every_n_steps=-1), "`gradient_parts_every_n_steps` to be at least 0"),
+        (lambda: hapo(gradient_parts_every_n_steps=-1), "`injection.gradient_parts_every_n_steps` to be at least 0"),
         (lambda: hapo(num_generations=1), "`num_generations` of at least 2"),
     ],
 )

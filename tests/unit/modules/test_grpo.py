@@ -48,10 +48,10 @@ def test_without_dual_clip_the_loss_grows():
     ("settings", "message"),
     [
         ({"num_generations": 1}, "`num_generations` of at least 2"),
-        ({"clip_ratio_low": -0.1}, r"`clip_ratio_low` to lie in \[0, 1\]"),
-        ({"clip_ratio_low": 1.5}, r"`clip_ratio_low` to lie in \[0, 1\]"),
-        ({"clip_ratio_c": 1.1}, "`clip_ratio_c` to exceed"),
-        ({"updates_per_batch": 0}, "`updates_per_batch` to be at least 1"),
+        ({"clip_ratio_low": -0.1}, r"`policy_gradient.clip_ratio_low` to lie in \[0, 1\]"),
+        ({"clip_ratio_low": 1.5}, r"`policy_gradient.clip_ratio_low` to lie in \[0, 1\]"),
+        ({"clip_ratio_c": 1.1}, "`policy_gradient.clip_ratio_c` to exceed"),
+        ({"updates_per_batch": 0}, "`update.updates_per_batch` to be at least 1"),
     ],
 )
 def test_bad_settings_name_the_field(settings, message):

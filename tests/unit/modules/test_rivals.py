@@ -1,6 +1,7 @@
 """Rivals of PGPO against their formulas: question weights, routing, certainty weights, bounded entries, credited advantages."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from pgpo_lightning.losses.divergence import (
 )
 from pgpo_lightning.losses.policy_gradient import credited_advantages
 from pgpo_lightning.losses.token_weights import TokenWeights, question_weights
-from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO, sdpo
+from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO
+from pgpo_lightning.objectives import distillation
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
     accumulate,
+    build,
     half_right,
     prepare,
     random_rows,
@@ -26,24 +29,10 @@ from tests.support.helpers import (
 )
 
 
-class Alone:
-    """Runs `accumulate_gradients` without a trainer."""
-
-    def optimizers(self):
-        return torch.optim.SGD(self.model.parameters(), lr=0.0)
-
-    def manual_backward(self, loss):
-        loss.backward()
-
-    def _synchronised(self, last):
-        return torch.enable_grad()
-
-
 def alone(base, **settings):
     """A module in float64 whose frozen teacher is not the student."""
-    module = type(base.__name__, (Alone, base), {})(
-        tiny_model().double(), half_right, tokenizer=TOKENIZER, teacher_regularization="frozen", **(LIMITS | settings)
-    )
+    settings = {"teacher_regularization": "frozen"} | LIMITS | settings
+    module = build(base, tiny_model().double(), half_right, tokenizer=TOKENIZER, **settings)
     module.configure_model()
     with torch.no_grad():
         for p in module.teacher.parameters():
@@ -69,7 +58,7 @@ def assert_gradients(module, rows, expected):
     value = expected()
     theirs = torch.autograd.grad(value, list(module.model.parameters()))
     for budget in (60, 10_000):
-        module.micro_batch_tokens = budget
+        module.learner.update = replace(module.learner.update, micro_batch_tokens=budget)
         module.model.zero_grad()
         assert accumulate(module, rows) == pytest.approx(value.item(), rel=1e-5)
         for p, g in zip(module.model.parameters(), theirs, strict=True):
@@ -78,7 +67,7 @@ def assert_gradients(module, rows, expected):
 
 
 def capped(module, row, log_s, at):
-    return (log_s[at].detach() - row.rollout.log_probs).exp().clamp(max=module.is_clip)
+    return (log_s[at].detach() - row.rollout.log_probs).exp().clamp(max=module.learner.importance_weight_cap)
 
 
 def test_question_weights():
@@ -99,7 +88,7 @@ def test_weights_of_questions_multiply_their_rows_and_zero_costs_nothing(monkeyp
     prompts = [row.reprompt_ids for row in rows]
     monkeypatch.setattr(module.objective.teaching.builder, "attach", lambda *_: {})
     other = torch.tensor([0.5, 1.0], dtype=torch.float64)  # of another rank
-    monkeypatch.setattr(sdpo, "gather", lambda mine: [mine, other])
+    monkeypatch.setattr(distillation, "gather", lambda mine: [mine, other])
     scalars = prepare(module, rows, None)
     assert prompts == [row.reprompt_ids for row in rows]
     assert scalars["self_distillation/weighted_questions"] == pytest.approx(2 / 3)
@@ -201,7 +190,7 @@ def test_credited_advantages():
 
 def test_rlsd_is_grpo_with_credited_advantages():
     module = alone(RLSD, mixing=0.8, mixing_steps=10, evidence_clip=0.2)
-    module.steps = 4
+    module.objective.current_mixing = module.objective.mixing_at(4)
     assert module.objective.current_mixing == pytest.approx(0.8 * 0.6)
     rows = routed_rows()
 
@@ -225,34 +214,44 @@ def test_a_teacher_that_says_nothing_finite_is_not_taken_for_none():
     assert not math.isfinite(accumulate(module, routed_rows()))
 
 
+SAMPLED = {"full_logit_distillation": False, "alpha": 1.0}
+
+
 @pytest.mark.parametrize(
     ("base", "settings", "message"),
     [
-        (SDPO, {"entry_clip": 0.0}, "`entry_clip` to be above 0"),
+        (SDPO, {"entry_clip": 0.0}, "`divergence.entry_clip` to be above 0"),
         (SDPO, {"question_weight_exponent": -1.0}, r"`question_weight_exponent` to lie in \[0, 10\]"),
         (
             SDPO,
             {"question_weight_exponent": 0.5, "num_generations": 1},
             "`num_generations` of at least 2 with `question",
         ),
-        (SDPO, {"softening": Softening()}, "`divergence_alpha` 1 with `softening`.* 0.5"),
-        (SDPO, {"softening": Softening(), "alpha": 1.0, "entry_clip": 0.1}, "no `entry_clip` with `softening`"),
-        (SDPO, {"softening": Softening(), "alpha": 1.0, "distillation_topk": 5}, "no `distillation_topk` with `soft"),
-        (SDPO, {"full_logit_distillation": False, "alpha": 1.0, "entry_clip": 0.1}, "no `entry_clip` with `full_logit"),
-        (SDPO, {"full_logit_distillation": False, "alpha": 1.0, "softening": Softening()}, "no `softening` with `full"),
-        (SDPO, {"teacher_period": 5}, "no `teacher_period` with the ema teacher"),
-        (SRPO, {"question_weight_exponent": 0.5}, "no `question_weight_exponent` with SRPO"),
+        (SDPO, {"softening": Softening()}, "`divergence.alpha` 1 with `divergence.softening`.* 0.5"),
+        (
+            SDPO,
+            {"softening": Softening(), "alpha": 1.0, "entry_clip": 0.1},
+            "no `divergence.entry_clip` with `divergence.soft",
+        ),
+        (
+            SDPO,
+            {"softening": Softening(), "alpha": 1.0, "distillation_topk": 5},
+            "no `divergence.distillation_topk` with `divergence.s",
+        ),
+        (SDPO, SAMPLED | {"entry_clip": 0.1}, "no `divergence.entry_clip` with `divergence.full_logit"),
+        (SDPO, SAMPLED | {"softening": Softening()}, "no `divergence.softening` with `divergence.full"),
+        (SDPO, {"teacher_period": 5}, "no `teacher.period` with the ema teacher"),
         (SRPO, {"num_generations": 1}, "`num_generations` of at least 2"),
-        (SRPO, {"clip_ratio_low": 2.0}, r"`clip_ratio_low` to lie in \[0, 1\]"),
+        (SRPO, {"clip_ratio_low": 2.0}, r"`policy_gradient.clip_ratio_low` to lie in \[0, 1\]"),
         (RLSD, {"mixing": 1.5}, r"`mixing` to lie in \[0, 1\]"),
         (RLSD, {"evidence_clip": -0.1}, r"`evidence_clip` to lie in \[0, 1\]"),
         (RLSD, {"mixing_steps": 0}, "`mixing_steps` to be at least 1"),
-        (RLSD, {"teacher_regularization": "frozen", "teacher_period": 3}, "no `teacher_period` with the frozen"),
+        (RLSD, {"teacher_regularization": "frozen", "teacher_period": 3}, "no `teacher.period` with the frozen"),
     ],
 )
 def test_contradictory_settings_name_the_field(base, settings, message):
     with pytest.raises(ValueError, match=message):
-        base(tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+        build(base, tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
 
 
 def test_settings_of_other_modules_are_unknown():
@@ -261,11 +260,12 @@ def test_settings_of_other_modules_are_unknown():
         (RLSD, "allocation"),
         (GRPO, "entry_clip"),
         (SDPO, "clip_ratio_low"),
+        (SRPO, "question_weight_exponent"),
     ):
         with pytest.raises(TypeError, match=name):
-            base(tiny_model(), half_right, tokenizer=TOKENIZER, **{name: 0.5})
+            base(tiny_model(), half_right, **{name: 0.5})
 
 
-def test_the_signal_of_the_allocation_is_checked():
-    with pytest.raises(ValueError, match=r"`allocation.signal` to be one of information, teacher-certainty"):
+def test_the_signal_of_the_token_weights_is_checked():
+    with pytest.raises(ValueError, match=r"`token_weights.signal` to be one of information, teacher-certainty"):
         TokenWeights(signal="student")

@@ -7,6 +7,7 @@ from pgpo_lightning.losses.divergence import divergence, entropy, sampled_token,
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.training.configs import MismatchConfig
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
@@ -19,24 +20,8 @@ from tests.support.helpers import (
 )
 
 
-class Detached(SDPO):
-    """Runs `accumulate_gradients` without a trainer."""
-
-    def optimizers(self):
-        return torch.optim.SGD(self.model.parameters(), lr=0.0)
-
-    def manual_backward(self, loss):
-        loss.backward()
-
-    def _synchronised(self, last):
-        return torch.enable_grad()
-
-
 def detached(rows_seed=0, **settings):
-    module = build(
-        Detached, settings.pop("model", None) or tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings)
-    )
-    module.configure_model()
+    module = tiny_sdpo(**settings)
     with torch.no_grad():  # a teacher that is not the student
         for p in module.teacher.parameters():
             p.mul_(1.5)
@@ -59,13 +44,13 @@ def plain_loss(module, rows, denominator, cap=2.0):
                 module.teacher.model(ids(row.reprompt_ids)).logits[0, len(row.reprompt_ids) - 1 : -1].log_softmax(-1)
             )
         log_s_y = log_s[torch.arange(len(y)), y]
-        if not module.full_logit_distillation:
+        if not module.objective.full_logits:
             d = sampled_token(log_s, log_t, y)
         else:
             a, b = log_s, log_t
             if module.objective.divergence.top_k is not None:
                 a, b = student_top_k(a, b, module.objective.divergence.top_k, module.objective.divergence.add_tail)
-            d = divergence(a, b, module.divergence_alpha)
+            d = divergence(a, b, module.objective.divergence.alpha)
         weight = (log_s_y.detach() - row.rollout.log_probs).exp().clamp(max=cap) if cap else 1.0
         if denominator == "tokens":
             total = total + (d * weight).sum() / sum(r.length for r in rows if r.reprompt_ids is not None)
@@ -177,34 +162,47 @@ def test_statistics_are_those_of_the_sequences():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"demonstration_choice": "best"}, "`demonstration_choice` to be one of"),
-        ({"divergence_alpha": 1.2}, r"`divergence_alpha` to lie in \[0, 1\], but got 1.2"),
-        ({"divergence_alpha": 0.2, "alpha": 0.3}, "only one of `divergence_alpha` and `alpha`"),
-        ({"full_logit_distillation": False}, "`divergence_alpha` 1 with `full_logit_distillation` false"),
-        ({"full_logit_distillation": False, "alpha": 1.0, "distillation_topk": 5}, "no `distillation_topk`"),
-        ({"distillation_add_tail": True}, "`distillation_topk` with `distillation_add_tail`"),
-        ({"distillation_topk": 0}, "`distillation_topk` to be at least 1"),
-        ({"teacher_regularization": "emma"}, "`teacher_regularization` to be one of"),
-        ({"teacher_update_rate": 2.0}, "`teacher_update_rate` to lie in"),
-        ({"max_reprompt_len": 64}, "`max_reprompt_len` to exceed `max_prompt_length`"),
-        ({"reprompt_template": "{prompt}{solution}"}, r"`reprompt_template` to contain the placeholder \{feedback\}"),
+        ({"demonstration_choice": "best"}, "`reprompt.demonstration_choice` to be one of"),
+        ({"divergence_alpha": 1.2}, r"`divergence.alpha` to lie in \[0, 1\], but got 1.2"),
+        ({"full_logit_distillation": False}, "`divergence.alpha` 1 with `divergence.full_logit_distillation` false"),
+        ({"full_logit_distillation": False, "alpha": 1.0, "distillation_topk": 5}, "no `divergence.distillation_topk`"),
+        ({"distillation_add_tail": True}, "`divergence.distillation_topk` with `divergence.distillation_add_tail`"),
+        ({"distillation_topk": 0}, "`divergence.distillation_topk` to be at least 1"),
+        ({"teacher_regularization": "emma"}, "`teacher.regularization` to be one of"),
+        ({"teacher_update_rate": 2.0}, "`teacher.update_rate` to lie in"),
+        ({"max_reprompt_len": 64}, "`reprompt.max_reprompt_len` to exceed `max_prompt_length`"),
+        (
+            {"reprompt_template": "{prompt}{solution}"},
+            r"`reprompt.reprompt_template` to contain the placeholder \{feedback\}",
+        ),
         ({"num_generations": 0}, "`num_generations` to be at least 1"),
         (
             {"num_generations": 1, "include_environment_feedback": False},
-            "`num_generations` to be at least 2 without `include_environment_feedback`, but got 1",
+            "`num_generations` to be at least 2 without `reprompt.include_environment_feedback`, but got 1",
         ),
         ({"temperature": 0.0}, r"`temperature` to lie in \[0.0001, 100\]"),
-        ({"eval_top_p": 1.5}, r"`eval_top_p` to lie in \[0.001, 1\]"),
-        ({"loss_agg_mode": "mean"}, "`loss_agg_mode` to be one of"),
-        ({"on_verifier_error": "ignore"}, "`on_verifier_error` to be one of"),
-        ({"max_skipped_steps": -1}, "`max_skipped_steps` to be at least 0"),
-        ({"is_clip": 0.0}, "`is_clip` to be above 0"),
+        ({"eval_top_p": 1.5}, r"`evaluation.top_p` to lie in \[0.001, 1\]"),
+        ({"loss_agg_mode": "mean"}, "`update.loss_agg_mode` to be one of"),
+        ({"on_verifier_error": "ignore"}, "`reward.on_error` to be one of"),
+        ({"max_skipped_steps": -1}, "`update.max_skipped_steps` to be at least 0"),
+        ({"is_clip": 0.0}, "`mismatch.importance_weight_cap` to be above 0"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_bad_settings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):
         build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **(LIMITS | settings))
+
+
+def test_an_alias_stands_for_its_field_and_is_not_given_beside_it():
+    assert MismatchConfig(is_clip=0.7) == MismatchConfig(importance_weight_cap=0.7)
+    with pytest.raises(ValueError, match=r"only one of `mismatch.importance_weight_cap` and `mismatch.is_clip`"):
+        MismatchConfig(importance_weight_cap=3.0, is_clip=0.7)
+
+
+def test_a_setting_that_stands_in_a_group_says_where():
+    with pytest.raises(ValueError, match=r"Expected `teacher.update_rate`, where `teacher_update_rate` stands now"):
+        SDPO(tiny_model(), half_right, teacher_update_rate=0.1)
 
 
 @pytest.mark.parametrize("budget", [150, 10_000])
@@ -263,10 +261,10 @@ def test_information_weights_of_no_sensitivity_change_nothing():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
-def test_settings_of_the_allocation_are_checked():
-    with pytest.raises(ValueError, match=r"`allocation.unit` to be one of token, sequence, but got 'row'"):
+def test_settings_of_the_token_weights_are_checked():
+    with pytest.raises(ValueError, match=r"`token_weights.unit` to be one of token, sequence, but got 'row'"):
         TokenWeights("row")
-    with pytest.raises(ValueError, match=r"`allocation.maximum` to be at least 1"):
+    with pytest.raises(ValueError, match=r"`token_weights.maximum` to be at least 1"):
         TokenWeights(maximum=0.5)
 
 

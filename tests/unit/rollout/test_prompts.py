@@ -91,7 +91,7 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused_at_start_up(kind, lor
     module = build(kind, tiny_model(vocab_size=200), half_right, tokenizer=TOKENIZER, lora=lora, **limits)
     with pytest.raises(
         MisconfigurationException,
-        match=r"239 tokens up to number 238, and they have 200 rows.*`model.tokenizer`.*resize_token",
+        match=r"239 tokens up to number 238, and they have 200 rows.*`model.model_config.tokenizer`.*resize_token",
     ):
         module.configure_model()
 

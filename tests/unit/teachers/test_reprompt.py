@@ -264,5 +264,5 @@ def test_rows_left_without_context_join_only_if_asked_for():
     ],
 )
 def test_contradictory_contexts_are_refused(settings, field):
-    with pytest.raises(ValueError, match=f"Expected .*`{field}`"):
+    with pytest.raises(ValueError, match=f"Expected .*`reprompt.{field}`"):
         RepromptBuilder(**DEFAULTS | settings)

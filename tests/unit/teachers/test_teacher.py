@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
+from pgpo_lightning.modules.moved import MOVED
 from pgpo_lightning.teachers import schedules
 from pgpo_lightning.teachers.schedules import RefreshGate
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, random_rows, tiny_model, tiny_sdpo
@@ -172,7 +173,7 @@ def test_the_teacher_never_trains():
 
 @pytest.mark.parametrize("kind", ["frozen", "live"])
 def test_a_rate_without_effect_is_refused(kind):
-    with pytest.raises(ValueError, match=f"no `teacher_update_rate` with the {kind} teacher"):
+    with pytest.raises(ValueError, match=f"no `teacher.update_rate` with the {kind} teacher"):
         build(
             SDPO,
             tiny_model(),
@@ -319,7 +320,7 @@ def test_all_ranks_see_the_same_outcome(monkeypatch):
 
 @pytest.mark.parametrize("name", ["min_steps", "window", "check_every", "max_length_ratio"])
 def test_the_gates_settings_are_checked(name):
-    with pytest.raises(ValueError, match=f"`teacher_gate.{name}` to be at least 1, but got 0"):
+    with pytest.raises(ValueError, match=f"`teacher.gate.{name}` to be at least 1, but got 0"):
         RefreshGate(**{name: 0})
 
 
@@ -328,7 +329,7 @@ def test_the_gates_settings_are_checked(name):
     [("ema", "teacher_gate", RefreshGate()), ("gated", "teacher_period", 5), ("gated", "teacher_update_rate", 0.1)],
 )
 def test_settings_of_another_teacher_are_refused(kind, name, value):
-    with pytest.raises(ValueError, match=f"no `{name}` with the {kind} teacher"):
+    with pytest.raises(ValueError, match=f"no `{MOVED[name]}` with the {kind} teacher"):
         build(
             SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, teacher_regularization=kind, **{name: value}, **LIMITS
         )
