@@ -8,7 +8,7 @@ from typing import IO, Any
 import jsonargparse
 from transformers.utils import logging as transformers_logging
 
-from pgpo_lightning.core.errors import report
+from pgpo_lightning.core.errors import error_report
 from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 
 
@@ -30,7 +30,7 @@ def run(note: Callable[..., Any], args: list[str] | None = None) -> None:
     try:
         note(**vars(instantiate(parser.parse_args(args))))
     except Exception as error:
-        sys.exit(report(error, None))
+        sys.exit(error_report(error, None))
 
 
 def write_note(

@@ -1,4 +1,4 @@
-"""Configuration files looked at before they are read: what would loop, fill the memory or lose a key is refused by name."""
+"""Checks of configuration files before they are parsed: aliases that loop or fill the memory, and keys that occur twice."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import yaml
 
 LARGEST = 2**20
-"""Bytes of a configuration, which is written by hand."""
+"""Largest size of a configuration, in bytes."""
 MOST_VALUES = 100_000
-"""Values of a configuration when all of its aliases are written out."""
+"""Largest number of values in a configuration, with all aliases expanded."""
 
 
 def check_config_files(words: list[str]) -> None:
@@ -29,7 +29,7 @@ def check_config_files(words: list[str]) -> None:
 
 def _check(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"Expected a configuration's file, but {path} is none.")
+        raise ValueError(f"Expected a configuration file, but {path} is not a file.")
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"Expected a configuration of at most {LARGEST:,} bytes, but {path} has {size:,}.")
     try:
@@ -45,7 +45,7 @@ def _check(path: Path) -> None:
 
 
 def _values(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:
-    """Return how many values a node stands for, each counted once for every place it is used in."""
+    """Return the number of values of a node with all aliases expanded."""
     if id(node) in known:
         if (count := known[id(node)]) is None:
             raise ValueError(

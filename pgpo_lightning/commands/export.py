@@ -1,4 +1,4 @@
-"""A checkpoint to a folder that transformers opens."""
+"""The command ``pgpo export``: write a checkpoint as a model folder for transformers."""
 
 import json
 from pathlib import Path
@@ -24,22 +24,22 @@ def export(
     lora: Literal["merged", "adapter"] | None = None,
     base: str | None = None,
 ) -> None:
-    """Write the trained model as a folder for ``AutoModelForCausalLM.from_pretrained``.
+    """Write a trained model as a folder for ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
-        checkpoint: A checkpoint, a file or a folder of shards, or the folder of a run, whose newest checkpoint is taken.
+        checkpoint: A checkpoint (a file or a folder of shards), or the folder of a run, whose newest checkpoint is used.
         output: The folder to write.
-        weights: Whose weights: the student's, or those of a moving teacher.
-        tokenizer: Folder, Hub id or ``toy``; by default where the run had it from.
-        lora: Of a run with `lora`: ``merged`` (default) adds the adapter to the base model's weights; ``adapter`` writes the
+        weights: The student's weights, or those of a moving teacher.
+        tokenizer: Folder, Hub id or ``toy``; by default the tokenizer of the run.
+        lora: For a run with `lora`: ``merged`` (default) adds the adapter to the base model's weights; ``adapter`` writes the
             adapter alone, for ``peft.PeftModel.from_pretrained``.
-        base: Folder or Hub id of the base model that the adapter is merged into; by default where the run had it from.
+        base: Folder or Hub id of the base model that the adapter is merged into; by default the base model of the run.
 
     Raises:
-        DamagedCheckpointError: If it is not whole.
+        DamagedCheckpointError: If the checkpoint is not complete.
         FileNotFoundError: If there is no checkpoint.
         MisconfigurationException: If the base model is not the one that the adapter was trained on.
-        ValueError: If it holds no such weights, or if `lora` or `base` would have no effect.
+        ValueError: If the checkpoint has no such weights, or if `lora` or `base` would have no effect.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -52,7 +52,7 @@ def export(
     else:
         saved = read_file(path, mmap=True)
     if "pgpo_lightning" not in saved:
-        raise ValueError(f"Expected a checkpoint of this program, but {path} is none.")
+        raise ValueError(f"Expected a checkpoint of this program, but {path} was written by another program.")
     tensors = saved.get("state_dict", {}).items()
     state = {name.removeprefix(prefix): value for name, value in tensors if name.startswith(prefix)}
     if not state:

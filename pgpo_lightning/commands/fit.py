@@ -1,4 +1,4 @@
-"""The commands fit, validate and test: LightningCLI over the modules, the data and the callbacks of this package."""
+"""The commands fit, validate and test: LightningCLI for the modules, the data and the callbacks of this package."""
 
 import sys
 from pathlib import Path
@@ -32,11 +32,11 @@ from pgpo_lightning.monitoring.run_folder import Lock, clear, has_steps, state, 
 from pgpo_lightning.training.held_out import summary_line
 
 OR_NEW = "last-or-new"
-"""Value of `--ckpt_path`: from the newest checkpoint if there is one, else from the beginning."""
+"""Value of `--ckpt_path`: resume from the newest checkpoint if there is one, else start a new run."""
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration beside the log; :meth:`PGPOCommand.open_folder` has seen to it that it may.
+    """Writes the resolved configuration into the folder of the log, which :meth:`PGPOCommand.open_folder` has checked.
 
     A resumed run leaves ``config.yaml`` as it is. If its own configuration differs from the last one, it writes
     ``config.resumed-at-step=N.yaml`` once its settings have been accepted.
@@ -50,8 +50,8 @@ class _SaveConfig(SaveConfigCallback):
                 super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what a resumed run has differently."""
-        folder = trainer.log_dir  # a collective: every rank has to ask
+        """Write the configuration of a resumed run, if it differs."""
+        folder = trainer.log_dir  # a collective operation of all ranks
         resumed = trainer.is_global_zero and trainer.ckpt_path and not (self.already_saved or trainer.fast_dev_run)
         if resumed and folder:
             now = self.parser.dump(self.config, skip_none=False)
@@ -61,7 +61,7 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class PGPOCommand(LightningCLI):
-    """LightningCLI with the multiplier, the checkpoints and the run summary as arguments of their own."""
+    """LightningCLI with the arguments `multiplier`, `checkpoint` and `summary`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -82,13 +82,13 @@ class PGPOCommand(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what a user swaps to the command line."""
+        """Add the callbacks that a user configures to the command line."""
         parser.add_lightning_class_args(StepSizeMultiplier, "multiplier", subclass_mode=True, required=False)
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
 
     def _set_seed(self) -> None:
-        """Seed everything; module, data and multiplier take this seed unless they were given one of their own."""
+        """Seed everything; module, data and multiplier use this seed unless they have their own."""
         self.checked_seed()
         super()._set_seed()
 
@@ -104,16 +104,16 @@ class PGPOCommand(LightningCLI):
         return seed
 
     def _parse_ckpt_path(self) -> None:
-        """Leave settings alone: Lightning would let those in a checkpoint override configuration and flags."""
+        """Keep the settings: Lightning would let those in a checkpoint override configuration and flags."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Log training to TensorBoard in the run's own folder, and drop an absent multiplier."""
+        """Log training to TensorBoard in the folder of the run, and remove an absent multiplier."""
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "fit":
             check_trainer(config)
         folder = config.get("default_root_dir") or "runs/unnamed"
         if config.get("logger") is None:
-            # One evaluation is no curve, and in the run's folder it would be part of the run's log.
+            # Validation and test are not logged: in the folder of a run they would become part of its log.
             fits = self.subcommand == "fit"
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="") if fits else False
         if not sys.stderr.isatty():
@@ -136,7 +136,7 @@ class PGPOCommand(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it, in a folder that no other run writes to."""
+        """Run the command, in a folder that no other run writes to."""
         folder, lock = None, None
         SIGNALS.listen()
         try:
@@ -165,23 +165,25 @@ class PGPOCommand(LightningCLI):
                 lock.release()
 
     def open_folder(self, folder: Path) -> bool:
-        """Find out what to start from, and clear away what a run left that came to nothing.
+        """Decide where to start from, and remove the files of a run without a checkpoint.
 
         Args:
             folder: Of the run.
 
         Returns:
-            Whether there is anything to do.
+            Whether there are steps to train.
 
         Raises:
-            FileExistsError: If the folder holds a run that is not to be continued.
-            FileNotFoundError: If there is no checkpoint to continue from.
+            FileExistsError: If the folder contains a run, and `--ckpt_path` does not say how to continue it.
+            FileNotFoundError: If there is no checkpoint to resume from.
         """
         config = self.config_init[self.subcommand]
         given = config.get("ckpt_path")
         checkpoints = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint)).folder(self.trainer)
         progress = state(folder, checkpoints)
-        begun = progress == "begun" and (folder / CONFIG).exists()  # other files may be those of another program
+        begun = (
+            progress == "begun" and (folder / CONFIG).exists()
+        )  # without it the files may be those of another program
         steps_exist = begun and has_steps(folder)
         if progress == "finished" and given == OR_NEW:
             steps, limit = steps_made(folder), self.trainer.max_steps
@@ -214,13 +216,13 @@ class PGPOCommand(LightningCLI):
             checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint))
             found = resolve(str(wanted), checkpoint.folder(self.trainer), resume=self.subcommand == "fit")
             config["ckpt_path"] = found
-            # Lightning notes it when it restores weights, which is behind the checks of `setup`.
+            # Lightning sets it when it restores weights, which is after the checks of `setup`.
             self.trainer._checkpoint_connector._ckpt_path = found
             if found != str(wanted):
                 print(f"{self.subcommand} from {found}")
 
     def before_validate(self) -> None:
-        """Find the checkpoint, and say whose score it will be without one."""
+        """Find the checkpoint, or print that the untrained model is scored."""
         if self.config_init[self.subcommand].get("ckpt_path") == OR_NEW:
             raise ValueError(
                 f"Expected `--ckpt_path last` or a file for {self.subcommand}, but got {OR_NEW}, which is for fit."
@@ -233,7 +235,7 @@ class PGPOCommand(LightningCLI):
     before_test = before_validate
 
     def after_validate(self) -> None:
-        """Print the scores with their standard errors, and where the answers are."""
+        """Print the scores with their standard errors, and the file of the answers."""
         evaluator = self.model.evaluator
         if self.trainer.is_global_zero and evaluator.held_out is not None:
             print(f"\n{summary_line(evaluator.held_out, evaluator.config.samples)}\nanswers: {evaluator.held_out.path}")

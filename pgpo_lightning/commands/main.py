@@ -1,4 +1,4 @@
-"""The command `pgpo`. Every command is a module of its own, imported only when it is asked for: Lightning alone takes seconds."""
+"""The command `pgpo`. Every command is a module that is imported only when it is used, because Lightning alone takes seconds."""
 
 import importlib
 import logging
@@ -11,29 +11,29 @@ from pgpo_lightning.commands.config_files import check_config_files
 from pgpo_lightning.distributed.stopping import Stopped
 
 OWN_COMMANDS = ("export", "plan", "probe", "report", "ablate", "guard")
-"""Those with a parser of their own; the others are LightningCLI's subcommands."""
+"""Commands with a parser of their own; the others are LightningCLI's subcommands."""
 
 HELP = """pgpo COMMAND, and pgpo COMMAND --help
 
-fit        trains as a configuration says
-validate   scores a model, or a checkpoint of a run, on the held-out questions
-test       the same on the test questions
-plan       says what fit will need of a machine, before anything is loaded
-probe      measures what each context of the teacher is worth, before training
-export     writes a checkpoint for transformers
-ablate     runs a study: arms, seeds, conditions
-report     compares the arms of a study
-guard      measures how well the collapse rules detect collapsed runs
+fit        train a model as a configuration says
+validate   score a model, or a checkpoint of a run, on the held-out questions
+test       score a model, or a checkpoint of a run, on the test questions
+plan       predict memory and compute of fit, without loading anything
+probe      estimate how much each teacher context helps, before training
+export     write a checkpoint as a model folder for transformers
+ablate     run a study: arms x seeds x conditions
+report     compare the arms of a study
+guard      measure how well the collapse rules detect collapsed runs
 """
 
 
 def _quiet() -> None:
-    """Silence remarks that a user of this program can do nothing about."""
+    """Silence warnings that a user of this program cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
-    # Questions are text in memory; more workers would only break the exact resume.
+    # Questions are text in memory, and workers would break the exact resume.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # Scores are exchanged by the metrics themselves.
+    # The metrics synchronise the scores themselves.
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")
     # The teacher stays in evaluation mode on purpose.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
@@ -51,8 +51,8 @@ def main(args: list[str] | None = None) -> None:
         args: Without the program's name; by default those of the process.
     """
     _quiet()
-    # A user's verifiers and multipliers stand in the working folder, as with `python -m`. Not "": while a configuration in
-    # another folder is read, that is the working folder.
+    # Verifiers and multipliers of the user are imported from the working folder, as with `python -m`. Not "": jsonargparse
+    # changes the working folder while it reads a configuration in another one.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     words = sys.argv[1:] if args is None else args
@@ -69,21 +69,21 @@ def main(args: list[str] | None = None) -> None:
 
 
 def program() -> None:
-    """Run the command line as a program: what a user can mend is one line, all else a traceback in the run's folder."""
+    """Run the command line as a program: user errors are printed as one line, others leave a traceback in the run's folder."""
     try:
         _to_its_end()
     except KeyboardInterrupt:
         sys.exit(_ended("stopped by SIGINT", 130))
     except Stopped as stop:
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
-            _ended(f"{stop}{_how_to_go_on(stop)}", stop.status)
+            _ended(f"{stop}{_how_to_resume(stop)}", stop.status)
         sys.exit(stop.status)
     except Exception as error:
         if os.environ.get("PGPO_TRACEBACK"):
             raise
-        from pgpo_lightning.core.errors import report
+        from pgpo_lightning.core.errors import error_report
 
-        sys.exit(report(error, getattr(error, "run_folder", None)))
+        sys.exit(error_report(error, getattr(error, "run_folder", None)))
 
 
 def _to_its_end() -> None:
@@ -93,7 +93,7 @@ def _to_its_end() -> None:
         from pgpo_lightning.core.errors import raised_by
 
         origin = raised_by(leaving)
-        # Those print a help or a configuration, and end. Anybody else's exit is no success: nothing was finished.
+        # These print a help or a configuration, and exit. An exit of other code is an error, because nothing was finished.
         if leaving.code or origin.split(".")[0] in (
             "argparse",
             "jsonargparse",
@@ -112,8 +112,8 @@ def _ended(text: str, status: int) -> int:
     return status
 
 
-def _how_to_go_on(stop: Stopped) -> str:
-    """Return the command that goes on from where the run was stopped, if it was training."""
+def _how_to_resume(stop: Stopped) -> str:
+    """Return the command that resumes the run, if it was training."""
     words = sys.argv[1:]
     if not words or words[0] != "fit":
         return ""

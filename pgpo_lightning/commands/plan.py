@@ -1,4 +1,4 @@
-"""The command ``pgpo plan``: a configuration to memory, operations and a verdict, without loading anything."""
+"""The command ``pgpo plan``: predict memory and compute of a configuration, without loading anything."""
 
 import json
 from pathlib import Path
@@ -32,36 +32,43 @@ _OLD = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-tru
 
 
 class PlanCommand(BuildCommand):
-    """Parses what `pgpo fit` parses, and adds up what it needs."""
+    """Parses the arguments of `pgpo fit`, and predicts memory and compute."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is assumed, and where the answer goes."""
+        """Add the assumptions, and where to write the answer."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--memory", type=float | None, help="GiB of a device; by default of the one at hand, if any."
+            "--memory",
+            type=float | None,
+            help="Memory of a device in GiB; by default that of this machine's device, if any.",
         )
-        parser.add_argument("--json", type=str | None, help="A file for the answer as JSON.")
-        parser.add_argument("--shapes", type=str | None, help="A folder with the model's config.json, if not `model`.")
+        parser.add_argument("--json", type=str | None, help="File to write the answer to, as JSON.")
         parser.add_argument(
-            "--device", type=str | None, help="cuda or cpu; by default what `trainer.accelerator` asks for."
+            "--shapes", type=str | None, help="Folder with the model's config.json, if it is not in `model`."
         )
+        parser.add_argument("--device", type=str | None, help="cuda or cpu; by default that of `trainer.accelerator`.")
         for name, what in (("prompt", "student's prompt"), ("reprompt", "teacher's prompt"), ("response", "response")):
             parser.add_argument(
-                f"--{name}_tokens", type=int | None, help=f"Mean length of a {what}; by default its limit."
+                f"--{name}_tokens", type=int | None, help=f"Mean tokens of a {what}; by default its limit."
             )
         parser.add_argument(
             "--demonstration_tokens",
             type=int | None,
-            help="Mean length of HAPO's demonstrations, one of which stands in every group; by default their limit.",
+            help="Mean tokens of HAPO's demonstrations, one in every group; by default their limit.",
         )
-        parser.add_argument("--spread", type=float, default=0.0, help="Lengths of responses: mean * (1 ± spread).")
+        parser.add_argument(
+            "--spread",
+            type=float,
+            default=0.0,
+            help="Response lengths are mean * (1 ± spread).",
+        )
 
     def adapt(self, model: Any) -> None:
-        """Take a tokenizer that is always there."""
+        """Use a tokenizer that needs no download."""
         model.init_args.model_config.tokenizer = "toy"
 
     def run(self) -> RunSpec:
-        """Return what the run's need depends on.
+        """Return the settings that memory and compute depend on.
 
         Raises:
             ValueError: If a setting is not understood; names the field.
@@ -120,8 +127,8 @@ def _demonstration(module: OnPolicyModule, tokens: int | None) -> int | None:
     if not isinstance(module, HAPO):
         if tokens is not None:
             raise ValueError(
-                f"Expected no `demonstration_tokens` with {type(module).__name__}, which puts no demonstrations among its "
-                f"rollouts, but got {tokens}."
+                f"Expected no `demonstration_tokens` with {type(module).__name__}, which uses no demonstrations, "
+                f"but got {tokens}."
             )
         return None
     limit = module.max_response_length

@@ -1,4 +1,4 @@
-"""Settings of Lightning's Trainer that mean nothing here, or something else than they say."""
+"""Settings of Lightning's Trainer that have no effect, or another effect, in this package."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ from pgpo_lightning.core.texts import shown
 INSTEAD = {
     "barebones": (
         False,
-        "a run keeps a log and checkpoints. Leave it out, and silence what disturbs by its own setting",
+        "a run writes a log and checkpoints. Remove it, and disable single features by their own settings",
     ),
     "accumulate_grad_batches": (
         1,
@@ -28,11 +28,11 @@ INSTEAD = {
     "gradient_clip_algorithm": (None, "the module clips, by the norm. Set `model.init_args.update.max_grad_norm`"),
 }
 CALLBACKS: dict[type[Callback], str] = {
-    LearningRateFinder: "it takes steps of its own with a loss that a step does not return. Try rates with `pgpo ablate`",
+    LearningRateFinder: "it needs a loss that `training_step` does not return. Compare rates with `pgpo ablate`",
     BatchSizeFinder: (
-        "it takes steps that are thrown away. Ask `pgpo plan` what fits, and set `model.init_args.update.micro_batch_tokens`"
+        "it takes steps that are discarded. Use `pgpo plan`, and set `model.init_args.update.micro_batch_tokens`"
     ),
-    StochasticWeightAveraging: "the averages would not be what answers and teaches. Take `teacher.regularization: ema`",
+    StochasticWeightAveraging: "neither rollouts nor the teacher would use the averages. Set `teacher.regularization: ema`",
     GradientAccumulationScheduler: "a batch is one step. Set `model.init_args.update.micro_batch_tokens` to save memory",
     ResumeCheckpoint: "every run has its own. Set `checkpoint.every_n_train_steps` and `checkpoint.keep`",
     RunSummary: "every run has its own. Set it by `summary`",
@@ -40,13 +40,13 @@ CALLBACKS: dict[type[Callback], str] = {
 
 
 def check_trainer(config: Any) -> None:
-    """Refuse what the Trainer would take, and training would not follow.
+    """Raise if the Trainer has a setting that training does not follow.
 
     Args:
         config: The arguments of the Trainer, with callbacks that have been built.
 
     Raises:
-        ValueError: If a setting has no use, or leaves nothing to do.
+        ValueError: If a setting has no effect, or leaves nothing to train.
     """
     for name, (only, why) in INSTEAD.items():
         if (value := config.get(name)) is not None and value != only:

@@ -1,7 +1,7 @@
-"""What a user can mend is one line; everything else leaves a traceback that can be sent to somebody.
+"""User errors are printed as one line; every other error leaves a traceback in a file, for a bug report.
 
-Which of both an error is follows from where it was raised, not from its type alone: a ``ValueError`` of a check of this package
-is about a setting or a file, one from within a step of torch is a fault.
+An error is a user error because of where it was raised, not of its type alone: a ``ValueError`` of a check of this package
+concerns a setting or a file, but one from within a training step is a bug.
 """
 
 import errno
@@ -31,12 +31,12 @@ PACKAGES = (
 MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.EIO
 }  # fmt: skip
-"""Disk full, not allowed, and so on: wherever it is raised, no line of code is to blame."""
+"""Disk full, permission denied and so on: user errors wherever they are raised."""
 OPENING = MACHINE | {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
 class UserError(ValueError):
-    """Something that was given is wrong, as a library said that does not know what it was given for."""
+    """A library refused a value that a user gave."""
 
 
 class VerifierError(RuntimeError):
@@ -44,11 +44,11 @@ class VerifierError(RuntimeError):
 
 
 @contextmanager
-def about(what: str) -> Iterator[None]:
-    """Turn what libraries say about something a user named into an error of that user.
+def as_user_error(what: str) -> Iterator[None]:
+    """Turn errors of libraries about something that a user named into a :class:`UserError`.
 
     Args:
-        what: What was named, as in ``the model `a/b```.
+        what: The thing that was named, such as ``the model `a/b```.
 
     Raises:
         UserError: In place of `OSError`, `ValueError` and `ImportError`.
@@ -56,14 +56,14 @@ def about(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        if mendable(error):
+        if is_user_error(error):
             raise
         raise UserError(f"Expected {what} to be usable, but {_first_line(error)}") from error
 
 
-def mendable(error: BaseException) -> bool:
-    """Tell whether a user can mend an error, and needs no traceback for it."""
-    # Here, because they bring all of Lightning along.
+def is_user_error(error: BaseException) -> bool:
+    """Return whether a user can correct an error without its traceback."""
+    # Not at the top, because it imports all of Lightning.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     if isinstance(error, (UserError, MisconfigurationException, VerifierError)):
@@ -94,33 +94,33 @@ def _first_line(error: BaseException) -> str:
     return name + next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason was given")
 
 
-def told(error: BaseException) -> str:
-    """Return one line on an error that can be mended: what a class said about its arguments, not all that jsonargparse tried."""
-    said = re.search(r"^ *- (Expected .*`.*)$", str(error), re.MULTILINE)
-    if said:
-        return said[1]
+def one_line(error: BaseException) -> str:
+    """Return one line for a user error: the message of a class about its arguments, not everything that jsonargparse tried."""
+    message = re.search(r"^ *- (Expected .*`.*)$", str(error), re.MULTILINE)
+    if message:
+        return message[1]
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
-def report(error: BaseException, folder: Path | None) -> str:
-    """Return what to show of an error that ends the program.
+def error_report(error: BaseException, folder: Path | None) -> str:
+    """Return the text to print for an error that ends the program.
 
     Args:
-        error: What was raised. Has been caught, so that it has a traceback.
-        folder: Of the run, for the traceback of an error that no user can mend; without one it is part of the text.
+        error: The error, with its traceback.
+        folder: Of the run, for the traceback of an error that is not a user error; without one the traceback is in the text.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
-    who = f"error (rank {rank})" if rank else "error"
-    if mendable(error):
-        return f"{who}: {told(error)}\n(PGPO_TRACEBACK=1 shows where)"
+    prefix = f"error (rank {rank})" if rank else "error"
+    if is_user_error(error):
+        return f"{prefix}: {one_line(error)}\n(PGPO_TRACEBACK=1 shows where)"
     name = (
         type(error).__name__
         if type(error).__module__ == "builtins"
         else f"{type(error).__module__}.{type(error).__name__}"
     )
-    line = f"{who}: {name}: {_first_line(error).removeprefix(f'{type(error).__name__}: ')}"
+    line = f"{prefix}: {name}: {_first_line(error).removeprefix(f'{type(error).__name__}: ')}"
     text = "".join(traceback.format_exception(error))
     if folder is None:
         return f"{text}{line}"
@@ -131,7 +131,7 @@ def report(error: BaseException, folder: Path | None) -> str:
         path.write_text(f"{_circumstances()}\n\n{text}", encoding="utf-8")
     except OSError as second:
         return f"{text}{line}\n({path} could not be written: {second.strerror})"
-    return f"{line}\nThis is a fault of the program or of code it was given. The traceback: {path}"
+    return f"{line}\nThis is a bug of the program, or of your own code. The traceback: {path}"
 
 
 def _circumstances() -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.core.settings import Text, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import SPLITS, QuestionData
@@ -93,7 +93,7 @@ class FileQuestions(QuestionData):
         if hub_split := self.hub_splits.get(split):
             import datasets  # here, because it takes a second
 
-            with about(f"the data set `{self.dataset}`"):
+            with as_user_error(f"the data set `{self.dataset}`"):
                 table = datasets.load_dataset(self.dataset, self.dataset_config, split=hub_split)
             if len(table) == 0:
                 raise ValueError(f"Expected at least one row in {self.dataset} [{hub_split}], but it is empty.")

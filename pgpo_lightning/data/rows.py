@@ -1,4 +1,4 @@
-"""Read rows from files, and turn a row into a question or say what is wrong with it."""
+"""Read rows from files, and turn a row into a question or raise an error that names the row."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from pgpo_lightning.core.texts import is_text, shown
 from pgpo_lightning.core.types import Message, Question
 
 DEEPEST = 100
-"""Most levels of lists and objects within each other in a column."""
+"""Largest nesting depth of lists and objects in a column."""
 
 RawRow = tuple[str, dict[str, Any]]
 """Where a row comes from (``file:line``), and its columns."""
@@ -87,9 +87,9 @@ def _read_json(path: Path) -> list[RawRow]:
 
 
 def _parsed(text: str) -> Any:
-    """Parse JSON, without what Python would pass over: a name that occurs twice, a number too large for a float.
+    """Parse JSON, and raise where Python would not: for a name that occurs twice, and a number too large for a float.
 
-    NaN and Infinity, which JSON does not have and many programs write, are read.
+    NaN and Infinity are read; they are not JSON, but many programs write them.
     """
     return json.loads(text, object_pairs_hook=_object, parse_float=_float)
 
@@ -114,16 +114,16 @@ def _reason(error: Exception) -> str:
 
 
 def check_value(value: Any, where: str, depth: int = 0) -> None:
-    """Raise if a value holds what no tokenizer or file takes, at any depth.
+    """Raise if a value cannot be tokenized or written to a file, at any depth.
 
     Raises:
-        ValueError: If a text has half of a character (a lone surrogate), or if containers are nested too deeply.
+        ValueError: If a text has a lone surrogate (half of a character), or if containers are nested too deeply.
     """
     if isinstance(value, str):
         if not is_text(value):
             raise ValueError(
                 f"Expected whole characters in {where}, but got {_typed(value)}, which has half of one (a lone surrogate). "
-                "Mend the row: whatever wrote it has cut a character in two."
+                "Correct the row: the program that wrote it has cut a character in two."
             )
     elif isinstance(value, (dict, list, tuple)):
         if depth >= DEEPEST:
@@ -171,7 +171,7 @@ def _as_python(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
 
 @dataclass
 class Columns:
-    """Which column of a row is what; all other columns land in ``Question.columns``.
+    """The columns of a row with a meaning; all others become ``Question.columns``.
 
     Args:
         prompt: The user's text, or chat messages that end with a user turn.
@@ -203,7 +203,7 @@ class Columns:
                 found = f"it is {value!r}" if column in row else "there is no such column"
                 raise ValueError(
                     f"Expected {source} to have the {argument} in its column `{column}`, but {found}. The row has the "
-                    f"columns {', '.join(row)}: mend the row, or set `{argument}_column`."
+                    f"columns {', '.join(row)}. Correct the row, or set `{argument}_column`."
                 )
         prompt = self._prompt(row[self.prompt], source, prompt_suffix)
         system = self._text(row, self.system, source)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.core.settings import Text, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import QuestionData
@@ -119,7 +119,7 @@ class SciKnowEval(QuestionData):
     def _from_hub(self) -> dict[str, list[Question]]:
         import datasets  # here, because it takes a second
 
-        with about(f"the data set `{HUB_ID}`"):
+        with as_user_error(f"the data set `{HUB_ID}`"):
             table = datasets.load_dataset(HUB_ID, split="test")
         rows = [(number, row) for number, row in enumerate(table, start=1) if is_used(row, self.domain)]
         if len(rows) < 2:

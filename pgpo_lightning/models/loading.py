@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.models.quantization import Quantization
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -56,7 +56,7 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
         quantization: Store the weights of linear layers in 4 or 8 bits, to train an adapter on them.
     """
-    with about(f"the model `{name}`"):
+    with as_user_error(f"the model `{name}`"):
         return AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, dtype),
@@ -82,7 +82,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         MisconfigurationException: If it has no end-of-sequence token.
     """
-    with about(f"the tokenizer of `{name}`"):
+    with as_user_error(f"the tokenizer of `{name}`"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
         )

@@ -19,14 +19,14 @@ from pgpo_lightning.rewards.grade import where
 class BoxedAnswer:
     r"""Compare the last complete ``\boxed{...}`` with ``question.answer``: 1.0 if they are equal, else 0.0.
 
-    Equal texts (after removing LaTeX spacing, ``$``, thousands separators and the like) and plain decimal numbers are
-    decided here, exactly: ``0.50`` is ``.5``, but ``0.333333`` is not ``0.3333333``. Everything else (fractions, roots,
-    symbols, sets, intervals, equations, matrices) goes to math-verify, in a process of its own.
+    Equal texts (after removing LaTeX spacing, ``$``, thousands separators and the like) and plain decimal numbers are compared
+    here, exactly: ``0.50`` equals ``.5``, but ``0.333333`` does not equal ``0.3333333``. Everything else (fractions, roots,
+    symbols, sets, intervals, equations, matrices) is compared by math-verify, in a separate process.
 
     Args:
         feedback: Whether a wrong answer gets a line of feedback, which does not depend on the gold answer.
-        max_chars: A box with more characters than this is wrong without a look at its content.
-        timeout: An answer that takes math-verify more seconds than this, such as ``9^{9^9}``, is wrong.
+        max_chars: A box with more characters than this is wrong, whatever its content.
+        timeout: An answer for which math-verify needs more seconds than this, such as ``9^{9^9}``, is wrong.
 
     Raises:
         ValueError: If an argument is out of range, or, when called, if the gold answer is neither a text nor a finite number.
@@ -45,7 +45,7 @@ class BoxedAnswer:
         self.feedback, self.max_chars, self.timeout = feedback, max_chars, timeout
 
     def check_question(self, question: Question) -> None:
-        """Raise if the gold answer is neither a text nor a finite number, or if nothing of it is left to compare.
+        """Raise if the gold answer is neither a text nor a finite number, or is empty after normalisation.
 
         Raises:
             ValueError: Names the row.
@@ -73,11 +73,11 @@ def _gold(question: Question) -> str:
     elif isinstance(gold, Fraction) or (isinstance(gold, Integral) and not isinstance(gold, bool)):
         text = str(gold)
     elif isinstance(gold, (Real, Decimal)) and not isinstance(gold, bool) and math.isfinite(gold):
-        text = format(Decimal(str(gold)), "f")  # math-verify would take the e of 1e-07 for Euler's number
+        text = format(Decimal(str(gold)), "f")  # math-verify would read the e of 1e-07 as Euler's number
     if not text:
         raise ValueError(
             f"Expected {where(question)} to have a gold answer, a text or a finite number, but got "
-            f"{type(gold).__name__} {shown(gold)}. Mend the row, or give a `verifier` that can judge it."
+            f"{type(gold).__name__} {shown(gold)}. Correct the row, or use a `verifier` that can grade it."
         )
     return text
 
@@ -86,7 +86,7 @@ def _last_box(response: str, max_chars: int) -> str:
     """Return the content of the last closed box, cut at ``max_chars + 1`` characters, or an empty text."""
     for opening in reversed(list(re.finditer(r"\\boxed\s*\{", response))):
         depth = 1
-        # The limit also keeps thousands of boxes that never close from costing a full scan each.
+        # The limit also bounds the time for thousands of boxes that never close.
         window = response[opening.end() : opening.end() + max_chars + 1]
         for brace in re.finditer(r"\\.|[{}]", window, re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -110,7 +110,7 @@ def _normalise(text: str) -> str:
 def _equal(gold: str, answer: str, timeout: float) -> bool:
     if gold != answer and all(re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text) for text in (gold, answer)):
         return Decimal(gold) == Decimal(answer)
-    # math-verify adds neighbouring numbers: "12 12" would be 24.
+    # math-verify adds adjacent numbers: "12 12" would be 24.
     return gold == answer or (
         not re.search("[0-9] [0-9]", answer) and symbolic.math_process.equal(gold, answer, timeout)
     )

@@ -1,4 +1,4 @@
-"""Call a verifier: whatever it does ends as a ``Verdict``, or as one error that names the question."""
+"""Call a verifier, and turn its result into a ``Verdict`` or its failure into one error that names the question."""
 
 import copy
 import inspect
@@ -17,24 +17,24 @@ Verifier: TypeAlias = Callable[[Question, str], Verdict | float | tuple[float, s
 """A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens)."""
 
 LARGEST_REWARD = 1e16
-"""Largest size of a reward: squares of thousands of such numbers can still be added up in float32."""
+"""Largest absolute reward: the sum of squares of thousands of them is finite in float32."""
 
 SMALLEST_REWARD = 2.0**-126
-"""Smallest size of a reward that is not 0: below it float32 loses digits, and some devices take it for 0."""
+"""Smallest absolute reward that is not 0: smaller numbers lose digits in float32, and some devices flush them to 0."""
 
 
 def grade(verifier: Verifier, question: Question, response: str) -> Verdict:
-    """Call a verifier and return its judgement as a ``Verdict`` with a finite reward.
+    """Call a verifier and return its result as a ``Verdict`` with a finite reward.
 
-    The verifier gets a question of its own to work with, and what it changes for the whole process is put back. Sizes below
-    ``SMALLEST_REWARD`` are 0.
+    The verifier gets a copy of the question, and changes that it makes to the process are undone. Rewards with an absolute value
+    below ``SMALLEST_REWARD`` become 0.
 
     Raises:
         VerifierError: If the verifier raises anything (``SystemExit`` and ``KeyboardInterrupt`` too) or returns anything but a
             number of at most ``LARGEST_REWARD``, ``(reward, feedback)`` or a Verdict.
-        BaseException: What the handler of a signal raises (Ctrl-C), also if the verifier catches it.
+        BaseException: The exception of a signal handler (Ctrl-C), even if the verifier catches it.
     """
-    # A verifier may catch the interrupt, as `except:` does, or raise one by itself: only what a signal raised ends the run.
+    # A verifier may catch an interrupt (`except:`) or raise one itself. Only the exception of a signal handler ends the run.
     failure: BaseException | None = None
     with signals_recorded() as heard:
         try:
@@ -59,10 +59,10 @@ def grade(verifier: Verifier, question: Question, response: str) -> Verdict:
 
 
 def check_question(verifier: Verifier, question: Question) -> None:
-    """Let a verifier that has a method ``check_question`` say, before anything is sampled, that it cannot judge a question.
+    """Call the verifier's method ``check_question``, if it has one, before anything is sampled.
 
     Raises:
-        ValueError: What the verifier says.
+        ValueError: From the verifier, if it cannot grade the question.
     """
     check = getattr(verifier, "check_question", None)
     if callable(check):
@@ -75,7 +75,7 @@ def name(verifier: Verifier) -> str:
 
 
 def where(question: Question) -> str:
-    """Return which question it is, for a message."""
+    """Return the place of a question, for a message."""
     return f"question {question.index} of {question.source or 'an unnamed source'}"
 
 
@@ -84,11 +84,11 @@ def _asked(question: Question) -> str:
 
 
 def _copy(question: Question) -> Question:
-    """Return a question with containers of its own, so that a verifier cannot change what others see."""
-    made = copy.copy(question)
+    """Return a question with copied containers, so that a verifier cannot change the original."""
+    copied = copy.copy(question)
     for attribute, value in vars(question).items():
-        setattr(made, attribute, _containers(value))
-    return made
+        setattr(copied, attribute, _containers(value))
+    return copied
 
 
 def _containers(value: Any) -> Any:
@@ -100,10 +100,10 @@ def _containers(value: Any) -> Any:
 
 
 def _verdict(result: Any) -> tuple[Verdict | None, str]:
-    """Return what a verifier said, or nothing and, if it needs words, why not."""
+    """Return a verifier's result as a Verdict, or None and the reason, if it needs one."""
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
-            result.close()  # or Python warns that nobody awaited it
+            result.close()  # or Python warns that it was never awaited
         return None, ": it is an `async def`. Give a plain function, which may call `asyncio.run`"
     if inspect.isgenerator(result):
         return None, ": it contains `yield`. Return the reward instead"
@@ -116,15 +116,15 @@ def _verdict(result: Any) -> tuple[Verdict | None, str]:
     if reward is None or not all(isinstance(text, str | None) for text in texts):
         return None, ""
     if not abs(reward) <= LARGEST_REWARD:
-        return None, f": rewards have sizes of at most {LARGEST_REWARD:g}" if math.isfinite(reward) else ""
+        return None, f": rewards have an absolute value of at most {LARGEST_REWARD:g}" if math.isfinite(reward) else ""
     for text in texts:
         if text is not None and not is_text(text):
-            return None, ": its text has half of a character (a lone surrogate), which no tokenizer takes"
+            return None, ": its text has a lone surrogate, which tokenizers refuse"
     return Verdict(0.0 if abs(reward) < SMALLEST_REWARD else reward, *texts), ""
 
 
 def _number(value: Any) -> float | None:
-    """Return a real number as a float, infinite where it is too large; none if it is not a number."""
+    """Return a real number as a float, infinite if it is too large; None if it is not a number."""
     if not isinstance(value, (Real, Decimal)) and getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # a number of NumPy or torch
     if not isinstance(value, (Real, Decimal)):

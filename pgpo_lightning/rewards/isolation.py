@@ -1,4 +1,4 @@
-"""Keep a verifier's hands off the process that trains: its folder, its output, its defaults of torch, its signals."""
+"""Protect the training process from verifiers: working folder, output streams, torch's defaults, signal handlers."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from pgpo_lightning.distributed.stopping import ENDING
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Put back what the enclosed code changes for the whole process.
+    """Restore the state of the process that the enclosed code changes.
 
-    That is the working folder, torch's default type and device, its gradient mode and number of threads, and the output streams.
-    Random generators are not among it: see :func:`pgpo_lightning.core.seeding.generators_kept`.
+    This covers the working folder, torch's default type and device, its gradient mode and number of threads, and the output
+    streams. For random generators see :func:`pgpo_lightning.core.seeding.generators_kept`.
 
     Raises:
-        RuntimeError: If the enclosed code closed an output stream, which is opened again.
-        OSError: If the working folder is gone.
+        RuntimeError: If the enclosed code closed an output stream, which is reopened.
+        OSError: If the working folder was deleted.
     """
     folder: str | None = None
     with suppress(OSError):
@@ -45,7 +45,7 @@ def process_state_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
         closed = []
         for descriptor in open_before:
-            if not _is_open(descriptor):  # the next file to be opened would get all that is printed
+            if not _is_open(descriptor):  # all output would go into the next file that is opened
                 _occupy(descriptor)
                 closed.append(f"file descriptor {descriptor}")
         for name, stream in streams.items():
@@ -61,12 +61,13 @@ def process_state_kept() -> Iterator[None]:
 
 @contextmanager
 def signals_recorded() -> Iterator[list[BaseException]]:
-    """Tell what a signal raises (Ctrl-C: ``KeyboardInterrupt``) from what the enclosed code raises by itself.
+    """Record the exceptions that signal handlers raise (Ctrl-C: ``KeyboardInterrupt``) while the enclosed code runs.
 
-    Handlers do what they did. What they raise is also noted, so that it is known after the enclosed code caught it.
+    Handlers work as before. Their exceptions are known even if the enclosed code catches them, and are distinguished from those
+    that it raises itself.
 
     Yields:
-        What handlers have raised so far.
+        The exceptions of handlers so far.
     """
     raised: list[BaseException] = []
     called: set[int] = set()
@@ -83,8 +84,8 @@ def signals_recorded() -> Iterator[list[BaseException]]:
         return note
 
     before: dict[int, tuple[Any, Any]] = {}
-    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers, nor runs them
-        for number in ENDING:  # no alarms: verifiers limit their own time with them
+    if threading.current_thread() is threading.main_thread():  # only the main thread sets and runs handlers
+        for number in ENDING:  # no alarms, which verifiers use to limit their time
             if callable(handler := signal.getsignal(number)):
                 before[number] = handler, noting(handler)
                 signal.signal(number, before[number][1])
@@ -92,7 +93,7 @@ def signals_recorded() -> Iterator[list[BaseException]]:
         yield raised
     finally:
         for number, (handler, ours) in before.items():
-            # A handler that ran may have put another in its place, for the second Ctrl-C.
+            # A handler that ran may have installed another one, for the second Ctrl-C.
             if signal.getsignal(number) is ours or number not in called:
                 signal.signal(number, handler)
 

@@ -16,13 +16,13 @@ class MultipleChoice:
     r"""Compare the chosen option with ``question.answer``: 1.0 if they are the same letter, else 0.0.
 
     Args:
-        variant: How the choice is read. ``reference`` (the SDPO code) takes what stands between the last ``<answer>``
-            (or the start) and the next ``</answer>`` (or the end): a bare letter counts, ``(A)``, ``A.``, ``a`` do not.
-            ``strict`` wants exactly one answer block, at the end, with one letter in it. ``lenient`` takes the last
-            statement of an option: a letter of either case that opens an answer block, a ``\boxed{}`` or the response
-            and is followed by a mark or nothing (``(A)``, ``A.``, ``a``, ``A: text``, ``\boxed{\text{A}}``), or stands
-            after "answer is" or "answer:"; several options at once ("A or B") are no statement.
-        options: The letters that a row of the data may have as its answer.
+        variant: How the choice is read. ``reference`` (the SDPO code) reads the text between the last ``<answer>`` (or the
+            start) and the next ``</answer>`` (or the end). A bare letter counts; ``(A)``, ``A.``, ``a`` do not. ``strict``
+            requires exactly one answer block, at the end, with one letter. ``lenient`` reads the last statement of an
+            option: a letter of either case that opens an answer block, a ``\boxed{}`` or the response and is followed by
+            punctuation or nothing (``(A)``, ``A.``, ``a``, ``A: text``, ``\boxed{\text{A}}``), or that follows "answer is"
+            or "answer:". Several options at once ("A or B") are not a statement.
+        options: The letters that may be a gold answer.
 
     Raises:
         ValueError: If an argument is not valid, or, when called, if the gold answer is not one of ``options``.
@@ -38,7 +38,7 @@ class MultipleChoice:
             raise ValueError(f"Expected argument `options` to be different capital letters, but got {options!r}.")
         self.variant, self.options = variant, options
         self._strict = re.compile(rf"<answer>\s*([{options}])\s*</answer>\s*\Z")
-        # The repeats are bounded because two unbounded ones in a row cost a square on a long run of white space.
+        # The repeats are bounded, because two unbounded ones in a row take quadratic time on long white space.
         upper, either, mark = f"[{options}]", f"[{options}{options.lower()}]", r"[\s(*\"\[$]{0,9}"
         opening = rf"{mark}(?:\\(?:text|textbf|mathrm|mathbf)\{{[\s(]{{0,9}})?"
         closed = r"(?=[).:}*\"\]$]|\s{0,9}(?:\n|</|\Z))"
@@ -57,7 +57,7 @@ class MultipleChoice:
         gold = question.answer
         if not isinstance(gold, str) or len(gold) != 1 or gold not in self.options:
             raise ValueError(
-                f"Expected the answer of {where(question)} to be in {self.options!r}, but got {shown(gold)}. Mend the row, or "
+                f"Expected the answer of {where(question)} to be in {self.options!r}, but got {shown(gold)}. Correct the row, or "
                 "set the `options` of MultipleChoice."
             )
 
@@ -69,7 +69,7 @@ class MultipleChoice:
     def _read(self, response: str) -> str | None:
         if self.variant == "reference":
             answer = response.split("<answer>")[-1].split("</answer>")[0].strip()
-            return answer if 0 < len(answer) <= 16 else None  # a longer text is no vote but a lost thread
+            return answer if 0 < len(answer) <= 16 else None  # a longer text is not a vote
         if self.variant == "strict":
             match = self._strict.search(response)
             return match[1] if match and response.count("<answer>") == response.count("</answer>") == 1 else None

@@ -1,4 +1,4 @@
-"""Compare two mathematical expressions with math-verify, in a process of its own that can be ended."""
+"""Compare two mathematical expressions with math-verify, in a separate process that can be killed."""
 
 import json
 import os
@@ -10,14 +10,19 @@ from threading import Lock
 from typing import Any
 
 LONGEST_TIMEOUT = 3600.0
-"""Most seconds that a comparison may be given."""
+"""Largest time limit of a comparison, in seconds."""
 
 
 class MathProcess:
-    """math-verify in a process of its own, which an alarm kills when a comparison takes too long.
+    """math-verify in a separate process, which an alarm kills when a comparison takes too long.
 
-    Nothing bounds math-verify: ``9^{9^9}``, ``(e^{12})^{20}`` or twenty nested braces take minutes, and signals in this
-    process would reach its main thread only, and not before a big integer is finished.
+    math-verify has no reliable time limit: ``9^{9^9}``, ``(e^{12})^{20}`` or twenty nested braces take minutes. A signal in this
+    process would interrupt the main thread only, and not within an operation on big integers.
+
+    Not a pool of ``concurrent.futures``, which cannot stop a worker, nor of ``pebble``, which can. A pool of pebble starts its
+    workers through multiprocessing, which imports the training script again or forks a process with threads and an accelerator.
+    It gives its workers no environment of their own, which decides the integers that SymPy uses. After a fork of this process its
+    threads are missing.
     """
 
     code = r"""
@@ -53,15 +58,15 @@ for line in sys.stdin:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self.process: Any = None  # it ends with this one, when its input closes
+        self.process: Any = None  # it ends with this process, when its input closes
 
     def equal(self, gold: str, answer: str, timeout: float) -> bool:
-        """Whether two expressions are equal; not if that takes too long or too much memory.
+        """Return whether two expressions are equal; False if the comparison takes too much time or memory.
 
         Args:
             gold: The gold answer, in LaTeX.
-            answer: What is compared with it.
-            timeout: Most seconds to spend.
+            answer: The answer, in LaTeX.
+            timeout: Time limit in seconds.
 
         Raises:
             RuntimeError: If the process ends for any other reason, or does not start.
@@ -69,21 +74,21 @@ for line in sys.stdin:
         with self.lock:
             reply = ""
             try:
-                # In a fork of this process `poll` says that the parent's helper has ended, so the fork starts its own.
+                # In a fork of this process `poll` reports the process of the parent as ended, so the fork starts its own.
                 if self.process is None or self.process.poll() is not None:
                     self._start()
                 try:
                     print(json.dumps([gold, answer, timeout]), file=self.process.stdin, flush=True)
                     reply = self.process.stdout.readline()
                 except BrokenPipeError:
-                    pass  # it has ended, and its status says how
+                    pass  # it has ended, and its status tells why
                 if not reply and (status := self.process.wait()) != -signal.SIGALRM:
                     raise RuntimeError(
                         f"Expected math-verify to compare {answer[:80]!r} with {gold[:80]!r}, but its process {_ended(status)}. "
                         "See what it wrote to the standard error output"
                     )
             finally:
-                # Without a reply the alarm went off. Or Ctrl-C came here: what is still to come would answer the next call.
+                # No reply after the alarm, or after Ctrl-C here: a late reply would be read as that of the next call.
                 if not reply:
                     self.stop()
             return reply == "true\n"
@@ -100,7 +105,7 @@ for line in sys.stdin:
         if self.process.stdout.readline() != "ready\n":
             raise RuntimeError(
                 f"Expected math-verify to start in a process of its own, but it {_ended(self.process.wait())}. See what it wrote "
-                "to the standard error output; `pip install math-verify` mends a missing module"
+                "to the standard error output; `pip install math-verify` installs a missing module"
             )
 
     def stop(self) -> None:
@@ -116,4 +121,4 @@ def _ended(status: int) -> str:
 
 
 math_process = MathProcess()
-"""Of this process and all its threads."""
+"""Shared by all threads of this process."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pgpo_lightning.checkpoints.checkpoint_io import peek_checkpoint
-from pgpo_lightning.core.errors import about
+from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.core.identity import training_sha256
 from pgpo_lightning.core.run_settings import Plain, Remembers, check_settings, settings, tokenizer_identity
 from pgpo_lightning.training.resumed_optimizer import check_optimizer, describe_optimizer, take_effect
@@ -106,7 +106,7 @@ class ResumedSettings:
         """
 
         def make_both() -> tuple[Optimizer, Any]:
-            with about("`optimizer` and `scheduler`"):
+            with as_user_error("`optimizer` and `scheduler`"):
                 optimizer = make_optimizer(parameters)
                 return optimizer, None if make_scheduler is None else make_scheduler(optimizer)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pgpo_lightning.commands.main import main, program
-from pgpo_lightning.core.errors import UserError, about, mendable, report
+from pgpo_lightning.core.errors import UserError, as_user_error, error_report, is_user_error
 from pgpo_lightning.monitoring.run_folder import LOCK, Lock
 from tests.support import ROOT
 from tests.support.helpers import config
@@ -34,19 +34,19 @@ def test_an_error_is_the_users_by_where_it_was_raised(tmp_path):
         raise OSError(28, "No space left on device", "model.ckpt")
 
     def model():
-        with about("the model `x/y`"):
+        with as_user_error("the model `x/y`"):
             raise OSError("x/y is not a local folder\nand more")
 
-    assert not mendable(raised(of_torch))
-    assert not mendable(raised(not_ours))
-    assert mendable(raised(disk_full))
-    assert mendable(raised(open, tmp_path / "nowhere"))
+    assert not is_user_error(raised(of_torch))
+    assert not is_user_error(raised(not_ours))
+    assert is_user_error(raised(disk_full))
+    assert is_user_error(raised(open, tmp_path / "nowhere"))
     assert isinstance(error := raised(model), UserError)
     assert (
-        report(error, None).splitlines()[0]
+        error_report(error, None).splitlines()[0]
         == "error: Expected the model `x/y` to be usable, but x/y is not a local folder"
     )
-    assert mendable(raised(main, ["fit", "--config", config(tmp_path / "run"), "--model.divergence.alpha", "1.5"]))
+    assert is_user_error(raised(main, ["fit", "--config", config(tmp_path / "run"), "--model.divergence.alpha", "1.5"]))
 
 
 def test_a_fault_leaves_its_traceback_in_the_folder_of_the_run(tmp_path, monkeypatch):
