@@ -2,7 +2,7 @@
 
 Every kind takes the same steps, with gradients of next-token prediction on the toy's training questions at its own weights.
 
-Run: ``python benchmarks/bf16.py [--steps 30] [--rates 1e-6 1e-5 1e-4]``. torchao's rows need ``pip install torchao``.
+Run: ``python -m benchmarks.bf16 [--steps 30] [--rates 1e-6 1e-5 1e-4]``. torchao's rows need ``pip install torchao``.
 """
 
 import argparse
@@ -10,11 +10,11 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import torch
 from bitsandbytes.optim import AdamW8bit
 from transformers import AutoTokenizer
 
+from benchmarks import measure
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.models.loading import load_model, resolve_model
 from pgpo_lightning.rollout.prompts import PromptEncoder

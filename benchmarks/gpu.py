@@ -2,8 +2,8 @@
 
 From the root of the repository, in at most ten minutes; nothing has to be installed but torch, transformers and lightning::
 
-    python benchmarks/gpu.py --json gpu.jsonl
-    python benchmarks/gpu.py --tiny                # every part on a CPU, in less than a minute
+    python -m benchmarks.gpu --json gpu.jsonl
+    python -m benchmarks.gpu --tiny                # every part on a CPU, in less than a minute
 
 bitsandbytes (8-bit AdamW) and Liger-Kernel (``requirements-liger.txt``) are used where they are there. A part that fails is
 reported, and the next one runs; one for which less than its share of the budget is left is skipped. JSON lines are written as
@@ -34,11 +34,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import loss as losses
-import measure
 import torch
-from loss import Case
-from measure import Row
+
+from benchmarks import loss as losses
+from benchmarks import measure
+from benchmarks.loss import Case
+from benchmarks.measure import Row
 
 GIB = 2**30
 QWEN3_8B = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
@@ -240,8 +241,7 @@ def compare(about: Row, floors: dict[str, Any], methods: dict[str, Any], setup: 
 
 def update(setup: Setup) -> Iterator[Row]:
     """SDPO's update on given rollouts: the module's own gradients, optimizer step and moving teacher."""
-    from standalone import Standalone, random_qwen3, synthetic_rows
-
+    from benchmarks.standalone import Standalone, random_qwen3, synthetic_rows
     from pgpo_lightning.training.configs import UpdateConfig
 
     name, optimizer = eight_bit_adamw(setup.device)
@@ -281,8 +281,7 @@ def eight_bit_adamw(device: str) -> tuple[str, Callable[[Any], torch.optim.Optim
 
 def generation(setup: Setup) -> Iterator[Row]:
     """Sampling with the package's engine."""
-    from standalone import random_qwen3, token_ids
-
+    from benchmarks.standalone import random_qwen3, token_ids
     from pgpo_lightning.core.types import Question
     from pgpo_lightning.models.loading import load_tokenizer
     from pgpo_lightning.rollout.engine import Sampling

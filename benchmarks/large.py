@@ -4,8 +4,8 @@ Qwen3-8B's shapes with random weights in bf16, 8-bit AdamW, an EMA teacher in fp
 after different numbers of tokens. One call takes at most nine minutes; nothing has to be installed but torch, transformers,
 lightning and bitsandbytes (without it AdamW of torch, which the table says). From the root of the repository::
 
-    python benchmarks/large.py --json large.jsonl
-    python benchmarks/large.py --tiny              # the same code on a CPU, in seconds
+    python -m benchmarks.large --json large.jsonl
+    python -m benchmarks.large --tiny              # the same code on a CPU, in seconds
 
 A line is written as soon as something is known: the plan, every step's rollouts, every step's update. What is not reached in time
 is missing, and the last line says so. The first step compiles and makes the optimizer's state, and is not to be counted.
@@ -26,10 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from gpu import QWEN3_8B, SMALL, eight_bit_adamw, free, print_tables, size, stopped_after, summary
-from measure import Row
+
+from benchmarks import measure
+from benchmarks.gpu import QWEN3_8B, SMALL, eight_bit_adamw, free, print_tables, size, stopped_after, summary
+from benchmarks.measure import Row
 
 GIB = 2**30
 
@@ -113,8 +114,7 @@ def foretell(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch
 
 def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
     """Take whole steps under one setting: sampling, then the module's own update."""
-    from standalone import Standalone, fixed_lengths, random_qwen3
-
+    from benchmarks.standalone import Standalone, fixed_lengths, random_qwen3
     from pgpo_lightning.core.types import Sample, Verdict
     from pgpo_lightning.rollout.engine import Sampling
     from pgpo_lightning.rollout.transformers_engine import TransformersEngine

@@ -4,7 +4,7 @@ The EMA teacher of a run with `lora` averages A and B each by itself. Beside it 
 dense matrix per layer in fp64 that starts where the teacher starts and follows the same student. After some steps both are run
 over the step's own reprompts and responses::
 
-    python benchmarks/lora_ema.py fit --config configs/quickstart.yaml --config configs/lora.yaml --model.optimizer.lr 1e-3
+    python -m benchmarks.lora_ema fit --config configs/quickstart.yaml --config configs/lora.yaml --model.optimizer.lr 1e-3
 
 Columns: the relative Frobenius distance, over all layers, of the teacher's product; of a product whose factors are averaged from
 zero; of exact averages cut back to rank R after every step. Then KL(exact teacher || teacher), and mean and largest size of
@@ -18,9 +18,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from measure import print_table, write_json
 from torch import Tensor
 
+from benchmarks.measure import print_table, write_json
 from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.models.lm_head import head, source

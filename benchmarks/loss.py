@@ -3,9 +3,9 @@
 From hidden states and head to the loss of all tokens and the gradients of the student's hidden states and head, fp32, one CPU
 thread, from the root of the repository::
 
-    python benchmarks/loss.py                               # every case below, half an hour on busy cores
-    python benchmarks/loss.py --case jsd:2048x256x32768     # tokens x hidden x vocabulary
-    python benchmarks/loss.py --compile                     # with torch.compile too; compiling takes minutes
+    python -m benchmarks.loss                               # every case below, half an hour on busy cores
+    python -m benchmarks.loss --case jsd:2048x256x32768     # tokens x hidden x vocabulary
+    python -m benchmarks.loss --compile                     # with torch.compile too; compiling takes minutes
 
 Liger's two rows need ``pip install --no-deps -r benchmarks/requirements-liger.txt`` and are left out without it. Ours alone
 also gives log-probabilities, entropies and the KL of every token. CPU seconds are medians over rounds in which the methods take
@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import measure
 import torch
 from torch import Tensor
 
+from benchmarks import measure
 from pgpo_lightning.losses.divergence import Divergence, divergence, student_top_k
 from pgpo_lightning.losses.fused import Head, Source, linear_distillation
 

@@ -15,9 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread on shared cores costs more than it brings
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.append(str(Path(__file__).parent.parent))  # the package from source, where it is not installed
 
 import torch
 

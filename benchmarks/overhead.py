@@ -4,7 +4,7 @@ Every step of the run answers the same questions with the same random numbers fr
 zero), so that two neighbouring steps differ by the callback alone. The order within a pair alternates. Two figures come out: the
 paired difference in CPU seconds, which has the noise of whole steps in it, and the CPU time spent inside the callback's hooks::
 
-    python benchmarks/overhead.py --pairs 100
+    python -m benchmarks.overhead --pairs 100
 """
 
 import argparse

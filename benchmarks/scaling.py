@@ -2,8 +2,8 @@
 
 fp32, one CPU thread, from the root of the repository, a few minutes::
 
-    python benchmarks/scaling.py
-    python benchmarks/scaling.py --parts tokens vocabulary
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --parts tokens vocabulary
 
 The loss is the Jensen-Shannon divergence with its gradients, 256 rows at a time, as in loss.py. `rest` is its peak memory above
 the inputs less what has to be there: the two gradients, and a chunk's logits of student and teacher. Exponents are slopes of
@@ -16,9 +16,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import measure
 import torch
-from loss import Case, draw, ours, plain
+
+from benchmarks import measure
+from benchmarks.loss import Case, draw, ours, plain
 
 ROWS = 256
 SIZES = {
@@ -74,8 +75,8 @@ def exponents(what: str, rows: list[measure.Row], names: tuple[str, ...]) -> mea
 
 def step_of(samples: int) -> dict[str, Callable[[], object]]:
     """Return the two halves of a step: sampling, and the update on rows of the same size."""
-    from standalone import Standalone, random_qwen3, synthetic_rows  # here: the loss alone needs no transformers
-
+    # Imported here, because the loss alone needs no transformers.
+    from benchmarks.standalone import Standalone, random_qwen3, synthetic_rows
     from pgpo_lightning.rollout.engine import Sampling
     from pgpo_lightning.rollout.transformers_engine import TransformersEngine
     from pgpo_lightning.training.configs import UpdateConfig

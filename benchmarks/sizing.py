@@ -4,8 +4,8 @@ Each case builds a random model and SDPO's own module, samples with the package'
 of its own. Measured are the storages of all tensors that are alive (sizing/counter.py), on a CPU; `rss` is beside it the whole
 process' resident memory above what it was before the model, at its highest. From the root of the repository::
 
-    OMP_NUM_THREADS=1 python benchmarks/sizing.py                    # all cases: an hour; the last needs over 24 GB of memory
-    OMP_NUM_THREADS=1 python benchmarks/sizing.py --cases toy mid    # those whose names begin so
+    OMP_NUM_THREADS=1 python -m benchmarks.sizing                    # all cases: an hour; the last needs over 24 GB of memory
+    OMP_NUM_THREADS=1 python -m benchmarks.sizing --cases toy mid    # those whose names begin so
 """
 
 import argparse
@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from measure import Row
+
+from benchmarks import measure
+from benchmarks.measure import Row
 
 GIB = 2**30
 TOY = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 4}
@@ -152,9 +153,9 @@ def rows_of(case: Case) -> list[Any]:
 
 def observe(case: Case) -> tuple[Row, Row]:
     """Take a step with the optimizer's state in place and return bytes; and another for the operations."""
-    from standalone import Standalone, fixed_lengths, random_qwen3
     from torch.utils.flop_counter import FlopCounterMode
 
+    from benchmarks.standalone import Standalone, fixed_lengths, random_qwen3
     from pgpo_lightning.memory_planner.counter import LiveBytes
     from pgpo_lightning.memory_planner.optimizers import state_bytes
     from pgpo_lightning.objectives.configs import DivergenceConfig

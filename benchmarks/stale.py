@@ -2,7 +2,7 @@
 
 Runs the quickstart's first steps with an engine that samples from the weights of one batch before, at several learning rates.
 
-Run: ``python benchmarks/stale.py [--rates 1e-5 1e-4 1e-3] [--steps 4]``.
+Run: ``python -m benchmarks.stale [--rates 1e-5 1e-4 1e-3] [--steps 4]``.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import measure
 from transformers import PreTrainedModel
 
+from benchmarks import measure
 from pgpo_lightning.commands.main import main as pgpo
 from pgpo_lightning.core.types import Rollout
 from pgpo_lightning.monitoring.curves import read_scalars

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import measure  # noqa: F401  (makes the package importable)
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -5,7 +5,7 @@ reverse KL over the whole vocabulary, EMA teacher, fp32, one thread. A response 
 are even, so nearly every row has a teacher and nothing is won by skipping rows. TRL runs in an environment of its own
 (``requirements-trl.txt``), the two sides in turns, each in a fresh process. From the root of the repository::
 
-    PYTHONPATH=. python benchmarks/step.py --peer trl-env/bin/python --rounds 3
+    python -m benchmarks.step --peer trl-env/bin/python --rounds 3
 """
 
 import argparse
@@ -333,7 +333,8 @@ def main() -> None:
         for side, python in pythons.items():
             command = [
                 python,
-                __file__,
+                "-m",
+                "benchmarks.step",
                 "--side",
                 side,
                 "--steps",

@@ -4,15 +4,15 @@ Same weights, questions, order of questions and settings; the same evaluation co
 steps. TRL runs in an environment of its own (``requirements-trl.txt``), everything else in that of this package, both from
 the root of the repository. One run takes a few minutes of one CPU core; ``--out`` is ``runs/trl-parity`` by default::
 
-    export OMP_NUM_THREADS=1 PYTHONPATH=.
-    python benchmarks/trl_parity.py questions                             # writes questions.jsonl
+    export OMP_NUM_THREADS=1
+    python -m benchmarks.trl_parity questions                             # writes questions.jsonl
     for seed in 1 2 3; do
-        trl-env/bin/python benchmarks/trl_parity.py trl --seed $seed      # the run trl-$seed
-        python benchmarks/trl_parity.py ours --seed $seed                 # the run ours-$seed
+        trl-env/bin/python -m benchmarks.trl_parity trl --seed $seed      # the run trl-$seed
+        python -m benchmarks.trl_parity ours --seed $seed                 # the run ours-$seed
     done
-    python benchmarks/trl_parity.py replay --seed 1   # TRL's rollouts through our step; see replay-1/replay.jsonl
-    python benchmarks/trl_parity.py evaluate              # adds evaluation.jsonl to every run that has none
-    python benchmarks/trl_parity.py table                 # Markdown, then one JSON line per row
+    python -m benchmarks.trl_parity replay --seed 1   # TRL's rollouts through our step; see replay-1/replay.jsonl
+    python -m benchmarks.trl_parity evaluate              # adds evaluation.jsonl to every run that has none
+    python -m benchmarks.trl_parity table                 # Markdown, then one JSON line per row
 
 A run is a folder with ``log.jsonl`` (one line per optimizer step), ``step-0010`` ... (weights for transformers) and, from
 TRL, ``rollouts.jsonl`` (token ids, rewards and teacher prompts of every rollout).

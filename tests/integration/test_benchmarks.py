@@ -3,26 +3,16 @@
 import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
 from tests.support.helpers import config
-
-BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
-def program(monkeypatch):
-    """Imports a program as if it were run from its folder, and forgets it."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCHMARKS:
-            del sys.modules[name]
+def program():
+    """Imports a program by its name."""
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def lines(path):

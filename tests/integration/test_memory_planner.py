@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +12,15 @@ from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
 from pgpo_lightning.memory_planner.plan import plan_memory
 from pgpo_lightning.memory_planner.plan_report import table
-from tests.support import CONFIGS, ROOT
+from tests.support import CONFIGS
 
 BASES = {"scale": "sciknoweval", "domains": "sciknoweval", "ablations": "quickstart"}
 
 
 @pytest.fixture
-def sizing(monkeypatch):
+def sizing():
     """The program that measures real steps."""
-    folder = ROOT / "benchmarks"
-    monkeypatch.syspath_prepend(folder)
-    before = set(sys.modules)
-    yield importlib.import_module("sizing")
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
-            del sys.modules[name]
+    return importlib.import_module("benchmarks.sizing")
 
 
 @pytest.mark.parametrize(

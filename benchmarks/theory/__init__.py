@@ -1,0 +1,1 @@
+"""Research notes on the theory of PGPO, as programs."""
