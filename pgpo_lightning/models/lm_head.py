@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.losses.fused import Head, Source
 from pgpo_lightning.models.loading import evaluating
-from pgpo_lightning.models.packing import Sequences, SharedSequences
+from pgpo_lightning.models.packing import PackedSequences
 
 
 def head(model: PreTrainedModel) -> Head:
@@ -83,7 +83,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return found
 
 
-def source(model: PreTrainedModel, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
+def source(model: PreTrainedModel, sequences: PackedSequences, weight: float = 1.0) -> Source:
     """Run the model on whole sequences, and return the hidden states that predict the response tokens.
 
     Args:

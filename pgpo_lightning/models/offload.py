@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.losses.fused import Head, Source
 from pgpo_lightning.models.lm_head import decoder, head
-from pgpo_lightning.models.packing import Sequences, SharedSequences
+from pgpo_lightning.models.packing import PackedSequences
 
 
 class DeviceCopy:
@@ -26,7 +26,7 @@ class DeviceCopy:
         self.model = model
         self.copies: dict[Tensor, Tensor] = {}
 
-    def source(self, sequences: Sequences | SharedSequences, weight: float = 1.0) -> Source:
+    def source(self, sequences: PackedSequences, weight: float = 1.0) -> Source:
         """Return what :func:`pgpo_lightning.models.lm_head.source` does, computed on the device of the sequences."""
         part, device = decoder(self.model), sequences.targets.device
         linear = {module.weight for module in part.modules() if isinstance(module, nn.Linear)}

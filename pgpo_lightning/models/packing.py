@@ -100,7 +100,7 @@ class Sequences:
         pad_id: int,
         device: torch.device,
         prompt_sharing: PromptSharing = "never",
-    ) -> "Sequences | SharedSequences":
+    ) -> "PackedSequences":
         """Lay out (prompt, response) pairs of token ids.
 
         Args:
@@ -208,6 +208,10 @@ class SharedSequences:
             use_cache=True,
         ).last_hidden_state
         return torch.cat([states, after], dim=1)[self.row, self.position]
+
+
+PackedSequences = Sequences | SharedSequences
+"""Sequences in either layout."""
 
 
 def _padded(ids: list[list[int]], pad_id: int) -> Tensor:

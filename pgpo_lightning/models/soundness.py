@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from pgpo_lightning.models.decoding import WAYS, Way
 from pgpo_lightning.models.lm_head import damaged, source
 from pgpo_lightning.models.loading import evaluating, fp32_by_default, known_tokens, positions
-from pgpo_lightning.models.packing import Sequences, SharedSequences
+from pgpo_lightning.models.packing import PackedSequences, Sequences, SharedSequences
 
 Pairs = list[tuple[list[int], list[int]]]
 """Prompts and responses, as token ids."""
@@ -139,7 +139,7 @@ def _shared(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
     return _log_probs(model, SharedSequences.pack_shared(pairs, 0, next(model.parameters()).device))
 
 
-def _log_probs(model: PreTrainedModel, sequences: Sequences | SharedSequences) -> list[Tensor]:
+def _log_probs(model: PreTrainedModel, sequences: PackedSequences) -> list[Tensor]:
     result = source(model, sequences)
     log_p = result.head(result.hidden).float().log_softmax(-1).gather(1, sequences.targets.unsqueeze(1)).squeeze(1)
     return list(log_p.split(sequences.lengths.tolist()))

@@ -14,7 +14,7 @@ from pgpo_lightning.losses.fused import Head, Source
 from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.offload import DeviceCopy
-from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.models.packing import PackedSequences
 
 TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restart", "gated"]
 
@@ -30,7 +30,7 @@ class Teacher(nn.Module):
     moves_with_student = False
 
     @abstractmethod
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+    def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
         """Return the teacher's hidden states and heads at the response tokens, without gradient.
 
         Args:
@@ -56,7 +56,7 @@ class Teacher(nn.Module):
         """Release what was allocated for :meth:`sources`. Called when the gradients of an optimizer step are complete."""
 
 
-def live(student: PreTrainedModel, sequences: Sequences, weight: float = 1.0) -> Source:
+def live(student: PreTrainedModel, sequences: PackedSequences, weight: float = 1.0) -> Source:
     """Return the student's own predictions as a teacher, without dropout, which would change the teacher at every token."""
     with evaluating(student):
         return source(student, sequences, weight)
@@ -68,7 +68,7 @@ class LiveTeacher(Teacher):
     moves_with_student = True
 
     @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+    def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
         return [live(student, sequences)]
 
@@ -90,11 +90,11 @@ class OwnWeights(Teacher):
         self.train(False)
 
     @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+    def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
         return [self.own(sequences)]
 
-    def own(self, sequences: Sequences, weight: float = 1.0) -> Source:
+    def own(self, sequences: PackedSequences, weight: float = 1.0) -> Source:
         """Return the predictions of these weights, as a part of a mixture.
 
         Args:

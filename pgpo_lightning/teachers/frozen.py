@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.losses.fused import Source
 from pgpo_lightning.models.loading import fingerprint
-from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.models.packing import PackedSequences
 from pgpo_lightning.teachers.base import OwnWeights, live
 
 
@@ -69,6 +69,6 @@ class TrustRegionTeacher(FrozenTeacher):
         self.rate = rate
 
     @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+    def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
         return [self.own(sequences, 1 - self.rate), live(student, sequences, self.rate)]

@@ -11,7 +11,7 @@ from pgpo_lightning.losses.fused import Head, Source
 from pgpo_lightning.models.lm_head import head
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.lora import adapter, copy_adapter, decoder_with
-from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.models.packing import PackedSequences
 from pgpo_lightning.teachers.base import Teacher, live
 
 
@@ -29,7 +29,7 @@ class FrozenAdapterTeacher(Teacher):
         self.model = copy_adapter(student)
 
     @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+    def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
         return [Source(self._hidden_states(student, sequences), head(student))]
 
@@ -37,7 +37,7 @@ class FrozenAdapterTeacher(Teacher):
         """See :meth:`Teacher.head`. It is the student's, because the head has no adapter."""
         return head(student)
 
-    def _hidden_states(self, student: PreTrainedModel, sequences: Sequences) -> Tensor:
+    def _hidden_states(self, student: PreTrainedModel, sequences: PackedSequences) -> Tensor:
         with evaluating(student):
             matrices = dict(self.model.named_parameters())
             return sequences.hidden_states(decoder_with(student, matrices), student.config)
@@ -83,7 +83,7 @@ class TrustRegionAdapterTeacher(FrozenAdapterTeacher):
         self.rate = rate
 
     @torch.no_grad()
-    def sources(self, student: PreTrainedModel, sequences: Sequences) -> list[Source]:
+    def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
         """See :meth:`Teacher.sources`."""
         start = Source(self._hidden_states(student, sequences), head(student), 1 - self.rate)
         return [start, live(student, sequences, self.rate)]

@@ -106,9 +106,11 @@ class Evaluator:
         Returns:
             The scores and their standard errors, under the names of their curves.
         """
-        command = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}.get(trainer.state.fn)
+        commands: dict[TrainerFn | None, str] = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}
+        command = commands.get(trainer.state.fn)
         log_dir = trainer.log_dir  # a collective: every rank has to ask
-        folder = None if log_dir is None or trainer.fast_dev_run else Path(log_dir) / (command or "validation")
+        trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set outside of Lightning's Trainer class
+        folder = None if log_dir is None or trial else Path(log_dir) / (command or "validation")
         file = None if folder is None else folder / f"step={step:06d}.jsonl"
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         record = {"command": command, **described, "checkpoint": checkpoint, "step": step}
@@ -137,6 +139,8 @@ class Evaluator:
             "questions_sha256": found.sha256,
         }
         which = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        if found.path is None:
+            raise ValueError("Expected a file of the answers beside the record, but none was written.")
         path = found.path.with_name(f"{found.path.stem}-{which}.jsonl")
         errors = {name: error if math.isfinite(error) else None for name, error in found.errors.items()}
         content = {**settings, "scores": found.scores, "standard_errors": errors}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -129,7 +129,8 @@ class Learner:
         no_sync: Callable[[], AbstractContextManager[Any]],
     ) -> tuple[float, StepStatistics, Tensor]:
         """Return loss and statistics of some passes of all ranks, and their coefficients with and without token weights."""
-        total, statistics, weights = 0.0, [], torch.zeros(2, device=self.model.device)
+        total: Tensor | float = 0.0
+        statistics, weights = [], torch.zeros(2, device=self.model.device)
         if isinstance(self.placement, FullySharded):
             no_sync = self.placement.accumulating
         for i, group in enumerate(passes):
@@ -140,11 +141,11 @@ class Learner:
             if group.counts:
                 statistics.append(part)
                 weights += part_weights
-            total += loss.detach()
+            total = total + loss.detach()
         everyone = gather((StepStatistics.concatenate(statistics).table().cpu(), float(total), weights.cpu()))
         seen = StepStatistics.from_table(torch.cat([table for table, *_ in everyone]))
-        loss = sum(loss for _, loss, _ in everyone) / len(everyone)
-        return loss, seen, sum(weights for *_, weights in everyone)
+        mean_loss = sum(value for _, value, _ in everyone) / len(everyone)
+        return mean_loss, seen, reduce(torch.add, [coefficients for *_, coefficients in everyone])
 
     def _normalize_token_weights(self, weights: Tensor) -> float:
         """Divide the gradient by the mean weight of all weighted tokens of the step, known only now, and return it."""
@@ -165,8 +166,9 @@ class Learner:
         def weighted(tokens: TokenStatistics, part: slice) -> Tensor:
             inputs = given[part]
             loss = route.token_loss(tokens, inputs) * self.importance_weight(tokens, inputs) * inputs.coefficient
-            by_token = token_weights is not None and token_weights.unit == "token"
-            return loss * token_weights.weights(tokens) if by_token else loss
+            if token_weights is not None and token_weights.unit == "token":
+                loss = loss * token_weights.weights(tokens)
+            return loss
 
         student = source(self.model, sequences)
         teacher = self.teacher_sources(samples) if route.taught else []
@@ -211,9 +213,10 @@ class Learner:
             return []
         # Under sharded weights all ranks run the teacher equally often, whatever samples they have.
         keeps = self.update.num_iterations > 1 and not teacher.moves_with_student and not self.placement.sharded
-        if keeps and all(sample.teacher_hidden is not None for sample in samples):
-            return [Source(torch.cat([sample.teacher_hidden for sample in samples]), teacher.head(self.model))]
-        pairs = [(sample.reprompt_ids, sample.rollout.response_ids) for sample in samples]
+        known = [sample.teacher_hidden for sample in samples if sample.teacher_hidden is not None]
+        if keeps and len(known) == len(samples):
+            return [Source(torch.cat(known), teacher.head(self.model))]
+        pairs = [(s.reprompt_ids, s.rollout.response_ids) for s in samples if s.reprompt_ids is not None]
         sources = teacher.sources(self.model, self.pack(pairs))
         if keeps:
             hidden = sources[0].hidden.split([sample.length for sample in samples])

@@ -54,7 +54,8 @@ class ResumedSettings:
         return getattr(self.trainer, "datamodule", None)
 
     def _multiplier(self) -> Any:
-        return next((callback for callback in self.trainer.callbacks if isinstance(callback, Remembers)), None)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # set outside of Lightning's Trainer class
+        return next((callback for callback in callbacks if isinstance(callback, Remembers)), None)
 
     def compare(self, saved: dict[str, Any]) -> None:
         """Compare this run's settings with those of the checkpoint that it goes on from; once.
@@ -76,7 +77,9 @@ class ResumedSettings:
             )
             return
         parts = {"model": self.module, "data": self._data(), "multiplier": self._multiplier()}
-        free = {name: getattr(part, "may_change_on_resume", frozenset()) for name, part in parts.items()}
+        free: dict[str, Any] = {
+            name: getattr(part, "may_change_on_resume", frozenset()) for name, part in parts.items()
+        }
         names = ("model", "trainer", "data", "multiplier")
         before, now = ({name: each.get(name) for name in names} for each in (self._before, self.settings))
         self._changed = tuple(check_settings(before, now, free, str(path)))

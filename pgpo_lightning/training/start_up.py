@@ -181,7 +181,8 @@ def check_top_k(model: PreTrainedModel, divergence: Divergence | None) -> None:
     Raises:
         MisconfigurationException: Names the field.
     """
-    wanted, vocabulary = divergence and divergence.top_k, len(model.get_output_embeddings().weight)
+    wanted = None if divergence is None else divergence.top_k
+    vocabulary = len(model.get_output_embeddings().weight)
     if wanted is not None and wanted > vocabulary:
         raise MisconfigurationException(
             f"Expected `divergence.distillation_topk` to be at most the {vocabulary} tokens of the model, but got {wanted}. Set "

@@ -84,7 +84,7 @@ class StepReporter:
         self.actor.count_verifier_errors()
         found["rollout/verifier_errors"] = float(self.actor.verifier_errors)
         if memory is not None:
-            found["perf/max_memory_allocated_gb"] = max(each[2] for each in shared)
+            found["perf/max_memory_allocated_gb"] = max(each[2] or 0.0 for each in shared)
         return found
 
     def progress_bar(self, scalars: dict[str, float], statistics: StepStatistics) -> dict[str, float]:
@@ -124,7 +124,7 @@ def log_to_loggers(trainer: L.Trainer, scalars: dict[str, float], step: int) -> 
     Not through ``LightningModule.log``: within an epoch it goes on reporting the last value of a curve that has no value now,
     such as the divergence of failed responses in a step without any.
     """
-    every = trainer.log_every_n_steps
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside of Lightning's Trainer class
     if every and step % every == 0:
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
