@@ -108,7 +108,7 @@ class Standalone:
         teaching = SelfTeaching(
             teacher,
             reprompt,
-            PromptEncoder(self.tokenizer),
+            PromptEncoder(self.tokenizer, enable_thinking=False),
             num_generations=8,
             max_prompt_length=1,
             success_threshold=0.5,

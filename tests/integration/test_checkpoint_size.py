@@ -41,7 +41,7 @@ def bytes_of(value):
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else value,
 )
 def test_the_file_of_a_run_has_the_size_that_was_planned(tmp_path, module, settings, recwarn):
-    small = {"verifier": "helpers.half_right", "max_response_length": 12} | settings
+    small = {"verifier": "tests.support.helpers.half_right", "max_response_length": 12} | settings
     path = config(tmp_path / "run", steps=1, module=module, model=small)
     args = ["--config", path, "--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
     planned = plan_memory(PlanCommand([*args, "--device", "cpu"]).run()).saving

@@ -30,7 +30,7 @@ from tests.support.helpers import (
 def run(folder, steps=3, **model):
     small = {"lora": {"r": 4, "lora_alpha": 8}, "max_response_length": 12, "eval_samples": 1}
     # So short a response is never correct, and without success there is no teacher.
-    small["verifier"] = "helpers.half_right"
+    small["verifier"] = "tests.support.helpers.half_right"
     settings = config(folder, steps=steps, model=small | model)
     return ["--config", settings, "--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
 
