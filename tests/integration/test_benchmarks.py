@@ -97,7 +97,11 @@ def test_accelerator(program, tmp_path, capsys):
 
 
 def test_lora_ema(program, tmp_path):
-    model = {"lora": {"r": 4, "lora_alpha": 8}, "verifier": "tests.support.helpers.half_right", "max_response_length": 12}
+    model = {
+        "lora": {"r": 4, "lora_alpha": 8},
+        "verifier": "tests.support.helpers.half_right",
+        "max_response_length": 12,
+    }
     model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.0}}
     quick = ["--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
     settings = config(tmp_path / "run", steps=2, model=model, multiplier=None)
