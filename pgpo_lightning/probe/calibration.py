@@ -16,6 +16,7 @@ from pgpo_lightning.monitoring.run_record import FILE, RunRecord
 from pgpo_lightning.probe.contexts import effective
 from pgpo_lightning.probe.gaps import question_draws
 from pgpo_lightning.probe.line import lines
+from pgpo_lightning.probe.measure import QUESTIONS_HASH, with_present_names
 from pgpo_lightning.studies.measures import answers, evaluations
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
 
@@ -99,17 +100,18 @@ def read_probe(path: Path) -> dict[str, Any]:
         raise ValueError(f"Expected the result of `pgpo probe`, but there is no {path}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        content["settings"] = with_present_names(content["settings"])
         for part, needed in ((content["settings"], _SETTINGS), *((row, _ROW) for row in content["contexts"])):
             if absent := [name for name in needed if name not in part]:
                 raise KeyError(*absent)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Expected {path} to be the result of `pgpo probe`, but reading it failed: {error!r}."
         ) from None
     return content
 
 
-_SETTINGS = ("module", "split", "questions_sha256")
+_SETTINGS = ("module", "split", QUESTIONS_HASH)
 _ROW = ("name", "control", "settings", "coverage", "net", "net_failed", "by_question", "by_question_failed")
 
 
@@ -226,7 +228,7 @@ def _point(name: str, context: str, runs: list[RunRecord], probe: dict[str, Any]
         np.array(gains),
         tuple(seeds),
         steps,
-        settings["questions_sha256"],
+        settings[QUESTIONS_HASH],
         source,
         collapsed,
         held_out,

@@ -91,7 +91,7 @@ class Prober:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "questions": len(questions),
-            "questions_sha256": hashlib.sha256(content.encode()).hexdigest(),
+            QUESTIONS_HASH: hashlib.sha256(content.encode()).hexdigest(),
         }
 
     def student(self) -> list[list[Sample]]:
@@ -189,8 +189,8 @@ class Prober:
         if path.is_file():
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-                recorded = content["settings"]
-            except (ValueError, KeyError, TypeError) as error:
+                recorded = with_present_names(content["settings"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"Expected {path} to be a part of a probe, but reading it failed: {error!r}. Delete it to have it made again."
                 ) from None
@@ -202,6 +202,15 @@ class Prober:
         write_json(path, content, ensure_ascii=False)
         print(f"{name}: {number + 1} of {len(self.chunks)} chunks, {content['seconds']:.1f} s", flush=True)
         return content
+
+
+QUESTIONS_HASH = "question_columns_sha256"
+"""The setting with the hash of everything that questions contain; `joint_sha256` is that of records of runs."""
+
+
+def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a probe under their present names: earlier versions wrote `questions_sha256`."""
+    return {QUESTIONS_HASH if name == "questions_sha256" else name: value for name, value in settings.items()}
 
 
 def check_settings(recorded: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

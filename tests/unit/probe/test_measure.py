@@ -62,6 +62,15 @@ def test_nothing_that_was_computed_is_lost(tmp_path):
     assert not list((tmp_path / "cut").rglob("*.partial"))
 
 
+def test_parts_with_the_earlier_name_of_the_hash_are_used(tmp_path):
+    probed(tmp_path)
+    for part in tmp_path.rglob("parts/**/*.json"):
+        part.write_text(part.read_text().replace('"question_columns_sha256"', '"questions_sha256"'))
+    idle = Parrot()
+    probed(tmp_path, idle)
+    assert idle.calls == []
+
+
 def test_parts_of_another_probe_are_not_used(tmp_path):
     probed(tmp_path)
     with pytest.raises(
@@ -72,12 +81,12 @@ def test_parts_of_another_probe_are_not_used(tmp_path):
     changed = contexts([], {"careful": "{prompt}!!!"}, [], made.module.objective.teaching.builder)[1]
     with pytest.raises(ValueError, match=r"but `context\.reprompt_template` differ"):
         made.teacher(changed, made.student())
-    with pytest.raises(ValueError, match="but `questions`, `questions_sha256` differ"):
+    with pytest.raises(ValueError, match="but `question_columns_sha256`, `questions` differ"):
         prober(tmp_path, Parrot(), count=5).student()
     asked = [one for chunk in made.chunks for one in chunk]
     asked[0].columns["keywords"] = "which only the verifier reads"
     again = Prober(made.module, asked, 4, Sampling(12), 2, 5, tmp_path, {"split": "validation"})
-    with pytest.raises(ValueError, match="but `questions_sha256` differ"):
+    with pytest.raises(ValueError, match="but `question_columns_sha256` differ"):
         again.student()
     part = tmp_path / "parts" / "student" / "0000.json"
     for text in (part.read_text()[:100], "[]"):
