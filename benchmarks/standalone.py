@@ -19,7 +19,7 @@ from pgpo_lightning.models.loading import load_tokenizer, recompute_activations
 from pgpo_lightning.models.soundness import shares_prompts
 from pgpo_lightning.objectives.configs import DivergenceConfig
 from pgpo_lightning.objectives.distillation import DistillationObjective
-from pgpo_lightning.rollout import engine as rollout
+from pgpo_lightning.rollout import transformers_engine as rollout
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
 from pgpo_lightning.teachers.self_teaching import SelfTeaching
