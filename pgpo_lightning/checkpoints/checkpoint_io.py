@@ -1,4 +1,4 @@
-"""How the Trainer reads and writes checkpoints: Lightning's plug-in, with the files of this project."""
+"""Lightning's plug-in for checkpoints, with the file formats and checks of this package."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,11 @@ from pgpo_lightning.checkpoints.single_file import check_file, peek, read_file, 
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes files as a stream and all at once; reads whole files and folders of shards, and no code in them.
+    """Writes files atomically as a stream; reads files and folders of shards, and refuses code in them.
 
     Args:
-        wanted: Of a folder's tensors, by their names, those to read into this process' memory; by default all.
-        mmap: Leave tensors in the file until they are used. Only where everything is copied from there.
+        wanted: Selects the tensors of a folder to read into memory, by their names; by default all.
+        mmap: Leave tensors in the file until they are used. Only if everything is copied from there.
     """
 
     def __init__(self, wanted: Callable[[str], bool] = lambda name: True, mmap: bool = False) -> None:
@@ -25,7 +25,7 @@ class CheckpointFiles(TorchCheckpointIO):
         self.mmap = mmap
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a file. What is no local path is Lightning's business."""
+        """Write a file. Lightning writes to paths that are not local."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -36,7 +36,7 @@ class CheckpointFiles(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Return a checkpoint's content.
 
-        By default Lightning says where to by a function, which torch does not take for quantised state such as torchao's.
+        `map_location` is not Lightning's default, a function, which torch refuses for quantised state such as torchao's.
         """
         if "://" in str(path) or weights_only is False:
             return super().load_checkpoint(path, map_location, weights_only=weights_only is not False, **kwargs)
@@ -48,16 +48,16 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def install(strategy: Strategy, evaluates: bool) -> bool:
-    """Let a strategy write and read by :class:`CheckpointFiles`, unless it was given another plug-in.
+    """Make a strategy use :class:`CheckpointFiles`, unless it was given another plug-in.
 
-    One that wraps another, as Lightning's ``AsyncCheckpointIO`` does, is kept and wraps this.
+    A plug-in that wraps another, such as Lightning's ``AsyncCheckpointIO``, is kept and wraps this one.
 
     Args:
-        strategy: The trainer's.
-        evaluates: Whether nothing but the student is needed.
+        strategy: Of the trainer.
+        evaluates: Whether only the student is needed.
 
     Returns:
-        Whether files are this project's now.
+        Whether the strategy uses :class:`CheckpointFiles` now.
     """
     outer: _WrappingCheckpointIO | None = None
     inner: CheckpointIO | None = strategy.checkpoint_io
@@ -66,21 +66,21 @@ def install(strategy: Strategy, evaluates: bool) -> bool:
     if type(inner) not in (TorchCheckpointIO, CheckpointFiles):
         return False
     wanted = (lambda name: name.startswith("state_dict.model.")) if evaluates else (lambda name: True)
-    # An optimizer on the CPU would go on with the file's own pages.
+    # An optimizer on the CPU would keep using the pages of the file.
     files = CheckpointFiles(wanted, mmap=evaluates or strategy.root_device.type != "cpu")
     if outer is None:
         strategy.checkpoint_io = files
     else:
-        outer._checkpoint_io = files  # its setter only takes a first one
+        outer._checkpoint_io = files  # its setter accepts the first one only
     return True
 
 
 def check_checkpoint(path: Path) -> None:
-    """Check that a checkpoint, a file or a folder of shards, is whole and holds data alone.
+    """Check that a checkpoint, a file or a folder of shards, is complete and contains nothing but data.
 
     Raises:
-        DamagedCheckpointError: If it is not whole; names the file.
-        ValueError: If it names code.
+        DamagedCheckpointError: If it is damaged; names the file.
+        ValueError: If it refers to code.
     """
     if path.is_dir():
         check_shards(path)
@@ -90,10 +90,10 @@ def check_checkpoint(path: Path) -> None:
 
 
 def peek_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds without reading its tensors.
+    """Return the content of a checkpoint without reading its tensors.
 
     Raises:
         DamagedCheckpointError: If it cannot be read; names the file.
-        ValueError: If it names code.
+        ValueError: If it refers to code.
     """
     return peek_shards(path) if path.is_dir() else peek(path)

@@ -1,4 +1,4 @@
-"""Which checkpoint `--ckpt_path` and `pgpo export` mean: the last, the best of a ModelCheckpoint, or one by its path."""
+"""Find the checkpoint of `--ckpt_path` and `pgpo export`: the last, the best of a ModelCheckpoint, or one by its path."""
 
 import re
 import warnings
@@ -14,20 +14,20 @@ from pgpo_lightning.checkpoints.single_file import DamagedCheckpointError
 
 PATTERN = "*.ckpt"
 MARK = "resume_checkpoint"
-"""The entry of a checkpoint that ResumeCheckpoint wrote, and nothing else."""
+"""Entry of a checkpoint that only ResumeCheckpoint writes."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint of this program says about itself.
+    """Description of a checkpoint of this program.
 
     Attributes:
         path: A file or a folder of shards.
         step: Batches trained on.
-        modified: When it was written, in nanoseconds.
-        mark: Of the ResumeCheckpoint that wrote it; ``None`` if something else did.
+        modified: Time of writing, in nanoseconds.
+        mark: Of the ResumeCheckpoint that wrote it; ``None`` for other writers.
         resumable: Whether it has more than weights.
-        scores: The states of ModelCheckpoints that are kept in it, by Lightning's keys.
+        scores: The states of ModelCheckpoints in it, by Lightning's keys.
     """
 
     path: Path
@@ -39,11 +39,11 @@ class Checkpoint:
 
     @classmethod
     def of(cls, path: Path) -> "Checkpoint | None":
-        """Return what a checkpoint says, without reading its tensors; ``None`` if it is another program's.
+        """Return the description of a checkpoint, without reading its tensors; ``None`` if it is another program's.
 
         Raises:
             DamagedCheckpointError: If it cannot be read.
-            ValueError: If it names code.
+            ValueError: If it refers to code.
         """
         content = peek_checkpoint(path)
         about, callbacks = content.get("pgpo_lightning"), content.get("callbacks", {})
@@ -60,10 +60,10 @@ class Checkpoint:
 
 
 def look(folder: Path) -> tuple[list[Checkpoint], list[ValueError]]:
-    """Return the checkpoints of this program in a folder, whoever wrote them, the newest first; and what cannot be read.
+    """Return the checkpoints of this program in a folder, of any writer, the newest first; and the errors of unreadable ones.
 
-    Newer is what has more steps. Among equals it is ResumeCheckpoint's, which is written after the step's evaluation, or else
-    the one that was written later.
+    The newest has the most steps. Among checkpoints of one step, ResumeCheckpoint's is newer, because it is written after the
+    step's evaluation; otherwise the one that was written later.
     """
     found, errors = [], []
     for path in sorted(folder.glob(PATTERN)):
@@ -77,15 +77,15 @@ def look(folder: Path) -> tuple[list[Checkpoint], list[ValueError]]:
 
 
 def newest_checkpoint(folder: Path, resume: bool = True) -> Path:
-    """Return the newest whole checkpoint in a folder, whoever wrote it; warns of damaged ones that it passes over.
+    """Return the newest complete checkpoint in a folder, of any writer. Warns of damaged ones that are skipped.
 
     Args:
         folder: Of checkpoints.
-        resume: Whether more than weights is needed of it.
+        resume: Whether it must have more than weights.
 
     Raises:
         FileNotFoundError: If there is none.
-        DamagedCheckpointError: If there are damaged ones alone.
+        DamagedCheckpointError: If all are damaged.
     """
     found, errors = look(folder)
     for checkpoint in found:
@@ -115,15 +115,15 @@ def newest_checkpoint(folder: Path, resume: bool = True) -> Path:
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """Return the best checkpoint of the ModelCheckpoint that a run had.
+    """Return the best checkpoint of a run's ModelCheckpoint.
 
-    What was best is read from the newest checkpoint that knows; the file may have been moved with its folder.
+    Its path is read from the newest checkpoint that has it. The file may have been moved together with its folder.
 
     Raises:
         FileNotFoundError: If there is none.
     """
     found, _ = look(folder)
-    # A ModelCheckpoint that saved after ResumeCheckpoint, at the same step, knows better.
+    # A ModelCheckpoint that saved after ResumeCheckpoint, at the same step, has the newer path.
     for checkpoint in sorted(found, key=lambda c: (c.step, c.modified), reverse=True):
         for state in checkpoint.scores.values():
             best = state.get("best_model_path")
@@ -134,23 +134,23 @@ def best_checkpoint(folder: Path) -> Path:
                     check_checkpoint(path)
                     return path
     raise FileNotFoundError(
-        f"Expected `best` to be that of a ModelCheckpoint with a `monitor`, but no checkpoint in {folder} knows of one. Give a "
+        f"Expected `best` to be that of a ModelCheckpoint with a `monitor`, but no checkpoint in {folder} has one. Give a "
         "path or `last`, or add lightning.pytorch.callbacks.ModelCheckpoint to `trainer.callbacks` when training."
     )
 
 
 def resolve(wanted: str, folder: Path, resume: bool) -> str:
-    """Return the path that a `--ckpt_path` means.
+    """Return the path of the checkpoint for a `--ckpt_path`.
 
     Args:
         wanted: ``last``, ``best``, ``hpc`` (Lightning's, for SLURM), an address, or the path of a checkpoint or of a run.
-        folder: Where the run has its checkpoints.
-        resume: Whether the run goes on from it, which takes more than weights.
+        folder: Of the run's checkpoints.
+        resume: Whether the run resumes from it, which requires more than weights.
 
     Raises:
         FileNotFoundError: If there is none.
         DamagedCheckpointError: If it is damaged.
-        ValueError: If it is no checkpoint.
+        ValueError: If it is not a checkpoint.
     """
     if wanted == "last":
         return str(newest_checkpoint(folder, resume))

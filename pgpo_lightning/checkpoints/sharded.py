@@ -1,7 +1,7 @@
-"""The folder of shards that FSDP2 writes with `save_distributed_checkpoint`: checked, and read by a process that shards nothing.
+"""Folders of shards, as FSDP2 writes them with `save_distributed_checkpoint`: check them, and read them in any process.
 
-torch reads the index of such a folder with pickle, which runs whatever code it names; here it may name data alone. Every tensor
-in a shard is a small file of ``torch.save`` with checksums of its own.
+torch reads the index of such a folder with pickle, which runs the code that it refers to; here only data is accepted. Every
+tensor in a shard is a small file of ``torch.save`` with its own checksums.
 """
 
 import io
@@ -42,15 +42,15 @@ _DATA = {
 
 
 def read_shards(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """Return what the checkpoint would hold as a single file, on the CPU.
+    """Return the content that the checkpoint would have as a single file, on the CPU.
 
     Args:
         folder: As Lightning's ``ModelParallelStrategy(save_distributed_checkpoint=True)`` writes it.
-        wanted: Which tensors to read, by their names: ``state_dict.model.…``, ``optimizer_0.state.…``; by default all.
+        wanted: Selects the tensors to read, by their names: ``state_dict.model.…``, ``optimizer_0.state.…``; by default all.
 
     Raises:
-        DamagedCheckpointError: If it is no such folder, or a part of it is missing or damaged.
-        ValueError: If it names anything but data.
+        DamagedCheckpointError: If it is not such a folder, or a part is missing or damaged.
+        ValueError: If it refers to anything but data.
     """
     check_shards(folder)
     reader, index = _Reader(folder), _index(folder)
@@ -60,7 +60,7 @@ def read_shards(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         if wanted(name)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # every process reads alone
         load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
     content: dict[Any, Any] = {}
     for name, value in flat.items():
@@ -75,11 +75,11 @@ def read_shards(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
 
 
 def check_shards(folder: Path) -> None:
-    """Check that a folder of shards is whole and holds data alone, in all of its bytes.
+    """Check all bytes of a folder of shards: that it is complete, and contains nothing but data.
 
     Raises:
-        DamagedCheckpointError: If it is no such folder, or a part of it is missing or damaged; names the part.
-        ValueError: If it names anything but data.
+        DamagedCheckpointError: If it is not such a folder, or a part is missing or damaged; names the part.
+        ValueError: If it refers to anything but data.
     """
     index = _index(folder)
     check_file(folder / REST)
@@ -100,24 +100,24 @@ def check_shards(folder: Path) -> None:
                 file.seek(entry.offset)
                 part = io.BytesIO(file.read(entry.length))
                 check_zip(part, str(folder / name))
-                if is_bytes:  # what is no tensor torch reads with pickle
+                if is_bytes:  # torch reads everything but tensors with pickle
                     part.seek(0)
                     refuse_code(part, str(folder / name))
         known(folder / name, now=True)
 
 
 def peek_shards(folder: Path) -> dict[str, Any]:
-    """Return what a folder of shards holds beside tensors.
+    """Return the content of a folder of shards without its tensors.
 
     Raises:
-        DamagedCheckpointError: If it is no such folder, or a part that has to be looked at is damaged.
+        DamagedCheckpointError: If it is not such a folder, or a part that is read is damaged.
     """
     _index(folder)
     return peek(folder / REST)
 
 
 def finish_shards(folder: Path) -> None:
-    """Add a checksum of the index, and have the files on the disk that torch does not care for; once all ranks have written."""
+    """Add a checksum of the index, and flush the files that torch does not flush. Call after all ranks have written."""
     (folder / CHECKSUM).write_text(f"{zlib.crc32((folder / INDEX).read_bytes()):08x}\n", encoding="ascii")
     for name in (REST, CHECKSUM):
         with (folder / name).open("rb") as file:
@@ -146,7 +146,7 @@ def _index(folder: Path) -> Metadata:
 
 
 def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Call parameters by their places, as optimizers themselves do, in place of their names."""
+    """Identify parameters by their positions, as optimizers do, instead of their names."""
     groups = [optimizer["param_groups"][i] for i in sorted(optimizer["param_groups"])]
     places = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
     state = {places[name]: values for name, values in optimizer.get("state", {}).items()}
@@ -154,18 +154,18 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 class CodeError(ValueError):
-    """An index names code."""
+    """An index refers to code."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
-            return _joined  # where the folder was written, which nobody asks for
+            return _joined  # the place where the folder was written, which is not used
         found = super().find_class(module, name) if module in _DATA and "." not in name else None
         if found is None or not (name in _DATA[module] or isinstance(found, torch.dtype)):
             raise CodeError(
-                f"Expected nothing but shapes and places in a checkpoint's `{INDEX}`, but it names {module}.{name}: it may be "
-                "meant to run code."
+                f"Expected nothing but shapes and places in a checkpoint's `{INDEX}`, but it names {module}.{name}, and "
+                "loading it may run code."
             )
         return found
 

@@ -1,7 +1,7 @@
-"""Checkpoint files: written as a stream and all at once, and checked before anything in them is used.
+"""Checkpoint files: streamed to the disk, visible only when complete, and checked before they are used.
 
-torch writes a CRC-32 of every record into a checkpoint's file, and never looks at it again. It finds flipped bytes wherever the
-file is copied to, so it is what is checked here, at about 2 GB/s.
+torch writes a CRC-32 of every record into a checkpoint's file, but does not check it. It is checked here, at about 2 GB/s, so
+that bytes that changed on the disk or in a copy are found.
 """
 
 import importlib
@@ -20,31 +20,31 @@ from pgpo_lightning.core.files import PARTIAL, replacing
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing tells a partial file that is being written from one that was left behind
+except ImportError:  # Windows, where a partial file that is being written cannot be distinguished from an abandoned one
     fcntl = None  # type: ignore[assignment]
 
-_whole: dict[Path, tuple[int, int, int]] = {}  # files whose checksums were found right, as they were then
+_whole: dict[Path, tuple[int, int, int]] = {}  # size, time and inode of files whose checksums were correct
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is no checkpoint, is cut short, or has other bytes than were written."""
+    """A file is not a checkpoint, is truncated, or has other bytes than were written."""
 
 
 class CheckpointNotSavedError(OSError):
-    """A checkpoint could not be written, for want of room or else."""
+    """A checkpoint could not be written, for example because the disk is full."""
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint without a copy of it in memory or in another folder.
+    """Write a checkpoint without a copy in memory or in another folder.
 
-    The file appears under its name only when it is whole and on the disk.
+    The file appears under its name only when it is complete and on the disk.
 
     Args:
         content: What ``torch.save`` takes.
         path: Of the file. Its folder is made.
 
     Raises:
-        CheckpointNotSavedError: If it could not be written; what was written of it is removed.
+        CheckpointNotSavedError: If it could not be written. The partial file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent)
@@ -56,7 +56,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             stream = _Stream(file.stream)
             torch.save(content, stream)  # type: ignore[arg-type]  # which only writes and flushes
     except BaseException as error:
-        cause = (stream and stream.error) or error  # torch tells of another error than the one that it met
+        cause = (stream and stream.error) or error  # torch raises another error than the original one
         if isinstance(cause, OSError):
             raise not_saved(path, cause, _size(content)) from error
         raise
@@ -64,30 +64,30 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
         torch.serialization.set_crc32_options(checksums)
     if names := unknown_types(path):
         rank_zero_warn(
-            f"{path} will not be read again, because a callback or a data module keeps {', '.join(names)} in its state. Keep "
+            f"{path} cannot be loaded again, because a callback or a data module keeps {', '.join(names)} in its state. Use "
             "numbers, strings, tensors, lists and dicts there."
         )
 
 
 def not_saved(path: Path, cause: OSError, size: int) -> CheckpointNotSavedError:
-    """Return the error that says what a checkpoint would have needed.
+    """Return the error for a checkpoint that could not be written, with needed and free space.
 
     Args:
         path: Of the checkpoint.
-        cause: Of the failure.
+        cause: Error of the system.
         size: Of the checkpoint, in bytes.
     """
     error = CheckpointNotSavedError(
         f"Expected to write a checkpoint of {size:,} bytes into {path.parent}, but got: {cause.strerror or cause} "
         f"({shutil.disk_usage(path.parent).free:,} bytes are free there). Earlier "
-        "checkpoints are as they were. Make room there and continue the run, or set `checkpoint.dirpath` to another folder."
+        "checkpoints are unchanged. Free space there and continue the run, or set `checkpoint.dirpath` to another folder."
     )
     error.errno = cause.errno
     return error
 
 
 class _Stream:
-    """A file that remembers why it could not be written."""
+    """A file that remembers its first error."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -101,7 +101,7 @@ class _Stream:
             raise
 
     def flush(self) -> None:
-        """Leave it to the end."""
+        """Flush at the end only."""
 
 
 class _Counter:
@@ -113,7 +113,7 @@ class _Counter:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
 
 def _size(content: dict[str, Any]) -> int:
@@ -124,7 +124,7 @@ def _size(content: dict[str, Any]) -> int:
 
 @contextmanager
 def claimed(handle: int) -> Iterator[None]:
-    """Show others that an open file or folder is being written; the system ends this with the process, however it ends."""
+    """Mark an open file or folder as being written. The system removes the mark when the process ends, in any way."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +132,7 @@ def claimed(handle: int) -> Iterator[None]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what processes left behind that were killed while they wrote a checkpoint."""
+    """Remove partial checkpoints of processes that were killed while writing."""
     for path in folder.glob(f"*.ckpt*{PARTIAL}"):
         if not _is_claimed(path):
             remove(path)
@@ -153,7 +153,7 @@ def _is_claimed(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, a file or a folder of shards, if it is there."""
+    """Remove a checkpoint, a file or a folder of shards, if it exists."""
     if path.is_dir():
         for part in path.iterdir():
             part.unlink()
@@ -163,10 +163,10 @@ def remove(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Compare all bytes of a checkpoint's file with their checksums; of a file that has not changed since, once.
+    """Compare all bytes of a checkpoint's file with their checksums; once per file, unless it changes.
 
     Raises:
-        DamagedCheckpointError: If it is not whole; names the file.
+        DamagedCheckpointError: If the file is damaged; names it.
     """
     if not known(path):
         with path.open("rb") as file:
@@ -175,11 +175,11 @@ def check_file(path: Path) -> None:
 
 
 def known(path: Path, now: bool = False) -> bool:
-    """Return whether this process found a file's checksums right, and the file has not changed since.
+    """Return whether this process found a file's checksums correct, and the file has not changed since.
 
     Args:
         path: Of the file.
-        now: They were found right just now.
+        now: Record that they are correct now.
     """
     state = path.stat()
     key = (state.st_size, state.st_mtime_ns, state.st_ino)
@@ -189,26 +189,26 @@ def known(path: Path, now: bool = False) -> bool:
 
 
 def check_zip(file: IO[bytes], where: str, only: str = "") -> None:
-    """Compare what ``torch.save`` wrote with its checksums.
+    """Compare a file of ``torch.save`` with its checksums.
 
     Args:
-        file: At any place.
-        where: What it is, for the message.
-        only: How the name of a record ends; by default all are compared.
+        file: At any position.
+        where: Name of the file, for the message.
+        only: Suffix of the records to compare; by default all.
 
     Raises:
-        DamagedCheckpointError: If they differ, or it is no such file.
+        DamagedCheckpointError: If they differ, or it is not a file of ``torch.save``.
     """
     file.seek(0)
     if file.read(4) != b"PK\x03\x04":
-        raise DamagedCheckpointError(f"Expected a checkpoint, but {where} is none: it does not begin like one.")
+        raise DamagedCheckpointError(f"Expected a checkpoint, but {where} does not begin like one.")
     try:
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith(only)]
             bad = next((name for name in names if not _is_whole(archive, name)), None)
-    except Exception as error:  # whatever a reader meets in bytes that mean nothing
+    except Exception as error:  # damaged bytes may raise anything
         raise DamagedCheckpointError(
-            f"Expected a whole checkpoint, but {where} is cut short or damaged ({error})."
+            f"Expected a whole checkpoint, but {where} is truncated or damaged ({error})."
         ) from None
     if bad is not None or not names:
         what = f"the checksum of `{bad}` is wrong" if bad else "it has no records"
@@ -216,7 +216,7 @@ def check_zip(file: IO[bytes], where: str, only: str = "") -> None:
 
 
 def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
-    if archive.getinfo(name).external_attr & 0x10:  # a folder to torch, which would return whatever was in memory
+    if archive.getinfo(name).external_attr & 0x10:  # torch would treat it as a folder, and return uninitialised memory
         return False
     try:
         with archive.open(name) as record:
@@ -228,12 +228,12 @@ def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
 
 
 def unknown_types(file: Any) -> list[str]:
-    """Return the names in a checkpoint's file that are neither data nor known to torch; nothing is run.
+    """Return the types in a checkpoint's file that are neither data nor registered with torch. No code is run.
 
-    Those of torchao's optimizers are made known.
+    The types of torchao's optimizers are registered.
 
     Args:
-        file: A path, or what is open for reading.
+        file: A path, or a file that is open for reading.
     """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if any(name.startswith("torchao.") for name in names):
@@ -244,11 +244,11 @@ def unknown_types(file: Any) -> list[str]:
 
 
 def refuse_code(file: Any, where: str) -> None:
-    """Raise if a checkpoint names anything but data.
+    """Raise if a checkpoint refers to anything but data.
 
     Raises:
         DamagedCheckpointError: If its table of contents cannot be read.
-        ValueError: If it names code; says which.
+        ValueError: If it refers to code; names it.
     """
     try:
         names = unknown_types(file)
@@ -260,13 +260,13 @@ def refuse_code(file: Any, where: str) -> None:
         raise ValueError(f"Expected torchao to be installed, because an optimizer of it is in {where}.")
     if names:
         raise ValueError(
-            f"Expected nothing but tensors and plain data in {where}, but it names {', '.join(names)}: it may be meant to run "
-            "code. It was not read."
+            f"Expected nothing but tensors and plain data in {where}, but it names {', '.join(names)}, and loading it may run "
+            "code. It was not loaded."
         )
 
 
 def read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint's file holds.
+    """Return the content of a checkpoint's file.
 
     Args:
         path: Of the file.
@@ -274,15 +274,15 @@ def read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict
         mmap: Leave tensors in the file until they are used.
 
     Raises:
-        DamagedCheckpointError: If it is not whole.
-        ValueError: If it holds code, or something else than a checkpoint; names the file.
+        DamagedCheckpointError: If it is damaged, or is not a checkpoint; names the file.
+        ValueError: If it refers to code; names the file.
     """
     check_file(path)
     return _load(path, map_location, mmap)
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """Return what :func:`read_file` returns, with tensors that are in the file, unread and unchecked. Costs milliseconds."""
+    """Return the content of :func:`read_file` in milliseconds: tensors stay in the file, unread and unchecked."""
     with path.open("rb") as file:
         check_zip(file, str(path), only="data.pkl")
     return _load(path, "cpu", mmap=True)
@@ -295,9 +295,9 @@ def _load(path: Path, map_location: Any, mmap: bool) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:
-        told = str(error).splitlines() or [""]
-        # torch advises to switch its safety off
-        why = type(error).__name__ if "weights_only" in str(error) else f"{type(error).__name__}: {told[0]}"
+        lines = str(error).splitlines() or [""]
+        # torch would advise to disable its safety check
+        why = type(error).__name__ if "weights_only" in str(error) else f"{type(error).__name__}: {lines[0]}"
         raise DamagedCheckpointError(f"Expected a checkpoint, but {path} cannot be read ({why}).") from None
     if not isinstance(content, dict):
         raise DamagedCheckpointError(f"Expected a checkpoint, but {path} holds a {type(content).__name__}.")

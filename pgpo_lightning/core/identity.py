@@ -1,22 +1,22 @@
-"""Which questions were asked: hashes that tell equal questions from others of equal number."""
+"""Hashes of questions, which tell whether two runs used the same questions."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it brings torch along, which reading records of runs does without
+if TYPE_CHECKING:  # it imports torch, which is not needed to read records of runs
     from pgpo_lightning.core.types import Question
 
 
 def question_sha256(question: "Question") -> str:
-    """Return what identifies a question: a hash of its messages, system message included, and its gold answer."""
+    """Return a hash of a question: of its messages, system message included, and its gold answer."""
     text = json.dumps([question.messages(), question.answer], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def joint_sha256(hashes: Iterable[str]) -> str:
-    """Return what identifies several questions in their order, from the hashes of each.
+    """Return a hash of several questions in their order, from the hash of each.
 
     Example:
         >>> joint_sha256(["a", "b"]) == joint_sha256(["b", "a"])
@@ -26,7 +26,7 @@ def joint_sha256(hashes: Iterable[str]) -> str:
 
 
 def training_sha256(questions: "Iterable[Question]") -> str:
-    """Return what identifies training questions in their order: what model, verifier and teacher see of them, not where they lay.
+    """Return a hash of training questions in their order: of all that model, verifier and teacher see, without `source`.
 
     Args:
         questions: Of the training split.

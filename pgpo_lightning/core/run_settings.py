@@ -1,6 +1,6 @@
-"""What a run was set to, as plain data in its checkpoints, and which of it a resumed run may change.
+"""The settings of a run, as plain data in its checkpoints, and which of them a resumed run may change.
 
-A setting that is not named here must not change: what is added to a class later is so until somebody says otherwise.
+A setting that is not named here must not change. This includes settings that are added to a class later.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from pgpo_lightning.core.texts import shown
 
 Plain = Any
-"""None, a number, a text, or lists and dictionaries of these: what `torch.load` reads without running code."""
+"""None, a number, a text, or lists and dictionaries of these, which `torch.load` reads without running code."""
 
 MAY_CHANGE = {
     "model": {
-        # how a step is computed, not which
+        # how a step is computed, without an effect on its result
         "update.micro_batch_tokens", "model_config.gradient_checkpointing", "model_config.attn_implementation", "engine",
         "teacher.offload",
-        # when a run is stopped, and how far a step goes
+        # when a run is stopped, and the length of a step
         "update.max_grad_norm", "mismatch.max_sampler_gap", "update.max_skipped_steps", "reward.on_error",
         "evaluation.samples", "evaluation.temperature", "evaluation.top_p",
         "model_config.trust_remote_code",
@@ -37,12 +37,11 @@ MAY_CHANGE = {
     "multiplier": set(),
     "trainer": set(),
 }  # fmt: skip
-"""What takes effect when a run is resumed with another value; for the rest see
-:mod:`pgpo_lightning.training.resumed_optimizer`."""
+"""Settings that a resumed run may change; for optimizer and schedule see :mod:`pgpo_lightning.training.resumed_optimizer`."""
 
 SEEN_BY_EFFECT = {
-    # The weights are those of the checkpoint; a base that is not in it, and adapters, are compared by fingerprints. A seed that
-    # is left open is the one of the checkpoint.
+    # The weights are those of the checkpoint. Adapters, and a base model that is not in it, are compared by fingerprints. A seed
+    # of null is that of the checkpoint.
     "model": {
         "model", "model_config.revision", "model_config.tokenizer", "optimizer", "scheduler", "lora", "quantization", "seed"},
     # `data.questions` is the hash of the training questions; the size of a batch is compared over all devices.
@@ -54,7 +53,7 @@ SEEN_BY_EFFECT = {
     "multiplier": {"run"},  # its record is in the multiplier's own state
     "trainer": set(),
 }  # fmt: skip
-"""What is compared otherwise than by its name and value."""
+"""Settings that are not compared by name and value, because their effect is compared."""
 
 _ALIASES = {"alpha": ("divergence_alpha", "sensitivity")}
 
@@ -63,7 +62,7 @@ class ConfigGroup:
     """Base of dataclasses that group settings. Their fields are compared one by one, under ``group.field``."""
 
     def settled(self) -> dict[str, Any]:
-        """Return the fields by name; where one was left open, what then stands for it."""
+        """Return the fields by name; for a field of null, the value that it stands for."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # a dataclass
 
 
@@ -71,22 +70,22 @@ class Remembers:
     """Keeps the arguments that an object is constructed with."""
 
     may_change_on_resume: ClassVar[frozenset[str]] = frozenset()
-    """Arguments of a class of one's own that take effect when a run is resumed with another value."""
+    """Arguments of a user's class that a resumed run may change."""
 
     _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Keep the arguments before anything is made of them."""
+        """Keep the arguments as they were given."""
         self = super().__new__(cls)
         object.__setattr__(self, "_given", (args, kwargs))
         return self
 
 
 def settings(thing: Any) -> dict[str, Plain]:
-    """Return what an object was constructed with, defaults included, as plain data.
+    """Return the arguments of an object, defaults included, as plain data.
 
     Args:
-        thing: Of a class that :class:`Remembers`. What was left open is described as the object settled it, under the same name.
+        thing: Of a class that :class:`Remembers`. An argument of None is described by the object's attribute of that name.
     """
     args, kwargs = thing._given
     names: dict[str, Any] = {}
@@ -115,7 +114,7 @@ def settings(thing: Any) -> dict[str, Plain]:
 
 
 def describe(value: Any) -> Plain:
-    """Return any value as plain data. Of an object it is the class, and the arguments that it keeps under their names."""
+    """Return any value as plain data. For an object these are the class, and the arguments that are attributes of that name."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, (np.generic, np.ndarray)):
@@ -155,16 +154,16 @@ def _name(thing: Any) -> str:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of what a tokenizer makes of texts and conversations: its vocabulary and its chat template."""
+    """Return a hash of a tokenizer: its vocabulary, its chat template and its end-of-sequence token."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return sha256(repr((vocabulary, tokenizer.chat_template, tokenizer.eos_token_id)).encode()).hexdigest()
 
 
 def changes(before: dict[str, Plain], now: dict[str, Plain]) -> Iterator[tuple[str, str, Plain, Plain]]:
-    """Yield what differs between two runs' settings: part, name, old and new value.
+    """Yield the differences between two runs' settings: part, name, old and new value.
 
-    What only one of both knows has been added or taken away by another version, and is passed over; but for arguments of another
-    class, whose name differs then.
+    Settings that only one run has were added or removed by another version, and are ignored. If the class of a part differs, the
+    difference is that of the class.
     """
     for part in before.keys() & now.keys():
         old, new = before[part], now[part]

@@ -1,7 +1,7 @@
-"""Random numbers that depend on where a run is, not on how it got there.
+"""Random numbers that depend on the seed and the position in a run only.
 
-Every random choice is a function of the run's seed and a name such as ("rollout", step, rank). A resumed run therefore draws
-what the uninterrupted one would have drawn, and no generator state has to be saved.
+Every random choice is a function of the run's seed and a name such as ("rollout", step, rank). A resumed run therefore draws the
+same numbers as an uninterrupted one, and no generator state is saved.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ _GAMMA, _MIX, _MIX_AGAIN = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 
 
 def global_seed() -> int:
-    """Return the seed that ``lightning.seed_everything`` was last given, in this process or the one that started it, else 0.
+    """Return the last seed of ``lightning.seed_everything``, in this process or the one that started it, else 0.
 
     Raises:
-        ValueError: If ``PL_GLOBAL_SEED``, where Lightning keeps it, holds no whole number.
+        ValueError: If ``PL_GLOBAL_SEED``, where Lightning stores the seed, is not a whole number.
     """
     text = os.environ.get(_GLOBAL_SEED, "0")
     try:
@@ -45,8 +45,8 @@ def derive_seed(*names: int | str) -> int:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the states of the generators of Python, NumPy and torch (every device) back after the enclosed code."""
-    # Not Lightning's `isolate_rng`, which puts nothing back after an exception.
+    """Restore the generators of Python, NumPy and torch (every device) after the enclosed code."""
+    # Not Lightning's `isolate_rng`, which does not restore them after an exception.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -58,10 +58,10 @@ def generators_kept() -> Iterator[None]:
 
 @contextmanager
 def seeded(*names: int | str) -> Iterator[random.Random]:
-    """Seed Python, NumPy and torch (every device) for the enclosed code, and put their states back afterwards.
+    """Seed Python, NumPy and torch (every device) for the enclosed code, and restore their states afterwards.
 
     Yields:
-        A generator of its own for choices that must not depend on how many numbers others draw.
+        A separate generator, for choices that must not depend on how many numbers other code draws.
     """
     seed = derive_seed(*names)
     with generators_kept():
@@ -72,12 +72,12 @@ def seeded(*names: int | str) -> Iterator[random.Random]:
 
 
 def uniform(seeds: Tensor, step: int) -> Tensor:
-    """Return one random number in [0, 1) per seed: a function of (seed, step) alone, bit for bit the same on every device.
+    """Return one random number in [0, 1) per seed: a function of (seed, step) alone, bit-identical on every device.
 
-    SplitMix64, which is counter-based: its n-th number needs no earlier one. With 24 bits, like ``torch.rand`` in fp32.
+    SplitMix64 is counter-based: its n-th number does not need the earlier ones. 24 bits, like ``torch.rand`` in fp32.
 
     Args:
-        seeds: int64, from :func:`derive_seed`; seeds near each other would give overlapping streams.
+        seeds: int64, from :func:`derive_seed`; similar seeds would give overlapping streams.
         step: Position in each stream, from 0 on.
 
     Returns:
@@ -97,5 +97,5 @@ def _signed(number: int) -> int:
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """Shift right as if there was no sign."""
+    """Shift right as an unsigned number."""
     return (state >> bits) & (2 ** (64 - bits) - 1)

@@ -1,11 +1,11 @@
 """Checks of settings: every argument of a decorated class or function against its own annotation.
 
-An annotation says what a setting may be: ``Count``, ``Fraction | None``, ``Literal["warn", "stop"]``, ``list[Positive]``. The
-decorator :func:`checked` reads it before the body runs, from the command line and from Python alike, so that types and ranges are
-stated once, and shown by ``--help``. What remains to be written by hand is how settings depend on each other.
+An annotation states the valid values: ``Count``, ``Fraction | None``, ``Literal["warn", "stop"]``, ``list[Positive]``. The
+decorator :func:`checked` checks them before the body runs, for the command line and for Python alike. Types and ranges are
+therefore stated once, and ``--help`` shows them. Only dependences between settings are checked by hand.
 
-Every number is finite, a boolean is no number, and a size that no setting could mean is refused (:data:`SMALLEST`,
-:data:`LARGEST`), whether its annotation says so or not.
+Whether the annotation says so or not, every number must be finite and of a plausible size (:data:`SMALLEST`, :data:`LARGEST`),
+and a boolean is not a number.
 """
 
 import functools
@@ -24,15 +24,15 @@ import numpy as np
 from pgpo_lightning.core.texts import shown
 
 SMALLEST, LARGEST = 1e-12, 1e12
-"""Bounds of the size of every number that is not 0. float32 has 7 digits: far beyond them a setting is a slip of the pen."""
+"""Bounds of the absolute value of every number that is not 0. float32 has 7 digits: a setting far beyond is a typing error."""
 
 LARGEST_WHOLE = 2**31 - 1
-"""Bound of the size of every whole number whose range does not say otherwise."""
+"""Bound of the absolute value of every whole number without another upper bound."""
 
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """What a number may be.
+    """The range of a number.
 
     Args:
         least: Lower bound, included.
@@ -57,7 +57,7 @@ class Range:
 
     @property
     def text(self) -> str:
-        """What a number is expected to be, as a message says it."""
+        """The expectation, as in a message."""
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         if low is not None and high is not None:
@@ -88,7 +88,7 @@ class Filled:
 
 @dataclass(frozen=True, repr=False)
 class Unlimited:
-    """A number that was measured and not set: of any size, and finite or not."""
+    """A measured number: of any size, finite or not."""
 
     def __repr__(self) -> str:
         """Return it as ``--help`` shows it."""
@@ -108,28 +108,28 @@ Text = Annotated[str, Filled()]
 Measured = Annotated[float, Unlimited()]
 
 Temperature = Annotated[float, Range(least=1e-4, most=100)]
-"""Colder, float32 does not resolve the log-probabilities any more; hotter, every token is as likely as any other."""
+"""Below, float32 does not resolve the log-probabilities; above, the distribution is uniform."""
 
 Nucleus = Annotated[float, Range(least=1e-3, most=1)]
-"""A nucleus that is smaller is always a single token."""
+"""A smaller nucleus is always a single token."""
 
 Multiplier = Annotated[float, Range(least=1e-3, most=1e3)]
-"""Of a step's learning rate. A rate that is wrong by more is wrong itself."""
+"""Factor of a step's learning rate. For a larger factor, change the rate itself."""
 
 LowerBound = Annotated[float, Range(least=0, most=1e3)]
-"""Of a multiplier; 0 for none."""
+"""Lower bound of a multiplier; 0 for none."""
 
 UpperBound = Annotated[float, Range(least=1, most=1e3)]
-"""Of a multiplier that can be 1."""
+"""Upper bound of a multiplier that can be 1."""
 
 
 class _Fault(NamedTuple):
-    """What is wrong with a value, or with one inside of it."""
+    """What is wrong with a value, or with a value inside of it."""
 
-    where: str  # behind the field's name, such as [2]
+    where: str  # suffix of the field's name, such as [2]
     expected: str
     value: Any
-    kind: bool  # whether it is of another kind, not only out of range
+    kind: bool  # whether its type is wrong, not only its range
 
 
 Target = TypeVar("Target", bound=Callable[..., Any])
@@ -139,15 +139,15 @@ def checked(target: Target, prefix: str = "") -> Target:
     """Check every argument of a class or function against its annotation, before it runs.
 
     Args:
-        target: A class with an ``__init__`` of its own (a dataclass has one), which is changed, or a function. Arguments that
-            are collected in ``*args`` and ``**kwargs`` are left to whatever they are passed on to.
-        prefix: Put before the names of its fields in messages, such as ``lora.``.
+        target: A class with its own ``__init__`` (a dataclass has one), which is changed, or a function. Arguments in ``*args``
+            and ``**kwargs`` are not checked here.
+        prefix: Prefix of the names of its fields in messages, such as ``lora.``.
 
     Returns:
         The class, or the function that checks.
 
     Raises:
-        ValueError: When called: names the field, what was expected of it, and what it got.
+        ValueError: When called: names the field, the expectation and the value.
 
     Example:
         >>> @checked
@@ -174,7 +174,7 @@ def checked(target: Target, prefix: str = "") -> Target:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
-            given = {}  # Python's own message, from the call itself, is the better one
+            given = {}  # the call itself raises Python's own message
         for name, value in given.items():
             if name in hints and name not in skipped:
                 check(f"{prefix}{name}", value, hints[name])
@@ -187,20 +187,20 @@ def checked(target: Target, prefix: str = "") -> Target:
 
 
 def _python_number(value: Any) -> Any:
-    """Return a number of NumPy as Python's: seeds and checkpoints are made of what a setting is written as."""
+    """Return a number of NumPy as one of Python, because seeds and checkpoints depend on how a setting is written."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raise if a value is not what an annotation says.
+    """Raise if a value does not match an annotation.
 
     Args:
-        name: The field's.
-        value: What it got.
-        hint: The annotation. Parts of it that cannot be told from a value, such as what a callable returns, are not checked.
+        name: Of the field.
+        value: Of the field.
+        hint: The annotation. Parts that a value does not show, such as the result of a callable, are not checked.
 
     Raises:
-        ValueError: Names the field, what was expected of it, and what it got.
+        ValueError: Names the field, the expectation and the value.
     """
     fault = _fault(value, hint)
     if fault is not None:
@@ -219,7 +219,7 @@ def one_of(choices: Sequence[str], **settings: str) -> None:
 
 
 def either(first: str, a: float | None, second: str, b: float | None, default: float) -> float:
-    """Return the value of a setting that goes by two names.
+    """Return the value of a setting with two names.
 
     Raises:
         ValueError: If both are given and differ.
@@ -255,7 +255,7 @@ def _fault_of_union(value: Any, members: tuple[Any, ...]) -> _Fault | None:
         if fault is None:
             return None
         faults.append(fault)
-    # Of the right kind and out of range, or wrong further inside, tells more than what else it might have been.
+    # A fault of the range, or further inside, is more informative than the list of all types.
     near = next((fault for fault in faults if not fault.kind or fault.where), None)
     told = [fault.expected.removeprefix("to be ") for fault in faults]
     return near or _Fault("", f"to be {' or '.join(dict.fromkeys(told))}", value, True)

@@ -1,4 +1,4 @@
-"""The records that travel through one optimizer step: question -> rollout -> verdict -> row of the loss."""
+"""The records of one optimizer step: question -> rollout -> verdict -> sample of the loss."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +15,12 @@ class Question:
 
     Args:
         prompt: The user's text, or a list of chat messages that ends with a user turn.
-        answer: The gold answer, handed to the verifier as it is.
+        answer: The gold answer, as the verifier gets it.
         system: An optional system message, put before ``prompt``.
-        privileged_context: Optional text that only the self-teacher may see (TRL's column of that name). It serves as
-            feedback for every rollout whose verifier returns none of its own.
+        privileged_context: Optional text that only the self-teacher may see (TRL's column of that name). It is the feedback
+            of every rollout for which the verifier returns none.
         index: Position in its split; identifies the question in metrics and per-question results.
-        source: Where the row comes from (``file:line``), for error messages.
+        source: Origin of the row (``file:line``), for error messages.
         columns: All other columns of the row, for verifiers that need them.
     """
 
@@ -40,13 +40,13 @@ class Question:
 
 @dataclass
 class Verdict:
-    """What a verifier says about one response.
+    """A verifier's result for one response.
 
     Args:
         reward: The score; at least ``reward.success_threshold`` counts as a success.
-        feedback: Optional text about this very attempt (an error message, a failing test). It reaches the self-teacher
-            of this attempt only.
-        answer: The answer that was read from the response, for majority voting; ``None`` if there was none.
+        feedback: Optional text about this response (an error message, a failing test). Only the self-teacher of this
+            response sees it.
+        answer: The answer that was read from the response, for majority voting; ``None`` without one.
     """
 
     reward: float

@@ -36,7 +36,7 @@ def test_a_configuration_without_end_is_refused(tmp_path, command, content, mess
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/"])
 def test_what_is_no_file_is_not_read(path):
-    with pytest.raises(ValueError, match=f"but {path} is none"):
+    with pytest.raises(ValueError, match=f"but {path} is not a file"):
         main(["fit", f"--config={path}"])
 
 

@@ -55,7 +55,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=rf"{six} is damaged: the checksum of .* is wrong. Taken is {four} of step 4"):
         assert newest_checkpoint(tmp_path) == four
     six.write_bytes(six.read_bytes()[:-20])
-    with pytest.warns(UserWarning, match=rf"{six} is cut short"):
+    with pytest.warns(UserWarning, match=rf"{six} is truncated"):
         assert newest_checkpoint(tmp_path) == four
     flip(four)
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: .* There is no other in"):
@@ -103,5 +103,7 @@ def test_paths(tmp_path):
     with pytest.raises(ValueError, match=r"Expected `ckpt_path` without litmodels .*, but got registry:mine"):
         resolve("registry:mine", folder, resume=True)
     five.write_text("")
-    with pytest.raises(DamagedCheckpointError, match=r"Expected a checkpoint, but .*step=000005.ckpt is none"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"Expected a checkpoint, but .*step=000005.ckpt does not begin like one"
+    ):
         resolve(str(five), folder, resume=True)

@@ -71,7 +71,8 @@ def test_what_is_cut_short_is_one_line_with_its_name(path, reader):
     for length in (0, 1, 3, 100, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:length])
         with pytest.raises(
-            DamagedCheckpointError, match=r"Expected a .*checkpoint, but .*step=000003.ckpt is"
+            DamagedCheckpointError,
+            match=r"Expected a .*checkpoint, but .*step=000003.ckpt (is truncated|does not begin)",
         ) as caught:
             reader(path)
         assert "\n" not in str(caught.value)
@@ -101,7 +102,7 @@ def test_what_is_no_checkpoint_is_one_line(path):
         assert "\n" not in str(caught.value)
 
     path.write_text("model: toy\n")
-    refused("is none: it does not begin like one")
+    refused("does not begin like one")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "text")
     refused("holds something else|cannot be read")
@@ -146,5 +147,5 @@ def test_what_a_killed_process_left_goes_with_the_next_checkpoint_and_what_is_be
 
 
 def test_state_that_could_not_be_read_again_is_told_when_it_is_written(path):
-    with pytest.warns(UserWarning, match=r"step=000003.ckpt will not be read again, because .* keeps posix.system"):
+    with pytest.warns(UserWarning, match=r"step=000003.ckpt cannot be loaded again, because .* keeps posix.system"):
         write_checkpoint({"callbacks": {"mine": Evil()}}, path)
