@@ -322,8 +322,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.run_seed.decide()
         teaching = self.objective.teaching
         offload = teaching is not None and teaching.config.offload
-        checkpoint = start_up.check_trainer(self.trainer, fits)
         start_up.check_combination(self.engine, self.lora is not None, is_sharded(self.trainer), offload)
+        checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True
             device = self.trainer.strategy.root_device
