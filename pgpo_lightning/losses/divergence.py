@@ -57,8 +57,8 @@ def generalised_jsd(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
     Returns:
         Nats, shape ``(...)``.
     """
-    d = _log_ratio(log_s, log_t)
-    log_m_over_s = torch.log1p(alpha * torch.expm1(d))
+    d = _log_ratio(log_s, log_t)  # (..., V)
+    log_m_over_s = torch.log1p(alpha * torch.expm1(d))  # (..., V)
     return (alpha * log_t.exp() * (d - log_m_over_s) - (1 - alpha) * log_s.exp() * log_m_over_s).sum(-1)
 
 
@@ -87,12 +87,12 @@ def student_top_k(log_s: Tensor, log_t: Tensor, k: int, add_tail: bool) -> tuple
     """
     if k >= log_s.size(-1):
         return log_s, log_t
-    kept = log_s.detach().topk(k, dim=-1).indices
+    kept = log_s.detach().topk(k, dim=-1).indices  # (..., k)
     return _reduce(log_s, kept, add_tail), _reduce(log_t, kept, add_tail)
 
 
 def _reduce(log_p: Tensor, kept: Tensor, add_tail: bool) -> Tensor:
-    log_kept = log_p.gather(-1, kept)
+    log_kept = log_p.gather(-1, kept)  # (..., k)
     if not add_tail:
         return log_kept.log_softmax(-1)
     # The tail is summed over the complement: log(1 - sum of the kept) would be wrong by 1 nat at a tail mass of 3e-7. The lowest
@@ -114,7 +114,7 @@ def sampled_token(log_s: Tensor, log_t: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Loss per token, shape ``(...)``; its value is not a divergence.
     """
-    log_s_y = log_s.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    log_s_y = log_s.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
     log_t_y = log_t.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return (log_s_y - log_t_y).detach() * log_s_y
 
@@ -178,7 +178,7 @@ class Softening:
 
 def softened_reverse_kl(log_s: Tensor, log_t: Tensor, softening: Softening) -> Tensor:
     """Return KL(S||target) for the target of :class:`Softening`; shapes as in :func:`forward_kl`."""
-    fraction = softening.student_fraction(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)
+    fraction = softening.student_fraction(generalised_jsd(log_s, log_t, 0.5)).unsqueeze(-1)  # (..., 1)
     target = ((1 - fraction) * log_t + fraction * log_s).log_softmax(-1).detach()
     return reverse_kl(log_s, target)
 

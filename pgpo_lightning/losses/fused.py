@@ -277,9 +277,9 @@ class _Chunks:
             teachers = [(source, product.operand(source.head.weight)) for source in self.teacher]
             for start in range(0, n, chunk_rows):
                 chunk = slice(start, min(n, start + chunk_rows))
-                h = product.operand(hidden[chunk])
-                logits = product(h, weight.t())
-                teacher_logits = _mixture(teachers, chunk, product)
+                h = product.operand(hidden[chunk])  # (chunk, D)
+                logits = product(h, weight.t())  # (chunk, V)
+                teacher_logits = _mixture(teachers, chunk, product)  # (chunk, V)
                 if teacher_logits is not None and self.temperature != 1.0:
                     teacher_logits.div_(self.temperature)
                 if fused:
@@ -291,6 +291,7 @@ class _Chunks:
                         teacher_part = None if teacher_logits is None else teacher_logits[inside]
                         self._block(logits[inside], teacher_part, part, statistics, coefficients, buffers)
                         del teacher_part  # a view that would keep the teacher's logits alive
+                    # `_block` has overwritten the logits with their gradient.
                     d_logits = product.gradient(logits) if any(wanted) else None
                 if d_hidden is not None and d_logits is not None:
                     d_hidden[chunk] = product(d_logits, weight)

@@ -104,16 +104,16 @@ def row_statistics(
         # Not a matrix product, which a GPU may round to TF32.
         return torch.mul(left, right, out=scratch).sum(-1)
 
-    at = targets.unsqueeze(-1)
-    a = log_normalised(logits, normalisers[0], into_a)
-    q = torch.exp(a, out=into_q)
+    at = targets.unsqueeze(-1)  # (n, 1)
+    a = log_normalised(logits, normalisers[0], into_a)  # (n, V)
+    q = torch.exp(a, out=into_q)  # (n, V)
     log_p_student, entropy_student = a.gather(-1, at).squeeze(-1), -dot(q, a)
     nothing = torch.full_like(log_p_student, torch.nan)
     if teacher_logits is None:
         statistics = TokenStatistics(nothing, log_p_student, nothing, entropy_student, nothing, nothing, nothing)
         return RowTerms(a, q, None, None, None, 0.0), statistics
-    b = log_normalised(teacher_logits, normalisers[1], into_b)
-    p = torch.exp(b, out=into_p)
+    b = log_normalised(teacher_logits, normalisers[1], into_b)  # (n, V)
+    p = torch.exp(b, out=into_p)  # (n, V)
     log_p_teacher, entropy_teacher = b.gather(-1, at).squeeze(-1), -dot(p, b)
     value, inner, mean, outer = nothing, None, None, None
     plain: Tensor | None = None  # only if it differs from the value
@@ -122,10 +122,11 @@ def row_statistics(
     if partial is not None:
         value, plain, outer = top_k_gradient(a, b, partial)
         scale = 1.0
-    ratio = b.sub_(a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kl = dot(p, ratio)
+    ratio = b.sub_(a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # log p/q, in place of b
+    kl = dot(p, ratio)  # (n,)
     if which is not None and partial is None:
         if which.alpha == 0.0:
+            # The divergence is a tensor of its own, because the objective may differentiate it.
             value, outer, scale = kl.clone(), p, -1.0
         elif which.alpha == 1.0:
             inner, mean, scale = ratio, dot(q, ratio), -1.0
@@ -182,8 +183,8 @@ def logit_gradient(
         constant = constant - derivatives.entropy * statistics.entropy_student
         a = a.mul_(-derivatives.entropy.unsqueeze(-1))
         x = a if x is None else x.add_(a)
-    constant = constant.unsqueeze(-1)
-    gradient = torch.mul(q, constant if x is None else x.add_(constant), out=out)
+    constant = constant.unsqueeze(-1)  # (n, 1)
+    gradient = torch.mul(q, constant if x is None else x.add_(constant), out=out)  # (n, V)
     if derivatives.divergence is not None and outer is not None:
         gradient.addcmul_(outer, (derivatives.divergence * scale).unsqueeze(-1))
     if derivatives.log_p is not None:
@@ -203,7 +204,7 @@ def statistics_of(
     logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, which: Divergence | None
 ) -> tuple[TokenStatistics, Normalisation]:
     """Return statistics and sums of some rows, but no tensor of the size of the logits. Meant for torch.compile."""
-    student = logits.logsumexp(-1, keepdim=True)
+    student = logits.logsumexp(-1, keepdim=True)  # (n, 1)
     teacher = None if teacher_logits is None else teacher_logits.logsumexp(-1, keepdim=True)
     terms, statistics = row_statistics(logits, teacher_logits, targets, which, (student, teacher))
     return statistics, Normalisation(student, teacher, terms.mean)

@@ -56,7 +56,7 @@ def information(
         "kl": statistics.kl,
         "log-ratio": statistics.log_ratio,
     }[estimator][counted].double()
-    length = statistics.length[counted].double()
+    length = statistics.length[counted].double()  # (sequences with a teacher,)
     n = values.numel()
     if n == 0:
         return Information(0.0, math.nan)
@@ -80,5 +80,5 @@ def clustered_error(residuals: Tensor, question: Tensor) -> float:
     """
     questions, group_index = question.unique(return_inverse=True)
     groups = questions.numel()
-    sums = residuals.new_zeros(groups).index_add(0, group_index, residuals)
+    sums = residuals.new_zeros(groups).index_add(0, group_index, residuals)  # (questions,)
     return (sums.square().sum() * groups / (groups - 1)).sqrt().item() / residuals.numel() if groups > 1 else math.nan

@@ -51,7 +51,8 @@ def clipped_policy_loss(
     Returns:
         Shape ``(N,)``.
     """
-    ratio = (log_p - old_log_p).clamp(-20, 20).exp()
+    # Beyond exp(20) every ratio is clipped anyway; the bound keeps the exponential finite.
+    ratio = (log_p - old_log_p).clamp(-20, 20).exp()  # (N,)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
@@ -72,6 +73,7 @@ def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bo
     Returns:
         Shape ``(n,)``, without gradient.
     """
+    # As above, exp() stays finite.
     evidence = (advantages.sign() * log_ratio.detach()).clamp(-20, 20).exp()
     return advantages * ((1 - mixing) + mixing * evidence.clamp(1 - bound, 1 + bound))
 

@@ -16,7 +16,7 @@ def _pointwise(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor 
     The second is ``None`` if no summand is bounded. u ignores the normalisation of q.
     """
     alpha = which.alpha
-    d = (b - a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    d = (b - a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # log p/q, (n, K)
     rest: Tensor | None = None  # the part of the summands that is not in u
     if alpha == 0.0:
         p = b.exp()
@@ -55,7 +55,7 @@ def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Ten
     """
     if which.top_k is None or which.top_k >= a.size(-1):
         return clipped_gradient(a, b, which)
-    kept = a.topk(which.top_k, dim=-1).indices
+    kept = a.topk(which.top_k, dim=-1).indices  # (n, k)
     a_kept, b_kept = a.gather(-1, kept), b.gather(-1, kept)
     if not which.add_tail:
         # After renormalisation the buckets are a softmax over the kept logits alone.
@@ -64,10 +64,11 @@ def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Ten
         gradient = torch.zeros_like(a)
         return value, plain, gradient.scatter_(-1, kept, u - a_kept.exp() * u.sum(-1, keepdim=True))
     lowest = torch.finfo(a.dtype).min
+    # The tail is summed over the complement of the kept tokens, as in `divergence.student_top_k`.
     a_tail = a.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
     b_tail = b.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
     value, plain, u = _pointwise(torch.cat([a_kept, a_tail], -1), torch.cat([b_kept, b_tail], -1), which)
-    total = u.sum(-1, keepdim=True)
+    total = u.sum(-1, keepdim=True)  # (n, 1)
     # A tail token j has d log(tail)/dz_j = q_j / Q, a kept token the derivative of its own logarithm. The normaliser is common.
     tail_factor = (u[:, -1:] / a_tail.exp().clamp(min=torch.finfo(a.dtype).tiny)) - total
     gradient = a.exp().mul_(tail_factor)

@@ -172,7 +172,7 @@ class SharedSequences:
         responses = _padded([response[:-1] or [pad_id] for _, response in pairs], pad_id)
         mask = None
         if lengths.min() < prompts.size(1):
-            seen = torch.arange(prompts.size(1)) < lengths[owner].unsqueeze(1)
+            seen = torch.arange(prompts.size(1)) < lengths[owner].unsqueeze(1)  # (sequences, longest prompt)
             mask = torch.cat([seen, torch.ones_like(responses, dtype=torch.bool)], dim=1).long()
         row, position = _response_positions(pairs, [0] * len(pairs))
         targets = torch.tensor([token for _, response in pairs for token in response])
@@ -193,13 +193,13 @@ class SharedSequences:
         """Return the hidden states that predict the response tokens, ``(N, D)``; see :meth:`Sequences.hidden_states`."""
         cache = DynamicCache(config=config)
         hidden = decoder(input_ids=self.prompts, past_key_values=cache, use_cache=True).last_hidden_state
-        ends = hidden[torch.arange(len(hidden), device=hidden.device), self.prompt_lengths - 1]
-        states = ends.index_select(0, self.owner).unsqueeze(1)
+        ends = hidden[torch.arange(len(hidden), device=hidden.device), self.prompt_lengths - 1]  # (prompts, D)
+        states = ends.index_select(0, self.owner).unsqueeze(1)  # (sequences, 1, D)
         layers: list[Any] = cache.layers  # each a DynamicLayer with keys and values: `shares_prompts` checks it
         for layer in layers:
             layer.keys = layer.keys.index_select(0, self.owner)
             layer.values = layer.values.index_select(0, self.owner)
-        start = self.prompt_lengths[self.owner].unsqueeze(1)
+        start = self.prompt_lengths[self.owner].unsqueeze(1)  # (sequences, 1)
         after = decoder(
             input_ids=self.responses,
             attention_mask=self.mask,

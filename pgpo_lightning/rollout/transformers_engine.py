@@ -139,7 +139,7 @@ def _sample(
     ended = torch.zeros(total, dtype=torch.bool, device=device)
     looked = 0
     for step in range(sampling.max_tokens):
-        logits = decoding.logits.float()
+        logits = decoding.logits.float()  # (active, V)
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers are drawn for all responses, ended or not, so that a response does not depend on when the others end.
         drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
@@ -185,7 +185,7 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
         weights: Probabilities up to a factor, shape ``(n, V)``.
         uniform: Random numbers in [0, 1), shape ``(n, 1)``.
     """
-    cumulative = weights.cumsum(-1)
+    cumulative = weights.cumsum(-1)  # (n, V)
     # 1 - u lies in (0, 1], so a token of probability zero is never the first to reach it.
     place = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
     return place.clamp(max=weights.size(-1) - 1)  # with NaN the index is one too large
