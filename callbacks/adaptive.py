@@ -218,7 +218,7 @@ class PolyakMultiplier(StepSizeMultiplier):
     def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
         """Check that the loss has a known minimum."""
         super().setup(trainer, pl_module, stage)
-        if pl_module.objective.divergence is None:
+        if not pl_module.objective.loss_is_divergence:
             raise MisconfigurationException(
                 "Expected a loss that is a divergence for PolyakMultiplier, because its minimum must be known, but "
                 f"{type(pl_module).__name__} has no divergence here. Use SDPO with "

@@ -65,7 +65,8 @@ class PlanCommand(BuildCommand):
 
     def adapt(self, model: Any) -> None:
         """Use a tokenizer that needs no download."""
-        model.init_args.model_config.tokenizer = "toy"
+        config = model.init_args.model_config
+        getattr(config, "init_args", config).tokenizer = "toy"
 
     def run(self) -> RunSpec:
         """Return the settings that memory and compute depend on.

@@ -43,7 +43,7 @@ class DistillationObjective(Objective):
                 f"success rate between 0 and 1, but got {num_generations}."
             )
         self.teaching = teaching
-        self.full_logits = config.full_logit_distillation
+        self.full_logits = self.loss_is_divergence = config.full_logit_distillation
         self.divergence = config.divergence
         self.num_generations = num_generations
         self.token_weights = token_weights

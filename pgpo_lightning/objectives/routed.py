@@ -18,6 +18,7 @@ class RoutedObjective(Objective):
         self.distillation, self.policy_gradient = distillation, policy_gradient
         self.teaching = distillation.teaching
         self.divergence = distillation.divergence
+        self.loss_is_divergence = distillation.loss_is_divergence
         self.token_weights = distillation.token_weights
 
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:

@@ -65,6 +65,9 @@ class Objective(ABC):
     divergence: Divergence | None = None
     """Which divergence between student and teacher is computed and logged; null without a teacher."""
 
+    loss_is_divergence: bool = False
+    """Whether the loss is that divergence, so that its minimum is known to be near 0."""
+
     token_weights: TokenWeights | None = None
     """Weights of the tokens or responses of taught routes, by their information."""
 

@@ -16,11 +16,11 @@ from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules import GRPO, SDPO
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.monitoring.run_record import RunRecord
+from pgpo_lightning.training.learner import Learner, Step
 from tests.support.directions import DIRECTIONS
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
-    accumulate,
     build,
     config,
     half_right,
@@ -34,9 +34,16 @@ from tests.support.helpers import (
 class Sometimes(SDPO):
     """The loss of the second batch is not a number."""
 
-    def accumulate_gradients(self, rows):
-        loss = accumulate(super(), rows)
-        return math.nan if self.steps == 1 else loss
+    def configure_model(self):
+        super().configure_model()
+        accumulate = self.learner.accumulate
+
+        def sometimes(*args):
+            step = accumulate(*args)
+            step.loss = math.nan if self.steps == 1 else step.loss
+            return step
+
+        self.learner.accumulate = sometimes
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -58,13 +65,15 @@ class Quadratic(SDPO):
         with torch.no_grad():
             self.model.weight.zero_()
             self.model.bias.zero_()
+        self.learner = Learner(self.model, self.objective, self.update)
         self.losses = []
 
     def training_step(self, batch, batch_idx):
         self.scalars = {}
         loss = sum((p - 3).square().sum() / 2 for p in self.model.parameters())
         self.manual_backward(loss)
-        self.update(loss.item())
+        step = Step(loss.item(), self.step_statistics)
+        self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
         self.losses.append(loss.item())
         self.steps += 1
 
@@ -105,9 +114,10 @@ def test_polyak_is_capped_and_one_without_a_gradient(tmp_path):
 @pytest.mark.parametrize("settings", [{"full_logit_distillation": False, "alpha": 1.0}, None])
 def test_polyak_needs_a_divergence(tmp_path, settings):
     limits = {k: v for k, v in LIMITS.items() if settings or k != "max_reprompt_len"}
-    module = (SDPO if settings else GRPO)(tiny_model(), half_right, tokenizer=TOKENIZER, **limits, **(settings or {}))
+    kind = SDPO if settings else GRPO
+    module = build(kind, tiny_model(), half_right, tokenizer=TOKENIZER, **limits, **(settings or {}))
     with pytest.raises(
-        MisconfigurationException, match=r"a loss that is a divergence for PolyakMultiplier, .* has none"
+        MisconfigurationException, match=r"a loss that is a divergence for PolyakMultiplier, .* has no divergence here"
     ):
         trainer(tmp_path, callbacks=[PolyakMultiplier()], max_steps=2).fit(module, loader(range(2), 1))
 
