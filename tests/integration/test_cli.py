@@ -11,6 +11,7 @@ from io import StringIO
 
 import pytest
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 
 import pgpo_lightning.modules
@@ -18,6 +19,7 @@ from pgpo_lightning.callbacks import ConstantMultiplier, InformationMultiplier, 
 from pgpo_lightning.callbacks.run_summary import before_after, summarise
 from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.commands.main import main
+from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.monitoring.curves import read_scalars
 from tests.support import CONFIGS
 from tests.support.commands import program
@@ -164,31 +166,47 @@ def test_a_python_function_with_feedback_as_verifier(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "kind", "message"),
     [
-        (["--model.divergence_alfa", "0.5"], "divergence_alfa"),
-        (["--model.alpha", "1.5"], r"`alpha` to lie in \[0, 1\], but got 1.5"),
-        (["--model.divergence.distillation_add_tail", "true"], "`distillation_topk` with `distillation_add_tail`"),
-        (["--multiplier", "InformationMultiplier", "--multiplier.rho_max", "0.5"], r"`rho_max` to lie in \[1, 1000\]"),
-        (["--multiplier", "InformationMultiplier", "--multiplier.sensitivity", "-1"], "`sensitivity` to be at least 0"),
-        (["--data.batch_size", "14"], "at least one batch of training questions, 14"),
-        (["--model.max_prompt_length", "5"], "max_prompt_length"),
-        (["--model.max_response_length", "500"], "fit into the model's 512 positions"),
-        (["--model.update.updates_per_batch", "3"], "`updates_per_batch` to divide the batch of 4 questions"),
-        (["--model.model", "no/such/folder"], "no/such/folder"),
-        (["--seed_everything", "true"], "`seed_everything` to be a number"),
+        (["--model.divergence_alfa", "0.5"], SystemExit, "divergence_alfa"),
+        (["--model.divergence.alpha", "1.5"], ValueError, r"`divergence.alpha` to lie in \[0, 1\], but got 1.5"),
+        (
+            ["--model.divergence.distillation_add_tail", "true"],
+            ValueError,
+            "`divergence.distillation_topk` with `divergence.distillation_add_tail`",
+        ),
+        (
+            ["--multiplier", "InformationMultiplier", "--multiplier.rho_max", "0.5"],
+            ValueError,
+            r"`rho_max` to lie in \[1, ",
+        ),
+        (
+            ["--multiplier", "InformationMultiplier", "--multiplier.sensitivity", "-1"],
+            ValueError,
+            "`sensitivity` to be at",
+        ),
+        (["--data.batch_size", "14"], ValueError, "at least one batch of training questions, 14"),
+        (["--model.max_prompt_length", "5"], ValueError, "one train question, but had to drop 13 of 13"),
+        (["--model.max_response_length", "500"], MisconfigurationException, "fit into the model's 512 positions"),
+        (
+            ["--model.update.updates_per_batch", "3"],
+            MisconfigurationException,
+            "`update.updates_per_batch` to divide the batch of 4 questions",
+        ),
+        (["--model.model", "no/such/folder"], ValueError, "no/such/folder"),
+        (["--seed_everything", "true"], ValueError, "`seed_everything` to be a number, but got True"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_settings_stop_before_anything_is_generated(tmp_path, capsys, monkeypatch, args, message):
+def test_bad_settings_stop_before_anything_is_generated(tmp_path, capsys, monkeypatch, args, kind, message):
     def never(*_, **__):
         raise AssertionError("something was generated")
 
     monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine.TransformersEngine.generate", never)
-    with pytest.raises((Exception, SystemExit)) as error:
+    with pytest.raises(kind, match="^2$" if kind is SystemExit else message) as error:
         run(tmp_path, *args)
-    assert not isinstance(error.value, AssertionError)
-    assert re.search(message, f"{error.value}\n{capsys.readouterr().err}")
+    assert error.type is kind
+    assert kind is not SystemExit or re.search(message, capsys.readouterr().err)
 
 
 def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
@@ -198,7 +216,9 @@ def test_a_verifier_that_fails_names_the_question(tmp_path, monkeypatch):
         "def raises(question, response):\n    raise KeyError('no key')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Exception, match=r"question \d+ of .*"):
+    with pytest.raises(
+        VerifierError, match=r"verifier nan to return a finite number.* but got nan on question \d+ of .*"
+    ):
         run(tmp_path, model={"verifier": "broken.nan"})
     (tmp_path / "b").mkdir()
     with pytest.warns(
@@ -278,11 +298,11 @@ def test_a_module_in_the_working_folder_is_found_and_errors_are_one_line(tmp_pat
 
 def test_a_setting_out_of_range_is_told_in_one_line(tmp_path):
     settings = config(tmp_path / "run", steps=1)
-    process = start(["pgpo", "fit", "--config", settings, "--model.alpha", "1.5"], tmp_path / "log")
+    process = start(["pgpo", "fit", "--config", settings, "--model.divergence.alpha", "1.5"], tmp_path / "log")
     process.join()
     assert process.exitcode == 1
     told = (tmp_path / "log").read_text().strip().splitlines()
-    assert told[-2] == "error: Expected `alpha` to lie in [0, 1], but got 1.5."
+    assert told[-2] == "error: Expected `divergence.alpha` to lie in [0, 1], but got 1.5."
 
 
 @pytest.mark.parametrize(("words", "got"), [([], "none"), (["train"], "train"), (["fi"], "fi")])

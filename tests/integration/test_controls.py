@@ -25,8 +25,8 @@ from tests.support.helpers import LIMITS, TOKENIZER, build, config, half_right, 
 
 
 def fit(folder, multiplier, items=8, **settings):
-    module = build(FixedGradients, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS)
-    module.updates_per_batch = settings.pop("updates", 1)
+    updates = settings.pop("updates", 1)
+    module = build(FixedGradients, tiny_model(), half_right, tokenizer=TOKENIZER, updates_per_batch=updates, **LIMITS)
     trainer(folder, callbacks=[multiplier], **settings).fit(module, loader(range(items), 1))
     return module
 

@@ -35,10 +35,15 @@ def test_several_updates_use_the_policy_that_sampled_as_reference(tmp_path):
     ratios = []
 
     class Recording(GRPO):
-        def objective(self, tokens, given):
-            old = given.old_log_probs(tokens)
-            ratios.append((tokens.log_p_student - old).abs().max().item())
-            return super().objective(tokens, given)
+        def configure_model(self):
+            super().configure_model()
+            clipped = self.objective.token_loss
+
+            def recorded(tokens, given):
+                ratios.append((tokens.log_p_student - given.old_log_probs(tokens)).abs().max().item())
+                return clipped(tokens, given)
+
+            self.objective.token_loss = recorded
 
     module = build(Recording, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=2,
                        optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **GRPO_LIMITS)  # fmt: skip

@@ -23,7 +23,7 @@ from pgpo_lightning.objectives.gates import (
     MatchedRandomGate,
 )
 from tests.support.hapo import HAPO_LIMITS, record
-from tests.support.helpers import TOKENIZER, config, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import TOKENIZER, build, config, half_right, loader, questions, tiny_model, trainer
 
 
 def test_a_run_longer_than_the_gates_record_is_refused_at_the_start(tmp_path):
@@ -33,7 +33,7 @@ def test_a_run_longer_than_the_gates_record_is_refused_at_the_start(tmp_path):
 
 def fit(folder, steps=1, module=HAPO, items=8, **settings):
     known = {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2), "num_generations": 4} | HAPO_LIMITS
-    made = module(tiny_model(), half_right, tokenizer=TOKENIZER, **(known | settings))
+    made = build(module, tiny_model(), half_right, tokenizer=TOKENIZER, **(known | settings))
     t = trainer(folder, max_steps=steps)
     t.fit(made, loader(questions(items), 4))
     return made, t
@@ -167,7 +167,7 @@ def test_a_success_serves_from_the_next_visit_on(tmp_path):
     assert first.scalars["hapo/injected_groups"] == 0
     again, _ = fit(tmp_path, steps=2, demonstrations=SuccessBuffer(), **settings)
     assert again.scalars["hapo/injected_groups"] > 0
-    kept = {tuple(ids.tolist()) for kept in first.demonstrations.kept.values() for ids, _ in kept}
+    kept = {tuple(ids.tolist()) for kept in first.objective.demonstrations.kept.values() for ids, _ in kept}
     given = [row.replaced_by for row in again.last_samples if row.replaced_by is not None]
     assert {tuple(row.rollout.response_ids) for row in given} <= kept
 
@@ -189,7 +189,7 @@ def test_measuring_the_gradients_apart_changes_nothing(tmp_path):
 def settings_of(folder, steps, **model):
     path = Path(config(folder, steps, module="HAPO", model={"max_response_length": 32} | model))
     settings = yaml.safe_load(path.read_text())
-    del settings["model"]["init_args"]["max_reprompt_len"]
+    del settings["model"]["init_args"]["reprompt"]
     settings["summary"] = {"picture": False}
     path.write_text(yaml.safe_dump(settings))
     return ["fit", "--config", str(path)]
@@ -216,9 +216,9 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path):
     ]
     for name, value in saved[0]["state_dict"].items():
         assert torch.equal(value, saved[1]["state_dict"][name]), name
-    states = [json.dumps(s["pgpo_lightning"]["hapo"], default=torch.Tensor.tolist) for s in saved]
+    states = [json.dumps(s["pgpo_lightning"]["objective"], default=torch.Tensor.tolist) for s in saved]
     assert states[0] == states[1]
-    assert len(saved[0]["pgpo_lightning"]["hapo"]["gate"]["state"]["seen"]) > 10
+    assert len(saved[0]["pgpo_lightning"]["objective"]["gate"]["state"]["seen"]) > 10
     curves = [read_scalars(tmp_path / name) for name in ("whole", "cut")]
     assert len(curves[0]["hapo/injected_groups"]) == 6
     assert any(share > 0 for step, share in curves[0]["hapo/injected_groups"].items() if step > 4)  # after the cut

@@ -127,7 +127,7 @@ def test_a_demonstration_has_the_limit_of_a_response(tokens):
         (["--model.lora.target_modules", "[nothing]"], "Expected `lora.target_modules` to be all-linear or some of"),
         (["--model.lora.r", "8", "--model.quantization.bits", "4"], "Expected no `quantization`, whose bytes"),
         (["--model.max_response_length", "500"], "fit into the model's 512 positions"),
-        (["--model.alpha", "1.5"], r"`alpha` to lie in \[0, 1\], but got 1.5"),
+        (["--model.divergence.alpha", "1.5"], r"`divergence.alpha` to lie in \[0, 1\], but got 1.5"),
         (["--memory", "-1"], "Expected `memory` to be above 0, but got -1"),
         (["--memory", ".nan"], "Expected `memory` to be above 0 and finite, but got nan"),
         (["--prompt_tokens", "0"], "Expected `prompt_tokens` to be at least 1, but got 0"),

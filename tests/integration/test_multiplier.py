@@ -72,7 +72,7 @@ class Resumable(FixedGradients):
 def test_the_state_of_an_8_bit_optimizer_comes_back_bit_for_bit(tmp_path, name):
     def fit(steps, checkpoint=None):
         make = lambda p: getattr(bitsandbytes.optim, name)(p, lr=LR)  # noqa: E731
-        module = Resumable(tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=make, **LIMITS)
+        module = build(Resumable, tiny_model(), half_right, tokenizer=TOKENIZER, optimizer=make, **LIMITS)
         t = trainer(tmp_path, max_steps=steps, callbacks=[Scripted(RHO)])
         t.fit(module, loader(range(4), 1), ckpt_path=checkpoint)
         return module, t

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.commands.main import main
 from tests.support.helpers import TOKENIZER, config, tiny_model
@@ -89,11 +90,11 @@ def test_a_checkpoint_of_another_module_or_architecture_is_refused(whole, tmp_pa
     settings = yaml.safe_load(Path(grpo).read_text())
     del settings["model"]["init_args"]["reprompt"]
     Path(grpo).write_text(yaml.safe_dump(settings))
-    with pytest.raises(Exception, match=r"Expected a checkpoint of GRPO, but it is SDPO's"):
+    with pytest.raises(MisconfigurationException, match=r"Expected a checkpoint of GRPO, but it is SDPO's"):
         main(["validate", "--config", grpo, "--ckpt_path", checkpoint])
     tiny_model().save_pretrained(tmp_path / "tiny")
     TOKENIZER.save_pretrained(tmp_path / "tiny")
-    with pytest.raises(Exception, match=r"of another architecture: hidden_size 128 instead of 32"):
+    with pytest.raises(MisconfigurationException, match=r"of another architecture: hidden_size 128 instead of 32"):
         main(
             [
                 "validate",
