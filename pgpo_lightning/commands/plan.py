@@ -15,7 +15,7 @@ from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
 from pgpo_lightning.memory_planner.parameters import configuration, skeleton
 from pgpo_lightning.memory_planner.plan import AVERAGING, MemoryPlan, RunSpec, plan_memory
-from pgpo_lightning.memory_planner.plan_report import content, table
+from pgpo_lightning.memory_planner.plan_report import plan_content, plan_table
 from pgpo_lightning.memory_planner.workload import Lengths
 from pgpo_lightning.modules import HAPO, OnPolicyModule
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
@@ -229,7 +229,7 @@ def main(args: list[str]) -> MemoryPlan:
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     check("memory", memory, Positive | None)
     made = plan_memory(command.run())
-    print(table(made, memory))
+    print(plan_table(made, memory))
     if path is not None:
-        Path(path).write_text(json.dumps(content(made, memory), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(plan_content(made, memory), indent=1) + "\n", encoding="utf-8")
     return made

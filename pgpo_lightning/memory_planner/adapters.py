@@ -1,4 +1,4 @@
-"""Low-rank adapters by their numbers: how many parameters they are, and a stand-in for the dry run."""
+"""Low-rank adapters: their number of parameters, and a stand-in for the dry run."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pgpo_lightning.memory_planner.parameters import skeleton
-from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.memory_planner.parameters import layers_of, skeleton
 
 
 @dataclass(frozen=True)
@@ -15,9 +14,9 @@ class Adapters:
     """Low-rank adapters (LoRA) on linear maps of the layers; everything else is frozen.
 
     Args:
-        rank: Of every adapter.
-        targets: Last parts of the names of the linear maps, or ``all-linear``. Regular expressions are not understood.
-        dtype: Type of their weights; peft makes them fp32 whatever the type of the model.
+        rank: Rank of every adapter.
+        targets: Last parts of the names of the linear maps, or ``all-linear``. Regular expressions are not supported.
+        dtype: Type of their weights. peft makes them fp32 for any type of the model.
     """
 
     rank: int
@@ -28,22 +27,22 @@ class Adapters:
         """Return the shapes of all adapters: ``(rank, in)`` and ``(out, rank)`` for each map.
 
         Raises:
-            ValueError: If a target is the name of no linear map of the layers.
+            ValueError: If a target does not name a linear map of the layers.
         """
         found = self._maps(skeleton(config))
         return [s for _, m in found for s in ((self.rank, m.in_features), (m.out_features, self.rank))]
 
     def wrap(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Freeze the model and put adapters beside its maps, as peft does."""
+        """Freeze the model and add adapters to its linear maps, as peft does."""
         model.requires_grad_(False)
         for name, linear in self._maps(model):
             parent, _, own = name.rpartition(".")
-            setattr(decoder(model).layers.get_submodule(parent), own, _Adapted(linear, self.rank, self.dtype))
+            setattr(layers_of(model).get_submodule(parent), own, _Adapted(linear, self.rank, self.dtype))
         model.enable_input_require_grads()  # as peft does for gradient checkpointing
         return model
 
     def _maps(self, model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
-        maps = [(n, m) for n, m in decoder(model).layers.named_modules() if isinstance(m, nn.Linear)]
+        maps = [(n, m) for n, m in layers_of(model).named_modules() if isinstance(m, nn.Linear)]
         if self.targets == ("all-linear",):
             return maps
         names = {name.rpartition(".")[2] for name, _ in maps}

@@ -1,11 +1,10 @@
-"""The package's own forward and backward passes on tensors without data: what they hold at their highest, layer by layer.
+"""Peak memory of the package's own forward and backward passes, measured on tensors without data.
 
-Nothing of a transformer's activations is written down here as a formula: models, precisions, checkpointing and layouts differ
-too much for that. The decoder runs with two and with three layers at the real widths and lengths, as fake tensors that have
-shapes and types but no data, and :class:`~pgpo_lightning.memory_planner.counter.LiveBytes` counts what is alive between
-named points.
-All layers are equal, so each of these peaks is a straight line in the number of layers (the peaks inside of the stack, which are
-not, lie between those at its two ends), and two points give the line.
+There are no formulas for activations, because models, precisions, checkpointing and layouts differ too much. The decoder runs
+with two and with three layers at the real widths and lengths, on fake tensors that have shapes and types but no data.
+:class:`~pgpo_lightning.memory_planner.counter.LiveBytes` counts the live bytes between named points. All layers are equal, so
+each of these peaks is linear in the number of layers, and two points determine the line. Peaks inside the stack of layers are
+not linear, but lie between those at its ends.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.memory_planner.counter import LiveBytes
-from pgpo_lightning.memory_planner.parameters import with_layers
+from pgpo_lightning.memory_planner.parameters import layers_of, with_layers
 from pgpo_lightning.memory_planner.workload import Packed
 from pgpo_lightning.models.decoding import Cached
 from pgpo_lightning.models.lm_head import decoder
@@ -108,16 +107,18 @@ def update_peaks(
             peaks = {"activations": counter.live}
             marks.watch = "teacher forward"
             with torch.no_grad():
-                theirs = [rows.hidden_states(decoder(which), which.config) for which, rows in packed_for_teachers]
+                teacher_hidden = [
+                    rows.hidden_states(decoder(which), which.config) for which, rows in packed_for_teachers
+                ]
             marks.cut()
             marks.watch = "backward"
-            peaks["hidden"] = hidden.nbytes + sum(tensor.nbytes for tensor in theirs)
+            peaks["hidden"] = hidden.nbytes + sum(tensor.nbytes for tensor in teacher_hidden)
             peaks["loss"] = counter.live + loss
-            loss = _Gradients.apply(hidden, model.get_output_embeddings().weight)
-            del hidden, theirs
-            counter.restart()  # what the loss took on the way is in `loss`
+            gradients = _Gradients.apply(hidden, model.get_output_embeddings().weight)
+            del hidden, teacher_hidden
+            counter.restart()  # the peak of the loss is in `loss`
         with counter:
-            loss.backward()
+            gradients.backward()
         marks.cut()
     return peaks | marks.peaks
 
@@ -139,8 +140,9 @@ def prefill_peaks(
         with counter, _autocast(compute), torch.no_grad():
             decoding = Cached(model, [[0] * n for n in prompts], samples, new_tokens)
         cache, logits = decoding.cache, decoding.logits
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        kind = cache.layers[0].keys
+        layers: list[Any] = cache.layers  # of attention, see `count`
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        kind = layers[0].keys
         return {
             "prefill": counter.peak,
             "cache": held,
@@ -164,11 +166,12 @@ def decode_peaks(config: PretrainedConfig, compute: Compute, rows: int, length: 
         ids, positions = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64)
         mask = torch.ones(rows, length, dtype=torch.int64) if padded else None
         cache = DynamicCache(config=model.config)
-        cache.layers = [_Held() for _ in cache.layers]
+        held = [_Held() for _ in cache.layers]
+        cache.layers = list(held)
         with _autocast(compute), torch.no_grad():
-            # What type keys and values have is the model's business: let it fill the cache with one token.
+            # The model determines the type of keys and values, so it fills the cache with one token first.
             model(input_ids=ids, past_key_values=cache, use_cache=True)
-            for layer in cache.layers:
+            for layer in held:
                 layer.hold(rows, length)
             with counter:
                 model(
@@ -183,12 +186,13 @@ def decode_peaks(config: PretrainedConfig, compute: Compute, rows: int, length: 
 
 
 class _Held(DynamicLayer):
-    """Keys and values that are there already."""
+    """Keys and values that exist already."""
 
     held: tuple[Tensor, Tensor] | None = None
 
     def hold(self, rows: int, length: int) -> None:
-        parts = [part.new_empty(rows, part.size(1), length, part.size(3)) for part in (self.keys, self.values)]
+        filled = [part for part in (self.keys, self.values) if part is not None]
+        parts = [part.new_empty(rows, part.size(1), length, part.size(3)) for part in filled]
         self.held = (parts[0], parts[1])
         self.keys, self.values = (part[:, :, :-1] for part in self.held)
 
@@ -197,7 +201,7 @@ class _Held(DynamicLayer):
 
 
 class _Gradients(torch.autograd.Function):
-    """In place of the loss: its two gradients in fp32, handed on as the loss hands them on."""
+    """Stand-in for the loss that returns its two gradients in fp32, as the loss does."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor) -> Tensor:
@@ -208,19 +212,19 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        given = zip(ctx.gradients, ctx.dtypes, strict=True)
-        gradients = [gradient if gradient is None else gradient.mul_(upstream).to(dtype) for gradient, dtype in given]
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
+        gradients = [gradient if gradient is None else gradient.mul_(upstream).to(dtype) for gradient, dtype in pairs]
         ctx.gradients = None
         return tuple(gradients)
 
 
 class _Marks:
-    """Cuts a run where the first and the last layer begin and end, and keeps the peak of every piece."""
+    """Divides a run where the first and the last layer begin and end, and records the peak of every piece."""
 
-    def __init__(self, model: nn.Module, counter: LiveBytes) -> None:
+    def __init__(self, model: PreTrainedModel, counter: LiveBytes) -> None:
         self.counter, self.watch = counter, ""
         self.peaks: Peaks = {}
-        layers = decoder(model).layers
+        layers = layers_of(model)
         layers[-1].register_forward_pre_hook(lambda *_: self.cut() if self.watch != "backward" else None)
         for layer in (layers[0], layers[-1]):
             layer.register_forward_hook(self._follow)
@@ -258,9 +262,8 @@ def _fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Pack
 
     def fake(packed: Packed) -> Packed:
         fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-        return dataclasses.replace(
-            packed, **{name: mode.from_tensor(t) for name, t in fields.items() if isinstance(t, Tensor)}
-        )
+        changes: dict[str, Any] = {name: mode.from_tensor(t) for name, t in fields.items() if isinstance(t, Tensor)}
+        return dataclasses.replace(packed, **changes)
 
     with warnings.catch_warnings(), ExitStack() as stack:
         # Several sequences in one row, told by their positions: never here, but without data transformers cannot know that.

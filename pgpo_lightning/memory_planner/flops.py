@@ -1,4 +1,4 @@
-"""Operations of a step by phase; a multiplication with an addition counts as two."""
+"""Operations of a step by phase. A multiplication with an addition counts as two operations."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from pgpo_lightning.memory_planner.workload import Layout
 
 @dataclass(frozen=True)
 class Width:
-    """What the operations of a forward pass depend on.
+    """The sizes that determine the operations of a forward pass.
 
     Attributes:
         matrices: Parameters of the layers' matrices.
@@ -24,7 +24,7 @@ class Width:
 
     @classmethod
     def of(cls, config: PretrainedConfig, count: Count) -> "Width":
-        """Read it off a configuration."""
+        """Return the sizes of a configuration."""
         text = config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(count.matrices, count.layers * text.num_attention_heads * width, count.head)
@@ -33,9 +33,9 @@ class Width:
 def forward(width: Width, layout: Layout) -> int:
     """Return the operations of the layers in one forward pass.
 
-    Each padded token is multiplied with every matrix: 2 per parameter. Each pair of query and key takes 2 per number of
-    a head for the product and 2 for the sum of values; pairs that a causal kernel skips are counted, as
-    ``torch.utils.flop_counter`` does, so a good kernel does up to half of it less.
+    Each padded token is multiplied with every matrix: 2 per parameter. Each pair of query and key takes 2 per number of a head
+    for the product, and 2 for the sum of values. Pairs that a causal kernel skips are counted, as in
+    ``torch.utils.flop_counter``. A causal kernel therefore needs up to half fewer operations in attention.
     """
     return 2 * width.matrices * layout.padded + 4 * width.attention * layout.pairs
 
@@ -43,14 +43,14 @@ def forward(width: Width, layout: Layout) -> int:
 def backward(width: Width, layout: Layout, checkpointing: bool, trainable: float = 1.0) -> int:
     """Return the operations of a backward pass through the layers.
 
-    Twice the products of the forward pass: by inputs, and by weights as far as those are trained. Attention computes its
-    scores again: five products where the forward pass has two. With checkpointing the forward pass comes once more.
+    Two products for each product of the forward pass: the gradients of inputs, and of weights if these are trained. Attention
+    computes its scores again: five products where the forward pass has two. With checkpointing the forward pass is repeated.
 
     Args:
         width: Of the model.
         layout: Of the forward pass.
         checkpointing: Whether activations are recomputed.
-        trainable: Share of the matrices' parameters that are trained.
+        trainable: Fraction of the matrices' parameters that are trained.
     """
     products = 2 * width.matrices * layout.padded * (1 + trainable)
     again = forward(width, layout) if checkpointing else 0
@@ -71,7 +71,7 @@ def prefill(width: Width, prompts: list[int]) -> int:
 def decoding(width: Width, prompts: list[int], lengths: list[int]) -> int:
     """Return the operations of decoding all tokens but the first of every response.
 
-    Responses that have ended are taken as gone at once; in truth they stay until a quarter of the batch has ended.
+    Responses that have ended are not counted. The engine keeps them until a quarter of the batch has ended.
     """
     longest = max(prompts)
     products = 2 * (width.matrices + width.head) * sum(n - 1 for n in lengths)

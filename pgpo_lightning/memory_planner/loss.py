@@ -1,4 +1,4 @@
-"""Bytes of the loss: a formula for :mod:`pgpo_lightning.losses.fused`, for whose many blocks a dry run would take minutes."""
+"""Peak bytes of :mod:`pgpo_lightning.losses.fused`, by formula: a dry run of its many blocks would take minutes."""
 
 import torch
 
@@ -19,18 +19,18 @@ def loss_bytes(
     trains_head: bool,
     top_k: bool,
 ) -> int:
-    """Return what :func:`~pgpo_lightning.losses.fused.linear_distillation` holds at its highest beside what it is given.
+    """Return the peak bytes of :func:`~pgpo_lightning.losses.fused.linear_distillation`, without its inputs.
 
     With N tokens, D, V, and chunks of c = min(N, 1024) tokens (256 on a CPU):
 
-    - gradients: 4 N D of hidden states, 4 V D of the head where that is trained;
+    - gradients: 4 N D of hidden states, 4 V D of the head if it is trained;
     - a chunk's logits: 4 c V for the student and 4 c V for all teachers together (one more while a second one is added);
-    - the gradient in the logits: on a GPU 2 c V in bf16 beside them (4 c V in fp32); on a CPU it takes the student's place in
-      fp32 and is rounded through 2 c V into 4 c V more in 16 bits;
-    - operands: a GPU multiplies 16-bit matrices as they are, so only heads of another type are copied, 2 V D each. A CPU takes
-      them widened, 4 V D each, if anything is in 16 bits;
-    - a CPU works through six buffers of one block of rows; on a GPU torch.compile fuses the elementwise work. Top-k is not
-      fused: four more tensors of c V there (an estimate, not yet seen on a GPU).
+    - the gradient of the logits: on a GPU 2 c V in bf16 (4 c V in fp32) in addition to the logits. On a CPU it overwrites the
+      student's logits in fp32, and in 16 bits it is rounded through 2 c V into another 4 c V;
+    - operands: a GPU multiplies 16-bit matrices directly, so only heads of another type are copied, 2 V D each. A CPU uses
+      copies in fp32, 4 V D each, if anything is in 16 bits;
+    - a CPU uses six buffers of one block of rows; on a GPU torch.compile fuses the elementwise work. Top-k is not fused: four
+      more tensors of c V there (an estimate, untested on GPU).
 
     Args:
         tokens: N, with a loss, of one micro-batch.
@@ -38,9 +38,9 @@ def loss_bytes(
         vocabulary: V.
         compute: Types of both models and of autocast.
         device: cuda or cpu.
-        teachers: Models that make up the teacher.
+        teachers: Number of models that make up the teacher.
         trains_head: Whether the head gets a gradient.
-        top_k: Whether the divergence is over the likeliest tokens only, or has bounded entries.
+        top_k: Whether the divergence is over the most probable tokens only, or has bounded entries.
     """
     block = max(1, _BLOCK_BYTES[device] // (WIDE * vocabulary))
     chunk = min(tokens, max(_CPU_CHUNK_ROWS, block) if device == "cpu" else _CHUNK_ROWS)
@@ -52,9 +52,9 @@ def loss_bytes(
     logits = WIDE * chunk * vocabulary * (1 + min(teachers, 2))
     if native:
         logits = max(logits, WIDE * chunk * vocabulary * (1 + (teachers > 0)) + narrow * chunk * vocabulary)
-    elif narrow == 2:  # rounded, then widened beside what was rounded
+    elif narrow == 2:  # the rounded gradient and its fp32 copy exist together
         logits = max(logits, WIDE * chunk * vocabulary * (1 + (teachers > 0)) + (2 + WIDE) * chunk * vocabulary)
-    rows = chunk * hidden * (narrow if native else 2 * WIDE)  # a chunk's hidden states, and their gradient on its way
+    rows = chunk * hidden * (narrow if native else 2 * WIDE)  # a chunk's hidden states and their gradient
     work = 0 if device == "cuda" else BUFFERS * min(block, chunk) * vocabulary * WIDE
     work += 4 * WIDE * vocabulary * (chunk if device == "cuda" else min(block, chunk)) * top_k
     return kept + operands + logits + rows + work

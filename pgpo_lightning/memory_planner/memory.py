@@ -18,7 +18,7 @@ from pgpo_lightning.memory_planner.loss import loss_bytes
 from pgpo_lightning.memory_planner.optimizers import OptimizerNeed
 from pgpo_lightning.memory_planner.parameters import Count
 from pgpo_lightning.memory_planner.rollouts import roomy_tokens, sampler_bytes
-from pgpo_lightning.memory_planner.workload import Layout, MicroBatch, Packed
+from pgpo_lightning.memory_planner.workload import Layout, MicroBatch
 
 GIB = 2**30
 
@@ -194,7 +194,7 @@ def micro_batch_bytes(
     loss = loss_bytes(
         layout.tokens, text.hidden_size, text.vocab_size, compute, device, len(teachers), trains_head, top_k
     )
-    packed: list[tuple[str, Packed]] = [(whose, micro_batch.teacher) for whose in teachers]
+    packed = [(whose, micro_batch.teacher) for whose in teachers if micro_batch.teacher is not None]
     run = partial(
         update_peaks,
         compute=compute,

@@ -69,8 +69,8 @@ def optimizer_need(
         passing[stand_ins[s]] * torch.Size(s).numel() / torch.Size(stand_ins[s]).numel() for s in counted.elements()
     ]
     total = sum(torch.Size(shape).numel() for shape in counted.elements())
-    temporary = (sum if at_once else max)(needs)
-    return OptimizerNeed(name, round(state), state / total, round(temporary), paged)
+    peak = sum(needs) if at_once else max(needs)
+    return OptimizerNeed(name, round(state), state / total, round(peak), paged)
 
 
 def _stand_in(shape: tuple[int, ...]) -> tuple[int, ...]:

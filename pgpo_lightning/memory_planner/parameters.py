@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -73,6 +74,11 @@ class Count:
     tied: bool
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers of a decoder that :func:`count` accepts."""
+    return cast(nn.ModuleList, decoder(model).layers)  # the type of a submodule is unknown to type checkers
+
+
 def count(config: PretrainedConfig) -> Count:
     """Count a model's parameters on the meta device.
 
@@ -85,12 +91,9 @@ def count(config: PretrainedConfig) -> Count:
             "state: what it needs cannot be predicted."
         )
     model = skeleton(config)
-    layers = getattr(decoder(model), "layers", None)
-    kinds = (
-        {tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers}
-        if isinstance(layers, nn.ModuleList)
-        else set()
-    )
+    found = getattr(decoder(model), "layers", None)
+    layers = list(found) if isinstance(found, nn.ModuleList) else []
+    kinds = {tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers}
     if len(kinds) != 1:
         raise ValueError(
             f"Expected `model` to be a decoder whose layers have equal shapes, but {config.model_type} has "

@@ -1,4 +1,4 @@
-"""A run's settings, and from them what the run will need."""
+"""The specification of a run, and the memory and operations that the run needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,29 +49,29 @@ class RunSpec:
     """Everything about a run that its memory and its operations depend on.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         compute: Types of weights and products; checkpointing.
-        optimizer: From parameters to an optimizer.
+        optimizer: Function from parameters to an optimizer.
         teacher: A key of :data:`TEACHERS`.
-        lengths: Assumed tokens.
-        questions: Of one device and step.
-        samples: Responses to each.
-        longest_response: Limit of a response.
-        at_once: Most responses decoded at the same time; all if null.
-        micro_batch_tokens: Most padded tokens of a forward pass.
-        updates: Optimizer steps per batch and pass over it.
+        lengths: Assumed lengths in tokens.
+        questions: Questions per device and step.
+        samples: Responses per question.
+        longest_response: Maximum tokens of a response.
+        at_once: Maximum number of responses decoded at the same time; None for all.
+        micro_batch_tokens: Maximum padded tokens of a forward pass.
+        updates: Optimizer steps per pass over a batch.
         passes: Passes over a batch.
-        top_k: Whether the divergence is over the likeliest tokens only.
-        independent: Whether every row has a teacher's prompt of its own.
-        evaluated: Responses of one step of an evaluation; 0 for none.
-        eval_samples: Those to the same question.
+        top_k: Whether the divergence is over the most probable tokens only.
+        independent: Whether every row has its own teacher's prompt.
+        evaluated: Responses per step of an evaluation; 0 for no evaluation.
+        eval_samples: Responses per question in an evaluation.
         nucleus: Whether `top_p` is below 1 in an evaluation.
-        sharding: Over devices.
+        sharding: Distribution over devices.
         device: cuda or cpu.
-        adapters: What is trained instead of all weights.
-        offload: Whether the teacher's own weights are on the host, with a copy on the device while gradients are made.
-        demonstration: Assumed tokens of a demonstration that stands in for a rollout of each group (HAPO); null for none.
-        keep: Checkpoints that are kept; null for all.
+        adapters: Adapters that are trained instead of all weights.
+        offload: Whether the teacher's weights are on the host, with a copy on the device while gradients are computed.
+        demonstration: Assumed tokens of a demonstration that replaces a rollout in each group (HAPO); None for none.
+        keep: Number of checkpoints that are kept; None for all.
     """
 
     config: PretrainedConfig
@@ -102,8 +102,8 @@ class RunSpec:
         one_of(tuple(TEACHERS), teacher=self.teacher)
 
     @property
-    def share(self) -> PromptSharing:
-        """As the module's, without trying it out."""
+    def prompt_sharing(self) -> PromptSharing:
+        """Prompt sharing of the module, derived from the configuration."""
         layers = DynamicCache(config=self.config).layers
         if self.compute.checkpointing or not all(type(layer) is DynamicLayer for layer in layers):
             return "never"
@@ -112,21 +112,21 @@ class RunSpec:
 
 @dataclass
 class MemoryPlan:
-    """What a run needs.
+    """Memory and operations of a run.
 
     Attributes:
-        run: Its settings.
-        count: Parameters.
-        trainable: Those that are trained.
-        optimizer: What its class takes.
-        need: Bytes of one device.
+        run: The run.
+        count: Its parameters.
+        trainable: Number of trained parameters.
+        optimizer: Memory of the optimizer.
+        need: Bytes on one device.
         tokens: Per device and step, by name.
         flops: Per device and step, by phase.
-        micro_batches: Of one pass over the batch.
-        largest: Layout of the largest for student and teacher.
-        dry_run: Peaks that the largest was measured at without data.
-        saving: What a checkpoint takes.
-        host: Bytes of the host's memory that the teacher takes for each device.
+        micro_batches: Number of micro-batches in one pass over the batch.
+        largest: Layout of the largest micro-batch for student and teacher.
+        dry_run: Peaks of the largest micro-batch in the dry run.
+        saving: Memory of a checkpoint.
+        host: Bytes of host memory that the teacher takes per device.
     """
 
     run: RunSpec
@@ -144,11 +144,11 @@ class MemoryPlan:
 
 
 def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
-    """Work out what a run needs, without its weights and without its data.
+    """Calculate the memory and operations of a run, without its weights and data.
 
     Args:
-        run: Its settings.
-        rows: Of a step of one device; by default made from the assumed lengths.
+        run: The run.
+        rows: Samples of a step of one device; by default made from the assumed lengths.
     """
     counted = count(run.config)
     teachers = TEACHERS[run.teacher]
@@ -166,8 +166,8 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
 
     rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
     learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
-    share = learned[: -(-len(learned) // run.updates)]
-    batches = group(share, run.micro_batch_tokens, run.share, with_teacher=bool(teachers))
+    mini_batch = learned[: -(-len(learned) // run.updates)]
+    batches = group(mini_batch, run.micro_batch_tokens, run.prompt_sharing, with_teacher=bool(teachers))
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
     gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)
@@ -179,7 +179,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     need.absent["rollouts"] = ("gradients",)
     if run.evaluated:
         n = run.evaluated if run.at_once is None else min(run.at_once, run.evaluated)
-        # Up to the limit, because a held-out question may make any response go that far.
+        # Every response may reach the limit.
         each = min(run.eval_samples, n)
         prompts = [run.lengths.prompt] * (n // each)
         tested = Sampled(
@@ -206,9 +206,9 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
         cached = tokens * run.config.get_text_config().hidden_size * compute.teacher.itemsize
         parts["teacher's hidden states"] = cached
     need.phases["gradients"] = parts
-    if not accumulating:  # then the backward pass of the only micro-batch makes them
+    if not accumulating:  # the backward pass of the only micro-batch creates them
         need.absent["gradients"] = ("gradients",)
-    averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes nothing of the device
+    averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes no memory of the device
     need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
 
     return MemoryPlan(
@@ -259,7 +259,7 @@ def _saving(
 
 
 def _sampled(run: RunSpec, rows: list[Sample]) -> Sampled:
-    """Return what is decoded at the same time; as in the engine, whole questions as far as possible."""
+    """Return the responses that are decoded at the same time, whole questions if possible, as in the engine."""
     limit = run.at_once or len(rows)
     questions, samples = max(1, limit // run.samples), min(run.samples, limit)
     # The longest come together in the worst case.

@@ -1,4 +1,4 @@
-"""A plan as a table and as JSON."""
+"""A memory plan as a Markdown table and as JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,17 +8,18 @@ import torch
 from pgpo_lightning.memory_planner.memory import GIB
 from pgpo_lightning.memory_planner.plan import MemoryPlan
 
-_ROOM = 0.92  # share of a device that tensors may fill; the rest is for its context, libraries and fragmentation
+_ROOM = 0.92
+"""Fraction of a device that tensors may fill. The rest is for its context, libraries and fragmentation."""
 
 
-def verdict(made: MemoryPlan, memory: float) -> str:
+def verdict(plan: MemoryPlan, memory: float) -> str:
     """Return whether the highest peak fits a device.
 
     Args:
-        made: The plan.
+        plan: The plan.
         memory: GiB of the device.
     """
-    phase, peak = max(made.need.peaks.items(), key=lambda item: item[1])
+    phase, peak = max(plan.need.peaks.items(), key=lambda item: item[1])
     need = peak / GIB
     if need <= _ROOM * memory:
         return f"fits {memory:.4g} GiB: {need:.1f} GiB in {phase}, {memory - need:.1f} to spare"
@@ -27,38 +28,38 @@ def verdict(made: MemoryPlan, memory: float) -> str:
     return f"does not fit {memory:.4g} GiB: {need:.1f} GiB in {phase}"
 
 
-def remarks(made: MemoryPlan) -> list[str]:
-    """Return what stands in the way of such a run, beside its size."""
-    run, saved = made.run, made.saving
+def remarks(plan: MemoryPlan) -> list[str]:
+    """Return the requirements and incompatibilities of a run, except the memory of a device."""
+    run, saved = plan.run, plan.saving
     room = (
         ""
         if saved.disk is None
-        else f", {saved.disk / GIB:.2f} GiB with those that are kept (`checkpoint.keep` {run.keep})"
+        else f", {saved.disk / GIB:.2f} GiB with the checkpoints that are kept (`checkpoint.keep` {run.keep})"
     )
-    found = [
-        f"A checkpoint takes {saved.size / GIB:.2f} GiB in the run's folder{room}; while it is written, "
-        f"{saved.host / GIB:.2f} GiB of the host's memory."
+    notes = [
+        f"A checkpoint takes {saved.size / GIB:.2f} GiB in the run's folder{room}, and {saved.host / GIB:.2f} GiB of the host's "
+        "memory while it is written."
     ]
     if run.offload:
-        found.append(f"The teacher's {made.host / GIB:.2f} GiB are in the host's memory, for each device.")
+        notes.append(f"The teacher's {plan.host / GIB:.2f} GiB are in the host's memory, once per device.")
         if run.sharding.kind == "fsdp":
-            found.append("`pgpo fit` refuses `teacher.offload` with sharded weights; set it to false.")
+            notes.append("`pgpo fit` refuses `teacher.offload` with sharded weights; set it to false.")
     if run.sharding.kind == "fsdp":
-        if made.optimizer.name.startswith("bitsandbytes"):
-            found.append("bitsandbytes' optimizers do not work on shards; torchao's do.")
+        if plan.optimizer.name.startswith("bitsandbytes"):
+            notes.append("Optimizers of bitsandbytes do not work with sharded weights; those of torchao do.")
         if run.compute.autocast == torch.float16:
-            found.append("`pgpo fit` refuses 16-mixed with sharded weights; take bf16-mixed.")
-    return found
+            notes.append("`pgpo fit` refuses 16-mixed with sharded weights; use bf16-mixed.")
+    return notes
 
 
-def table(made: MemoryPlan, memory: float | None) -> str:
+def plan_table(plan: MemoryPlan, memory: float | None) -> str:
     """Return the plan as Markdown.
 
     Args:
-        made: The plan.
-        memory: GiB of a device, or ``None`` for no verdict.
+        plan: The plan.
+        memory: GiB of a device, or None for no verdict.
     """
-    run, need = made.run, made.need
+    run, need = plan.run, plan.need
     sharding, compute = run.sharding, run.compute
     types = f"weights {_type(compute.student)}"
     types += "" if compute.autocast is None else f", products {_type(compute.autocast)}"
@@ -66,19 +67,19 @@ def table(made: MemoryPlan, memory: float | None) -> str:
         run.teacher if run.teacher == "none" or run.adapters is not None else f"{run.teacher} {_type(compute.teacher)}"
     )
     lines = [
-        f"{made.count.total / 1e9:.3f} B parameters, {_short(made.trainable)} trained; {types}; teacher {teacher}; "
-        f"{made.optimizer.name}, {made.optimizer.per_parameter:.2f} bytes per trained parameter"
+        f"{plan.count.total / 1e9:.3f} B parameters, {_short(plan.trainable)} trained; {types}; teacher {teacher}; "
+        f"{plan.optimizer.name}, {plan.optimizer.per_parameter:.2f} bytes per trained parameter"
         + (
-            f" ({made.optimizer.state / GIB:.1f} GiB in pages that leave the device when it is full)"
-            if made.optimizer.paged
+            f" ({plan.optimizer.state / GIB:.1f} GiB in pages that move to the host when the device is full)"
+            if plan.optimizer.paged
             else ""
         ),
         f"{sharding.devices} x {run.device}, {sharding.kind}; per device and step {run.questions} questions x {run.samples}; "
         f"tokens: prompt {run.lengths.prompt}, teacher's {run.lengths.reprompt}, "
         f"response {run.lengths.response} ± {run.lengths.spread:.0%}"
         + ("" if run.demonstration is None else f", demonstration {run.demonstration} (one in every group)"),
-        f"{made.micro_batches} micro-batches; the largest: "
-        + "; ".join(f"{name} {_rows(layout)}, {layout.padded} padded tokens" for name, layout in made.largest.items()),
+        f"{plan.micro_batches} micro-batches; the largest: "
+        + "; ".join(f"{name} {_rows(layout)}, {layout.padded} padded tokens" for name, layout in plan.largest.items()),
         "",
         "GiB per device, calculated:",
         "",
@@ -96,44 +97,44 @@ def table(made: MemoryPlan, memory: float | None) -> str:
             lines.append(f"| {part} | {' | '.join(cells)} |")
     lines.append(f"| **peak** | {' | '.join(f'**{peak / GIB:.2f}**' for peak in need.peaks.values())} |")
     lines += ["", "Per device and step, calculated:", "", "| | |", "|---|---:|"]
-    lines += [f"| {name} | {number:,} |" for name, number in made.tokens.items()]
-    lines += [f"| {name}, TFLOP | {number / 1e12:,.4g} |" for name, number in made.flops.items()]
-    lines.append(f"| **all, TFLOP** | **{sum(made.flops.values()) / 1e12:,.4g}** |")
+    lines += [f"| {name} | {number:,} |" for name, number in plan.tokens.items()]
+    lines += [f"| {name}, TFLOP | {number / 1e12:,.4g} |" for name, number in plan.flops.items()]
+    lines.append(f"| **all, TFLOP** | **{sum(plan.flops.values()) / 1e12:,.4g}** |")
     if memory is not None:
-        lines += ["", verdict(made, memory)]
-    if notes := remarks(made):
+        lines += ["", verdict(plan, memory)]
+    if notes := remarks(plan):
         lines += ["", *notes]
     return "\n".join(lines)
 
 
-def content(made: MemoryPlan, memory: float | None) -> dict[str, Any]:
-    """Return the plan as JSON takes it; sizes in bytes."""
-    run = made.run
+def plan_content(plan: MemoryPlan, memory: float | None) -> dict[str, Any]:
+    """Return the plan for JSON, with sizes in bytes."""
+    run = plan.run
     return {
-        "parameters": made.count.total,
-        "trainable": made.trainable,
+        "parameters": plan.count.total,
+        "trainable": plan.trainable,
         "weights": _type(run.compute.student),
         "autocast": run.compute.autocast and _type(run.compute.autocast),
         "teacher": run.teacher,
-        "optimizer": asdict(made.optimizer),
+        "optimizer": asdict(plan.optimizer),
         "devices": run.sharding.devices,
         "strategy": run.sharding.kind,
         "device": run.device,
-        "standing_bytes": made.need.standing,
-        "host_bytes": made.host,
-        "saving_bytes": asdict(made.saving),
-        "phase_bytes": made.need.phases,
-        "absent": {phase: list(parts) for phase, parts in made.need.absent.items()},
-        "peak_bytes": made.need.peaks,
-        "tokens": made.tokens,
+        "standing_bytes": plan.need.standing,
+        "host_bytes": plan.host,
+        "saving_bytes": asdict(plan.saving),
+        "phase_bytes": plan.need.phases,
+        "absent": {phase: list(parts) for phase, parts in plan.need.absent.items()},
+        "peak_bytes": plan.need.peaks,
+        "tokens": plan.tokens,
         "demonstration_tokens": run.demonstration,
-        "flop": made.flops,
-        "micro_batches": made.micro_batches,
-        "largest": {name: asdict(layout) for name, layout in made.largest.items()},
-        "dry_run_bytes": made.dry_run,
+        "flop": plan.flops,
+        "micro_batches": plan.micro_batches,
+        "largest": {name: asdict(layout) for name, layout in plan.largest.items()},
+        "dry_run_bytes": plan.dry_run,
         "memory_gib": memory,
-        "verdict": memory and verdict(made, memory),
-        "remarks": remarks(made),
+        "verdict": memory and verdict(plan, memory),
+        "remarks": remarks(plan),
     }
 
 
@@ -146,5 +147,5 @@ def _short(number: int) -> str:
 
 
 def _rows(layout: Any) -> str:
-    apart = f" on {layout.prompts} prompts of {layout.prompt}" if layout.prompts else ""
-    return f"{layout.rows} x {layout.width}{apart}"
+    prompts = f" on {layout.prompts} prompts of {layout.prompt}" if layout.prompts else ""
+    return f"{layout.rows} x {layout.width}{prompts}"

@@ -1,20 +1,20 @@
-"""Keys and values of the rollouts: how many tokens there is room for at the highest."""
+"""Peak size of the cache of keys and values during rollouts."""
 
 _LOOK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> int:
-    """Return the tokens that keys and values have room for at their highest, times `tensors`.
+    """Return the peak capacity of keys and values in tokens, times `tensors`.
 
-    It goes through the steps of :func:`pgpo_lightning.rollout.transformers_engine._sample` with counts in place of tensors. Room
-    grows by a quarter when it is full, one tensor after the other, so that one tensor's old room stands beside all of the new;
-    when a quarter of the responses has ended, the others are copied while the old room is still there.
+    It follows the steps of :func:`pgpo_lightning.rollout.transformers_engine._sample` with counts in place of tensors. A full
+    cache grows by a quarter, one tensor after the other, so that the old memory of one tensor exists beside the new memory of
+    all. When a quarter of the responses has ended, the others are copied while the old memory still exists.
 
     Args:
         prompt: Tokens of the longest prompt.
         lengths: Tokens of every response that is decoded at the same time.
         tensors: Keys and values of all layers: twice the number of layers.
-        device: On cuda it is looked at every 16 steps only which responses have ended.
+        device: On cuda, ended responses are removed only at every 16th step.
     """
     active, room, highest = len(lengths), prompt, (tensors + 1) * len(lengths) * prompt
     held = room * active  # of one tensor
@@ -36,15 +36,15 @@ def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> 
     return highest
 
 
-def sampler_bytes(rows: int, vocabulary: int, given: int, nucleus: bool) -> int:
-    """Return the bytes of a step of the sampler: logits, their fp32 copy, probabilities and their sums, ``(rows, V)`` each.
+def sampler_bytes(rows: int, vocabulary: int, logit_bytes: int, nucleus: bool) -> int:
+    """Return the bytes of a step of the sampler: logits, their fp32 copy, probabilities and cumulative sums, ``(rows, V)`` each.
 
-    A nucleus sorts: sorted values with int64 places, their sums, masks, the result: eight numbers more for each (an upper bound).
+    Nucleus sampling also needs sorted values with int64 indices, their sums, masks and the result: at most eight more numbers.
 
     Args:
         rows: Responses.
         vocabulary: V.
-        given: Bytes of a logit as the model gives it.
+        logit_bytes: Bytes of a logit of the model.
         nucleus: Whether `top_p` is below 1.
     """
-    return rows * vocabulary * ((0 if given == 4 else given) + 12 + 32 * nucleus)
+    return rows * vocabulary * ((0 if logit_bytes == 4 else logit_bytes) + 12 + 32 * nucleus)

@@ -1,11 +1,12 @@
-"""What saving a checkpoint takes: bytes of the file, and of the host's memory while it is written."""
+"""Size of a checkpoint, and host memory while it is written."""
 
 from dataclasses import dataclass
 
 MOVING = ("ema", "restart", "gated")
-"""Teachers whose weights are saved; those of others are the student's, or those that the run started from.
+"""Teachers whose weights are saved. Other teachers have the weights of the student, or those of the start of the run.
 
-Of an adapter every copy is saved."""
+Of an adapter every copy is saved.
+"""
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,9 @@ class Saving:
 
     Attributes:
         size: Bytes of its tensors, on all devices together.
-        host: Bytes of the first process' host memory while it is written. It is written as a stream: from the CPU as it is,
-            from a device one tensor after the other. Sharded weights are gathered first, unless every rank writes its own.
-        disk: Bytes of the folder at the highest: those that are kept, and the one that is being written; null if all are kept.
+        host: Bytes of host memory of the first process while the checkpoint is written as a stream. Tensors on a device are
+            copied one after the other. Sharded weights are gathered first, unless every rank writes its own.
+        disk: Peak bytes of the folder: the checkpoints that are kept and the one being written. None if all are kept.
     """
 
     size: int
@@ -27,16 +28,16 @@ class Saving:
 def saving(
     weights: int, teacher: int, state: int, largest: int, device: str, gathered: bool, keep: int | None
 ) -> Saving:
-    """Return what saving a checkpoint takes.
+    """Return the size and the host memory of a checkpoint.
 
     Args:
-        weights: Bytes of the student's weights, or of its adapter, in all.
+        weights: Bytes of the student's weights, or of its adapter.
         teacher: Bytes of a moving teacher.
         state: Bytes of the optimizer's state.
         largest: Bytes of the largest tensor.
         device: cuda or cpu.
         gathered: Whether sharded weights are written as one file.
-        keep: Checkpoints that are kept; null for all.
+        keep: Number of checkpoints that are kept; None for all.
     """
     size = weights + teacher + state
     host = size if gathered else largest if device == "cuda" else 0

@@ -19,12 +19,12 @@ class Lengths:
     """Assumed tokens of prompts and responses.
 
     Args:
-        prompt: Of the student's prompt.
-        reprompt: Of the teacher's.
-        response: Of a response.
-        spread: The lengths of responses are spread evenly from ``1 - spread`` to ``1 + spread`` of `response`, those of prompts
-            by a quarter of that; 0 for all the same.
-        longest: No response is longer.
+        prompt: Tokens of the student's prompt.
+        reprompt: Tokens of the teacher's prompt.
+        response: Tokens of a response.
+        spread: Lengths of responses are distributed evenly from ``1 - spread`` to ``1 + spread`` times `response`, those of
+            prompts with a quarter of that spread. 0 for equal lengths.
+        longest: Maximum length of a response.
     """
 
     prompt: Count
@@ -34,23 +34,23 @@ class Lengths:
     longest: Count | None = None
 
     def rows(self, questions: int, samples: int, independent: bool = False) -> list[Sample]:
-        """Make the rows of a step, all with a teacher.
+        """Return the samples of a step, all with a teacher.
 
         Args:
-            questions: Of this device.
-            samples: Responses to each.
-            independent: Whether every row has a teacher's prompt of its own; otherwise the rows of a question share one, and
-                the one whose answer it shows has another.
+            questions: Questions of this device.
+            samples: Responses per question.
+            independent: Whether every row has its own teacher's prompt. Otherwise the rows of a question share one, except
+                for the row whose answer it shows.
         """
         count = questions * samples
-        # Neighbours get far apart lengths, as in a real batch: steps of the golden ratio.
-        places = [(i * 0.6180339887498949) % 1 * 2 - 1 for i in range(count)]
+        # Steps of the golden ratio give neighbours very different lengths, as in a real batch.
+        positions = [(i * 0.6180339887498949) % 1 * 2 - 1 for i in range(count)]
         rows = []
         for i in range(count):
             question = i // samples
-            around = 1 + 0.25 * self.spread * places[question]
+            around = 1 + 0.25 * self.spread * positions[question]
             shown = i if independent else 2 * question + (i % samples == samples - 1 and samples > 1)
-            response = max(1, round(self.response * (1 + self.spread * places[i])))
+            response = max(1, round(self.response * (1 + self.spread * positions[i])))
             ids = [1] * min(response, self.longest or response)
             prompt, reprompt = (
                 [2 + number] + [1] * (max(1, round(length * around)) - 1)
@@ -65,15 +65,15 @@ def with_demonstrations(rows: list[Sample], samples: int, length: int) -> list[S
     """Return the rows of HAPO's loss where every gate is open: in each group a demonstration for the shortest rollout.
 
     Args:
-        rows: As they were sampled.
-        samples: Responses to each question.
-        length: Of a demonstration, in tokens.
+        rows: The sampled rows.
+        samples: Responses per question.
+        length: Tokens of a demonstration.
     """
     learned = list(rows)
     for start in range(0, len(rows), samples):
         i = min(range(start, start + samples), key=lambda i: rows[i].length)
-        given = replace(rows[i].rollout, response_ids=[1] * length, log_probs=torch.zeros(length))
-        learned[i] = replace(rows[i], rollout=given, demonstration=True)
+        demonstration = replace(rows[i].rollout, response_ids=[1] * length, log_probs=torch.zeros(length))
+        learned[i] = replace(rows[i], rollout=demonstration, demonstration=True)
     return learned
 
 
@@ -83,9 +83,9 @@ class Layout:
 
     Attributes:
         rows: Responses.
-        width: Their padded tokens in the pass, after the prompt where that is run apart.
-        prompts: Prompts run apart; 0 if every row is run whole.
-        prompt: Their padded tokens.
+        width: Padded tokens of a row, without the prompt if prompts are shared.
+        prompts: Number of shared prompts; 0 if every row contains its prompt.
+        prompt: Padded tokens of a shared prompt.
         tokens: Response tokens with a loss, N.
     """
 
@@ -97,62 +97,67 @@ class Layout:
 
     @classmethod
     def of(cls, packed: Packed) -> "Layout":
-        """Read the shape off packed sequences."""
+        """Return the shape of packed sequences."""
         if isinstance(packed, Sequences):
-            return cls(*packed.input_ids.shape, 0, 0, packed.targets.numel())
-        return cls(*packed.responses.shape, *packed.prompts.shape, packed.targets.numel())
+            rows, width = packed.input_ids.shape
+            return cls(rows, width, 0, 0, packed.targets.numel())
+        (rows, width), (prompts, prompt) = packed.responses.shape, packed.prompts.shape
+        return cls(rows, width, prompts, prompt, packed.targets.numel())
 
     @property
     def padded(self) -> int:
-        """Padded tokens that go through the layers."""
+        """Number of padded tokens that pass through the layers."""
         return self.rows * self.width + self.prompts * self.prompt
 
     @property
     def pairs(self) -> int:
-        """Pairs of query and key that attention multiplies, masked ones included."""
+        """Number of pairs of query and key that attention multiplies, including masked ones."""
         return self.rows * self.width * (self.width + self.prompt) + self.prompts * self.prompt**2
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the models together, laid out for the student and, if there is one, for the teacher."""
+    """Rows of one forward pass, packed for the student and, if there is one, for the teacher."""
 
     student: Packed
     teacher: Packed | None
 
     @property
     def weight(self) -> int:
-        """A size to find the largest by: padded tokens, and keys and values beside them."""
+        """Size by which micro-batches are compared: padded tokens, plus keys and values."""
         layouts = [Layout.of(packed) for packed in (self.student, self.teacher) if packed is not None]
         return max(layout.padded + layout.rows * (layout.prompt + layout.width) for layout in layouts)
 
 
-def group(rows: list[Sample], budget: int, share: PromptSharing, with_teacher: bool) -> list[MicroBatch]:
-    """Group rows as the module does, and lay them out.
+def group(rows: list[Sample], budget: int, prompt_sharing: PromptSharing, with_teacher: bool) -> list[MicroBatch]:
+    """Split rows into micro-batches as the module does, and pack them.
 
     Args:
-        rows: Of one optimizer step on one device.
+        rows: Rows of one optimizer step on one device.
         budget: `update.micro_batch_tokens`.
-        share: Whether equal prompts are run once.
-        with_teacher: Whether there is a teacher with prompts of its own.
+        prompt_sharing: When equal prompts are computed once.
+        with_teacher: Whether there is a teacher with its own prompts.
     """
 
     def contexts(row: Sample) -> list[list[int]]:
-        return [row.rollout.prompt_ids, row.reprompt_ids] if with_teacher else [row.rollout.prompt_ids]
+        prompts = [row.rollout.prompt_ids]
+        if with_teacher and row.reprompt_ids is not None:
+            prompts.append(row.reprompt_ids)
+        return prompts
 
     def pack(part: list[Sample], which: int) -> Packed:
         pairs = [(contexts(row)[which], row.rollout.response_ids) for row in part]
-        return Sequences.pack(pairs, 0, torch.device("cpu"), share)
+        return Sequences.pack(pairs, 0, torch.device("cpu"), prompt_sharing)
 
-    alike: dict[Any, MicroBatch] = {}  # groups of equal lengths have equal layouts
-    made = []
-    for part in micro_batches(rows, budget, contexts, share):
+    by_lengths: dict[Any, MicroBatch] = {}  # micro-batches of equal lengths have equal layouts
+    batches = []
+    for part in micro_batches(rows, budget, contexts, prompt_sharing):
         prompts: dict[tuple[int, ...], int] = {}
         key = tuple(
             (row.length, *((prompts.setdefault(tuple(ids), len(prompts)), len(ids)) for ids in contexts(row)))
             for row in part
         )
-        if key not in alike:
-            alike[key] = MicroBatch(pack(part, 0), pack(part, 1) if with_teacher else None)
-        made.append(alike[key])
-    return made
+        if key not in by_lengths:
+            by_lengths[key] = MicroBatch(pack(part, 0), pack(part, 1) if with_teacher else None)
+        batches.append(by_lengths[key])
+    return batches

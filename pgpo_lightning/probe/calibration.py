@@ -220,14 +220,14 @@ def _point(name: str, context: str, runs: list[RunRecord], probe: dict[str, Any]
     held_out = settings["split"] == "validation" and len(gap) == len(gains[0])
     if known and "joint_sha256" in settings:  # probes of older versions do not have it
         held_out = settings["joint_sha256"] in known
-    steps = tuple(run.steps for run in runs)
+    trained = tuple(run.steps for run in runs)
     return Point(
         name,
         context,
         gap,
         np.array(gains),
         tuple(seeds),
-        steps,
+        trained,
         settings[QUESTIONS_HASH],
         source,
         collapsed,

@@ -58,7 +58,8 @@ def draw_line(line: Line, content: dict[str, Any], file: IO[bytes]) -> None:
     """
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axis = figure.subplots()
-    grid = np.linspace(*content["range"], 100)
+    low, high = content["range"]
+    grid = np.linspace(low, high, 100)
     predicted = np.array([line.predict(gap, extrapolate=True) for gap in grid])
     axis.plot(
         grid, predicted[:, 0], color="black", linewidth=1.2, label=f"Δ = {line.intercept:+.3f} {line.slope:+.3f} g"
@@ -79,7 +80,6 @@ def draw_line(line: Line, content: dict[str, Any], file: IO[bytes]) -> None:
     )
     for row in rows:
         axis.scatter([row["gap"]] * len(row["seeds"]), row["gain_by_seed"], s=10, color="C1", zorder=3)
-    low, high = content["range"]
     for i, row in enumerate(
         sorted(rows, key=lambda row: row["gap"])
     ):  # alternate above and below, so that labels do not overlap

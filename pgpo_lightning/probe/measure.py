@@ -154,13 +154,13 @@ class Prober:
         answered = [i for i, answer in enumerate(answers) if answer is not None]
         failed = [i for i in answered if student[i].verdict.reward < builder.success_reward_threshold]
         example = None
-        if answered:
-            i = (failed or answered)[0]
-            example = {
-                "student_response": student[i].rollout.text,
-                "teacher_prompt": rows[i].reprompt,
-                "teacher_response": answers[i]["text"],
-            }
+        for i in (failed or answered)[:1]:
+            if (answer := answers[i]) is not None:
+                example = {
+                    "student_response": student[i].rollout.text,
+                    "teacher_prompt": rows[i].reprompt,
+                    "teacher_response": answer["text"],
+                }
         return {"answers": answers, "example": example}
 
     def _generate(self, rows: list[Sample]) -> list[Rollout | None]:
@@ -174,9 +174,12 @@ class Prober:
             by_count[len(indices)].append(indices)
         result: list[Rollout | None] = [None] * len(rows)
         module = self.module
+        if module.model is None:
+            raise RuntimeError("Expected the module to have its model loaded.")
         for count, groups in sorted(by_count.items()):
             first = [rows[group[0]] for group in groups]
-            questions, prompts = [row.rollout.question for row in first], [row.reprompt_ids for row in first]
+            questions = [row.rollout.question for row in first]
+            prompts = [ids for row in first if (ids := row.reprompt_ids) is not None]
             rollouts = module.actor.generate(module.model, questions, prompts, count, self.sampling)
             for index, rollout in zip((i for group in groups for i in group), rollouts, strict=True):
                 result[index] = rollout

@@ -7,7 +7,7 @@ from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.plan import PlanCommand
 from pgpo_lightning.memory_planner.memory import GIB
 from pgpo_lightning.memory_planner.plan import plan_memory
-from pgpo_lightning.memory_planner.plan_report import table
+from pgpo_lightning.memory_planner.plan_report import plan_table
 from pgpo_lightning.memory_planner.saving import Saving, saving
 from tests.support.helpers import config
 
@@ -69,4 +69,4 @@ def test_a_plan_tells_of_checkpoints(tmp_path):
     made = plan_memory(PlanCommand([*args, "--trainer.strategy.save_distributed_checkpoint", "false"]).run())
     assert (made.saving.host, made.saving.disk) == (made.saving.size, 4 * made.saving.size)
     told = f"(`checkpoint.keep` 3); while it is written, {made.saving.host / GIB:.2f} GiB of the host's memory"
-    assert told in table(made, None)
+    assert told in plan_table(made, None)

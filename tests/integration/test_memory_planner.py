@@ -11,7 +11,7 @@ from pgpo_lightning.commands.plan import PlanCommand
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
 from pgpo_lightning.memory_planner.plan import plan_memory
-from pgpo_lightning.memory_planner.plan_report import table
+from pgpo_lightning.memory_planner.plan_report import plan_table
 from tests.support import CONFIGS
 
 BASES = {"scale": "sciknoweval", "domains": "sciknoweval", "ablations": "quickstart"}
@@ -157,7 +157,7 @@ def test_a_teacher_on_the_host_visits_the_device_for_the_gradients():
         assert near.need.peak(phase) - far.need.peak(phase) == teacher
     saved = near.need.peak("gradients") - far.need.peak("gradients")
     assert saved == 2 * far.count.matrices  # the head is tied to the embedding, which stays as it is
-    text = table(far, None)
+    text = plan_table(far, None)
     assert f"The teacher's {teacher / GIB:.2f} GiB are in the host's memory" in text
 
 

@@ -149,17 +149,19 @@ def test_rows_have_the_lengths_that_were_asked_for():
 
 def test_groups_are_those_of_the_module():
     rows = Lengths(10, 20, 30).rows(4, 4)
-    batches = group(rows, 200, share="if-cheaper", with_teacher=True)
+    batches = group(rows, 200, prompt_sharing="if-cheaper", with_teacher=True)
     assert sum(Layout.of(batch.student).rows for batch in batches) == 16
     layout = Layout.of(batches[0].teacher)
     assert layout.padded <= 200
     assert layout.prompts > 0
-    assert Layout.of(group(rows, 200, share="never", with_teacher=False)[0].student) == Layout(5, 40, 0, 0, 150)
+    assert Layout.of(group(rows, 200, prompt_sharing="never", with_teacher=False)[0].student) == Layout(
+        5, 40, 0, 0, 150
+    )
 
 
 def test_peaks_are_straight_lines_in_the_number_of_layers():
     config = Qwen3Config(**SMALL, tie_word_embeddings=False)
-    batch = group(Lengths(12, 20, 16).rows(2, 3), 4096, share="if-cheaper", with_teacher=True)[0]
+    batch = group(Lengths(12, 20, 16).rows(2, 3), 4096, prompt_sharing="if-cheaper", with_teacher=True)[0]
 
     def run(few):
         return update_peaks(few, Compute(), batch.student, [("own", batch.teacher)], 0, accumulating=True)
