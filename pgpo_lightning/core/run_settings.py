@@ -55,15 +55,16 @@ SEEN_BY_EFFECT = {
 }  # fmt: skip
 """Settings that are not compared by name and value, because their effect is compared."""
 
-_ALIASES = {"alpha": ("divergence_alpha", "sensitivity")}
+_ALIASES = {"alpha": ("sensitivity",)}
 
 
+@dataclasses.dataclass(frozen=True)
 class ConfigGroup:
     """Base of dataclasses that group settings. Their fields are compared one by one, under ``group.field``."""
 
     def settled(self) -> dict[str, Any]:
-        """Return the fields by name; for a field of null, the value that it stands for."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # a dataclass
+        """Return the fields by name; where one was left open, what then stands for it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 class Remembers:
@@ -81,11 +82,11 @@ class Remembers:
         return self
 
 
-def settings(thing: Any) -> dict[str, Plain]:
-    """Return the arguments of an object, defaults included, as plain data.
+def arguments(thing: Any) -> dict[str, Any]:
+    """Return the arguments that an object was constructed with, defaults included, by their names.
 
     Args:
-        thing: Of a class that :class:`Remembers`. An argument of None is described by the object's attribute of that name.
+        thing: Of a class that :class:`Remembers`.
     """
     args, kwargs = thing._given
     names: dict[str, Any] = {}
@@ -100,7 +101,16 @@ def settings(thing: Any) -> dict[str, Plain]:
         places = places or [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
-    given = names | dict(zip(places, args, strict=False)) | kwargs
+    return names | dict(zip(places, args, strict=False)) | kwargs
+
+
+def settings(thing: Any) -> dict[str, Plain]:
+    """Return what an object was constructed with, defaults included, as plain data.
+
+    Args:
+        thing: Of a class that :class:`Remembers`. What was left open is described as the object settled it, under the same name.
+    """
+    given = arguments(thing)
     found: dict[str, Plain] = {"class": _name(type(thing))}
     for name, value in given.items():
         if any(other in given for other in _ALIASES.get(name, ())):

@@ -15,10 +15,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters as given_hyperparameters
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.hyperparameters import hyperparameters
 from pgpo_lightning.core.run_settings import Remembers
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Seed, Temperature, checked
@@ -31,6 +33,7 @@ from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.models.lora import LoRA, check_settings, keep_adapter_only
 from pgpo_lightning.models.narrow import warn_of_slow_products
 from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.modules import checkpoint_content
 from pgpo_lightning.modules.moved import check_moved
 from pgpo_lightning.rewards.grade import Verifier
 from pgpo_lightning.rollout.checks import check_batch
@@ -50,7 +53,7 @@ from pgpo_lightning.training.objective import Objective, Preparation
 from pgpo_lightning.training.optimization import Optimization, adamw
 from pgpo_lightning.training.preflight import measure_gap
 from pgpo_lightning.training.rates import advance_schedule
-from pgpo_lightning.training.resuming import ResumedSettings, check_origin, check_state
+from pgpo_lightning.training.resuming import ResumedSettings
 from pgpo_lightning.training.run_seed import RunSeed
 from pgpo_lightning.training.start_up import is_sharded
 from pgpo_lightning.training.step_report import StepReporter, Timer
@@ -128,6 +131,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         reward: RewardConfig = RewardConfig(),
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(given_hyperparameters.get() or hyperparameters(self))
         check_settings(model, lora, quantization)
         self.automatic_optimization = False
         self.engine = engine or TransformersEngine()
@@ -312,6 +316,10 @@ class OnPolicyModule(Remembers, L.LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    def predict_step(self, questions: list[Question], batch_idx: int) -> list[dict[str, Any]]:
+        """Answer one batch of questions; see :meth:`Evaluator.predict`."""
+        return self.evaluator.predict(questions, self.seed, self.sample)
+
     # ------------------------------------------------------------------------------------------------ lifecycle
 
     def setup(self, stage: str) -> None:
@@ -384,43 +392,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add counters, states, and what is needed to tell whether a checkpoint belongs to a configuration."""
-        teaching = self.objective.teaching
-        checkpoint["pgpo_lightning"] = {
-            "module": type(self).__name__,
-            **self.student.saved(self.model),
-            "tokenizer": self.tokenizer.name_or_path,
-            "seed": self.seed,
-            "settings": None if self.resumed is None else self.resumed.settings,
-            "objective": self.objective.state_dict(),
-            **({} if teaching is None else teaching.saved(self.teacher)),
-            **{name: getattr(holder, name) for name, holder in self._counters()},
-        }
+        checkpoint["pgpo_lightning"] = checkpoint_content.collect(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint belongs here, and take over counters and states.
-
-        Raises:
-            MisconfigurationException: If it is another module's, another architecture's or another program's, or has nothing
-                but weights where a run is to go on.
-        """
-        path = self.trainer.ckpt_path if self._trainer is not None else None
-        saved = check_origin(checkpoint, type(self).__name__, path)
-        self.student.check_architecture(saved, self.model)
-        if self.training_run and self.resumed is not None:
-            self.resumed.compare(saved)
-        self.student.check_identity(saved)
-        if self._trainer is not None and self.training_run and not self.placement.sharded:
-            check_state(checkpoint, path)
-        if self.training_run:  # what only evaluates may draw other samples
-            self.run_seed.take_over(saved.get("seed"))
-            self.objective.load_state_dict(saved.get("objective", {}))
-        for name, holder in self._counters():
-            setattr(holder, name, saved.get(name, 0))
-        if self.teacher is None and (state := checkpoint.get("state_dict")) is not None:  # sharded: loaded before
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
-        if self.objective.teaching is not None:
-            self.objective.teaching.restore(saved, self.teacher)
-
-    def _counters(self) -> list[tuple[str, Any]]:
-        learner = [(name, self.learner) for name in ("skipped", "skipped_in_a_row")]
-        return [("steps", self), ("steps_without_signal", self), ("verifier_errors", self.actor), *learner]
+        """Check that the checkpoint belongs here, and take over counters and states; see :func:`checkpoint_content.restore`."""
+        checkpoint_content.restore(self, checkpoint)

@@ -62,7 +62,9 @@ def read_scalars(folder: str | Path) -> Scalars:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    tags = events.Tags()["scalars"]
+    tags = [
+        tag for tag in events.Tags()["scalars"] if tag != "hp_metric"
+    ]  # Lightning's placeholder beside hyperparameters
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
 
 

@@ -91,6 +91,40 @@ class Evaluator:
                     verdicts = judge(answers)
                 self._results.append((question.index, result_line(question, answers, verdicts)))
 
+    def predict(
+        self,
+        questions: list[Question],
+        seed: int,
+        sample: Callable[[list[Question], int, Sampling], list[Rollout]],
+    ) -> list[dict[str, Any]]:
+        """Answer one batch of questions k times each, without a verdict.
+
+        Args:
+            questions: The batch.
+            seed: Of the run.
+            sample: From questions, samples per question and sampling to rollouts.
+
+        Returns:
+            For each question its `index`, `source` and `prompt`, and of its answers `responses` (text), `lengths` (tokens) and
+            `finished` (false where the length limit cut it off).
+        """
+        k = self.config.samples
+        check_kind(questions)
+        seeds = [derive_seed(seed, "evaluation", question.index) for question in questions]
+        with fp32_by_default(), seeded(seed, "evaluation", *[question.index for question in questions]):
+            rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))
+        return [
+            {
+                "index": question.index,
+                "source": question.source,
+                "prompt": question.prompt,
+                "responses": [rollout.text for rollout in rollouts[i * k : (i + 1) * k]],
+                "lengths": [len(rollout.response_ids) for rollout in rollouts[i * k : (i + 1) * k]],
+                "finished": [rollout.finished for rollout in rollouts[i * k : (i + 1) * k]],
+            }
+            for i, question in enumerate(questions)
+        ]
+
     def finish(self, trainer: L.Trainer, step: int, described: dict[str, Any]) -> dict[str, float]:
         """Score all ranks' answers, write them, and keep the scores in :attr:`held_out`.
 
