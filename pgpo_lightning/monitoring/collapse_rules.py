@@ -1,11 +1,11 @@
-"""Signs of a collapse: rules over the curves of a run, each of which says in words and numbers why it fires.
+"""The definition of a collapse, and rules that detect early signs of it in the curves of a run.
 
-A rule looks back only, and at the median of the last few points of its curve: one odd step moves no median. It compares with
-the run's own start or best, because lengths and entropies have no scale that holds for every task. A rule whose curve is not
-logged (no teacher in GRPO, no evaluation) is silent.
+A rule uses past steps only, and the median of the last few points of its curve, so that a single outlier does not trigger it. It
+compares with the run's own start or best value, because lengths and entropies have no scale that holds for every task. A rule
+whose curve is not logged (no teacher in GRPO, no evaluation) never fires.
 
-What is *not* a rule: short responses, because self-distillation is meant to shorten them (SDPO, arXiv 2601.20802), and the
-loss, which looks calm in every collapse of the toy task.
+Two signs are *not* rules: short responses, because self-distillation is meant to shorten them (SDPO, arXiv 2601.20802), and the
+loss, which does not change visibly in any collapse of the toy task.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,44 +29,44 @@ BOUND = "self_distillation/divergence_bound"
 SCORE = "val/avg@*"
 
 TAGS = (REWARD, TEACHER, ENTROPY, LENGTH_MEAN, LENGTH_MAX, CUT_OFF, GRADIENT, AT_BOUND, DIVERGENCE, BOUND)
-"""The curves that rules read at every step; beside them the held-out score."""
+"""The curves that rules read at every step, in addition to the held-out score."""
 
 
 @checked
 @dataclass(frozen=True)
 class CollapseRules:
-    """Thresholds of the rules. A threshold of null switches its rule off.
+    """Thresholds of the rules. A threshold of null disables its rule.
 
     Args:
-        window: Points in the running median, of fewer at the beginning. With 7 a rule needs four points of seven.
-        warm_up: Points that a curve must have before its rules may fire; the median of as many is the run's start. Less than
-            `window`, so that a collapse within the first steps is seen.
-        reward_fall: ``reward``: the reward of rollouts is below this share of its best. A batch of 8 questions x 8 may move the
-            reward by a third without any meaning; how often each setting is wrong is measured in ``docs/findings.md``.
-        teacher_fall: ``teacher-lost``: the share of rollouts with a teacher is below this share of its best: the objective
-            is losing its signal, and no later step can bring it back.
-        score_fall: ``score``: the held-out score of the last evaluation is below this share of its best.
-        floor: A best below this is too small to lose a share of.
+        window: Points in the running median; fewer at the beginning. With 7, four of seven points must exceed a threshold.
+        warm_up: Points of a curve before its rules may fire. Their median is the start value of the run. Less than `window`, so
+            that a collapse within the first steps is detected.
+        reward_fall: ``reward``: the reward of rollouts is below this fraction of its best. In a batch of 8 questions x 8 it
+            varies by a third by chance; the false alarms of each setting are measured in ``docs/findings.md``.
+        teacher_fall: ``teacher-lost``: the fraction of rollouts with a teacher is below this fraction of its best. The
+            objective loses its signal, which later steps cannot restore.
+        score_fall: ``score``: the held-out score of the last evaluation is below this fraction of its best.
+        floor: A best value below this is too small for the rules of a fall.
         entropy_rise: ``entropy-rises``: -log p of the sampled tokens is above this multiple of its start.
         entropy_rise_at_bound: ``rho-at-bound``: in most of the last `window` steps rho was at its upper bound, and the entropy is
             above this multiple of its start. I is then large because the student becomes random, not because the feedback
-            tells much. Over 300 runs of the toy task: 37 of 104 collapses, no false alarm in 95 healthy runs.
-        entropy_vanish: ``entropy-vanishes``: it is below this share of its start, and the reward is no higher than at the
-            start: certain without being better.
-        length_tail: ``length-tail``: longest over mean response is above this. CGTR (arXiv 2606.03532) saw 3 to 4 about 35
-            steps before the score was lost, and refreshes no teacher above 3.2.
-        length_growth: ... and above this multiple of its start, for tasks whose lengths are that uneven by nature.
-        cut_off_rise: ``cut-off``: the share of responses that hit the length limit has risen by more than this. It stands in
-            for the tail where the limit is less than `length_tail` mean lengths.
-        gradient_vanish: ``no-gradient``: the gradient norm is below this share of its start, and the reward has found no new
+            is informative. Over 300 runs of the toy task: 37 of 104 collapses, no false alarm in 95 healthy runs.
+        entropy_vanish: ``entropy-vanishes``: the entropy is below this fraction of its start, and the reward is not above its
+            start.
+        length_tail: ``length-tail``: longest over mean response is above this. CGTR (arXiv 2606.03532) observed 3 to 4 about 35
+            steps before the score fell, and does not refresh the teacher above 3.2.
+        length_growth: ... and above this multiple of its start, for tasks whose lengths naturally vary that much.
+        cut_off_rise: ``cut-off``: the fraction of responses that reach the length limit has risen by more than this. Replaces
+            `length_tail` if the limit is less than `length_tail` mean lengths.
+        gradient_vanish: ``no-gradient``: the gradient norm is below this fraction of its start, and the reward has had no new
             best within the last two windows.
-        solved: ... and the reward is below this: where all is solved, no gradient is needed.
+        solved: ... and the reward is below this. If all questions are solved, a small gradient is expected.
         gap_growth: ``teacher-gap``: the divergence between student and teacher is above this multiple of its start. It
-            should shrink as the student learns.
-        broken_teacher: ``broken-teacher``: the divergence of the very first step is above this share of the largest there is,
-            that of distributions with nothing in common: ln 2 for the Jensen-Shannon divergence with alpha 0.5, the entropy of
-            alpha for others. Student and teacher still have the same weights then. Fires at once, without median and warm-up: no
-            other step can tell. A KL divergence has no largest value, so the rule is silent there; `gap_growth` is not.
+            should decrease as the student learns.
+        broken_teacher: ``broken-teacher``: the divergence of the first step is above this fraction of its maximum, which is that
+            of disjoint distributions: ln 2 for the Jensen-Shannon divergence with alpha 0.5, the entropy of alpha for others.
+            At that step student and teacher have the same weights. Fires at once, without median and warm-up, because later
+            steps do not show it. A KL divergence has no maximum, so the rule never fires there; `gap_growth` does.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -128,12 +128,12 @@ def medians(values: list[float], window: int) -> list[float]:
 
 
 class History:
-    """The curves of a run up to a step, as rules see them.
+    """The curves of a run up to a step, as the rules read them.
 
     Args:
-        scalars: Tag to step to value; steps after `now` and values that are not finite are not seen.
-        now: The last step that counts.
-        rules: Their thresholds.
+        scalars: Tag to step to value; steps after `now` and values that are not finite are ignored.
+        now: The last step.
+        rules: The thresholds.
     """
 
     def __init__(self, scalars: Scalars, now: int, rules: CollapseRules) -> None:
@@ -169,14 +169,14 @@ class History:
         return self.points(tags[0]) if tags else ([], [])
 
 
-def _fallen(history: History, tag: str, share: float | None, what: str) -> str | None:
-    if share is None or not history.ready(tag):
+def _fallen(history: History, tag: str, fraction: float | None, what: str) -> str | None:
+    if fraction is None or not history.ready(tag):
         return None
     values = history.smooth(tag)
     now, best = values[-1], max(values)
-    if best < history.rules.floor or now >= share * best:
+    if best < history.rules.floor or now >= fraction * best:
         return None
-    return f"{what} fell to {now:.3g}, below {share:g} of its best {best:.3g}"
+    return f"{what} fell to {now:.3g}, below {fraction:g} of its best {best:.3g}"
 
 
 def reward(history: History) -> str | None:
@@ -185,20 +185,20 @@ def reward(history: History) -> str | None:
 
 
 def teacher_lost(history: History) -> str | None:
-    """Fewer and fewer rollouts have a teacher."""
-    return _fallen(history, TEACHER, history.rules.teacher_fall, "the share of rollouts with a teacher")
+    """The fraction of rollouts with a teacher is far below its best."""
+    return _fallen(history, TEACHER, history.rules.teacher_fall, "the fraction of rollouts with a teacher")
 
 
 def score(history: History) -> str | None:
-    """The last evaluation is far below the best; an average over many answers, so it is not smoothed."""
-    share, (_, values) = history.rules.score_fall, history.scores()
-    if share is None or not values or max(values) < history.rules.floor or values[-1] >= share * max(values):
+    """The held-out score is far below its best. It is an average over many answers, so it is not smoothed."""
+    fraction, (_, values) = history.rules.score_fall, history.scores()
+    if fraction is None or not values or max(values) < history.rules.floor or values[-1] >= fraction * max(values):
         return None
-    return f"the held-out score fell to {values[-1]:.3g}, below {share:g} of its best {max(values):.3g}"
+    return f"the held-out score fell to {values[-1]:.3g}, below {fraction:g} of its best {max(values):.3g}"
 
 
 def entropy_rises(history: History) -> str | None:
-    """The student grows random."""
+    """The student becomes random."""
     growth = history.rules.entropy_rise
     if growth is None or not history.ready(ENTROPY):
         return None
@@ -209,7 +209,7 @@ def entropy_rises(history: History) -> str | None:
 
 
 def rho_at_bound(history: History) -> str | None:
-    """PGPO takes its largest steps because the student grows random."""
+    """PGPO takes its largest steps because the student becomes random."""
     growth = history.rules.entropy_rise_at_bound
     if growth is None or not history.ready(AT_BOUND, ENTROPY):
         return None
@@ -218,27 +218,28 @@ def rho_at_bound(history: History) -> str | None:
         return None
     return (
         f"rho was at its upper bound in most of the last steps while the entropy of rollouts rose to {now:.3g} nats a token, "
-        f"above {growth:g} times its start {start:.3g}: the student becomes random, the feedback tells no more than before"
+        f"above {growth:g} times its start {start:.3g}: the student becomes random, and the feedback is not more "
+        "informative than before"
     )
 
 
 def entropy_vanishes(history: History) -> str | None:
-    """The student grows certain without growing better."""
-    share = history.rules.entropy_vanish
-    if share is None or not history.ready(ENTROPY, REWARD):
+    """The student becomes certain without becoming better."""
+    fraction = history.rules.entropy_vanish
+    if fraction is None or not history.ready(ENTROPY, REWARD):
         return None
     now, start = history.smooth(ENTROPY)[-1], history.start(ENTROPY)
     gained = history.smooth(REWARD)[-1] - history.start(REWARD)
-    if now >= share * start or gained > 0:
+    if now >= fraction * start or gained > 0:
         return None
     return (
-        f"the entropy of rollouts fell to {now:.3g} nats a token, below {share:g} of its start {start:.3g}, while the reward "
+        f"the entropy of rollouts fell to {now:.3g} nats a token, below {fraction:g} of its start {start:.3g}, while the reward "
         f"changed by {gained:+.3g}"
     )
 
 
 def length_tail(history: History) -> str | None:
-    """A few responses grow far longer than the others."""
+    """A few responses become far longer than the others."""
     limit, growth, tail = history.rules.length_tail, history.rules.length_growth, history.tail()
     if limit is None or not tail.ready(LENGTH_MAX):
         return None
@@ -249,28 +250,30 @@ def length_tail(history: History) -> str | None:
 
 
 def cut_off(history: History) -> str | None:
-    """More and more responses hit the length limit."""
+    """More responses reach the length limit."""
     rise = history.rules.cut_off_rise
     if rise is None or not history.ready(CUT_OFF):
         return None
     now, start = history.smooth(CUT_OFF)[-1], history.start(CUT_OFF)
     if now - start <= rise:
         return None
-    return f"the share of responses that are cut off rose to {now:.3g}, more than {rise:g} above its start {start:.3g}"
+    return (
+        f"the fraction of responses that are cut off rose to {now:.3g}, more than {rise:g} above its start {start:.3g}"
+    )
 
 
 def no_gradient(history: History) -> str | None:
-    """Nothing is learnt any more, and not because all is known."""
-    share, window = history.rules.gradient_vanish, history.rules.window
-    if share is None or not history.ready(GRADIENT, REWARD):
+    """The gradient vanishes, although not all questions are solved."""
+    fraction, window = history.rules.gradient_vanish, history.rules.window
+    if fraction is None or not history.ready(GRADIENT, REWARD):
         return None
     now, start, rewards = history.smooth(GRADIENT)[-1], history.start(GRADIENT), history.smooth(REWARD)
     earlier, lately = rewards[: -2 * window], rewards[-2 * window :]
     better = max(lately) > max(earlier) if earlier else rewards[-1] > rewards[0]
-    if now >= share * start or better or rewards[-1] >= history.rules.solved:
+    if now >= fraction * start or better or rewards[-1] >= history.rules.solved:
         return None
     return (
-        f"the gradient norm fell to {now:.3g}, below {share:g} of its start {start:.3g}, while the reward stood at "
+        f"the gradient norm fell to {now:.3g}, below {fraction:g} of its start {start:.3g}, while the reward stood at "
         f"{rewards[-1]:.3g}"
     )
 
@@ -289,18 +292,18 @@ def teacher_gap(history: History) -> str | None:
 
 
 def broken_teacher(history: History) -> str | None:
-    """With the same weights, the teacher says something else entirely."""
-    share, (steps, values), (_, bounds) = (
+    """Student and teacher disagree although they have the same weights."""
+    fraction, (steps, values), (_, bounds) = (
         history.rules.broken_teacher,
         history.points(DIVERGENCE),
         history.points(BOUND),
     )
-    if share is None or steps[:1] != [1] or not bounds or values[0] <= share * bounds[0]:
+    if fraction is None or steps[:1] != [1] or not bounds or values[0] <= fraction * bounds[0]:
         return None
     return (
-        f"the divergence from the teacher was {values[0]:.3g} nats a token at the first step, above {share:g} of its largest "
-        f"value {bounds[0]:.3g}: with the same weights on both sides that is a teacher that reads the wrong tokens, template or "
-        "weights"
+        f"the divergence from the teacher was {values[0]:.3g} nats a token at the first step, above {fraction:g} of its largest "
+        f"value {bounds[0]:.3g}. Student and teacher have the same weights at that step, so the teacher reads the wrong tokens, "
+        "template or weights"
     )
 
 
@@ -328,7 +331,7 @@ def alarms(scalars: Scalars, now: int, rules: CollapseRules) -> dict[str, str]:
     """Return the rules that fire at a step, with their reasons.
 
     Args:
-        scalars: Curves of a run; what comes after `now` is not looked at.
+        scalars: Curves of a run; steps after `now` are ignored.
         now: Step.
         rules: Thresholds.
 
@@ -344,7 +347,7 @@ def alarms(scalars: Scalars, now: int, rules: CollapseRules) -> dict[str, str]:
 
 
 def signs(scalars: Scalars, now: int, rules: CollapseRules) -> dict[str, float]:
-    """Return what the rules compare with their thresholds, as far as the curves have it.
+    """Return the values that the rules compare with their thresholds, as far as the curves exist.
 
     Args:
         scalars: Curves of a run.

@@ -1,4 +1,4 @@
-"""The configurations that a run had: the one that it began with, and those that it was resumed with."""
+"""The configurations of a run: the first one, and those of its resumes."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ RESUMED = "config.resumed-at-step={step}.yaml"
 
 
 def configurations(folder: Path) -> list[Path]:
-    """Return the files with a run's configurations, in the order in which they held."""
+    """Return the files with a run's configurations, in the order of their use."""
     later = [
         (int(match[1]), path)
         for path in folder.glob(RESUMED.format(step="*"))
@@ -21,7 +21,7 @@ def configurations(folder: Path) -> list[Path]:
 
 
 def without_checkpoint(text: str) -> Any:
-    """Return a configuration but for where it was resumed from; ``None`` if it cannot be read."""
+    """Return a configuration without its `ckpt_path`; ``None`` if it cannot be read."""
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError:

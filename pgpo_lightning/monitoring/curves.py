@@ -1,4 +1,4 @@
-"""Reading a run back from its TensorBoard log, and drawing the curves that tell whether it is stable."""
+"""Read the curves of a run from its TensorBoard log, and draw those that show whether it is stable."""
 
 import math
 from pathlib import Path
@@ -15,9 +15,9 @@ PANELS: list[tuple[str, list[str]]] = [
     ("response length (tokens)", ["response_length/mean", "response_length/max", "val/length"]),
     ("divergence (nats per token)", ["self_distillation/divergence_success", "self_distillation/divergence_failure"]),
     ("gradient norm", ["actor/grad_norm"]),
-    ("shares", ["self_distillation/reprompt_sample_fraction", "hapo/injected_groups", "response_length/clip_ratio"]),
+    ("fractions", ["self_distillation/reprompt_sample_fraction", "hapo/injected_groups", "response_length/clip_ratio"]),
 ]
-"""The panels of ``stability.png`` in reading order, and the tags in each; ``*`` stands for the number of samples."""
+"""The panels of ``stability.png`` and the tags in each; ``*`` stands for the number of samples."""
 
 LAYOUT = {
     "stability": {
@@ -92,14 +92,14 @@ def error_tag(tag: str) -> str:
 
 
 def draw_stability(scalars: Scalars, path: str | Path, title: str) -> None:
-    """Draw the curves that show a collapse before the score does, as a PNG.
+    """Draw the curves that show a collapse early, as a PNG.
 
     Args:
         scalars: Of one run.
         path: Of the picture.
-        title: Above the picture.
+        title: Of the picture.
     """
-    from matplotlib.figure import Figure  # no pyplot: it would pick a window system
+    from matplotlib.figure import Figure  # not pyplot, which would select a window system
 
     figure = Figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""The folder of a run: who writes into it, how far its run has come, and what a run that came to nothing left there."""
+"""The folder of a run: its lock, the progress of the run, and the files of a run without a checkpoint."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ MADE = (
     "summary.json.*.partial",
     "stability.png.*.partial",
 )
-"""What a run writes into its folder before its first checkpoint, and at its end."""
+"""Files that a run writes into its folder before its first checkpoint, and at its end."""
 
 State = Literal["new", "begun", "started", "finished"]
 
@@ -64,13 +64,13 @@ def has_steps(folder: Path) -> bool:
 
 
 def made(folder: Path) -> Iterator[Path]:
-    """Yield what a run wrote before its first checkpoint."""
+    """Yield the files that a run writes before its first checkpoint."""
     for pattern in MADE:
         yield from folder.glob(pattern)
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run wrote before its first checkpoint, and nothing else."""
+    """Remove the files that a run writes before its first checkpoint, and nothing else."""
     for path in list(made(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for inner in (folder / "validation", folder / "checkpoints"):
@@ -79,7 +79,7 @@ def clear(folder: Path) -> None:
 
 
 def steps_made(folder: Path) -> int:
-    """Return how many steps a finished run made; -1 if its record cannot be read."""
+    """Return the number of steps of a finished run; -1 if its record cannot be read."""
     try:
         return int(json.loads((folder / FILE).read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -87,13 +87,13 @@ def steps_made(folder: Path) -> int:
 
 
 class Lock:
-    """Keeps a second run out of a folder. It vanishes with the process, however that ends.
+    """Prevents a second run in a folder. The system releases it when the process ends, in any way.
 
     Args:
-        folder: Made if it is not there.
+        folder: Created if it does not exist.
 
     Raises:
-        ValueError: If another process has it.
+        ValueError: If another process holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class Lock:
         try:
             import fcntl  # not on Windows
 
-            # Not flock(), which a worker that was forked would go on holding.
+            # Not flock(), which a forked worker would keep holding.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass
@@ -118,11 +118,11 @@ class Lock:
                     "ended, or choose another `--trainer.default_root_dir`."
                 ) from None
             rank_zero_warn(
-                f"Nothing keeps a second run out of {folder}, whose file system has no locks ({error.strerror})."
+                f"A second run in {folder} cannot be prevented, because its file system has no locks ({error.strerror})."
             )
 
     def sign(self) -> None:
-        """Say in the file who has it."""
+        """Write the holder into the file."""
         if self._file is not None:
             self._file.truncate(0)
             self._file.write(
@@ -131,17 +131,17 @@ class Lock:
             self._file.flush()
 
     def release(self, refused: bool = False) -> None:
-        """Let others in.
+        """Release the lock.
 
         Args:
-            refused: Whether nothing was done, so that nothing is to be left behind.
+            refused: Whether the run was refused, so that its files are removed.
         """
         if self._file is None:
             return
         if refused and self._new:
             self.path.unlink(missing_ok=True)
             with suppress(OSError):
-                self.path.parent.rmdir()  # if there is nothing else
+                self.path.parent.rmdir()  # if it is empty
         elif not refused:
             self._file.truncate(0)
         self._file.close()

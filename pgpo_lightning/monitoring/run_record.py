@@ -1,4 +1,4 @@
-"""What a finished run leaves for a study: one small file, ``run.json``, that needs neither its log nor its answers again."""
+"""The record of a finished run for studies: one small file, ``run.json``, which replaces its log and answers."""
 
 import json
 import math
@@ -38,7 +38,7 @@ CURVES = (
     "self_distillation/reprompt_sample_fraction",
     "self_distillation/teacher_entropy",
 )
-"""The curves that are kept, beside all of ``val/``. Names as in TensorBoard."""
+"""The curves in the record, in addition to all of ``val/``. Names as in TensorBoard."""
 
 
 @dataclass
@@ -57,9 +57,8 @@ class RunRecord:
         questions: For each evaluation, its step (as text) to the mean reward of every held-out question, in order of the
             questions' index.
         rho: The multiplier of every optimizer step that was taken; empty without a multiplier.
-        data: Split to a hash of its questions in their order, as they were used (:mod:`pgpo_lightning.core.identity`):
-        ``train`` and
-            ``validation``. Empty in records of versions that did not keep it.
+        data: Hash of the questions of each split in the order of use (:mod:`pgpo_lightning.core.identity`): ``train`` and
+            ``validation``. Empty in records of versions without it.
     """
 
     study: str

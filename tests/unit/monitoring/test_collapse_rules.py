@@ -44,7 +44,7 @@ FIRING = {
     "reward": ({"score_mean": [0.14] * 4}, "the reward of rollouts fell to 0.14, below 0.3 of its best 0.5"),
     "teacher-lost": (
         {"sample_fraction": [0.44] * 4},
-        "the share of rollouts with a teacher fell to 0.44, below 0.5 of its best 0.9",
+        "the fraction of rollouts with a teacher fell to 0.44, below 0.5 of its best 0.9",
     ),
     "score": (
         {"evaluations": {0: 0.5, 5: 0.6, 10: 0.29}},
@@ -57,7 +57,7 @@ FIRING = {
     "rho-at-bound": (
         {"at_bound": [1.0] * 4, "neg_log_prob": [0.13] * 4},
         "rho was at its upper bound in most of the last steps while the entropy of rollouts rose to 0.13 nats a token, above "
-        "1.25 times its start 0.1: the student becomes random, the feedback tells no more than before",
+        "1.25 times its start 0.1: the student becomes random, and the feedback is not more informative than before",
     ),
     "entropy-vanishes": (
         {"neg_log_prob": [0.009] * 4},
@@ -69,7 +69,7 @@ FIRING = {
     ),
     "cut-off": (
         {"clip_ratio": [0.11] * 4},
-        "the share of responses that are cut off rose to 0.11, more than 0.1 above its start 0",
+        "the fraction of responses that are cut off rose to 0.11, more than 0.1 above its start 0",
     ),
     "no-gradient": (
         {"grad_norm": [0.009] * 4},
