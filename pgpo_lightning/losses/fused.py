@@ -28,6 +28,7 @@ from pgpo_lightning.losses.fused_backward import (
     row_statistics,
     statistics_of,
 )
+from pgpo_lightning.losses.logits import Head, Product, Source, mixed_logits, scale_logits
 
 __all__ = ["Head", "Objective", "Source", "TokenStatistics", "linear_distillation", "linear_statistics"]
 
@@ -43,43 +44,6 @@ Objective = Callable[[TokenStatistics, slice], Tensor]
 Only `divergence`, `log_p_student` and `entropy_student` may be differentiated; everything else is data. The objective must be
 pointwise: the loss of a token depends on that token's statistics alone.
 """
-
-
-@dataclass
-class Head:
-    """A language-model head: ``softcap(scale * hidden @ weight.T)``.
-
-    Args:
-        weight: The output embedding, shape ``(V, D)``.
-        scale: Factor of the logits (Cohere, Granite).
-        softcap: ``cap * tanh(logits / cap)`` (Gemma); ``None`` for none.
-    """
-
-    weight: Tensor
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the logits ``(..., V)`` of hidden states ``(..., D)``."""
-        logits = hidden.to(self.weight.dtype) @ self.weight.T * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-@dataclass
-class Source:
-    """Where logits come from: ``weight * head(hidden)``.
-
-    The logits of several sources are summed, which is how the trust-region teacher of SDPO mixes two models.
-
-    Args:
-        hidden: Hidden states, shape ``(N, D)``.
-        head: The head that belongs to them.
-        weight: Factor of the logits in the sum.
-    """
-
-    hidden: Tensor
-    head: Head
-    weight: float = 1.0
 
 
 def linear_distillation(
@@ -237,7 +201,7 @@ class _Chunks:
     def __post_init__(self) -> None:
         # Decided here, because a backward pass runs outside of autocast.
         weight = self.head.weight
-        self.product = _Product(weight.dtype, weight.device.type)
+        self.product = Product(weight.dtype, weight.device.type)
 
     def run(
         self,
@@ -279,7 +243,7 @@ class _Chunks:
                 chunk = slice(start, min(n, start + chunk_rows))
                 h = product.operand(hidden[chunk])  # (chunk, D)
                 logits = product(h, weight.t())  # (chunk, V)
-                teacher_logits = _mixture(teachers, chunk, product)  # (chunk, V)
+                teacher_logits = mixed_logits(teachers, chunk, product)  # (chunk, V)
                 if teacher_logits is not None and self.temperature != 1.0:
                     teacher_logits.div_(self.temperature)
                 if fused:
@@ -310,7 +274,7 @@ class _Chunks:
         buffers: list[Tensor],
     ) -> None:
         """Fill in the statistics of a block of tokens, and overwrite their logits with the gradient."""
-        z, slope = _finish(logits, self.head, self.temperature)
+        z, slope = scale_logits(logits, self.head, self.temperature)
         targets = self.targets[part]
         buffers = [buffer[: len(targets)] for buffer in buffers]
         terms, block = row_statistics(z, teacher_logits, targets, self.which, buffers=buffers)
@@ -328,7 +292,7 @@ class _Chunks:
         coefficients: Callable[[TokenStatistics, slice], Coefficients | None] | None,
     ) -> Tensor | None:
         """Fill in the statistics of a whole chunk, and return the gradient with respect to its raw logits."""
-        z, slope = _finish(logits, self.head, self.temperature)
+        z, slope = scale_logits(logits, self.head, self.temperature)
         targets = self.targets[part]
         chunk, sums = _compiled(statistics_of)(z, teacher_logits, targets, self.which)
         for whole, values in zip(statistics, chunk, strict=True):
@@ -354,53 +318,3 @@ def _compiles(device: str) -> bool:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with its elementwise work fused, for any number of rows."""
     return torch.compile(function, dynamic=True)
-
-
-class _Product:
-    """Matrix products of narrow operands with wide results.
-
-    Logits rounded to bf16 add an error of 3e-4 nats to every divergence. A head's gradient summed in bf16 loses small terms.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        # Only CUDA multiplies narrow matrices into wide ones. Elsewhere the operands are rounded, then widened. So are operands
-        # in fp16 on CUDA, because the gradient of a logit is unscaled here and would mostly underflow.
-        self.native = device == "cuda" and self.narrow == torch.bfloat16
-        self.operand_type = self.narrow if self.native else self.wide
-
-    def operand(self, matrix: Tensor) -> Tensor:
-        rounded = matrix.to(self.narrow)
-        return rounded if self.native else rounded.to(self.wide)
-
-    def gradient(self, matrix: Tensor) -> Tensor:
-        return matrix if self.narrow == torch.float16 else self.operand(matrix)
-
-    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mm(left, right, out_dtype=self.wide) if self.native else left @ right
-
-    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        if self.native:
-            torch.addmm(total, left, right, out_dtype=self.wide, out=total)
-        else:
-            total.addmm_(left, right)
-
-
-def _mixture(teachers: list[tuple[Source, Tensor]], chunk: slice, product: _Product) -> Tensor | None:
-    """Return the teacher's logits of a chunk, or ``None`` without a teacher."""
-    logits = None
-    for source, weight in teachers:
-        term, _ = _finish(product(product.operand(source.hidden[chunk]), weight.t()), source.head, 1.0)
-        logits = term.mul_(source.weight) if logits is None else logits.add_(term, alpha=source.weight)
-    return logits
-
-
-def _finish(logits: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor | float]:
-    """Scale, cap and cool raw logits in place; return them, and their derivative with respect to the raw ones."""
-    slope: Tensor | float = head.scale / temperature
-    if head.softcap is None:
-        return (logits if slope == 1.0 else logits.mul_(slope)), slope
-    tanh = logits.mul_(head.scale / head.softcap).tanh_()
-    slope = tanh.square().neg_().add_(1).mul_(slope)
-    return tanh.mul_(head.softcap / temperature), slope

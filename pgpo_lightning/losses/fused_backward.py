@@ -167,9 +167,7 @@ def logit_gradient(
         out: Tensor that receives the gradient.
     """
     a, q, inner, mean, outer, scale = terms
-    constant = torch.zeros_like(
-        statistics.log_p_student
-    )  # the same for every token of the vocabulary; a factor of q, like x
+    constant = torch.zeros_like(statistics.log_p_student)  # the part of x that does not depend on the token, (n,)
     x: Tensor | None = None
     if derivatives.divergence is not None and inner is not None and mean is not None:
         d_x = derivatives.divergence * scale

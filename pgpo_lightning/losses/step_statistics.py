@@ -79,9 +79,8 @@ class StepStatistics:
             has_teacher: Whether a teacher was run on these sequences.
         """
         order = torch.arange(len(lengths), device=lengths.device)
-        sequence = order.repeat_interleave(
-            lengths, output_size=weight.numel()
-        )  # a known size needs no device synchronisation
+        # A known size needs no synchronisation with the device.
+        sequence = order.repeat_interleave(lengths, output_size=weight.numel())  # (N,)
 
         def mean(values: Tensor) -> Tensor:
             total = torch.zeros(len(lengths), dtype=torch.float32, device=values.device)

@@ -71,9 +71,7 @@ class Cached(Decoding):
         self.mask = None
         if min(map(len, prompts)) < width:  # padding on the left, so that all responses begin at the same position
             self.mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
-        ids = torch.tensor(
-            [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device
-        )  # (prompts, width)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
         logits = self._run(ids, positions)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)

@@ -5,7 +5,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pgpo_lightning.losses.fused import Head, Source
+from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.packing import PackedSequences
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from pgpo_lightning.losses.fused import Head, Source
+from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.lm_head import decoder, head
 from pgpo_lightning.models.packing import PackedSequences
 

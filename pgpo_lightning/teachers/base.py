@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgpo_lightning.core.types import Sample
-from pgpo_lightning.losses.fused import Head, Source
+from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.offload import DeviceCopy

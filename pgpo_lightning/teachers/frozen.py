@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import PreTrainedModel
 
-from pgpo_lightning.losses.fused import Source
+from pgpo_lightning.losses.logits import Source
 from pgpo_lightning.models.loading import fingerprint
 from pgpo_lightning.models.packing import PackedSequences
 from pgpo_lightning.teachers.base import OwnWeights, live

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pgpo_lightning.losses.fused import Head, Source
+from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.lm_head import head
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.lora import adapter, copy_adapter, decoder_with
