@@ -33,7 +33,7 @@ Peaks = dict[str, int]
 
 @dataclass(frozen=True)
 class Compute:
-    """How the models compute.
+    """Types of the models, and how they compute.
 
     Args:
         student: Type of the student's weights.
@@ -41,7 +41,7 @@ class Compute:
         autocast: Type that matrix products are cast to, if any.
         checkpointing: Whether activations are recomputed.
         attention: As `model_config.attn_implementation`.
-        adapt: Turns a student into what is trained of it (frozen weights, adapters); by default all of it is trained.
+        adapt: Freezes the student and adds adapters; by default all weights are trained.
     """
 
     student: torch.dtype = torch.float32
@@ -58,7 +58,7 @@ class Compute:
 
 
 def along_layers(run: Callable[[PretrainedConfig], Peaks], config: PretrainedConfig) -> Peaks:
-    """Return what `run` would give for all layers, from two and three of them."""
+    """Return the result of `run` for all layers, extrapolated from two and three layers."""
     layers = config.get_text_config().num_hidden_layers
     if layers <= 3:
         return run(config)
@@ -74,21 +74,20 @@ def update_peaks(
     loss: int,
     accumulating: bool,
 ) -> Peaks:
-    """Return bytes above weights and existing gradients at the highest of every part of one micro-batch.
+    """Return the peak bytes of every part of one micro-batch, without weights and existing gradients.
 
     Args:
-        config: Of the model, with few layers; see :func:`along_layers`.
-        compute: How.
-        student: The rows as the student sees them.
-        teachers: The models that make up the teacher, ``own`` (weights of its own) or ``student``, with the rows as they see
-            them.
-        loss: Bytes that the loss takes beside the hidden states it is given, until it has its gradients.
-        accumulating: Whether gradients of an earlier micro-batch exist. They are not counted then; otherwise those that the
-            backward pass makes are.
+        config: Configuration of the model with few layers; see :func:`along_layers`.
+        compute: Types and checkpointing.
+        student: The rows, packed for the student.
+        teachers: The models of the teacher, ``own`` (its own weights) or ``student``, with the rows packed for each.
+        loss: Peak bytes of the loss, without its input hidden states.
+        accumulating: Whether gradients of an earlier micro-batch exist. They are not counted. Otherwise the gradients that the
+            backward pass creates are counted.
 
     Returns:
-        Bytes by name: `activations` held when the student's forward pass is over, `hidden` of student and teacher for the
-        loss, and the peaks `student forward`, `teacher forward`, `loss` and several of `backward`.
+        Bytes by name: `activations` after the student's forward pass, `hidden` states of student and teacher for the loss, and
+        the peaks `student forward`, `teacher forward`, `loss` and several of `backward`.
     """
     with _fake(compute) as (counter, fake):
         model = _model(config, compute.student, compute)
@@ -126,14 +125,14 @@ def update_peaks(
 def prefill_peaks(
     config: PretrainedConfig, compute: Compute, prompts: list[int], samples: int, new_tokens: int
 ) -> Peaks:
-    """Return bytes above the weights while prompts are run, and what is left: `prefill`, `cache`, `cache bytes` and `logits`.
+    """Return the bytes of running the prompts, without weights: the peak `prefill`, then `cache`, `cache bytes` and `logits`.
 
     Args:
-        config: Of the model, with few layers.
-        compute: How.
+        config: Configuration of the model with few layers.
+        compute: Types.
         prompts: Lengths of the prompts.
-        samples: Responses to each.
-        new_tokens: Most tokens of a response.
+        samples: Responses per prompt.
+        new_tokens: Maximum tokens of a response.
     """
     with _fake(compute) as (counter, _):
         model = _model(config, compute.student, compute).eval()
@@ -241,7 +240,7 @@ class _Marks:
 
 
 def _model(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> PreTrainedModel:
-    # Kernels that need a package or a GPU hold what sdpa does: the output and one number per query and head.
+    # Kernels that need a package or a GPU store the same as sdpa: the output and one number per query and head.
     attention = compute.attention if compute.attention in (None, "eager", "sdpa") else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if compute.adapt is not None:
@@ -252,7 +251,7 @@ def _model(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> Pr
 
 
 def _autocast(compute: Compute) -> Any:
-    # Without a cache of cast weights, as Lightning does it: each product casts its own.
+    # Without a cache of cast weights, as in Lightning: each product casts its own.
     return torch.autocast("cpu", compute.autocast or torch.bfloat16, compute.autocast is not None, cache_enabled=False)
 
 
@@ -266,7 +265,7 @@ def _fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Pack
         return dataclasses.replace(packed, **changes)
 
     with warnings.catch_warnings(), ExitStack() as stack:
-        # Several sequences in one row, told by their positions: never here, but without data transformers cannot know that.
+        # There is never more than one sequence in a row, but transformers cannot determine this without data.
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         stack.enter_context(mode)
         yield LiveBytes(), fake

@@ -25,13 +25,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is decoded at the same time.
+    """Responses that are decoded at the same time.
 
     Args:
         prompts: Tokens of every prompt.
-        samples: Responses to each.
+        samples: Responses per prompt.
         lengths: Tokens of every response.
-        limit: Most tokens of a response.
+        limit: Maximum tokens of a response.
         nucleus: Whether `top_p` is below 1.
     """
 
@@ -44,13 +44,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How devices share the models.
+    """Distribution of the models over devices.
 
     Args:
-        devices: That take part in a step.
-        kind: ``single``; ``ddp``: everybody holds everything, and the buckets in which gradients are exchanged; ``fsdp``:
-            everybody holds an equal share of weights, gradients, optimizer state and teacher, and gathers what it computes with.
-        one_file: Whether the first rank gathers the shares for a checkpoint.
+        devices: Number of devices in a step.
+        kind: ``single``. ``ddp``: every device has everything, and the buckets in which gradients are exchanged. ``fsdp``:
+            every device has an equal part of weights, gradients, optimizer state and teacher, and gathers weights as needed.
+        one_file: Whether the first rank gathers all parts for a checkpoint.
     """
 
     devices: int = 1
@@ -59,7 +59,7 @@ class Sharding:
 
     @property
     def shards(self) -> int:
-        """Into how many shares models are cut."""
+        """Number of parts into which the models are divided."""
         return self.devices if self.kind == "fsdp" else 1
 
 
@@ -68,9 +68,9 @@ class Need:
     """Bytes of one device.
 
     Attributes:
-        standing: What is there all the time between the first update and the end, by part.
-        phases: What comes on top of it, by phase and part.
-        absent: Parts of `standing` that a phase does not need.
+        standing: Bytes that exist from the first update to the end, by part.
+        phases: Additional bytes of each phase, by phase and part.
+        absent: Parts of `standing` that do not exist in a phase.
     """
 
     standing: dict[str, int]
@@ -78,9 +78,9 @@ class Need:
     absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def peak(self, phase: str) -> int:
-        """Return the most bytes of a phase."""
-        there = (size for part, size in self.standing.items() if part not in self.absent.get(phase, ()))
-        return sum(there) + sum(self.phases[phase].values())
+        """Return the peak bytes of a phase."""
+        present = (size for part, size in self.standing.items() if part not in self.absent.get(phase, ()))
+        return sum(present) + sum(self.phases[phase].values())
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -97,21 +97,21 @@ def standing_bytes(
     sharding: Sharding,
     gradient: int | None = None,
 ) -> dict[str, int]:
-    """Return what is there all the time.
+    """Return the bytes that exist during the whole run, by part.
 
-    Weights take their type's size each, and so do gradients of those that are trained; Adam's moments are what the class keeps
-    (:mod:`~pgpo_lightning.memory_planner.optimizers`); a teacher with weights of its own takes its type's size each, fp32
-    for the moving
-    average. Sharded, all of it is divided by the number of devices. DDP keeps a copy of all gradients in its buckets.
+    Weights, and gradients of trained weights, have the size of their type. The optimizer's state is that of its class
+    (:mod:`~pgpo_lightning.memory_planner.optimizers`). A teacher with its own weights has the size of its type, fp32 for the
+    moving average. With sharding everything is divided by the number of devices. DDP has a copy of all gradients in its
+    buckets.
 
     Args:
         weights: Parameters of the student.
-        trainable: Those of them that are trained.
-        teacher: Parameters that the teacher has for itself: all for a moving average or frozen weights, none for ``live``; with
-            adapters those of a second adapter.
-        state: Bytes of the optimizer's state on one device that holds all of it.
+        trainable: Number of trained parameters.
+        teacher: Number of the teacher's own parameters: all for a moving average or frozen weights, none for ``live``. With
+            adapters, those of a second adapter.
+        state: Bytes of the optimizer's state without sharding.
         compute: Types.
-        sharding: Over devices.
+        sharding: Distribution over devices.
         gradient: Bytes of a gradient; by default those of a weight.
     """
     each = compute.student.itemsize
@@ -128,12 +128,12 @@ def standing_bytes(
 
 
 def visiting_bytes(count: Count, compute: Compute) -> int:
-    """Return the device's copy of a teacher whose weights are on the host (:mod:`pgpo_lightning.models.offload`).
+    """Return the bytes of the device's copy of a teacher on the host (:mod:`pgpo_lightning.models.offload`).
 
-    Matrices of linear layers in the type of the products, a head that is not tied among them; the rest in its own type.
+    Matrices of linear layers, including a head that is not tied, have the type of the products. The rest has its own type.
 
     Args:
-        count: Of the model.
+        count: Parameters of the model.
         compute: Types.
     """
     linear = count.matrices + (0 if count.tied else count.head)
@@ -144,18 +144,18 @@ def visiting_bytes(count: Count, compute: Compute) -> int:
 def gathered_bytes(
     count: Count, own_teacher: bool, compute: Compute, sharding: Sharding, accumulating: bool
 ) -> dict[str, int]:
-    """Return what FSDP2 holds whole, in the type of the products: in the update, and in rollouts.
+    """Return the bytes of weights that FSDP2 gathers, in the type of the products, in the update and in rollouts.
 
-    In the update: embedding and head, which stay whole between forward and backward, and the layer at work with the next one,
-    with its gradient before it is cut up; of the teacher the same without gradients. With several micro-batches also all
-    gradients, in fp32, which are exchanged once, after the last of them. In rollouts: the whole student, so that no token waits
-    for a transfer. Taken from FSDP2's documentation, not measured.
+    In the update: embedding and head, which stay gathered between forward and backward, and the current layer, the next one,
+    and a gradient before it is sharded. For the teacher the same without gradients. With several micro-batches also all
+    gradients in fp32, which are exchanged once, after the last micro-batch. In rollouts: the whole student, so that no token
+    waits for a transfer. From FSDP2's documentation, not measured.
 
     Args:
-        count: Of the model.
-        own_teacher: Whether the teacher has weights of its own.
+        count: Parameters of the model.
+        own_teacher: Whether the teacher has its own weights.
         compute: Types.
-        sharding: Over devices.
+        sharding: Distribution over devices.
         accumulating: Whether there are several micro-batches.
     """
     if sharding.kind != "fsdp":
@@ -177,16 +177,16 @@ def micro_batch_bytes(
     top_k: bool = False,
     trains_head: bool = True,
 ) -> tuple[dict[str, int], Peaks]:
-    """Return what one micro-batch takes at its highest, by part, and the peaks it was chosen from.
+    """Return the peak bytes of one micro-batch by part, and the peaks of all of its pieces.
 
     Args:
-        config: Of the model.
-        compute: How.
+        config: Configuration of the model.
+        compute: Types and checkpointing.
         micro_batch: The rows.
         teachers: Models that make up the teacher: ``own``, ``student``.
         device: cuda or cpu.
         accumulating: Whether there are more micro-batches, so that gradients exist from the start.
-        top_k: Whether the divergence is over the likeliest tokens only.
+        top_k: Whether the divergence is over the most probable tokens only.
         trains_head: Whether the head gets a gradient.
     """
     text = config.get_text_config()
@@ -206,7 +206,7 @@ def micro_batch_bytes(
     peaks = along_layers(run, config)
     held = {"activations": peaks.pop("activations"), "hidden states": peaks.pop("hidden")}
     highest = max(peaks, key=lambda name: peaks[name])
-    # What of the peak is not held by the forward pass belongs to the part at work.
+    # The part of the peak that the forward pass does not hold is temporary.
     if highest == "loss":
         parts = {"activations": peaks["loss"] - held["hidden states"] - loss, "loss buffers": loss}
         parts["hidden states"] = held["hidden states"]
@@ -219,16 +219,16 @@ def micro_batch_bytes(
 def sampling_bytes(
     config: PretrainedConfig, compute: Compute, sampled: Sampled, device: str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return what sampling takes at its highest by part: keys and values, sampler, temporary tensors of the model.
+    """Return the peak bytes of sampling by part: keys and values, sampler, temporary tensors of the model.
 
     Args:
-        config: Of the model.
-        compute: How.
-        sampled: What is decoded at the same time.
+        config: Configuration of the model.
+        compute: Types.
+        sampled: Responses that are decoded at the same time.
         device: cuda or cpu.
 
     Returns:
-        The parts, and sizes they were made from.
+        The parts, and the peaks of prefill and decoding.
     """
     text = config.get_text_config()
     longest, padded = max(sampled.prompts), min(sampled.prompts) < max(sampled.prompts)
@@ -239,14 +239,13 @@ def sampling_bytes(
     tensors = 2 * layers
     per_token = prefill["cache"] / (rows * longest * tensors)  # of one tensor
     cache = round(roomy_tokens(longest, sampled.lengths, tensors, device) * per_token)
-    # The most tokens that a forward pass ever attends to: responses still going, times their length so far.
+    # The maximum number of tokens that a forward pass attends to: active responses times their current length.
     ordered = sorted(sampled.lengths, reverse=True)
     going, length = max(((i + 1, longest + n) for i, n in enumerate(ordered)), key=lambda pair: pair[0] * pair[1])
     decode = along_layers(lambda few: decode_peaks(few, compute, going, length, padded), config)["decode"]
     sampler = sampler_bytes(rows, text.vocab_size, prefill["logits"] // (rows * text.vocab_size), sampled.nucleus)
-    kept = (
-        2 * torch.float32.itemsize * rows * text.vocab_size
-    )  # logits and probabilities of the step before stay in the way
+    # Logits and probabilities of the previous step still exist.
+    kept = 2 * torch.float32.itemsize * rows * text.vocab_size
     record = 12 * rows * sampled.limit  # tokens and their log-probabilities
     decoding = {"keys and values": cache, "sampler": max(sampler, kept) + record, "temporary": 0}
     decoding["temporary"] = max(0, kept + decode - decoding["sampler"])
@@ -263,16 +262,16 @@ def sampling_bytes(
 def update_need(
     count: Count, compute: Compute, optimizer: OptimizerNeed, ema: bool, sharding: Sharding
 ) -> dict[str, int]:
-    """Return what the optimizer's step and the teacher's take on top of what stands: passing tensors.
+    """Return the temporary bytes of the optimizer step and of the teacher's update.
 
     Clipping multiplies gradients in place. A moving average in another type than the student's copies one parameter at a time.
 
     Args:
-        count: Of the model.
+        count: Parameters of the model.
         compute: Types.
-        optimizer: Its need, for the trainable parameters.
+        optimizer: Memory of the optimizer for the trained parameters.
         ema: Whether the teacher is a moving average.
-        sharding: Over devices.
+        sharding: Distribution over devices.
     """
     copies = ema and compute.student != compute.teacher
     largest = max(torch.Size(shape).numel() for shape in count.shapes)

@@ -1,4 +1,4 @@
-"""Bytes of an optimizer's state: read off the very class, stepped on a few small tensors."""
+"""Bytes of an optimizer's state, measured by steps of its class on small tensors."""
 
 import warnings
 from collections import Counter
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from pgpo_lightning.memory_planner.counter import LiveBytes
 
-_SMALL = 2**16  # parameters of this size and below are measured as they are
+_SMALL = 2**16  # parameters up to this size are measured in their own size
 
 
 @dataclass(frozen=True)
 class OptimizerNeed:
-    """What an optimizer takes beside weights and gradients.
+    """Memory of an optimizer, without weights and gradients.
 
     Attributes:
-        name: Of its class.
+        name: Name of its class.
         state: Bytes of its state for all parameters.
-        per_parameter: The same over the number of parameters.
+        per_parameter: Bytes of its state per parameter.
         passing: Bytes that exist only during a step.
-        paged: Whether the state lies in memory that the driver moves to the host when the device is full.
+        paged: Whether the state is in memory that the driver moves to the host when the device is full.
     """
 
     name: str
@@ -36,18 +36,18 @@ class OptimizerNeed:
 def optimizer_need(
     make: Callable[[Any], torch.optim.Optimizer], shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: str
 ) -> OptimizerNeed:
-    """Build and step the optimizer on small tensors, and scale up what its state takes.
+    """Measure the optimizer's memory on small tensors and scale it to the model.
 
-    Parameters of at most 65,536 elements are measured in their own size, because 8-bit optimizers keep small ones in 32 bits;
-    larger ones as a matrix of that many elements with the same number of dimensions, in proportion. On a GPU torch's own
-    optimizers work on all parameters at once unless told otherwise (`foreach`), with temporary tensors of the size of all of
-    them; this is measured too.
+    Parameters of at most 65,536 elements are measured in their own size, because 8-bit optimizers keep small ones in 32 bits.
+    Larger ones are measured on a tensor of about a million elements with the same number of dimensions, in proportion. On a
+    GPU torch's own optimizers update all parameters at once by default (`foreach`). Their temporary tensors have the size of
+    all parameters, which is measured too.
 
     Args:
-        make: From parameters to the optimizer.
-        shapes: Of all trainable parameters.
-        dtype: Of the parameters and gradients.
-        device: cuda or cpu, where the run is going to be.
+        make: Function from parameters to the optimizer.
+        shapes: Shapes of all trainable parameters.
+        dtype: Type of parameters and gradients.
+        device: cuda or cpu: the device of the planned run.
 
     Raises:
         ValueError: If the class fails on small tensors on a CPU.
@@ -76,9 +76,8 @@ def optimizer_need(
 def _stand_in(shape: tuple[int, ...]) -> tuple[int, ...]:
     if torch.Size(shape).numel() <= _SMALL:
         return shape
-    return (
-        (1024, 1024) if len(shape) == 2 else (1024**2,) + (1,) * (len(shape) - 1)
-    )  # tables that all share vanish in it
+    # So large that tables which all parameters share are negligible.
+    return (1024, 1024) if len(shape) == 2 else (1024**2,) + (1,) * (len(shape) - 1)
 
 
 def _measure(
@@ -89,13 +88,13 @@ def _measure(
         optimizer = make([parameter])
         name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
         at_once = _whole_list(optimizer, device)
-        # Compiled steps (torchao) would take a minute for nothing; paged ones warn that a CPU has no pages.
+        # Compiling a step (torchao) would take a minute. Paged optimizers warn that a CPU has no pages.
         with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
             for group in optimizer.param_groups:
                 if at_once:
                     group["foreach"] = True
-            for _ in range(2):  # the first makes the state
+            for _ in range(2):  # the first step creates the state
                 parameter.grad = torch.zeros_like(parameter)
                 with LiveBytes() as counter:
                     optimizer.step()
@@ -115,7 +114,7 @@ def _whole_list(optimizer: torch.optim.Optimizer, device: str) -> bool:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of all tensors in an optimizer's state; those that parameters share count once."""
+    """Return the bytes of all tensors in an optimizer's state. Tensors that parameters share count once."""
     storages = {}
     for state in optimizer.state.values():
         for value in state.values():

@@ -17,10 +17,10 @@ SHAPES = Path(str(files("pgpo_lightning") / "assets" / "models"))
 
 
 def configuration(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return a model's configuration; for the models whose config.json comes with this package, without a look at the Hub.
+    """Return a model's configuration, without access to the Hub if this package ships the model's config.json.
 
     Args:
-        name: A folder with at least a config.json, a Hub id, or ``toy``.
+        name: A folder with a config.json, a Hub id, or ``toy``.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run Python code that comes with the model.
     """
@@ -51,15 +51,15 @@ def skeleton(
 
 @dataclass(frozen=True)
 class Count:
-    """How many parameters a model has, and where.
+    """Numbers of a model's parameters.
 
     Attributes:
-        shapes: Of every parameter that is stored; a tied head is stored once.
-        total: All of them.
-        matrices: Those of the layers that every token is multiplied with: each costs two operations per token.
-        layer: Those of the largest layer.
-        root: Those outside of the layers: embeddings, head, last norm.
-        head: Those of the head, ``V * D``.
+        shapes: Shape of every stored parameter; a tied head is stored once.
+        total: All parameters.
+        matrices: Parameters of the layers' matrices. Each costs two operations per token.
+        layer: Parameters of the largest layer.
+        root: Parameters outside the layers: embeddings, head, last norm.
+        head: Parameters of the head, ``V * D``.
         layers: Number of layers.
         tied: Whether the head is the embedding.
     """
@@ -83,7 +83,7 @@ def count(config: PretrainedConfig) -> Count:
     """Count a model's parameters on the meta device.
 
     Raises:
-        ValueError: If it is no decoder of equal layers with attention.
+        ValueError: If the model is not a decoder with equal layers that have attention.
     """
     if any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers):
         raise ValueError(
