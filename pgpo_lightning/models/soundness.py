@@ -63,9 +63,9 @@ def check_padding(model: PreTrainedModel, longest: int) -> None:
 def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST) -> bool:
     """Return whether prompts can be computed once and their keys and values shared by several responses, found by trial.
 
-    This is not possible with a cache that drops tokens (sliding windows), with a recurrent state (Mamba), with local attention
-    that counts positions in the cache (GPT-Neo), or with gradient checkpointing, for which transformers drops the cache. The
-    trial runs in evaluation mode, as the teacher does, and in training mode, as the student does, unless that mode is random.
+    It is not possible with a cache that drops tokens (sliding windows), a recurrent state (Mamba), or local attention that counts
+    positions in the cache (GPT-Neo). Nor is it with gradient checkpointing, for which transformers drops the cache. The trial
+    runs in evaluation mode, as the teacher does, and in training mode, as the student does, unless that mode is random.
 
     Args:
         model: Student or teacher.

@@ -67,7 +67,7 @@ def explain(
     )
     if has_teacher:
         numbers += f", {sum(seen.taught)} had a teacher, {sum(seen.feedback)} had feedback"
-    probe = " `pgpo probe` measures before any training what the teacher has to go by." if has_teacher else ""
+    probe = " `pgpo probe` measures before training how much the teacher's context helps." if has_teacher else ""
     return f"{numbers}. {_cause(seen, right, cut, siblings, has_teacher, shows_feedback)}{probe}"
 
 

@@ -147,7 +147,7 @@ def test_it_is_told_at_the_first_such_step_and_every_tenth(tmp_path):
     told = [str(w.message) for w in caught if "no rollout is in the loss" in str(w.message)]
     assert [text.split(":")[0] for text in told] == ["Step 4", "Step 13", "Step 23"]
     assert "so no optimizer step was taken (10 so far). 0 of 8 rollouts were right (rewards 0 to 0)" in told[1]
-    assert told[0].endswith("`pgpo probe` measures before any training what the teacher has to go by.")
+    assert told[0].endswith("`pgpo probe` measures before training how much the teacher's context helps.")
 
 
 def outcomes(rewards, cut=0, taught=0, feedback=0, size=2):
