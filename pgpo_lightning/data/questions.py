@@ -1,4 +1,4 @@
-"""What all data sets have in common: splits of questions, dropped prompts, loaders and the exact position in them."""
+"""Base class of all data sets: splits of questions, dropped questions, loaders and the position in them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from pgpo_lightning.data.sampler import ResumableSampler
 
 SPLITS = ("train", "validation", "test")
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-"""The splits that each stage of the Trainer reads; it cannot do without the first of them."""
+"""The splits that each stage of the Trainer reads; the first one is required."""
 
 
 class QuestionLoader(DataLoader):
@@ -36,18 +36,18 @@ class QuestionLoader(DataLoader):
 
 @checked
 class QuestionData(Remembers, L.LightningDataModule):
-    """Base of all data sets: a subclass says how to :meth:`load` a split, everything else is here.
+    """Base of all data sets: a subclass implements :meth:`load`, which returns the questions of a split.
 
     A batch is a list of :class:`~pgpo_lightning.core.types.Question`. The order of the training questions is a function
-    of the seed and the epoch, and the position in it is saved in checkpoints, so a resumed run sees the questions that
-    the uninterrupted run would have seen.
+    of the seed and the epoch, and the position in it is saved in checkpoints. A resumed run therefore sees the same
+    questions as an uninterrupted run.
 
     Args:
         batch_size: Training questions per device and optimizer step.
         eval_batch_size: Validation and test questions per device and step.
-        seed: Seed of the order of the training questions; null takes the module's.
-        limit_train: Use only the first so many training questions.
-        limit_val: Use only the first so many validation questions. The test split is always complete.
+        seed: Seed of the order of the training questions; null means the module's seed.
+        limit_train: Use only this number of training questions, the first ones.
+        limit_val: Use only this number of validation questions, the first ones. The test split is always complete.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -86,8 +86,7 @@ class QuestionData(Remembers, L.LightningDataModule):
             ValueError: If the data has no split for this stage, or if the data itself is faulty.
         """
         if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
-            # Another Trainer may have used this object before. A resumed run also passes here, and then restores its
-            # position.
+            # Another Trainer may have used this object before. A resumed run also gets here, and restores its position later.
             self.sampler, self._restored = None, None
         needed = STAGES.get(stage, SPLITS) if stage is not None else SPLITS
         for split in needed:
@@ -110,7 +109,7 @@ class QuestionData(Remembers, L.LightningDataModule):
         tokenizer and the prompt limit. The number is kept in ``self.dropped[split]``.
 
         Args:
-            reason: Says for a question why it must go (``"2100 tokens, limit 2048"``), or ``None`` to keep it.
+            reason: Returns why a question must be dropped (``"2100 tokens, limit 2048"``), or ``None`` to keep it.
 
         Raises:
             ValueError: If no question of a split is left.
@@ -121,14 +120,14 @@ class QuestionData(Remembers, L.LightningDataModule):
             if not bad:
                 continue
             first, why = bad[0]
-            told = f"{len(bad)} of {len(questions)} {split} questions; the first is {first.source}: {why}"
+            message = f"{len(bad)} of {len(questions)} {split} questions; the first is {first.source}: {why}"
             if len(bad) == len(questions):
-                raise ValueError(f"Expected to keep at least one {split} question, but had to drop {told}.")
-            rank_zero_warn(f"Dropped {told}.")
+                raise ValueError(f"Expected to keep at least one {split} question, but had to drop {message}.")
+            rank_zero_warn(f"Dropped {message}.")
             self.questions[split] = [q for q, why in zip(questions, reasons, strict=True) if why is None]
             self.dropped[split] += len(bad)
         if self.questions.get("train"):
-            self._check_batch()  # now, and not after an evaluation of the base model
+            self._check_batch()  # before the base model is evaluated
 
     def _check_batch(self) -> None:
         _, world_size = self._rank_and_world_size()
@@ -153,8 +152,8 @@ class QuestionData(Remembers, L.LightningDataModule):
         self.sampler = ResumableSampler(len(questions), self.batch_size, self._order_seed(), rank, world_size, consumed)
         if self._restored is not None:
             self._restore(self._restored, self.sampler)
-        # No workers: there is nothing to read, and they would run ahead of the position that is saved.
-        dataset: Any = questions  # a list is all that a DataLoader needs, whatever its annotation says
+        # No workers: they would have nothing to read, and would be ahead of the saved position.
+        dataset: Any = questions  # a DataLoader accepts a list, although its annotation does not
         return QuestionLoader(dataset, self.batch_size, sampler=self.sampler, collate_fn=list, drop_last=True)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -170,7 +169,7 @@ class QuestionData(Remembers, L.LightningDataModule):
         return DataLoader(questions, self.eval_batch_size, collate_fn=list) if questions else []
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in the training questions, and what it depends on."""
+        """Return the position in the training questions, and the settings that it depends on."""
         if self.sampler is None or self._restored is not None:
             return dict(self._restored or {})
         return {

@@ -1,4 +1,4 @@
-"""The order of the training questions: a function of (seed, epoch), so that a position in it is one number."""
+"""The order of the training questions: a function of (seed, epoch), so that one number is the position in it."""
 
 import random
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 
 
-# Lightning replaces every other sampler by its own when it trains on several devices, and leaves this class alone.
+# A DistributedSampler, because Lightning replaces every other sampler when it trains on several devices.
 class ResumableSampler(DistributedSampler[int]):
-    """Shuffled, sharded order of questions that continues exactly where a checkpoint left it.
+    """Shuffled, sharded order of questions that resumes exactly at the position of a checkpoint.
 
     The order of epoch ``e`` is a permutation that depends on ``(seed, e)`` only. One step takes the next
     ``batch_size * world_size`` questions of it, of which rank ``r`` gets the ``r``-th slice of ``batch_size``, so the
@@ -62,15 +62,15 @@ class ResumableSampler(DistributedSampler[int]):
 
     def order(self, epoch: int) -> list[int]:
         """Return this rank's question indices of one epoch."""
-        # A number drawn from the text keeps (seed 0, epoch 1) apart from (seed 1, epoch 0), which `seed + epoch` does
-        # not; Python promises the same draw in all its versions.
+        # (seed 0, epoch 1) and (seed 1, epoch 0) must differ, so not `seed + epoch`. Python guarantees the same draw in all
+        # versions.
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(63))
         steps = self.per_epoch // self.batch_size
         permutation = torch.randperm(self.size, generator=generator)[: steps * self.batch_size * self.num_replicas]
         return permutation.view(steps, self.num_replicas, self.batch_size)[:, self.rank].flatten().tolist()
 
     def __iter__(self) -> Iterator[int]:
-        # The position is read when the first index is asked for: Lightning makes the iterator earlier than that.
+        # The position is read with the first index, because Lightning creates the iterator earlier.
         order, current = [], None
         for _ in range(self.per_epoch):
             epoch, offset = divmod(self.consumed, self.per_epoch)
@@ -83,4 +83,4 @@ class ResumableSampler(DistributedSampler[int]):
         return self.per_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Do nothing, though Lightning calls this before every epoch: the epoch follows from ``consumed``."""
+        """Do nothing: the epoch follows from ``consumed``. Lightning calls this before every epoch."""

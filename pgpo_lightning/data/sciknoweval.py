@@ -1,8 +1,7 @@
 r"""SciKnowEval (arXiv 2406.09098): multiple-choice science questions, with the prompts and the split of SDPO.
 
-The paper of SDPO (arXiv 2601.20802) trains on four domains of it, on the questions of level L3 with two or four
-options. Their repository keeps nine tenths for training and validates on the rest; the same rows come out here, from
-its files or from the Hub.
+The paper of SDPO (arXiv 2601.20802) trains on the questions of level L3 with two or four options, in four domains. Its
+repository uses nine tenths for training and the rest for validation. The rows here are the same, from its files or from the Hub.
 """
 
 from pathlib import Path
@@ -20,7 +19,7 @@ Domain = Literal["biology", "chemistry", "material", "physics"]
 
 HUB_ID = "hicai-zju/SciKnowEval"
 ROWS = {"biology": 500, "chemistry": 2100, "material": 935, "physics": 800}
-"""Rows per domain behind the published results, train and test together."""
+"""Rows per domain of the published results, train and test together."""
 
 SYSTEM = """
 Given a question and four options, please select the right answer. Respond in the following format:
@@ -37,11 +36,11 @@ Do not restate the answer text. For example, if the answer is "A", just output:
 A
 </answer>
 """
-"""The system message of every question, also of those with two options. Part of the data format, to the letter."""
+"""The system message of every question, also of those with two options. Part of the data format, so it must not change."""
 
 
 def is_used(row: dict[str, Any], domain: Domain) -> bool:
-    """Say whether a row of the Hub's table belongs to the questions of a domain."""
+    """Return whether a row of the Hub's table belongs to the questions of a domain."""
     return (
         row["domain"] == domain.capitalize()
         and row["details"]["level"] == "L3"
@@ -57,7 +56,7 @@ def to_question(row: dict[str, Any], source: str = "") -> Question:
         source: Where the row comes from, for error messages.
 
     Raises:
-        ValueError: If the question is blank, or if the answer is none of the options.
+        ValueError: If the question is blank, or if the answer is not one of the options.
     """
     labels, texts = row["choices"]["label"], row["choices"]["text"]
     if row["answerKey"] not in labels:
