@@ -108,17 +108,17 @@ class CollapseGuard(StabilityMonitor):
         if self.action == "warn":
             return
         now = pl_module.steps
-        over = self.action == "stop" or self.best is None
+        stops = self.action == "stop" or self.best is None
         message = "Stopped"
         if self.action == "roll-back" and self.best is not None:
             message = f"Back to the weights of step {self.best['step']} (held-out score {self.best['score']:.3g})"
-            over = len(self.rollbacks) >= self.max_rollbacks or BROKEN_TEACHER in reasons
+            stops = len(self.rollbacks) >= self.max_rollbacks or BROKEN_TEACHER in reasons
             self._go_back(trainer, pl_module, self.best)
-            if not over:
+            if not stops:
                 schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
                 lower_rates(trainer.optimizers, schedules, self.lr_factor)
-            message += ", and stopped" if over else f", learning rate times {self.lr_factor:g}"
-        trainer.should_stop = trainer.should_stop or over
+            message += ", and stopped" if stops else f", learning rate times {self.lr_factor:g}"
+        trainer.should_stop = trainer.should_stop or stops
         rank_zero_warn(f"{message} after step {now}, because of {', '.join(reasons)}.")
 
     def _go_back(self, trainer: L.Trainer, pl_module: OnPolicyModule, best: dict[str, Any]) -> None:

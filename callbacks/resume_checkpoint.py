@@ -49,7 +49,7 @@ class ResumeCheckpoint(Checkpoint):
         self.keep = keep
         self.dirpath = dirpath
         self.run = uuid.uuid4().hex
-        self._mine: list[Path] | None = None  # in the order of writing
+        self._own: list[Path] | None = None  # in the order of writing
         self._beside: list[ModelCheckpoint] = []
         self._due = False
         self._saving = False
@@ -62,7 +62,7 @@ class ResumeCheckpoint(Checkpoint):
     @property
     def newest(self) -> Path | None:
         """The last file that this process wrote, on the rank that writes; None before."""
-        return self._mine[-1] if self._mine and self._saved >= 0 else None
+        return self._own[-1] if self._own and self._saved >= 0 else None
 
     @property
     def best_model_path(self) -> str:
@@ -126,29 +126,31 @@ class ResumeCheckpoint(Checkpoint):
 
     def _free(self, folder: Path, step: int) -> Path:
         """Return a name that no other file has, and find this run's files of earlier processes."""
-        if self._mine is None:
+        if self._own is None:
             found, _ = look(folder)
-            mine = [c for c in found if c.mark is not None and c.mark["run"] == self.run]
-            self._mine = [c.path for c in sorted(mine, key=lambda c: (c.step <= step, c.modified))]
-            for checkpoint in mine if self.keep is None else ():
+            own = [c for c in found if c.mark is not None and c.mark["run"] == self.run]
+            self._own = [c.path for c in sorted(own, key=lambda c: (c.step <= step, c.modified))]
+            for checkpoint in own if self.keep is None else ():
                 if checkpoint.step > step:  # `last` would select it as the newest
                     checkpoint.path.rename(checkpoint.path.with_name(checkpoint.path.name + SUPERSEDED))
-                    self._mine.remove(checkpoint.path)
+                    self._own.remove(checkpoint.path)
         path = folder / f"step={step:06d}.ckpt"
         number = 0
-        while path.exists() and path not in self._mine:
+        while path.exists() and path not in self._own:
             number += 1
             path = folder / f"step={step:06d}-{number}.ckpt"
         return path
 
     def _written(self, trainer: L.Trainer, path: Path) -> None:
-        mine = [one for one in self._mine or [] if one != path] + [path]
+        own = [one for one in self._own or [] if one != path] + [path]
         if self.keep is not None:
-            there = [one for one in mine if one.exists()]  # a file that is written in the background may not exist yet
-            for old in there[: -self.keep]:
+            existing = [
+                one for one in own if one.exists()
+            ]  # a file that is written in the background may not exist yet
+            for old in existing[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
-                mine.remove(old)
-        self._mine = mine
+                own.remove(old)
+        self._own = own
 
 
 def _save_file(trainer: L.Trainer, path: Path) -> None:

@@ -28,7 +28,7 @@ from pgpo_lightning.data import QuestionData
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.monitoring.configurations import CONFIG, RESUMED, configurations, without_checkpoint
-from pgpo_lightning.monitoring.run_folder import Lock, clear, has_steps, state, steps_made
+from pgpo_lightning.monitoring.run_folder import Lock, clear, finished_steps, has_steps, state
 from pgpo_lightning.training.held_out import summary_line
 
 OR_NEW = "last-or-new"
@@ -186,7 +186,7 @@ class PGPOCommand(LightningCLI):
         )  # without it the files may be those of another program
         steps_exist = begun and has_steps(folder)
         if progress == "finished" and given == OR_NEW:
-            steps, limit = steps_made(folder), self.trainer.max_steps
+            steps, limit = finished_steps(folder), self.trainer.max_steps
             if limit == -1 or steps >= limit:
                 print(f"Nothing to do: the run in {folder} has made all of its {steps} steps.")
                 return False

@@ -228,8 +228,8 @@ def main(args: list[str]) -> MemoryPlan:
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     check("memory", memory, Positive | None)
-    made = plan_memory(command.run())
-    print(plan_table(made, memory))
+    plan = plan_memory(command.run())
+    print(plan_table(plan, memory))
     if path is not None:
-        Path(path).write_text(json.dumps(plan_content(made, memory), indent=1) + "\n", encoding="utf-8")
-    return made
+        Path(path).write_text(json.dumps(plan_content(plan, memory), indent=1) + "\n", encoding="utf-8")
+    return plan

@@ -37,8 +37,8 @@ def training_sha256(questions: "Iterable[Question]") -> str:
     Example:
         >>> from pgpo_lightning.core.types import Question
         >>> one, moved = Question("1+1", "2", source="a.jsonl:1"), Question("1+1", "2", source="b.jsonl:7")
-        >>> told = Question("1+1", "2", privileged_context="It is two.")
-        >>> training_sha256([one]) == training_sha256([moved]) != training_sha256([told])
+        >>> guided = Question("1+1", "2", privileged_context="It is two.")
+        >>> training_sha256([one]) == training_sha256([moved]) != training_sha256([guided])
         True
     """
     return joint_sha256(question_sha256(question) + _beside(question) for question in questions)

@@ -257,8 +257,8 @@ def _fault_of_union(value: Any, members: tuple[Any, ...]) -> _Fault | None:
         faults.append(fault)
     # A fault of the range, or further inside, is more informative than the list of all types.
     near = next((fault for fault in faults if not fault.kind or fault.where), None)
-    told = [fault.expected.removeprefix("to be ") for fault in faults]
-    return near or _Fault("", f"to be {' or '.join(dict.fromkeys(told))}", value, True)
+    expectations = [fault.expected.removeprefix("to be ") for fault in faults]
+    return near or _Fault("", f"to be {' or '.join(dict.fromkeys(expectations))}", value, True)
 
 
 def _fault_of_number(value: Any, kind: type, limits: tuple[Any, ...]) -> _Fault | None:

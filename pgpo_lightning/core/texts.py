@@ -36,11 +36,11 @@ def shown(value: Any, text: Callable[[Any], str] = repr, longest: int = 500) -> 
     if isinstance(value, int) and abs(value) >= 10**1000:  # Python does not write out more than 4300 digits
         return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     try:
-        told = text(value)
+        shown_text = text(value)
     except BaseException as error:
         return f"a value of type {type(value).__name__} (its text raised {type(error).__name__})"
-    told = told.encode("utf-8", "backslashreplace").decode()
-    return told if len(told) <= longest else f"{told[:longest]}... ({len(told)} characters)"
+    shown_text = shown_text.encode("utf-8", "backslashreplace").decode()
+    return shown_text if len(shown_text) <= longest else f"{shown_text[:longest]}... ({len(shown_text)} characters)"
 
 
 def json_line(value: Any) -> str:

@@ -212,8 +212,8 @@ class QuestionData(Remembers, L.LightningDataModule):
     def _order_seed(self) -> int:
         if self.seed is not None:
             return self.seed
-        theirs = getattr(getattr(self.trainer, "lightning_module", None), "seed", None)
-        return global_seed() if theirs is None else theirs
+        module_seed = getattr(getattr(self.trainer, "lightning_module", None), "seed", None)
+        return global_seed() if module_seed is None else module_seed
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -95,12 +95,12 @@ def _parsed(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {_named(twice)} occurs twice in one object")
-    return made
+    return result
 
 
 def _float(text: str) -> float:
@@ -155,10 +155,10 @@ def _read_parquet(path: Path) -> list[RawRow]:
 
 
 def _as_python(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
-    made = []
+    result = []
     for number, scalar in enumerate(column, start=1):
         try:
-            made.append(scalar.as_py())
+            result.append(scalar.as_py())
         except (
             ValueError,
             OverflowError,
@@ -166,7 +166,7 @@ def _as_python(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
             pyarrow.ArrowException,
         ) as error:  # such as a date after the year 9999
             raise ValueError(f"Expected a value that Python can hold in {where}:{number}, but got: {error}.") from error
-    return made
+    return result
 
 
 @dataclass

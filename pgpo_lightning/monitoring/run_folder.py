@@ -20,7 +20,7 @@ from pgpo_lightning.monitoring.run_record import FILE
 
 LOCK = ".lock"
 
-MADE = (
+WRITTEN_EARLY = (
     CONFIG,
     "hparams.yaml",
     "events.out.tfevents.*",
@@ -54,7 +54,7 @@ def state(folder: Path, checkpoints: Path | None = None) -> State:
         return "finished"
     if any((checkpoints or folder / "checkpoints").glob(PATTERN)):
         return "started"
-    return "begun" if any(made(folder)) else "new"
+    return "begun" if any(written_early(folder)) else "new"
 
 
 def has_steps(folder: Path) -> bool:
@@ -63,22 +63,22 @@ def has_steps(folder: Path) -> bool:
     return steps or (folder / "metrics.csv").exists()
 
 
-def made(folder: Path) -> Iterator[Path]:
+def written_early(folder: Path) -> Iterator[Path]:
     """Yield the files that a run writes before its first checkpoint."""
-    for pattern in MADE:
+    for pattern in WRITTEN_EARLY:
         yield from folder.glob(pattern)
 
 
 def clear(folder: Path) -> None:
     """Remove the files that a run writes before its first checkpoint, and nothing else."""
-    for path in list(made(folder)):
+    for path in list(written_early(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for inner in (folder / "validation", folder / "checkpoints"):
         if inner.is_dir() and not any(inner.iterdir()):
             inner.rmdir()
 
 
-def steps_made(folder: Path) -> int:
+def finished_steps(folder: Path) -> int:
     """Return the number of steps of a finished run; -1 if its record cannot be read."""
     try:
         return int(json.loads((folder / FILE).read_text(encoding="utf-8"))["steps"])

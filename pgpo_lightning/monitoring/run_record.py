@@ -183,16 +183,16 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
         known: The other fields of :class:`RunRecord`.
     """
     kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
-    questions, asked = {}, set()
+    questions, hashes = {}, set()
     for file in sorted((folder / "validation").glob("step=*.jsonl")):
         with file.open(encoding="utf-8") as lines:
             results = [json.loads(line) for line in lines]
         questions[str(int(file.stem.removeprefix("step=")))] = [_short(r["avg"]) for r in results]
-        asked.add(joint_sha256(r["sha256"] for r in results) if all("sha256" in r for r in results) else "")
+        hashes.add(joint_sha256(r["sha256"] for r in results) if all("sha256" in r for r in results) else "")
     data = {} if train is None else {"train": train}
-    if asked and "" not in asked:
+    if hashes and "" not in hashes:
         # Evaluations that did not ask the same questions are like those of no other run.
-        data["validation"] = asked.pop() if len(asked) == 1 else joint_sha256(sorted(asked))
+        data["validation"] = hashes.pop() if len(hashes) == 1 else joint_sha256(sorted(hashes))
     place = folder.resolve()
     return RunRecord(
         study=place.parent.parent.name,
