@@ -16,19 +16,17 @@ of SDPO's update, tokens per second, memory), `generation` (tokens per second), 
 """
 
 import argparse
-import gc
 import importlib.metadata
 import importlib.util
 import json
 import platform
 import random
-import signal
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,14 +36,11 @@ import torch
 
 from benchmarks import loss as losses
 from benchmarks import measure
+from benchmarks.accelerators import QWEN3_8B, SMALL, eight_bit_adamw, free, print_tables, size, stopped_after, summary
 from benchmarks.loss import Case
 from benchmarks.measure import Row
 
 GIB = 2**30
-QWEN3_8B = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
-QWEN3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
-SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512}
 KINDS = ("jsd", "rkl", "fkl", "rkl-top100")
 
 
@@ -267,18 +262,6 @@ def update(setup: Setup) -> Iterator[Row]:
         yield about | row
 
 
-def eight_bit_adamw(device: str) -> tuple[str, Callable[[Any], torch.optim.Optimizer]]:
-    """Return bitsandbytes' optimizer, or torch's with a name that says why."""
-    torchs = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.01, fused=device == "cuda")
-    if device != "cuda":
-        return "torch AdamW", torchs
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except Exception as error:
-        return f"torch AdamW, as bitsandbytes cannot be imported ({summary(error)})", torchs
-    return "bitsandbytes AdamW8bit", partial(AdamW8bit, lr=1e-5, weight_decay=0.01)
-
-
 def generation(setup: Setup) -> Iterator[Row]:
     """Sampling with the package's engine."""
     from benchmarks.standalone import random_qwen3, token_ids
@@ -318,37 +301,6 @@ PARTS: dict[str, tuple[Callable[[Setup], Iterator[Row]], float]] = {  # with sec
 }
 
 
-def summary(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def free(device: str) -> None:
-    """Give memory back."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def stopped_after(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block when its time is over, unless somebody else uses the alarm."""
-    if signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError("the budget is spent")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 10)  # again, should a library take the first for an error of its own
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-
 def run(setup: Setup, parts: list[str], budget: float, tiny: bool, record: Callable[[Row], None]) -> None:
     """Run the parts; whatever happens goes to `record`."""
     end = time.monotonic() + budget
@@ -368,25 +320,6 @@ def run(setup: Setup, parts: list[str], budget: float, tiny: bool, record: Calla
             record({"part": name, "error": summary(error)})
         free(setup.device)
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-def print_tables(rows: list[Row]) -> None:
-    """Print a table for every part, with the columns that its rows have."""
-    for part in dict.fromkeys(row["part"] for row in rows):
-        here = [row for row in rows if row["part"] == part]
-        names = dict.fromkeys(name for row in here for name in row if name not in ("part", "program", "to_floor_range"))
-        if len(here) == 1:  # long and thin
-            here = [{"what": name, "value": value} for name, value in here[0].items() if name in names]
-            names = dict.fromkeys(("what", "value"))
-        measure.print_table(part, here, dict.fromkeys(names, ".4g"))
-
-
-def size(text: str) -> tuple[str, int]:
-    """Read ``num_hidden_layers=4``."""
-    name, _, value = text.partition("=")
-    if name not in QWEN3_8B:
-        raise argparse.ArgumentTypeError(f"Expected one of {', '.join(QWEN3_8B)}, but got {name}.")
-    return name, int(value)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A whole step at the size of the paper's run on one accelerator, with what `pgpo plan` foretold beside it.
+"""A whole step at the size of the paper's run on one accelerator, with the memory that `pgpo plan` predicts beside it.
 
 Qwen3-8B's shapes with random weights in bf16, 8-bit AdamW, an EMA teacher in fp32; 32 questions with 8 responses each, which end
 after different numbers of tokens. One call takes at most nine minutes; nothing has to be installed but torch, transformers,
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import QWEN3_8B, SMALL, eight_bit_adamw, free, print_tables, size, stopped_after, summary
+from benchmarks.accelerators import QWEN3_8B, SMALL, eight_bit_adamw, free, print_tables, size, stopped_after, summary
 from benchmarks.measure import Row
 
 GIB = 2**30
@@ -80,15 +80,15 @@ def lengths_of(setup: Setup) -> Any:
     return Lengths(setup.prompt, setup.reprompt, setup.response, setup.spread, setup.longest)
 
 
-def foretell(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch.optim.Optimizer]) -> tuple[Row, Any]:
-    """Return the plan of a setting, as a row and as it is."""
+def planned(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch.optim.Optimizer]) -> tuple[Row, Any]:
+    """Return the plan of a setting, as a row and as a :class:`MemoryPlan`."""
     from transformers import Qwen3Config
 
     from pgpo_lightning.memory_planner.dry_run import Compute
     from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
 
     on_gpu = setup.device == "cuda"
-    made = plan_memory(
+    memory_plan = plan_memory(
         RunSpec(
             config=Qwen3Config(**setup.shape, tie_word_embeddings=False),
             compute=Compute(torch.bfloat16, torch.float32, torch.bfloat16 if on_gpu else None, checkpointing),
@@ -104,12 +104,12 @@ def foretell(setup: Setup, checkpointing: bool, optimizer: Callable[[Any], torch
         )
     )
     row = {
-        "parameters": made.count.total,
-        "micro_batches": made.micro_batches,
-        "tflop": sum(made.flops.values()) / 1e12,
+        "parameters": memory_plan.count.total,
+        "micro_batches": memory_plan.micro_batches,
+        "tflop": sum(memory_plan.flops.values()) / 1e12,
     }
-    row |= {f"{phase}_gib": peak / GIB for phase, peak in made.need.peaks.items()}
-    return row | {f"{name}_gib": bytes_ / GIB for name, bytes_ in made.need.standing.items()}, made
+    row |= {f"{phase}_gib": peak / GIB for phase, peak in memory_plan.need.peaks.items()}
+    return row | {f"{name}_gib": bytes_ / GIB for name, bytes_ in memory_plan.need.standing.items()}, memory_plan
 
 
 def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
@@ -122,8 +122,8 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
 
     name, optimizer = eight_bit_adamw(setup.device)
     about: Row = {"setting": "checkpointing" if checkpointing else "shared", "optimizer": name}
-    told, made = foretell(setup, checkpointing, optimizer)
-    yield about | {"what": "plan"} | told
+    plan, memory_plan = planned(setup, checkpointing, optimizer)
+    yield about | {"what": "plan"} | plan
     rows = lengths_of(setup).rows(setup.questions, setup.samples)
     policy = Standalone(
         random_qwen3(setup.device, torch.bfloat16, **setup.shape),
@@ -149,14 +149,14 @@ def steps(setup: Setup, checkpointing: bool) -> Iterator[Row]:
         peak, (seconds, sampled) = measured(sample, setup)
         tokens = sum(len(one.response_ids) for one in sampled)
         row = about | {"what": "rollouts", "step": i, "seconds": seconds, "response_tokens": tokens}
-        yield row | {"tokens_per_s": tokens / seconds, "peak_gib": peak} | against(peak, told["rollouts_gib"], setup)
+        yield row | {"tokens_per_s": tokens / seconds, "peak_gib": peak} | against(peak, plan["rollouts_gib"], setup)
         batch = [Sample(one, Verdict(0.0), row.reprompt_ids) for one, row in zip(sampled, rows, strict=True)]
         peak, (seconds, value) = measured(partial(policy.step, batch), setup)
         row = about | {"what": "update", "step": i, "seconds": seconds, "loss": value, "response_tokens": tokens}
         row |= {f"{part}_s": spent for part, spent in policy.seconds.items()}
-        operations = sum(flop for phase, flop in made.flops.items() if phase != "rollouts")
+        operations = sum(flop for phase, flop in memory_plan.flops.items() if phase != "rollouts")
         row |= {"tokens_per_s": tokens / seconds, "tflops": operations / seconds / 1e12, "peak_gib": peak}
-        yield row | against(peak, max(told["gradients_gib"], told["optimizer_gib"]), setup)
+        yield row | against(peak, max(plan["gradients_gib"], plan["optimizer_gib"]), setup)
 
 
 def measured(run: Callable[[], Any], setup: Setup) -> tuple[float, tuple[float, Any]]:
@@ -173,9 +173,9 @@ def measured(run: Callable[[], Any], setup: Setup) -> tuple[float, tuple[float, 
     return torch.cuda.max_memory_allocated() / GIB if setup.device == "cuda" else peak / 1024, result
 
 
-def against(peak: float, told: float, setup: Setup) -> Row:
-    """Return the plan's figure beside the measured one; a CPU's peak is of something else."""
-    return {"plan_gib": told} | ({"plan_to_measured": told / peak} if setup.device == "cuda" else {})
+def against(peak: float, plan: float, setup: Setup) -> Row:
+    """Return the predicted bytes beside the measured ones. The peak of a CPU measures something else."""
+    return {"plan_gib": plan} | ({"plan_to_measured": plan / peak} if setup.device == "cuda" else {})
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:

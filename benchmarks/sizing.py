@@ -1,4 +1,4 @@
-"""What `pgpo plan` foretells beside what real steps take: bytes by part and phase, and operations.
+"""Predictions of `pgpo plan` compared with measurements of real steps: bytes by part and phase, and operations.
 
 Each case builds a random model and SDPO's own module, samples with the package's engine, and takes optimizer steps, in a process
 of its own. Measured are the storages of all tensors that are alive (sizing/counter.py), on a CPU; `rss` is beside it the whole
@@ -109,7 +109,7 @@ def make_optimizer(name: str) -> Callable[[Any], torch.optim.Optimizer]:
     return partial({"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}[name], lr=1e-5)
 
 
-def foretell(case: Case) -> tuple[Row, Row]:
+def predicted(case: Case) -> tuple[Row, Row]:
     """Return the plan's bytes and operations."""
     from transformers import Qwen3Config
 
@@ -287,7 +287,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def compare(name: str, case: Case, separate: bool = True) -> list[Row]:
     """Return a row for each part, with its share of the highest measured peak."""
     start = time.monotonic()
-    sizes, operations = foretell(case)
+    sizes, operations = predicted(case)
     middle = time.monotonic()
     measured, counted_operations = alone(observe, case) if separate else observe(case)
     print(f"{name}: plan {middle - start:.0f} s, steps {time.monotonic() - middle:.0f} s", flush=True)
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             rows += (mine := compare(name, case, separate=not options.here))
             print_case(name, mine)
     off = [r for r in rows if r["share"] >= 0.1 and abs(r.get("plan / measured", 1) - 1) > 0.1]
-    print(f"\nparts of at least a tenth that are foretold worse than within 10 %: {len(off)}")
+    print(f"\nparts of at least a tenth whose prediction is off by more than 10 %: {len(off)}")
     for row in off:
         print(f"- {row['case']}: {row['part']}, {row['plan / measured']:.3f}")
     measure.write_json(rows, options.json)
