@@ -49,7 +49,7 @@ def test_settings_of_an_adapter_that_do_not_fit_are_refused(settings, message):
 )
 def test_an_adapter_to_start_from_that_is_another_is_refused(tmp_path, settings, message):
     before = tiny_sdpo(lora=lora())
-    write_adapter(tmp_path, matrices(before.model), before.base_identity)
+    write_adapter(tmp_path, matrices(before.model), before.student.identity)
     with pytest.raises(MisconfigurationException, match=f"Expected the adapter in `lora.adapter` .*{message}"):
         tiny_sdpo(lora=lora(adapter=str(tmp_path), **settings))
 

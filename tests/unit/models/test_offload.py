@@ -14,6 +14,7 @@ from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.teachers.schedules import RefreshGate
+from pgpo_lightning.training.start_up import check_combination
 from tests.support.helpers import LIMITS, TOKENIZER, accumulate, build, half_right, random_rows, tiny_model, tiny_sdpo
 
 OPEN = RefreshGate(min_steps=1, window=1, reward_gain=-1.0, max_length_ratio=100.0, check_every=2)
@@ -150,5 +151,6 @@ def test_where_it_would_save_nothing_it_is_refused(settings, message):
 
 def test_sharded_weights_are_refused():
     made = module("ema", True)
+    offload = made.objective.teaching.config.offload
     with pytest.raises(MisconfigurationException, match=r"no `teacher.offload` with sharded weights.*strategy` to ddp"):
-        made._check_combination(sharded=True)
+        check_combination(made.engine, made.lora is not None, sharded=True, teacher_offload=offload)

@@ -170,5 +170,7 @@ def test_check_template():
 
 @pytest.mark.parametrize("field", ["reprompt_template", "solution_template", "feedback_template"])
 def test_a_template_with_half_a_character_is_refused(field):
-    with pytest.raises(ValueError, match=rf"`{field}` to have whole characters, but got the lone surrogate '\\ud83d'"):
+    with pytest.raises(
+        ValueError, match=rf"`reprompt.{field}` to have whole characters, but got the lone surrogate '\\ud83d'"
+    ):
         RepromptBuilder(**DEFAULTS | {field: DEFAULTS[field] + "\ud83d"})
