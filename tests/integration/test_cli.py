@@ -274,7 +274,7 @@ def test_a_run_says_when_it_was_last_evaluated():
 
 
 def test_a_run_without_a_log_says_that_it_leaves_no_summary(tmp_path):
-    with pytest.warns(UserWarning, match=r"no summary.json, run.json and stability.png.* leave `trainer.logger` null"):
+    with pytest.warns(UserWarning, match=r"no summary.json, run.json and stability.png.* Leave `trainer.logger` null"):
         run(tmp_path, "--trainer.logger", "false", "--trainer.max_steps", "1")
     assert not (tmp_path / "run" / "summary.json").exists()
 
