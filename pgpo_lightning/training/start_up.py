@@ -154,8 +154,9 @@ def check_same_checkpoint(path: str | Path | None) -> None:
     """
     names = gather(None if path is None else Path(path).name)
     if len(set(names)) > 1:
+        found = ", ".join("null" if name is None else shown(name) for name in names)
         raise MisconfigurationException(
-            f"Expected every rank to start from the same checkpoint, but ranks found {', '.join(map(shown, names))}. Put the "
+            f"Expected every rank to start from the same checkpoint, but ranks found {found}. Put the "
             "run's folder on a file system that all nodes share, or copy the checkpoint to each."
         )
 
