@@ -1,7 +1,6 @@
 """The chunked loss with closed-form gradients against plain autograd on whole distributions, in float64."""
 
 import itertools
-import shutil
 
 import pytest
 import torch
@@ -19,16 +18,9 @@ from pgpo_lightning.losses.divergence import (
     student_top_k,
 )
 from pgpo_lightning.losses.fused import Head, Source, linear_distillation, linear_statistics
+from tests.support.loss_cases import CLIPPED, N, V, inputs
 
-N, D, V = 23, 6, 17
 CHUNKS = [1, 5, 23, None]
-
-
-def inputs(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    hidden, weight = draw(N, D).requires_grad_(), draw(V, D).requires_grad_()
-    return hidden, weight, draw(N, D), draw(V, D), torch.randint(V, (N,), generator=generator)
 
 
 def named(a, b, which):
@@ -60,8 +52,8 @@ KINDS = [
     Divergence(alpha, k, tail)
     for alpha, (k, tail) in itertools.product([0.0, 0.1, 0.5, 1.0], [(None, True), (5, True), (5, False), (40, True)])
 ]
-CLIPPED = [Divergence(alpha, entry_clip=0.05) for alpha in (0.0, 0.1, 0.5, 1.0)]
-CLIPPED += [Divergence(0.5, 5, entry_clip=0.02), Divergence(1.0, 5, False, entry_clip=0.02)]
+
+
 KINDS += [*CLIPPED, Divergence(1.0, softening=Softening(0.5, 25.0)), Divergence(1.0, softening=Softening())]
 OBJECTIVES = {
     "weighted divergence": lambda t, c: c * t.divergence,
@@ -173,32 +165,6 @@ def test_statistics_keep_the_precision_of_their_forward_pass():
     assert torch.equal(again, once)
     for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (again, once)), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    "which", [Divergence(0.5), CLIPPED[2], CLIPPED[4], Divergence(1.0, softening=Softening(0.5, 25.0))], ids=str
-)
-def test_fused_elementwise_work_gives_the_same(which):
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
-    hidden, weight, teacher_hidden, teacher_weight, targets = inputs()
-    made = {}
-    for compiled in (False, True):
-        loss, statistics = linear_distillation(
-            Source(hidden, Head(weight, scale=0.8)),
-            [Source(teacher_hidden, Head(teacher_weight, scale=0.8))],
-            targets,
-            lambda t, _: (
-                t.divergence * (1 + t.log_p_student.detach().exp()) + 0.2 * t.log_p_student - 0.3 * t.entropy_student
-            ),
-            which,
-            0.7,
-            chunk_rows=9,  # 9, 9 and 5 rows
-            compiled=compiled,
-        )
-        made[compiled] = [loss, *statistics, *torch.autograd.grad(loss, (hidden, weight))]
-    for a, b in zip(made[True], made[False], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_finite_differences():

@@ -1,4 +1,4 @@
-"""The statistics of a report, against tables, definitions and simulations whose truth is known."""
+"""The statistics of a report, against tables and definitions."""
 
 import math
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
-from benchmarks.study_simulation import main
 from pgpo_lightning.studies.inference import (
     Mean,
     answer,
@@ -19,13 +18,7 @@ from pgpo_lightning.studies.inference import (
     wilson_interval,
 )
 from pgpo_lightning.studies.simulation import World, measure
-
-STUDIES = 500
-
-
-def noise(rate, n=STUDIES):
-    """Three standard errors of a share."""
-    return 3 * math.sqrt(rate * (1 - rate) / n)
+from tests.support.inference import STUDIES, noise
 
 
 def tables(rng, seeds, questions=100, mean=0.0, of_seed=0.03, of_question=0.08, of_cell=0.2, n=STUDIES):
@@ -220,28 +213,7 @@ def test_where_the_questions_are_the_limit_it_asks_for_questions():
     assert (1.95996 + 0.84162) * spread == pytest.approx(0.02, rel=0.01)
 
 
-def test_a_planted_difference_is_covered_at_the_nominal_rate():
-    found = measure(0.03, World(), STUDIES, seed=10_000, draws=0)
-    assert found["covered"] == pytest.approx(0.95, abs=noise(0.95))
-    assert found["yes"] > 0.6
-    assert found["no"] <= 0.025
-
-
-def test_no_difference_is_covered_and_taken_for_one_at_most_at_the_nominal_rate():
-    found = measure(0.0, World(), STUDIES, seed=20_000, draws=0)
-    assert found["covered"] == pytest.approx(0.95, abs=noise(0.95))
-    assert found["yes"] <= 0.025 + noise(0.025)
-    assert found["no"] > 0.3
-    assert found["seeds_needed"] > 10
-
-
 def test_collapsing_runs_are_covered_where_the_bootstrap_is_not():
     found = measure(0.02, World(collapse=0.2), 100, seed=1, draws=300)
     assert found["covered"] >= 0.95 - noise(0.95, 100)
     assert found["bootstrap_covered"] < found["covered"]
-
-
-def test_the_simulation_is_a_command(capsys):
-    main(World(seeds=4, questions=20), repeats=3)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == ["covered", "bootstrap_covered", "yes"]

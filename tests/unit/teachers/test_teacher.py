@@ -7,16 +7,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.models.lm_head import head, source
-from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.modules.moved import MOVED
 from pgpo_lightning.teachers import schedules
 from pgpo_lightning.teachers.schedules import RefreshGate
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, random_rows, tiny_model, tiny_sdpo
-
-
-def weights(model):
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+from tests.support.teachers import GATE, outcome, weights
 
 
 def disturb(model, scale=0.1, seed=1):
@@ -193,9 +189,6 @@ def test_tied_weights_stay_tied_in_the_copy():
     torch.testing.assert_close(head(copied_model)(hidden), hidden @ copied_model.get_input_embeddings().weight.T)
 
 
-# --------------------------------------------------------------------------------- teachers that move now and then
-
-
 def test_restart_and_freeze_follows_its_formula():
     module = tiny_sdpo(teacher_regularization="restart", teacher_update_rate=0.2, teacher_period=3)
     expected, g = weights(module.model), 1 - 0.8**3
@@ -208,26 +201,8 @@ def test_restart_and_freeze_follows_its_formula():
     assert g == pytest.approx(0.488)
 
 
-def outcome(module, reward, lengths=(10, 10)):
-    """Show the teacher a step of some responses with that reward, and take the step."""
-    rows = random_rows(len(lengths))
-    for row, length in zip(rows, lengths, strict=True):
-        row.rollout.response_ids = [7] * length
-        row.verdict.reward = reward
-    module.teacher.observe(rows)
-    generator = torch.Generator().manual_seed(round(100 * reward))
-    with torch.no_grad():
-        for p in module.model.parameters():
-            if p.requires_grad:
-                p.add_(0.01 * torch.randn(p.shape, generator=generator))
-    module.learner.move_teacher()
-
-
 def copied(module):
     return torch.equal(weights(module.teacher.model), weights(module.model))
-
-
-GATE = {"min_steps": 3, "window": 2, "reward_gain": 0.1, "max_length_ratio": 2.0, "check_every": 1}
 
 
 @pytest.mark.parametrize(
@@ -264,34 +239,6 @@ def test_rambling_keeps_the_gate_shut():
             outcome(module, reward, (long if step == 2 else 10, 10))
         seen.append(copied(module))
     assert seen == [True, False]
-
-
-@pytest.mark.parametrize("kind", ["restart", "gated"])
-@pytest.mark.parametrize("cut", [1, 4, 6])
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_a_resumed_teacher_moves_when_and_as_it_would_have(kind, cut, with_adapter):
-    settings = {"teacher_regularization": kind}
-    settings |= {"teacher_period": 3} if kind == "restart" else {"teacher_gate": RefreshGate(**GATE)}
-    if with_adapter:
-        pytest.importorskip("peft")
-        settings["lora"] = LoRA(r=2)
-    rewards = [0.0, 0.1, 0.4, 0.4, 0.4, 0.4, 0.9, 0.9]
-    make = lambda: tiny_sdpo(**settings)  # noqa: E731
-    module, moves = make(), []
-    for step, reward in enumerate(rewards):
-        if step == cut:
-            saved, student = copy.deepcopy(module.state_dict()), copy.deepcopy(module.model)
-        before = weights(module.teacher.model)
-        outcome(module, reward)
-        moves += [step] * (not torch.equal(before, weights(module.teacher.model)))
-    assert len(moves) == 2
-    resumed = make()
-    resumed.load_state_dict(saved)
-    assert torch.equal(weights(resumed.model), weights(student))
-    for reward in rewards[cut:]:
-        outcome(resumed, reward)
-    assert torch.equal(weights(resumed.teacher.model), weights(module.teacher.model))
-    assert resumed.teacher.get_extra_state() == module.teacher.get_extra_state()
 
 
 @pytest.mark.parametrize("kind", ["restart", "gated"])
