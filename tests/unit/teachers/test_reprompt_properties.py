@@ -7,8 +7,8 @@ from pgpo_lightning.rollout.prompts import PromptEncoder
 from tests.support.helpers import TOKENIZER
 from tests.support.reprompts import END, FEEDBACK, SOLUTION, attach, row
 
-# Characters that the tokenizer of the toy gives back, in tokens of one character and of several.
-TEXT = st.text("abc 0123456789+*=.?\n", min_size=1, max_size=60).filter(str.strip)
+# Characters that the tokenizer of the toy gives back.
+TEXT = st.text("0123456789*+=", min_size=8, max_size=60)
 ENCODER = PromptEncoder(TOKENIZER, False)
 
 
@@ -20,9 +20,13 @@ def prompt_of(text):
     prompt=TEXT,
     demonstration=st.none() | TEXT,
     feedback=st.none() | TEXT,
-    limit=st.integers(1, 250),
+    excess=st.integers(-5, 60),
 )
-def test_a_reprompt_fits_and_only_context_is_cut(prompt, demonstration, feedback, limit):
+def test_a_reprompt_fits_and_only_context_is_cut(prompt, demonstration, feedback, excess):
+    solution = "" if demonstration is None else SOLUTION + demonstration
+    remarks = "" if feedback is None else FEEDBACK + feedback
+    whole = prompt + solution + remarks + END
+    limit = max(1, len(prompt_of(whole)) - excess)
     rows = [row("wrong", 0.0, feedback, prompt=prompt)]
     rows += [] if demonstration is None else [row(demonstration, 1.0, prompt=prompt)]
     scalars = attach(rows, max_reprompt_len=limit, remove_thinking_from_demonstration=False)
@@ -30,9 +34,6 @@ def test_a_reprompt_fits_and_only_context_is_cut(prompt, demonstration, feedback
         (rows[0].reprompt_ids, rows[0].reprompt),
         scalars["self_distillation/reprompt_trimmed_fraction"],
     )
-    solution = "" if demonstration is None else SOLUTION + demonstration
-    remarks = "" if feedback is None else FEEDBACK + feedback
-    whole = prompt + solution + remarks + END
     if ids is None:
         if demonstration is not None or feedback is not None:  # not even a token of the context would have fitted
             head = SOLUTION if feedback is None else FEEDBACK
