@@ -38,6 +38,7 @@ lint: .venv/ready
 	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks docs
 	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks docs
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 # Rebuilds the shipped base model of the toy task.
 toy: .venv/ready

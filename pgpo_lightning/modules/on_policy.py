@@ -1,10 +1,7 @@
 """The step that every module of the collection shares: sample, judge, learn (PGPO's Algorithm 1, arXiv 2606.03620).
 
-All hooks of Lightning are here, and delegate: to an :class:`~pgpo_lightning.training.actor.Actor` (rollouts and verdicts), an
-:class:`~pgpo_lightning.training.objective.Objective` (what is learnt from them), a
-:class:`~pgpo_lightning.training.learner.Learner` (gradients and weights) and an
-:class:`~pgpo_lightning.training.evaluator.Evaluator` (held-out scores). The step size is decided by callbacks: one may rescale
-the learning rate of this one step, from :attr:`OnPolicyModule.step_statistics`.
+All hooks of Lightning are here. They delegate to parts: an actor (rollouts and verdicts), an objective (what is learnt from
+them), a learner (gradients and weights) and an evaluator (held-out scores). The step size is decided by callbacks.
 """
 
 import inspect
@@ -55,7 +52,6 @@ from pgpo_lightning.training.preflight import measure_gap
 from pgpo_lightning.training.rates import advance_schedule
 from pgpo_lightning.training.resuming import ResumedSettings
 from pgpo_lightning.training.run_seed import RunSeed
-from pgpo_lightning.training.start_up import is_sharded
 from pgpo_lightning.training.step_report import StepReporter, Timer
 from pgpo_lightning.training.student import Student
 
@@ -100,10 +96,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
     """
 
     objective: Objective
-    step_statistics: StepStatistics
-    scalars: dict[str, float]
-    reported: dict[str, float]
-    last_samples: list[Sample]
+    reporter: StepReporter
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Say of an argument that stands in a group where it is."""
@@ -143,9 +136,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.update, self.mismatch, self.reward = update, mismatch, reward
         self.run_seed = RunSeed(seed)
 
-        self.model: PreTrainedModel | None = None
+        self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.teacher: Teacher | None = None
-        self.learner: Learner | None = None
+        self.learner: Learner = None  # type: ignore[assignment]  # until configure_model
         self.placement: Placement = Replicated()
         self.student = Student(model, model_config, lora, quantization)
         self.tokenizer = self.student.load_tokenizer()
@@ -156,7 +149,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.steps = 0  # batches trained on; unlike Lightning's global_step it counts skipped optimizer steps too
         self.steps_without_signal = 0  # optimizer steps left out because no sample of any rank was in the loss
         self.step_statistics = StepStatistics.empty()
-        self.scalars, self.reported, self.last_samples = {}, {}, []
+        self.scalars: dict[str, float] = {}
+        self.reported: dict[str, float] = {}
+        self.last_samples: list[Sample] = []
         self.training_run = True  # a module that only evaluates needs no teacher
         self.resumed: ResumedSettings | None = None
         self._warned_of_speed = False
@@ -196,7 +191,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
             with timer.phase("adv"):
                 self._preflight(samples)
             with timer.phase("update_actor"):
-                seen, missed, updated = [], [], False
+                seen: list[StepStatistics] = []
+                missed, updated = [], False
                 learned = [sample.replaced_by or sample for sample in samples]
                 for mini_batch in [*mini_batches(learned, self.update.updates_per_batch)] * self.update.num_iterations:
                     if not any(gather(any(self.objective.in_loss(sample) for sample in mini_batch))):
@@ -206,21 +202,20 @@ class OnPolicyModule(Remembers, L.LightningModule):
                     if not seen:
                         gradients = partial(self.learner.gradients, mini_batch, self.manual_backward, self._scaler)
                         self.scalars |= self.objective.diagnose(mini_batch, self.steps, gradients)
-                    step = self.learner.accumulate(
-                        mini_batch, self.manual_backward, self._no_sync
-                    )  # g, H(y|x), H(y|x,f)
+                    # g, and H(y|x), H(y|x,f) of every sample
+                    step = self.learner.accumulate(mini_batch, self.manual_backward, self._no_sync)
                     self.step_statistics = step.statistics
                     self.scalars |= step.scalars
                     if not seen:  # later updates find a policy that has moved
                         self._check_first_update()
                     # a callback reads I, scales the step by ρ
-                    updated |= self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
+                    updated |= self.learner.apply(self._optimizer, step, self.scalars, self._scaler, self.steps)
                     seen.append(step.statistics)
                 if updated:
                     self.learner.move_teacher()
                 for sample in samples:
                     sample.teacher_hidden = None
-                advance_schedule(self.lr_schedulers(), self.optimizers(use_pl_optimizer=False))
+                advance_schedule(self.lr_schedulers(), self._optimizer)
         self.steps += 1
         self._report(samples, seen[0] if seen else StepStatistics.empty(), timer, missed)
 
@@ -241,7 +236,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def _preflight(self, samples: list[Sample]) -> None:
         """Grade the teacher's own answers, if that is wanted. Before the first step it has the student's weights."""
-        if self.has_teacher and self.objective.teaching.config.preflight and self._at_start:
+        teaching = self.objective.teaching
+        if teaching is not None and teaching.config.preflight and self._at_start:
             seeds = seeded(self.seed, "preflight", self.steps, self.global_rank)
             with torch.no_grad(), together(), seeds, self.placement.generation():
                 generate = partial(self.actor.generate, self.model, n=1, sampling=self.training_sampling)
@@ -250,7 +246,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def _leave_out(self) -> None:
         """Take no optimizer step where no sample of any rank is in the loss; weights and momentum stay as they are."""
-        rate = float(self.optimizers().param_groups[0]["lr"])
+        rate = float(self._optimizer.param_groups[0]["lr"])
         self.scalars = {"actor/pg_loss": 0.0, "actor/grad_norm": 0.0, "lr/base": rate} | self.scalars
         self.step_statistics = StepStatistics.empty()
         self.steps_without_signal += 1
@@ -263,7 +259,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def _report(self, samples: list[Sample], statistics: StepStatistics, timer: Timer, missed: list[Any]) -> None:
         """Log the step; every value is that of all ranks together."""
-        counts = {"actor/skipped_steps": self.learner.skipped, "actor/steps_without_signal": self.steps_without_signal}
+        skipped, without = float(self.learner.skipped), float(self.steps_without_signal)
+        counts = {"actor/skipped_steps": skipped, "actor/steps_without_signal": without}
         self.reporter.warn_of_missing_signal(missed, self.steps, self.steps_without_signal)
         self.reported = self.reporter.scalars(samples, statistics, self.scalars, timer.seconds, self.device) | counts
         self.last_samples = samples
@@ -280,6 +277,10 @@ class OnPolicyModule(Remembers, L.LightningModule):
         """Undo :meth:`scale_rates`. Does nothing where there is nothing to undo."""
         if self.learner is not None:
             self.learner.rates.restore()
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.optimizers()
 
     @property
     def _scaler(self) -> Any:
@@ -310,7 +311,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
                 logger.log_metrics(scores, step=0)
             return
         self.log_dict({**scores, "step": float(self.steps)})
-        self.log("score", self.evaluator.held_out.scores["avg"], prog_bar=True, logger=False)
+        self.log("score", scores[self.evaluator.score_tag], prog_bar=True, logger=False)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -330,7 +331,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.run_seed.decide()
         teaching = self.objective.teaching
         offload = teaching is not None and teaching.config.offload
-        start_up.check_combination(self.engine, self.lora is not None, is_sharded(self.trainer), offload)
+        start_up.check_combination(self.engine, self.lora is not None, start_up.is_sharded(self.trainer), offload)
         checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True
@@ -358,8 +359,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
             if teaching.config.offload:  # DDP looks after the weights on its device
                 tensors = (*self.teacher.named_parameters(), *self.teacher.named_buffers())
                 self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
-        if self._trainer is not None and is_sharded(self.trainer) and not self.placement.sharded:
-            mesh, teacher = self.trainer.strategy.device_mesh["data_parallel"], getattr(self.teacher, "model", None)
+        if self._trainer is not None and start_up.is_sharded(self.trainer) and not self.placement.sharded:
+            mesh, teacher = start_up.data_mesh(self.trainer), getattr(self.teacher, "model", None)
             self.placement = FullySharded(self.model, teacher, mesh, self.trainer.precision_plugin)
             # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
             self.strict_loading = not isinstance(self.teacher, FrozenTeacher)

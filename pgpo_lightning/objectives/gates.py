@@ -155,9 +155,9 @@ class ProgressThreshold(Threshold):
 
     def value(self, step: int) -> float:
         """See :meth:`Threshold.value`."""
-        if self.average is None:
-            return self.start
         reference = self.first if self.reference is None else self.reference
+        if self.average is None or reference is None:
+            return self.start
         return min(self.start, max(self.end, self.start - self.slope * (self.average - reference)))
 
     def observe(self, success_rate: float) -> None:

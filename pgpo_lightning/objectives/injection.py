@@ -230,7 +230,7 @@ class InjectedPolicyGradient(PolicyGradientObjective):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what gate and demonstrations remember."""
-        parts = {"gate": self.gate, "demonstrations": self.demonstrations}
+        parts: dict[str, Gate | Demonstrations] = {"gate": self.gate, "demonstrations": self.demonstrations}
         return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

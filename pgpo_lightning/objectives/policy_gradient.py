@@ -101,6 +101,7 @@ class CreditedPolicyGradient(PolicyGradientObjective):
         updates: See :class:`PolicyGradientObjective`.
     """
 
+    teaching: SelfTeaching
     divergence = Divergence(0.5)  # for the log; the loss has none of its own
 
     def __init__(
@@ -127,7 +128,7 @@ class CreditedPolicyGradient(PolicyGradientObjective):
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
         """Give every sample its advantage and, if it has a demonstration or feedback, its teacher's prompt."""
         self.current_mixing = self.mixing_at(given.step)
-        scalars = self.teaching.attach(samples, given.learner.teacher, given.rng) | super().prepare(samples, given)
+        scalars = self.teaching.attach(samples, given.teacher, given.rng) | super().prepare(samples, given)
         return scalars | {"critic/advantages/mixing": self.current_mixing}
 
     def routes(self, samples: list[Sample]) -> list[Route]:

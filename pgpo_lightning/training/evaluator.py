@@ -45,6 +45,8 @@ class Evaluator:
         """Whether ranks have equally many batches of the evaluation that is under way."""
         self.held_out: HeldOut | None = None
         """The last evaluation."""
+        self.score_tag = ""
+        """The curve of avg@k in the last evaluation."""
         self._results: list[tuple[int, bytes]] = []
 
     def start(self, batches: Any) -> None:
@@ -154,6 +156,7 @@ class Evaluator:
         found = self.held_out = on_first_rank(lines, partial(score, k=k, threshold=threshold, file=file, name=name))
         self._results = []
         prefix = command or "val"
+        self.score_tag = f"{prefix}/{score_name('avg', k)}"
         scores = {f"{prefix}/{score_name(name, k)}": value for name, value in found.scores.items()}
         return scores | {
             f"{prefix}_standard_error/{score_name(name, k)}": found.errors[name]

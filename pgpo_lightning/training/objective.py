@@ -16,6 +16,7 @@ from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.losses.token_weights import TokenWeights
+from pgpo_lightning.teachers.base import Teacher
 from pgpo_lightning.teachers.self_teaching import SelfTeaching
 from pgpo_lightning.training.mini_batches import TokenInputs
 
@@ -57,6 +58,17 @@ class Preparation:
     rng: random.Random
     step: int
     learner: "Learner"
+
+    @property
+    def teacher(self) -> Teacher:
+        """The self-teacher.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        if self.learner.teacher is None:
+            raise RuntimeError("Expected a learner with a teacher, but got one without.")
+        return self.learner.teacher
 
 
 class Objective(ABC):

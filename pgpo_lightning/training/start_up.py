@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -32,6 +33,14 @@ from pgpo_lightning.training.configs import UpdateConfig
 def is_sharded(trainer: L.Trainer) -> bool:
     """Return whether weights are sharded over ranks."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def data_mesh(trainer: L.Trainer) -> DeviceMesh:
+    """Return the ranks that share the data, where weights are sharded."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        raise TypeError(f"Expected ModelParallelStrategy, but got {type(strategy).__name__}.")
+    return strategy.device_mesh["data_parallel"]
 
 
 def check_trainer(trainer: L.Trainer, fits: bool) -> Path | None:

@@ -89,7 +89,7 @@ def test_what_cannot_even_be_run_is_refused_in_one_line(fault):
 
     model.model.register_forward_pre_hook(fail)
     with pytest.raises(
-        MisconfigurationException, match=rf"Qwen3ForCausalLM .* ended in {type(fault).__name__}: "
+        MisconfigurationException, match=rf"Qwen3ForCausalLM .* raised {type(fault).__name__}: "
     ) as error:
         check_head(model)
     assert "\n" not in str(error.value)

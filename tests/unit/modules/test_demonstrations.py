@@ -56,7 +56,7 @@ def test_the_runs_own_verifier_judges_demonstrations():
             assert verdict == Demonstration([*TOKENIZER(text).input_ids, TOKENIZER.eos_token_id], 1.0)
         else:
             assert verdict == "its reward is 0"
-    module.max_response_length = 5
+    module.objective.verify.max_response_length = 5
     assert "tokens, `max_response_length` is 5" in module.objective.verify(questions(1)[0], text)
 
 

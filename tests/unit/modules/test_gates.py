@@ -213,7 +213,8 @@ def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage
     loss = module.objective.token_loss(tokens, given)
     (slope,) = torch.autograd.grad(loss.sum(), log_p)
     assert slope.tolist() == pytest.approx([-2.646 / 4, -2.646], rel=1e-6)  # the other token is GRPO's
-    weight = module.importance_weight(tokens, given)
+    module.configure_model()
+    weight = module.learner.importance_weight(tokens, given)
     assert weight.tolist() == [1.0, 2.0]  # log-probabilities of a sampler mean nothing for the first
 
 
@@ -234,13 +235,13 @@ def test_the_slope_of_a_demonstration_at_p_equal_g_is_a_quarter_of_its_advantage
         (lambda: SuccessBuffer(0), "`size` to be at least 1"),
         (lambda: SuccessBuffer(choice="best"), "`choice` to be one of newest, random"),
         (lambda: ColumnDemonstrations(on_rejected="keep"), "`on_rejected` to be one of drop, raise"),
-        (lambda: hapo(ties="last"), "`ties` to be one of first, random"),
-        (lambda: hapo(std="none"), "`std` to be one of sample, population"),
+        (lambda: hapo(ties="last"), "`injection.ties` to be one of first, random"),
+        (lambda: hapo(std="none"), "`policy_gradient.std` to be one of sample, population"),
         (
             lambda: hapo(std="population", norm_adv_by_std_in_grpo=False),
-            "`policy_gradient.norm_adv_by_std_in_grpo` with `std` population",
+            "`policy_gradient.norm_adv_by_std_in_grpo` with `policy_gradient.std` population",
         ),
-        (lambda: hapo(shaping=0.0), "`shaping` to be above 0"),
+        (lambda: hapo(shaping=0.0), "`injection.shaping` to be above 0"),
         (lambda: hapo(gradient_parts_every_n_steps=-1), "`injection.gradient_parts_every_n_steps` to be at least 0"),
         (lambda: hapo(num_generations=1), "`num_generations` of at least 2"),
     ],

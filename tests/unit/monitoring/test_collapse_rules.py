@@ -280,7 +280,7 @@ def test_the_toy_model_and_its_teacher_broken_in_two_ways(broken):
         module.teacher.sources = lambda *given: [
             dataclasses.replace(s, hidden=s.hidden.roll(1, 0)) for s in whole(*given)
         ]
-    _, statistics, _ = module.learner._micro_batch(rows, 1 / len(rows))
+    _, statistics, _ = module.learner._micro_batch(module.objective.routes(rows)[0], rows, 1 / len(rows))
     divergence = statistics.divergence.mean().item()
     fired = alarms(first(1, divergence), 1, CollapseRules())
     assert bool(fired) == (broken != "none"), divergence

@@ -68,7 +68,7 @@ def test_the_frozen_teacher_of_a_fresh_adapter_stays_the_base_model_to_the_last_
 def test_the_frozen_teacher_of_a_trained_adapter_is_that_adapter(tmp_path):
     before = tiny_sdpo(lora=lora())
     disturb(before.model)
-    write_adapter(tmp_path, matrices(before.model), before.base_identity)
+    write_adapter(tmp_path, matrices(before.model), before.student.identity)
     module = tiny_sdpo(lora=lora(adapter=str(tmp_path)), teacher_regularization="frozen")
     row = random_rows(1)[0]
     start = logits(before.model, row)
