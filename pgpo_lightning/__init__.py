@@ -40,11 +40,22 @@ if TYPE_CHECKING:
     from pgpo_lightning.data import FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
     from pgpo_lightning.losses.information import information
     from pgpo_lightning.losses.step_statistics import StepStatistics
+    from pgpo_lightning.losses.token_weights import TokenWeights
     from pgpo_lightning.models.lora import LoRA
     from pgpo_lightning.models.quantization import Quantization
     from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
+    from pgpo_lightning.objectives.configs import DivergenceConfig, InjectionConfig, PolicyGradientConfig
     from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
     from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
+    from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+    from pgpo_lightning.training.configs import (
+        EvaluationConfig,
+        MismatchConfig,
+        ModelConfig,
+        RewardConfig,
+        UpdateConfig,
+    )
+    from pgpo_lightning.training.learner import Learner
 
 __version__ = "0.1.0"
 
@@ -59,19 +70,26 @@ __all__ = [
     "CentredMultiplier",
     "CollapseGuard",
     "ConstantMultiplier",
+    "DivergenceConfig",
     "EffectiveSampleSizeMultiplier",
     "Engine",
+    "EvaluationConfig",
     "FileQuestions",
     "InformationMultiplier",
+    "InjectionConfig",
     "Interruption",
     "InverseMultiplier",
     "KLAdaptiveMultiplier",
+    "Learner",
     "LoRA",
     "LossScaledMultiplier",
     "MatchedConstantMultiplier",
     "MatchedRandomMultiplier",
+    "MismatchConfig",
+    "ModelConfig",
     "MultipleChoice",
     "OnPolicyModule",
+    "PolicyGradientConfig",
     "PolyakMultiplier",
     "ProgressPrinter",
     "Quantization",
@@ -79,7 +97,9 @@ __all__ = [
     "QuestionData",
     "RandomMultiplier",
     "ReplayedMultiplier",
+    "RepromptConfig",
     "ResumeCheckpoint",
+    "RewardConfig",
     "Rollout",
     "RunSummary",
     "Sampling",
@@ -88,8 +108,11 @@ __all__ = [
     "StabilityMonitor",
     "StepSizeMultiplier",
     "StepStatistics",
+    "TeacherConfig",
+    "TokenWeights",
     "ToyArithmetic",
     "TransformersEngine",
+    "UpdateConfig",
     "VLLMEngine",
     "Verdict",
     "information",
@@ -106,11 +129,16 @@ _HOMES = {
     "data": "FileQuestions QuestionData SciKnowEval ToyArithmetic",
     "losses.information": "information",
     "losses.step_statistics": "StepStatistics",
+    "losses.token_weights": "TokenWeights",
     "models.lora": "LoRA",
     "models.quantization": "Quantization",
     "modules": "GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
+    "objectives.configs": "DivergenceConfig InjectionConfig PolicyGradientConfig",
     "rewards": "BoxedAnswer MultipleChoice",
     "rollout": "Engine Sampling TransformersEngine VLLMEngine",
+    "teachers.configs": "RepromptConfig TeacherConfig",
+    "training.configs": "EvaluationConfig MismatchConfig ModelConfig RewardConfig UpdateConfig",
+    "training.learner": "Learner",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
