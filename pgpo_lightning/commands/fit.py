@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -27,6 +27,7 @@ from pgpo_lightning.commands.trainer_settings import check_trainer
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.modules import OnPolicyModule
+from pgpo_lightning.modules.moved import with_new_places
 from pgpo_lightning.monitoring.configurations import CONFIG, RESUMED, configurations, without_checkpoint
 from pgpo_lightning.monitoring.run_folder import Lock, clear, finished_steps, has_steps, state
 from pgpo_lightning.training.held_out import summary_line
@@ -75,6 +76,17 @@ class PGPOCommand(LightningCLI):
             trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": -1},
             args=args,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser that says of a setting that stands in a group where it is."""
+        parser = super().init_parser(**kwargs)
+        refuse = parser.error
+
+        def error(message: str, ex: Exception | None = None) -> NoReturn:
+            refuse(with_new_places(message), ex)
+
+        parser.error = error  # type: ignore[method-assign]  # Lightning fixes the class of the parser
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

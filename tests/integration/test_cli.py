@@ -345,3 +345,11 @@ def test_no_text_has_a_gap_left_to_fill():
     texts = [path for path in CONFIGS.parent.rglob("*.md") if ".venv" not in path.parts]
     assert len(texts) >= 3
     assert not [path for path in texts if "@" * 2 in path.read_text()]
+
+
+def test_a_setting_that_stands_in_a_group_now_says_where(tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["fit", "--config", config(tmp_path), "--model.teacher_update_rate", "0.1"])
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert "Expected `model.teacher.update_rate`, where `teacher_update_rate` stands now. Write it there." in said
