@@ -215,16 +215,20 @@ def observe(case: Case) -> tuple[Row, Row]:
             row.teacher_hidden = None
         return step.loss
 
+    engine, limits = TransformersEngine(), Sampling(max(row.length for row in rows))
+    # Its trials run before anything is counted.
+    engine.prepare(model, max(len(row.rollout.prompt_ids) for row in rows) + limits.max_tokens)
+
     def sample() -> None:
         questions = {row.rollout.question.index: row.rollout for row in rows}
         with fixed_lengths([row.length for row in rows]):
-            TransformersEngine().generate(
+            engine.generate(
                 policy.model,
                 policy.tokenizer,
                 [rollout.question for rollout in questions.values()],
                 [rollout.prompt_ids for rollout in questions.values()],
                 case.samples,
-                Sampling(max(row.length for row in rows)),
+                limits,
             )
 
     for parameter in policy.model.parameters():

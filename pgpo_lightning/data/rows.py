@@ -138,7 +138,9 @@ def _read_parquet(path: Path) -> list[RawRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"Expected {path} to be a parquet file, but got: {shown(error, str)}.") from error
+        raise ValueError(
+            f"Expected {path} to be a parquet file, but got: {shown(' '.join(str(error).split()), str)}."
+        ) from error
     names = table.column_names
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(

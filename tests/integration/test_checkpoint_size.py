@@ -68,5 +68,5 @@ def test_a_plan_tells_of_checkpoints(tmp_path):
     assert not PlanCommand(args).run().sharding.one_file  # Lightning's default
     made = plan_memory(PlanCommand([*args, "--trainer.strategy.save_distributed_checkpoint", "false"]).run())
     assert (made.saving.host, made.saving.disk) == (made.saving.size, 4 * made.saving.size)
-    told = f"(`checkpoint.keep` 3); while it is written, {made.saving.host / GIB:.2f} GiB of the host's memory"
+    told = f"(`checkpoint.keep` 3), and {made.saving.host / GIB:.2f} GiB of the host's memory while it is written"
     assert told in plan_table(made, None)

@@ -187,7 +187,7 @@ def test_mutants_of_data_files_are_refused_in_one_line_or_arrive_unchanged(tmp_p
         tokenizer=TOKENIZER,
         include_environment_feedback=True,
         **LIMITS,
-    ).reprompt
+    ).objective.teaching.builder
     encoder, refused, accepted, broken = PromptEncoder(TOKENIZER, False), 0, 0, []
     for path in mutants(tmp_path):
         try:

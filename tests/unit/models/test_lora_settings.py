@@ -87,7 +87,7 @@ def test_a_peft_that_is_too_old_for_transformers_is_named_before_anything_is_loa
 
 def test_what_peft_refuses_for_another_reason_is_not_put_down_to_target_modules():
     model = tiny_sdpo(lora=lora()).model
-    with pytest.raises(MisconfigurationException, match=r"adapter into Qwen3ForCausalLM.*already exists") as error:
+    with pytest.raises(MisconfigurationException, match=r"adapter to Qwen3ForCausalLM.*already exists") as error:
         add_adapter(model, lora(), seed=0)
     assert "target_modules" not in str(error.value)
 
