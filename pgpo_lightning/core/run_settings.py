@@ -5,7 +5,7 @@ A setting that is not named here must not change. This includes settings that ar
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import partial
 from hashlib import sha256
@@ -77,9 +77,15 @@ class Remembers:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Keep the arguments as they were given."""
+        cls.check_names(kwargs)
         self = super().__new__(cls)
         object.__setattr__(self, "_given", (args, kwargs))
         return self
+
+    # Not in a `__new__` of the subclass: jsonargparse would read the arguments of that in place of `__init__`'s.
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Look at the names of the arguments before the object is built."""
 
 
 def arguments(thing: Any) -> dict[str, Any]:
@@ -89,19 +95,25 @@ def arguments(thing: Any) -> dict[str, Any]:
         thing: Of a class that :class:`Remembers`.
     """
     args, kwargs = thing._given
-    names: dict[str, Any] = {}
-    places: list[str] = []
-    for cls in type(thing).__mro__:
-        if "__init__" not in vars(cls):
+    parameters = parameters_of(type(thing))
+    # Parameters of the first class that takes any by position.
+    places = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return {name: p.default for name, p in parameters.items()} | dict(zip(places, args, strict=False)) | kwargs
+
+
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class's ``__init__``, and of those of its bases that ``**kwargs`` reaches."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in cls.__mro__:
+        if "__init__" not in vars(each):
             continue
-        parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())[1:]
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                names.setdefault(parameter.name, parameter.default)
-        places = places or [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+                found.setdefault(parameter.name, parameter)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
-    return names | dict(zip(places, args, strict=False)) | kwargs
+    return found
 
 
 def settings(thing: Any) -> dict[str, Plain]:

@@ -4,7 +4,7 @@ All hooks of Lightning are here. They delegate to parts: an actor (rollouts and 
 them), a learner (gradients and weights) and an evaluator (held-out scores). The step size is decided by callbacks.
 """
 
-import inspect
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from pgpo_lightning.core.hyperparameters import hyperparameters
-from pgpo_lightning.core.run_settings import Remembers
+from pgpo_lightning.core.run_settings import Remembers, parameters_of
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Seed, Temperature, checked
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
@@ -98,10 +98,10 @@ class OnPolicyModule(Remembers, L.LightningModule):
     objective: Objective
     reporter: StepReporter
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
         """Say of an argument that stands in a group where it is."""
-        check_moved(kwargs, inspect.signature(cls.__init__).parameters)
-        return super().__new__(cls, *args, **kwargs)
+        check_moved(names, parameters_of(cls))
 
     def __init__(
         self,

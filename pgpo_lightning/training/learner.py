@@ -106,7 +106,8 @@ class Learner:
         parts = []
         try:
             for route in self.objective.routes(samples):
-                passes = self.passes(route.samples, samples, taught=route.taught)
+                contexts = None if route.taught else student_prompt
+                passes = self.passes(route.samples, samples, contexts, taught=route.taught)
                 loss, statistics, weights = self._accumulate(route, passes, scale, backward, no_sync)
                 if self.objective.token_weights is not None and route.taught:  # before other routes add to the gradient
                     mean = self._normalize_token_weights(weights)
@@ -257,7 +258,7 @@ class Learner:
         if not any(gather(len(samples))):
             return found
         with evaluating(self.model):
-            for group in self.passes(samples, batch, lambda sample: [sample.rollout.prompt_ids]):
+            for group in self.passes(samples, batch, student_prompt):
                 parts = self.placement.run(partial(self._log_probs, group.samples))
                 found += zip(group.samples, parts, strict=True) if group.counts else ()
         return found
@@ -367,3 +368,8 @@ def prompts_of(sample: Sample) -> list[list[int]]:
     """Return the student's prompt and, if there is one, the teacher's."""
     student = [sample.rollout.prompt_ids]
     return student if sample.reprompt_ids is None else [*student, sample.reprompt_ids]
+
+
+def student_prompt(sample: Sample) -> list[list[int]]:
+    """Return the student's prompt alone."""
+    return [sample.rollout.prompt_ids]
