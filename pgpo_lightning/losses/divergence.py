@@ -63,7 +63,11 @@ def generalised_jsd(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
 
 
 def divergence(log_s: Tensor, log_t: Tensor, alpha: float) -> Tensor:
-    """Return SDPO's per-token divergence for `alpha` in [0, 1]; shapes as in :func:`forward_kl`."""
+    """Return SDPO's per-token divergence for `alpha` in [0, 1]; shapes as in :func:`forward_kl`.
+
+    The reference that tests compare with. Training computes the same in
+    :func:`~pgpo_lightning.losses.fused_backward.row_statistics`, with its gradient.
+    """
     if alpha == 0.0:
         return forward_kl(log_s, log_t)
     if alpha == 1.0:

@@ -57,6 +57,8 @@ class Coefficients(NamedTuple):
 class RowTerms(NamedTuple):
     """Terms that statistics and gradient have in common, of shape ``(n, V)`` unless stated otherwise.
 
+    A divergence gives either `inner`, `mean` and `scale`, or `outer` and `scale`. A constant in `inner` cancels.
+
     Attributes:
         a: log q.
         q: The student's probabilities.
