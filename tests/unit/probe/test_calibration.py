@@ -38,7 +38,7 @@ def study(content, tmp_path, slope=2.0, noise=0.0):
     return root, gaps
 
 
-def test_gains_are_foretold_from_gaps(parrot, tmp_path, capsys):
+def test_gains_are_predicted_from_gaps(parrot, tmp_path, capsys):
     root, gaps = study(parrot, tmp_path)
     content = calibrate([str(root)], predict=[0.3], output=str(tmp_path / "out"))
     assert content["slope"] == pytest.approx(2)
@@ -72,7 +72,7 @@ def test_a_context_beyond_the_calibrated_range_is_not_predicted(parrot, tmp_path
     assert "outside [+0.000, +0.500]" in (tmp_path / "out" / "calibration.md").read_text()
 
 
-def test_a_gap_that_foretells_nothing_is_called_so(parrot, tmp_path):
+def test_a_gap_that_predicts_nothing_is_reported_as_such(parrot, tmp_path):
     root, _ = study(parrot, tmp_path, slope=0.0, noise=0.3)
     content = calibrate([str(root)], output=str(tmp_path / "out"))
     assert content["loo_rmse"] > content["loo_constant"]
