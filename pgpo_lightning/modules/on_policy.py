@@ -144,7 +144,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.tokenizer = self.student.load_tokenizer()
         self.encoder = PromptEncoder(self.tokenizer, model_config.enable_thinking)
         self.actor = Actor(self.engine, verifier, self.tokenizer, self.encoder, max_prompt_length, reward)
-        self.evaluator = Evaluator(evaluation, max_response_length, reward.success_threshold)
+        self.evaluator = Evaluator(evaluation, max_response_length, reward.success_threshold, self.encoder)
 
         self.steps = 0  # batches trained on; unlike Lightning's global_step it counts skipped optimizer steps too
         self.steps_without_signal = 0  # optimizer steps left out because no sample of any rank was in the loss
@@ -298,7 +298,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> None:
         """Answer one batch of held-out questions; see :meth:`Evaluator.answer`."""
-        self.evaluator.answer(questions, self.seed, self.sample, self.judge)
+        self.evaluator.answer(questions, self.seed, self.sample, self.judge, self.learner.log_probs)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores and write the answers; see :meth:`Evaluator.finish`."""
@@ -338,7 +338,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
             device = self.trainer.strategy.root_device
             warn_of_slow_products(str(self.trainer.precision), self.student.config.dtype, device)
         data = getattr(self.trainer, "datamodule", None)
-        start_up.check_data(data, self.actor)
+        start_up.check_data(data, self.actor, self.evaluator)
         if fits:
             self.resumed = ResumedSettings(self, self.trainer, checkpoint)
             if teaching is not None:

@@ -8,7 +8,7 @@ Scalars = dict[str, dict[int, float]]
 
 PANELS: list[tuple[str, list[str]]] = [
     ("reward of rollouts", ["critic/score/mean"]),
-    ("held-out score", ["val/avg@*", "val/pass@*"]),
+    ("held-out score", ["val/avg@*", "val/pass@*", "val/solution_probability"]),
     ("information I (nats)", ["information/mean"]),
     ("multiplier ρ", ["lr/multiplier"]),
     ("entropy (nats per token)", ["rollout/neg_log_prob", "self_distillation/teacher_entropy"]),
@@ -21,7 +21,7 @@ PANELS: list[tuple[str, list[str]]] = [
 
 LAYOUT = {
     "stability": {
-        "score": ["Multiline", ["critic/score/mean", "val/avg@.*", "val/pass@.*"]],
+        "score": ["Multiline", ["critic/score/mean", "val/avg@.*", "val/pass@.*", "val/solution_probability"]],
         "entropy": ["Multiline", ["rollout/neg_log_prob", "actor/entropy", "self_distillation/teacher_entropy"]],
         "divergence": ["Multiline", ["self_distillation/divergence_(success|failure|bound)"]],
         "objective": ["Multiline", ["self_distillation/objective"]],

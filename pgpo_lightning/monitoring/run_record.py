@@ -41,6 +41,10 @@ CURVES = (
 """The curves in the record, in addition to all of ``val/``. Names as in TensorBoard."""
 
 
+OPTIONAL = {"data", "solution_probabilities"}
+"""Fields that records of older versions do not have."""
+
+
 @dataclass
 class RunRecord:
     """One finished run.
@@ -59,6 +63,8 @@ class RunRecord:
         rho: The multiplier of every optimizer step that was taken; empty without a multiplier.
         data: Hash of the questions of each split in the order of use (:mod:`pgpo_lightning.core.identity`): ``train`` and
             ``validation``. Empty in records of versions without it.
+        solution_probabilities: Like `questions`: the exact probability of every held-out question's worked solution, six
+            significant digits. Empty without ``evaluation.solution_column``, and in records of versions without it.
     """
 
     study: str
@@ -72,6 +78,7 @@ class RunRecord:
     questions: dict[str, list[Measured]]
     rho: list[Measured] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
+    solution_probabilities: dict[str, list[Measured]] = field(default_factory=dict)
 
     @property
     def scores(self) -> tuple[list[int], list[float]]:
@@ -121,14 +128,16 @@ class RunRecord:
         except (ValueError, RecursionError) as error:  # also of integers with more digits than Python reads
             raise ValueError(f"Expected {where} to be JSON, but {error}.") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or set(content) | {"data"} != names:
+        if not isinstance(content, dict) or set(content) | OPTIONAL != names:
             got = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"Expected {where} to hold the record of a run with {sorted(names)}, but got {got}.")
         hints = get_type_hints(cls, include_extras=True)
         try:
             for name, value in content.items():
                 check(name, value, hints[name])
-            _check_points(content["curves"], content["questions"])
+            _check_curves(content["curves"])
+            for name in ("questions", "solution_probabilities"):
+                _check_steps(name, content.get(name, {}))
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{str(error).removesuffix('.')}, in the record {where}.") from None
         return cls(**content)
@@ -183,11 +192,14 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
         known: The other fields of :class:`RunRecord`.
     """
     kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
-    questions, hashes = {}, set()
+    questions, solutions, hashes = {}, {}, set()
     for file in sorted((folder / "validation").glob("step=*.jsonl")):
         with file.open(encoding="utf-8") as lines:
             results = [json.loads(line) for line in lines]
-        questions[str(int(file.stem.removeprefix("step=")))] = [_short(r["avg"]) for r in results]
+        step = str(int(file.stem.removeprefix("step=")))
+        questions[step] = [_short(r["avg"]) for r in results]
+        if results and all("solution_probability" in r for r in results):
+            solutions[step] = [r["solution_probability"] for r in results]
         hashes.add(joint_sha256(r["sha256"] for r in results) if all("sha256" in r for r in results) else "")
     data = {} if train is None else {"train": train}
     if hashes and "" not in hashes:
@@ -200,6 +212,7 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
         curves={tag: _points(scalars, tag) for tag in kept},
         questions=questions,
         data=data,
+        solution_probabilities=solutions,
         **known,
     )
 
@@ -211,7 +224,7 @@ def _read(path: Path) -> str:
         raise ValueError(f"Expected {path} to be text in UTF-8, but {error}.") from None
 
 
-def _check_points(curves: dict[str, list[list[float]]], questions: dict[str, list[float]]) -> None:
+def _check_curves(curves: dict[str, list[list[float]]]) -> None:
     for tag, curve in curves.items():
         if len(curve) != 2 or len(curve[0]) != len(curve[1]):
             raise ValueError(
@@ -221,8 +234,11 @@ def _check_points(curves: dict[str, list[list[float]]], questions: dict[str, lis
             raise ValueError(
                 f"Expected the steps of `curves[{tag!r}]` to be whole numbers that rise, but got {shown(curve[0])}."
             )
-    if wrong := [step for step in questions if not (step.isascii() and step.isdigit())]:
-        raise ValueError(f"Expected the keys of `questions` to be steps, but got {shown(wrong[0])}.")
+
+
+def _check_steps(name: str, values: dict[str, list[float]]) -> None:
+    if wrong := [step for step in values if not (step.isascii() and step.isdigit())]:
+        raise ValueError(f"Expected the keys of `{name}` to be steps, but got {shown(wrong[0])}.")
 
 
 def _points(scalars: Scalars, tag: str) -> list[list[float]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from transformers import PreTrainedTokenizerBase
 
 from pgpo_lightning.core.run_settings import ConfigGroup
-from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Temperature, checked
+from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Temperature, Text, checked
 from pgpo_lightning.models.loading import Dtype
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
@@ -22,6 +22,9 @@ class EvaluationConfig(ConfigGroup):
         samples: k of avg@k, pass@k and majority@k.
         temperature: Sampling temperature, 0.0001 to 100.
         top_p: Nucleus, 0.001 to 1.
+        solution_column: Column of the data with a worked solution of each held-out question, as the student would write it,
+            thinking included. Evaluations then also give the exact probability of this text and its end token, at temperature 1
+            and without top-p: a score without sampling noise. Null for none.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -30,6 +33,7 @@ class EvaluationConfig(ConfigGroup):
     samples: Count = 16
     temperature: Temperature = 0.6
     top_p: Nucleus = 0.95
+    solution_column: Text | None = None
 
 
 @partial(checked, prefix="update.")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,10 @@ from pgpo_lightning.distributed.collectives import gather, on_first_rank, togeth
 from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.rollout.checks import check_kind
 from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.training.configs import EvaluationConfig
-from pgpo_lightning.training.held_out import SCORES, HeldOut, result_line, score, score_name
+from pgpo_lightning.training.held_out import WITH_ERRORS, HeldOut, result_line, score, score_name
+from pgpo_lightning.training.solutions import LogProbs, WorkedSolutions
 
 
 class Evaluator:
@@ -35,10 +37,15 @@ class Evaluator:
         config: How questions are answered.
         max_response_length: Longest response in tokens.
         success_threshold: Rewards of at least this pass.
+        encoder: Encodes prompts as for sampling.
     """
 
-    def __init__(self, config: EvaluationConfig, max_response_length: int, success_threshold: float) -> None:
+    def __init__(
+        self, config: EvaluationConfig, max_response_length: int, success_threshold: float, encoder: PromptEncoder
+    ) -> None:
         self.config = config
+        column = config.solution_column
+        self.solutions = None if column is None else WorkedSolutions(column, encoder, max_response_length)
         self.sampling = Sampling(max_response_length, config.temperature, config.top_p)
         self.success_threshold = success_threshold
         self.in_step = False
@@ -48,6 +55,15 @@ class Evaluator:
         self.score_tag = ""
         """The curve of avg@k in the last evaluation."""
         self._results: list[tuple[int, bytes]] = []
+
+    def check_questions(self, questions: Iterable[Question]) -> None:
+        """Look at held-out questions before anything is sampled.
+
+        Raises:
+            ValueError: If `evaluation.solution_column` is set and a question has no worked solution; names row and field.
+        """
+        if self.solutions is not None:
+            self.solutions.check(questions)
 
     def start(self, batches: Any) -> None:
         """Start a new evaluation.
@@ -65,6 +81,7 @@ class Evaluator:
         seed: int,
         sample: Callable[[list[Question], int, Sampling], list[Rollout]],
         judge: Callable[[list[Rollout]], list[Verdict]],
+        log_probs: LogProbs,
     ) -> None:
         """Answer one batch of questions k times each.
 
@@ -73,9 +90,11 @@ class Evaluator:
             seed: Of the run.
             sample: From questions, samples per question and sampling to rollouts.
             judge: From rollouts to verdicts.
+            log_probs: Of given responses, for `evaluation.solution_column`.
 
         Raises:
-            ValueError: If two of them have one `index`, or if they are no questions: data of another module.
+            ValueError: If two of them have one `index`, if they are no questions (data of another module), or if one has no
+                worked solution.
         """
         k = self.config.samples
         check_kind(questions)
@@ -87,11 +106,13 @@ class Evaluator:
         with together() if self.in_step else nullcontext(), fp32_by_default():
             with seeded(seed, "evaluation", *indices):  # for an engine that does not know `seeds`
                 rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))
+            exact = self.solutions and self.solutions.probabilities(questions, log_probs)
             for i, question in enumerate(questions):
                 answers = rollouts[i * k : (i + 1) * k]
                 with seeded(seed, "verifier", question.index):  # which may draw too
                     verdicts = judge(answers)
-                self._results.append((question.index, result_line(question, answers, verdicts)))
+                line = result_line(question, answers, verdicts, exact[i] if exact else None)
+                self._results.append((question.index, line))
 
     def predict(
         self,
@@ -160,7 +181,7 @@ class Evaluator:
         scores = {f"{prefix}/{score_name(name, k)}": value for name, value in found.scores.items()}
         return scores | {
             f"{prefix}_standard_error/{score_name(name, k)}": found.errors[name]
-            for name in SCORES
+            for name in WITH_ERRORS
             if name in found.errors
         }
 
@@ -171,6 +192,7 @@ class Evaluator:
             "samples": self.config.samples,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
+            "solution_column": self.config.solution_column,
             "max_tokens": self.sampling.max_tokens,
             "questions": found.questions,
             "questions_sha256": found.sha256,

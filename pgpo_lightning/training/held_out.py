@@ -22,7 +22,8 @@ class HeldOut:
     """The scores of one evaluation.
 
     Attributes:
-        scores: Scores by name: `avg`, `pass`, `maj` (only if there were answers to vote on), `length` (tokens), `cut_off`.
+        scores: Scores by name: `avg`, `pass`, `maj` (only if there were answers to vote on), `length` (tokens), `cut_off`,
+            `solution_probability` (only with `evaluation.solution_column`).
         errors: Standard errors of the scores, clustered by question; NaN for a single question.
         questions: Number of questions.
         sha256: Hash of the questions in their order, see :func:`~pgpo_lightning.core.identity.joint_sha256`.
@@ -37,7 +38,13 @@ class HeldOut:
 
 
 SCORES = ("avg", "pass", "maj")
-"""Scores that are named ``name@k`` and reported with their standard error."""
+"""Scores that are named ``name@k``."""
+
+SOLUTION = "solution_probability"
+"""The score and the field of a question's result for `evaluation.solution_column`."""
+
+WITH_ERRORS = (*SCORES, SOLUTION)
+"""Scores that are reported with their standard error."""
 
 
 def score_name(name: str, k: int) -> str:
@@ -58,14 +65,16 @@ def summary_line(held_out: HeldOut, k: int) -> str:
         'avg@8 0.500 ± 0.040, pass@8 1.000 ± 0.000 (9 questions)'
     """
     scores = [
-        f"{score_name(n, k)} {held_out.scores[n]:.3f} ± {held_out.errors[n]:.3f}"
-        for n in SCORES
+        f"{score_name(n, k).replace('_', ' ')} {held_out.scores[n]:.3f} ± {held_out.errors[n]:.3f}"
+        for n in WITH_ERRORS
         if n in held_out.scores
     ]
     return f"{', '.join(scores)} ({held_out.questions} questions)"
 
 
-def result_line(question: Question, rollouts: list[Rollout], verdicts: list[Verdict]) -> bytes:
+def result_line(
+    question: Question, rollouts: list[Rollout], verdicts: list[Verdict], solution_probability: float | None = None
+) -> bytes:
     """Return one question's results as a line of JSON, in UTF-8."""
     rewards = [verdict.reward for verdict in verdicts]
     result = {
@@ -75,6 +84,7 @@ def result_line(question: Question, rollouts: list[Rollout], verdicts: list[Verd
         "prompt": question.prompt,
         "gold": question.answer,
         "avg": sum(rewards) / len(rewards),
+        **({} if solution_probability is None else {SOLUTION: float(f"{solution_probability:.6g}")}),
         "rewards": rewards,
         "answers": [verdict.answer for verdict in verdicts],
         "lengths": [len(rollout.response_ids) for rollout in rollouts],
@@ -113,10 +123,13 @@ def score(
         "length": MeanLength(sync_on_compute=False),
         "cut_off": CutOffFraction(sync_on_compute=False),
     }
-    hashes, voted = [], False
+    hashes, voted, exact = [], False, PerQuestionMean(sync_on_compute=False)
     with nullcontext() if file is None else replacing(file) as out:
         for result in _each_once(parts, None if out is None else out.stream):
             _update(metrics, result)
+            if SOLUTION in result:
+                metrics[SOLUTION] = exact
+                exact.update(torch.tensor([result["index"]]), torch.tensor([result[SOLUTION]], dtype=torch.float32))
             hashes.append(result["sha256"])
             voted |= any(answer is not None for answer in result["answers"])
         if not voted:  # without votes the majority is undefined, not zero

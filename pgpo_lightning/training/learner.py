@@ -244,34 +244,33 @@ class Learner:
     # ------------------------------------------------------------------------------------------------------ passes
 
     @torch.no_grad()
-    def log_probs(self, samples: list[Sample], batch: list[Sample]) -> list[tuple[Sample, Tensor]]:
+    def log_probs(
+        self, samples: list[Sample], batch: list[Sample], temperature: float | None = None
+    ) -> list[tuple[Sample, Tensor]]:
         """Return samples with the log-probabilities of their response tokens under the student as it is now, without dropout.
+
+        Under sharded weights all ranks have to call it together.
 
         Args:
             samples: Whose responses; there may be none.
             batch: All samples of this rank.
+            temperature: Logits are divided by it; null for that of the rollouts.
 
         Returns:
             Every sample with a tensor of shape ``(len(response_ids),)``, in nats.
         """
         found: list[tuple[Sample, Tensor]] = []
-        if not any(gather(len(samples))):
+        if not any(gather(len(samples)) if self.placement.sharded else [len(samples)]):
             return found
         with evaluating(self.model):
             for group in self.passes(samples, batch, student_prompt):
-                parts = self.placement.run(partial(self._log_probs, group.samples))
+                parts = self.placement.run(partial(self._log_probs, group.samples, temperature or self.temperature))
                 found += zip(group.samples, parts, strict=True) if group.counts else ()
         return found
 
-    def _log_probs(self, samples: list[Sample]) -> tuple[Tensor, ...]:
+    def _log_probs(self, samples: list[Sample], temperature: float) -> tuple[Tensor, ...]:
         sequences = self.pack([(sample.rollout.prompt_ids, sample.rollout.response_ids) for sample in samples])
-        _, tokens = linear_distillation(
-            source(self.model, sequences),
-            [],
-            sequences.targets,
-            lambda tokens, _: tokens.log_p_student,  # only the statistics are wanted
-            temperature=self.temperature,
-        )
+        tokens = linear_statistics(source(self.model, sequences), [], sequences.targets, temperature=temperature)
         return tokens.log_p_student.split(sequences.lengths.tolist())
 
     def passes(

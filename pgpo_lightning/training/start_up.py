@@ -28,6 +28,7 @@ from pgpo_lightning.models.loading import positions
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.training.actor import Actor
 from pgpo_lightning.training.configs import UpdateConfig
+from pgpo_lightning.training.evaluator import Evaluator
 
 
 def is_sharded(trainer: L.Trainer) -> bool:
@@ -68,19 +69,23 @@ def check_trainer(trainer: L.Trainer, fits: bool) -> Path | None:
     return Path(path)
 
 
-def check_data(data: Any, actor: Actor) -> None:
-    """Drop prompts that are too long, and let the verifier look at the rest.
+def check_data(data: Any, actor: Actor, evaluator: Evaluator) -> None:
+    """Drop prompts that are too long, and let the verifier and the evaluation look at the rest.
 
     Args:
         data: The Trainer's data module; others than this project's are checked batch by batch.
         actor: Of the run.
+        evaluator: Of the run.
 
     Raises:
-        ValueError: If the verifier cannot judge a question; names the row.
+        ValueError: If the verifier cannot judge a question, or a held-out question has no worked solution; names the row.
     """
     if hasattr(data, "drop_prompts"):
         data.drop_prompts(actor.too_long)
         actor.check_questions(question for questions in data.questions.values() for question in questions)
+        evaluator.check_questions(
+            q for split, questions in data.questions.items() if split != "train" for q in questions
+        )
 
 
 def count_batches(trainer: L.Trainer, update: UpdateConfig) -> float:
