@@ -21,7 +21,7 @@ from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.probe.calibration import PROBE, Scale, arguments, bootstrap, points, read_probe
-from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, Context, contexts
+from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, DEFAULT_CONTROLS, Context, contexts
 from pgpo_lightning.probe.figures import draw_gaps, draw_line
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
 from pgpo_lightning.probe.line import fit
@@ -60,7 +60,7 @@ class ProbeCommand(BuildCommand):
         parser.add_argument(
             "--controls",
             type=list[str],
-            default=list(CONTROLS),
+            default=list(DEFAULT_CONTROLS),
             help=f"Controls for leakage of the answer: {', '.join(CONTROLS)}.",
         )
         parser.add_argument("--questions", type=int, default=QUESTIONS, help="Maximum number of questions.")

@@ -186,7 +186,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
                     verdicts = self.judge(rollouts)
                 with timer.phase("adv"):
                     samples = [Sample(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-                    given = Preparation(rng, self.steps, self.learner)
+                    given = Preparation(rng, self.steps, self.learner, self.seed)
                     self.scalars = self.objective.prepare(samples, given)  # f: demonstrations, feedback; or advantages
             with timer.phase("adv"):
                 self._preflight(samples)

@@ -77,6 +77,7 @@ class RLSD(OnPolicyModule):
             max_prompt_length=max_prompt_length,
             success_threshold=reward.success_threshold,
             adapter=lora is not None,
+            verifier=verifier,
         )
         self.objective = CreditedPolicyGradient(
             teaching,

@@ -81,6 +81,7 @@ class SDPO(OnPolicyModule):
             max_prompt_length=max_prompt_length,
             success_threshold=reward.success_threshold,
             adapter=lora is not None,
+            verifier=verifier,
         )
         self.objective = DistillationObjective(
             teaching,

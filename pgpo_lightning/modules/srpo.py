@@ -77,6 +77,7 @@ class SRPO(OnPolicyModule):
             max_prompt_length=max_prompt_length,
             success_threshold=reward.success_threshold,
             adapter=lora is not None,
+            verifier=verifier,
         )
         self.objective = RoutedObjective(
             DistillationObjective(teaching, divergence, num_generations=num_generations, token_weights=token_weights),

@@ -53,7 +53,7 @@ class DistillationObjective(Objective):
 
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
         """Give every sample that has a demonstration or feedback its teacher's prompt, and every question its weight."""
-        scalars = self.teaching.attach(samples, given.teacher, given.rng)
+        scalars = self.teaching.attach(samples, given.teacher, given.rng, seed=given.seed, step=given.step)
         if self.question_weight_exponent is not None:
             n = self.num_generations
             rewards = torch.tensor([sample.verdict.reward for sample in samples], dtype=torch.float64).view(-1, n)

@@ -128,7 +128,8 @@ class CreditedPolicyGradient(PolicyGradientObjective):
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
         """Give every sample its advantage and, if it has a demonstration or feedback, its teacher's prompt."""
         self.current_mixing = self.mixing_at(given.step)
-        scalars = self.teaching.attach(samples, given.teacher, given.rng) | super().prepare(samples, given)
+        scalars = self.teaching.attach(samples, given.teacher, given.rng, seed=given.seed, step=given.step)
+        scalars |= super().prepare(samples, given)
         return scalars | {"critic/advantages/mixing": self.current_mixing}
 
     def routes(self, samples: list[Sample]) -> list[Route]:

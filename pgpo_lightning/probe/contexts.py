@@ -1,19 +1,21 @@
 """Contexts of the self-teacher that a run can be trained with, and controls that show which part of a context helps.
 
 A context is a :class:`~pgpo_lightning.teachers.configs.RepromptConfig`, so a run can train with exactly the context that was
-measured. A control changes the rollouts that demonstrations are taken from. A run cannot train with it.
+measured. A control changes the rollouts that demonstrations are taken from (:mod:`pgpo_lightning.teachers.context_kinds`); a run
+trains with it through `reprompt.contexts`.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from pgpo_lightning.core.errors import VerifierError
-from pgpo_lightning.core.types import Sample
-from pgpo_lightning.rewards.grade import Verifier, grade
+from pgpo_lightning.teachers.context_kinds import KINDS
 from pgpo_lightning.teachers.reprompt import RepromptBuilder, check_template
+
+CONTROLS = tuple(kind for kind in KINDS if kind != "other-feedback")
+"""Controls change the demonstration of `sibling`, which has no feedback."""
+
+DEFAULT_CONTROLS = ("answer", "wrong", "other")
 
 PLAIN = "{prompt}{solution}{feedback}"
 """The template that adds nothing to the prompt."""
@@ -134,72 +136,3 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not (demonstration and feedback):
         idle += ["environment_feedback_only_without_solution"]
     return {name: value for name, value in kept.items() if name not in idle}
-
-
-# ------------------------------------------------------------------------------------------------------- controls
-
-
-def others(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
-    """Give every question the responses to the next question, which keeps the form and removes the content."""
-    groups = _groups(rows)
-    if len(groups) < 2:  # no other question
-        return [Sample(row.rollout, replace(row.verdict, reward=threshold - 1)) for row in rows]
-    swapped = []
-    for group, next_group in zip(groups, groups[1:] + groups[:1], strict=True):
-        for row, other in zip(group, next_group, strict=True):
-            rollout = replace(other.rollout, question=row.rollout.question)
-            swapped.append(Sample(rollout, replace(other.verdict)))
-    return swapped
-
-
-def wrong(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
-    """Swap successes and failures."""
-    return [
-        Sample(
-            row.rollout, replace(row.verdict, reward=threshold - 1 if row.verdict.reward >= threshold else threshold)
-        )
-        for row in rows
-    ]
-
-
-def answers(rows: list[Sample], threshold: float, verifier: Verifier) -> list[Sample]:
-    """Shorten successes to the shortest ending that the verifier accepts: the answer without its steps."""
-    endings: dict[tuple[int, str], str] = {}
-    shortened = []
-    for row in rows:
-        text = row.rollout.text
-        if row.verdict.reward >= threshold:
-            key = (row.rollout.question.index, text)
-            if key not in endings:
-                endings[key] = _ending(row, threshold, verifier)
-            text = endings[key]
-        shortened.append(Sample(replace(row.rollout, text=text), row.verdict))
-    return shortened
-
-
-def _ending(row: Sample, threshold: float, verifier: Verifier) -> str:
-    """Return the shortest accepted ending that starts after white space, or the whole text if none is accepted."""
-    text = row.rollout.text
-    for start in reversed([space.end() for space in re.finditer(r"\s+", text)]):
-        ending = text[start:]
-        try:
-            if grade(verifier, row.rollout.question, ending).reward >= threshold:
-                return ending
-        except VerifierError:
-            continue  # a verifier may fail on a part of a response
-    return text
-
-
-def _groups(rows: list[Sample]) -> list[list[Sample]]:
-    groups: dict[int, list[Sample]] = defaultdict(list)
-    for row in rows:
-        groups[row.rollout.question.index].append(row)
-    return list(groups.values())
-
-
-CONTROLS: dict[str, Callable[[list[Sample], float, Verifier], list[Sample]]] = {
-    "answer": answers,
-    "wrong": wrong,
-    "other": others,
-}
-"""Functions from rollouts (whole groups of equal size), success threshold and verifier to the source of demonstrations."""

@@ -22,10 +22,11 @@ from pgpo_lightning.core.identity import joint_sha256, question_sha256
 from pgpo_lightning.core.seeding import derive_seed, seeded
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.probe.contexts import CONTROLS, Context
+from pgpo_lightning.probe.contexts import Context
 from pgpo_lightning.probe.gaps import Table
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.teachers.context_kinds import read_by_teacher
 
 Answer = dict[str, Any]
 """A graded response: ``text``, ``reward``, ``length`` (tokens), ``finished``; the student's also ``feedback`` and ``answer``."""
@@ -144,7 +145,10 @@ class Prober:
         module, encoder, builder = self.module, self.module.encoder, context.builder
         rows = [Sample(row.rollout, row.verdict) for row in student]
         if context.control is not None:
-            rows = CONTROLS[context.control](rows, builder.success_reward_threshold, module.actor.verifier)
+            answer = encoder.answer if builder.remove_thinking_from_demonstration else None
+            rows = read_by_teacher(
+                context.control, rows, builder.success_reward_threshold, module.actor.verifier, answer
+            )
         choice = random.Random(derive_seed(self.seed, "probe", "demonstrations", number))
         builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, choice, encoder.answer)
         with torch.no_grad(), seeded(self.seed, "probe", "teacher", context.name, number):

@@ -7,6 +7,7 @@ from typing import Any
 from pgpo_lightning.core.run_settings import ConfigGroup
 from pgpo_lightning.core.settings import Count, Fraction, checked
 from pgpo_lightning.teachers.base import TeacherRegularization
+from pgpo_lightning.teachers.context_kinds import ContextMixture
 from pgpo_lightning.teachers.reprompt import (
     FEEDBACK_TEMPLATE,
     REPROMPT_TEMPLATE,
@@ -103,6 +104,8 @@ class RepromptConfig(ConfigGroup):
             (set `dont_reprompt_on_self_success` false); ``none``, feedback alone.
         reprompt_without_context: Give a teacher also to rollouts with neither demonstration nor feedback; it reads the reprompt
             template with both left empty, so that the context is the template itself, or nothing.
+        contexts: Give batches other kinds of contexts in turn, for controls whose answer is known; null for the above in every
+            batch.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -119,3 +122,8 @@ class RepromptConfig(ConfigGroup):
     feedback_template: str = FEEDBACK_TEMPLATE
     demonstration_source: DemonstrationSource = "siblings"
     reprompt_without_context: bool = False
+    contexts: ContextMixture | None = None
+
+    def builder_settings(self) -> dict[str, Any]:
+        """Return the fields that :class:`RepromptBuilder` has."""
+        return {name: value for name, value in vars(self).items() if name != "contexts"}

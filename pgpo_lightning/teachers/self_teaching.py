@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.models.loading import fingerprint
+from pgpo_lightning.rewards.grade import Verifier
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.teachers.base import Teacher
 from pgpo_lightning.teachers.build import make_teacher
 from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+from pgpo_lightning.teachers.context_kinds import read_by_teacher
 from pgpo_lightning.teachers.frozen import FrozenTeacher
 from pgpo_lightning.teachers.reprompt import RepromptBuilder, fill
 
@@ -29,6 +31,7 @@ class SelfTeaching:
         max_prompt_length: Longest student prompt in tokens.
         success_threshold: Rewards of at least this count as success.
         adapter: Whether an adapter is trained, so that the teacher has no weights of its own.
+        verifier: Judges parts of responses, for `reprompt.contexts` with `answer`.
 
     Raises:
         ValueError: If settings contradict each other; names the field.
@@ -44,7 +47,21 @@ class SelfTeaching:
         max_prompt_length: int,
         success_threshold: float,
         adapter: bool = False,
+        verifier: Verifier | None = None,
     ) -> None:
+        kinds = () if reprompt.contexts is None else reprompt.contexts.kinds
+        if verifier is None and "answer" in kinds:
+            raise ValueError("Expected a `verifier` for `reprompt.contexts.kinds` with answer, but got none.")
+        if reprompt.demonstration_source != "siblings" and set(kinds) - {"sibling", "other-feedback"}:
+            raise ValueError(
+                f"Expected `reprompt.demonstration_source` siblings with `reprompt.contexts.kinds` {', '.join(kinds)}, which "
+                f"change the demonstration, but got {reprompt.demonstration_source}."
+            )
+        if "other-feedback" in kinds and not reprompt.include_environment_feedback:
+            raise ValueError(
+                "Expected `reprompt.include_environment_feedback` true with `reprompt.contexts.kinds` other-feedback, but got "
+                "false."
+            )
         if config.offload and adapter:
             raise ValueError(
                 "Expected no `teacher.offload` with a teacher that has an adapter, which is small. Set it to false."
@@ -62,7 +79,9 @@ class SelfTeaching:
             )
         self.config = config
         self.encoder = encoder
-        self.builder = RepromptBuilder(success_reward_threshold=success_threshold, **vars(reprompt))
+        self.builder = RepromptBuilder(success_reward_threshold=success_threshold, **reprompt.builder_settings())
+        self.contexts = reprompt.contexts
+        self.verifier = verifier
         self.start: str | None = None
         """Fingerprint of the weights that the teacher keeps outside of checkpoints, if it does."""
 
@@ -90,23 +109,43 @@ class SelfTeaching:
             self.start = fingerprint(student)
         return teacher
 
-    def attach(self, samples: list[Sample], teacher: Teacher, rng: random.Random) -> dict[str, float]:
+    def attach(
+        self, samples: list[Sample], teacher: Teacher, rng: random.Random, *, seed: int = 0, step: int = 0
+    ) -> dict[str, float]:
         """Give every sample that has a demonstration or feedback its teacher's prompt, in place.
 
         Args:
             samples: This rank's, whole groups.
             teacher: Sees the rollouts of the step.
             rng: Source of the choice of demonstrations.
+            seed: Of the run; with `step` it decides the kind of context, if there are several.
+            step: Batches trained on so far.
 
         Returns:
             Scalars to log.
         """
         encoder = self.encoder
         teacher.observe(samples)
-        scalars = self.builder.attach(samples, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer)
+        scalars: dict[str, float] = {}
+        read = samples
+        if self.contexts is not None:
+            kind = self.contexts.kind(seed, step)
+            read = self.read(kind, samples)
+            scalars |= {f"context/{each}": float(each == kind) for each in self.contexts.kinds}
+        scalars |= self.builder.attach(read, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer)
+        for sample, source in zip(samples, read, strict=True):
+            sample.reprompt_ids, sample.reprompt = source.reprompt_ids, source.reprompt
         empty = not any(gather(any(sample.reprompt_ids is not None for sample in samples)))
         scalars["self_distillation/empty_target_batch"] = float(empty)
         return scalars
+
+    def read(self, kind: str, samples: list[Sample]) -> list[Sample]:
+        """Return what the teacher's prompts are made from; see :func:`read_by_teacher`."""
+        builder = self.builder
+        answer = self.encoder.answer if builder.remove_thinking_from_demonstration else None
+        # Only `answer` asks the verifier, and the constructor has seen to it that there is one.
+        verifier: Verifier = self.verifier  # type: ignore[assignment]
+        return read_by_teacher(kind, samples, builder.success_reward_threshold, verifier, answer)
 
     def saved(self, teacher: Teacher | None) -> dict[str, Any]:
         """Return what a checkpoint needs beside weights."""

@@ -53,11 +53,13 @@ class Preparation:
         rng: Source of random choices.
         step: Batches trained on so far.
         learner: Gives log-probabilities under the current policy, and holds the teacher.
+        seed: Of the run, the same on every rank.
     """
 
     rng: random.Random
     step: int
     learner: "Learner"
+    seed: int = 0
 
     @property
     def teacher(self) -> Teacher:

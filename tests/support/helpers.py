@@ -90,7 +90,7 @@ def tiny_sdpo(seed=0, **settings):
 
 def prepare(module, samples, rng):
     """What the objective of a module makes of samples, outside of a training step."""
-    return module.objective.prepare(samples, Preparation(rng, module.steps, module.learner))
+    return module.objective.prepare(samples, Preparation(rng, module.steps, module.learner, module.seed))
 
 
 def accumulate(module, samples):

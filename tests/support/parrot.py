@@ -5,7 +5,7 @@ import torch
 from pgpo_lightning.commands.probe import measure
 from pgpo_lightning.core.types import Question, Rollout
 from pgpo_lightning.data.toy import solution
-from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, contexts
+from pgpo_lightning.probe.contexts import CONTEXTS, DEFAULT_CONTROLS, contexts
 from pgpo_lightning.probe.measure import Prober
 from pgpo_lightning.rewards import BoxedAnswer
 from pgpo_lightning.rollout.engine import Engine, Sampling
@@ -60,7 +60,7 @@ def probed(folder, engine=None, **settings):
     asked = contexts(
         [name for name in CONTEXTS if name != "configured"],
         {"careful": "{prompt}!!"},
-        list(CONTROLS),
+        list(DEFAULT_CONTROLS),
         made.module.objective.teaching.builder,
     )
     return measure(made, asked, SETTINGS)

@@ -7,9 +7,8 @@ import torch
 import yaml
 
 from pgpo_lightning.core.types import Rollout, Sample, Verdict
-from pgpo_lightning.data.toy import solution
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.probe.contexts import CONTEXTS, answers, contexts, effective, others, wrong
+from pgpo_lightning.probe.contexts import CONTEXTS, contexts, effective
 from pgpo_lightning.rewards import BoxedAnswer
 from pgpo_lightning.studies.spec import read_study
 from pgpo_lightning.teachers.reprompt import RepromptBuilder
@@ -114,38 +113,6 @@ def test_arms_of_the_study_are_the_contexts_of_the_probe():
     for name, settings in study.arms.items():
         trained = configured | settings["model"]["init_args"].get("reprompt", {})
         assert {"control": None, **effective(trained)} == known[name], name
-
-
-def test_controls():
-    right, slip = solution(3, 4, 5), solution(3, 4, 5, error=1)
-    other = question(1, 2, 6, 8)
-    rows = [row(question(0), right, 1.0), row(question(0), slip, 0.0)]
-    rows += [row(other, solution(2, 6, 8), 1.0), row(other, "?", 0.0)]
-    made = answers(rows, 0.5, BoxedAnswer())
-    assert [r.rollout.text for r in made] == ["\\boxed{17}", slip, "\\boxed{20}", "?"]
-    made = wrong(rows, 0.5, BoxedAnswer())
-    assert [r.verdict.reward >= 0.5 for r in made] == [False, True, False, True]
-    made = others(rows, 0.5, BoxedAnswer())
-    assert [(r.rollout.question.index, r.rollout.text) for r in made] == [
-        (0, solution(2, 6, 8)),
-        (0, "?"),
-        (1, right),
-        (1, slip),
-    ]
-    assert [r.verdict.reward for r in made] == [1.0, 0.0, 1.0, 0.0]
-    assert rows[0].rollout.text == right
-    alone = others(rows[:2], 0.5, BoxedAnswer())
-    assert all(r.verdict.reward < 0.5 for r in alone)
-
-
-def test_an_answer_that_a_verifier_cannot_bear_cut_is_left_whole():
-    def code(asked, text):
-        if not text.startswith("def"):
-            raise SyntaxError(text)
-        return 1.0
-
-    (made,) = answers([row(question(0), "def f(x): return x", 1.0)], 0.5, code)
-    assert made.rollout.text == "def f(x): return x"
 
 
 def test_a_run_is_configured_to_a_context():
