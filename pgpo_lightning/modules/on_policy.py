@@ -46,7 +46,7 @@ from pgpo_lightning.training.configs import EvaluationConfig, MismatchConfig, Mo
 from pgpo_lightning.training.evaluator import Evaluator
 from pgpo_lightning.training.learner import Learner
 from pgpo_lightning.training.mini_batches import mini_batches
-from pgpo_lightning.training.objective import Objective, Preparation
+from pgpo_lightning.training.objective import MissingObjective, Objective, Preparation
 from pgpo_lightning.training.optimization import Optimization, adamw
 from pgpo_lightning.training.preflight import measure_gap
 from pgpo_lightning.training.rates import advance_schedule
@@ -95,7 +95,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         ValueError: If a setting is out of range or contradicts another; names the field.
     """
 
-    objective: Objective
+    objective: Objective = MissingObjective()  # type: ignore[assignment]
     reporter: StepReporter
 
     @classmethod

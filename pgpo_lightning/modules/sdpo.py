@@ -70,8 +70,10 @@ class SDPO(OnPolicyModule):
         question_weight_exponent: Annotated[float, Range(least=0, most=10)] | None = None,
     ) -> None:
         super().__init__(
-            model, verifier, engine, num_generations, max_prompt_length, max_response_length, temperature, optimizer,
-            scheduler, lora, quantization, seed, evaluation, update, model_config, mismatch, reward,
+            model=model, verifier=verifier, engine=engine, num_generations=num_generations,
+            max_prompt_length=max_prompt_length, max_response_length=max_response_length, temperature=temperature,
+            optimizer=optimizer, scheduler=scheduler, lora=lora, quantization=quantization, seed=seed,
+            evaluation=evaluation, update=update, model_config=model_config, mismatch=mismatch, reward=reward,
         )  # fmt: skip
         teaching = SelfTeaching(
             teacher,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pgpo_lightning.core.types import Sample
@@ -140,6 +141,26 @@ class Objective(ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027
         """Take it over."""
+
+
+class MissingObjective:
+    """Stands for the objective of a module until its ``__init__`` has set one; to read it is an error that says so."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        """Return the objective that torch has registered because it has weights, if there is one.
+
+        Raises:
+            MisconfigurationException: If there is none.
+        """
+        if module is None:
+            return self
+        registered = vars(module).get("_modules", {}).get("objective")
+        if registered is None:
+            raise MisconfigurationException(
+                f"Expected {owner.__name__} to set `self.objective` in its `__init__`, as every subclass of OnPolicyModule "
+                "must, but got none."
+            )
+        return registered
 
 
 def split_taught(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
