@@ -79,6 +79,8 @@ def program() -> None:
             _ended(f"{stop}{_how_to_resume(stop)}", stop.status)
         sys.exit(stop.status)
     except Exception as error:
+        if _reader_is_gone(error):
+            sys.exit(141)  # as a shell reports a program that SIGPIPE has ended
         if os.environ.get("PGPO_TRACEBACK"):
             raise
         from pgpo_lightning.core.errors import error_report
@@ -89,6 +91,7 @@ def program() -> None:
 def _to_its_end() -> None:
     try:
         main()
+        sys.stdout.flush()
     except SystemExit as leaving:
         from pgpo_lightning.core.errors import raised_by
 
@@ -101,10 +104,24 @@ def _to_its_end() -> None:
             "pgpo_lightning",
             __name__,
         ):
+            sys.stdout.flush()
             raise
         error = RuntimeError(f"{origin} ended the program by sys.exit({'' if leaving.code is None else leaving.code})")
         error.run_folder = getattr(leaving, "run_folder", None)  # type: ignore[attr-defined]
         raise error from leaving
+
+
+def _reader_is_gone(error: Exception) -> bool:
+    """Return whether an error only means that what reads the output, such as ``head``, has ended; a run is an error then too."""
+    if not isinstance(error, BrokenPipeError) or getattr(error, "run_folder", None) is not None:
+        return False
+    try:
+        print(flush=True)  # the error may be that of another pipe
+    except BrokenPipeError:
+        # Python writes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _ended(text: str, status: int) -> int:

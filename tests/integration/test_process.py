@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
@@ -112,6 +113,49 @@ def test_code_of_a_user_that_leaves_is_no_success(tmp_path, monkeypatch, capsys,
     with pytest.raises(SystemExit) as end:
         program()
     assert not end.value.code
+
+
+@contextmanager
+def unread():
+    """Standard output is a pipe whose reader has ended, until Python ends and writes what is left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, redirect_stdout(stream):
+        yield
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["guard", str(ROOT / "docs" / "findings" / "guard.jsonl")],
+        ["plan", "--config", str(ROOT / "configs" / "quickstart.yaml")],
+        ["guard", "--help"],
+        ["--help"],
+    ],
+)
+def test_output_that_nobody_reads_on_is_no_error(words, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pgpo", *words])
+    with unread(), pytest.raises(SystemExit) as end:
+        program()
+    assert end.value.code == 141
+    assert capfd.readouterr().err == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_that_breaks_elsewhere_or_under_a_run_is_an_error(monkeypatch, tmp_path):
+    def breaks(*_):
+        error = BrokenPipeError(32, "Broken pipe")
+        error.run_folder = folder
+        raise error
+
+    monkeypatch.setattr("pgpo_lightning.commands.main.main", breaks)
+    folder = tmp_path / "run"
+    with unread(), pytest.raises(SystemExit, match=r"(?s)error: BrokenPipeError: .* The traceback: .*/run/error-"):
+        program()
+    folder = None
+    with pytest.raises(SystemExit, match=r"(?s)Traceback.*error: BrokenPipeError"):
+        program()
 
 
 def test_a_second_run_is_kept_out_and_leaves_nothing(tmp_path):

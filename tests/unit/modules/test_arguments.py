@@ -38,7 +38,7 @@ class Bare(OnPolicyModule):
 @pytest.mark.parametrize("callbacks", [[], [InformationMultiplier()]], ids=["alone", "with-multiplier"])
 def test_a_module_without_an_objective_is_told_to_set_one(tmp_path, callbacks):
     module = build(Bare, tiny_model(), half_right, tokenizer=TOKENIZER, max_prompt_length=64, max_response_length=12)
-    with pytest.raises(MisconfigurationException, match="Expected Bare to set `self.objective` in its `__init__`"):
+    with pytest.raises(MisconfigurationException, match=r"Expected Bare to set `self.objective` in its `__init__`"):
         trainer(tmp_path, max_steps=1, callbacks=callbacks).fit(module, loader(questions(4), 4))
 
 
