@@ -10,7 +10,7 @@ the root of the repository. One run takes a few minutes of one CPU core; ``--out
         trl-env/bin/python -m benchmarks.trl_parity trl --seed $seed      # the run trl-$seed
         python -m benchmarks.trl_parity ours --seed $seed                 # the run ours-$seed
     done
-    python -m benchmarks.trl_parity replay --seed 1   # TRL's rollouts through our step; see replay-1/replay.jsonl
+    python -m benchmarks.trl_parity replay --seed 1       # TRL's rollouts through our step; see replay-1/replay.jsonl
     python -m benchmarks.trl_parity evaluate              # adds evaluation.jsonl to every run that has none
     python -m benchmarks.trl_parity table                 # Markdown, then one JSON line per row
 
@@ -167,7 +167,8 @@ def module(kind: type, model: Path, seed: int, **settings: Any) -> Any:
         "reprompt": RepromptConfig(max_reprompt_len=160),
         "divergence": DivergenceConfig(alpha=ALPHA),
         "update": UpdateConfig(max_grad_norm=CLIP),
-        "mismatch": MismatchConfig(importance_weight_cap=None),  # TRL has no weight between sampler and trainer
+        # TRL has no weight between sampler and trainer, and its rollouts come without the sampler's log-probabilities.
+        "mismatch": MismatchConfig(importance_weight_cap=None, max_sampler_gap=None),
         "teacher": TeacherConfig(update_rate=TEACHER_RATE),
     }
     return kind(**policy, **sampling, **groups | settings)
@@ -199,12 +200,12 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
             super().__init__(*args, **settings)
             self.prepare_as_we_do, self.objective.prepare = self.objective.prepare, self.prepare
 
-        def prepare(self, rows: list[Any], given: Any) -> dict[str, float]:
-            scalars = self.prepare_as_we_do(rows, replace(given, rng=first))
+        def prepare(self, samples: list[Any], given: Any) -> dict[str, float]:
+            scalars = self.prepare_as_we_do(samples, replace(given, rng=first))
             rewards, reprompts = theirs[self.steps]["rewards"], theirs[self.steps]["reprompts"]
-            same["rollouts"] += len(rows)
-            same["same_reward"] += sum(r.verdict.reward == x for r, x in zip(rows, rewards, strict=True))
-            same["same_reprompt"] += sum(r.reprompt_ids == x for r, x in zip(rows, reprompts, strict=True))
+            same["rollouts"] += len(samples)
+            same["same_reward"] += sum(s.verdict.reward == x for s, x in zip(samples, rewards, strict=True))
+            same["same_reprompt"] += sum(s.reprompt_ids == x for s, x in zip(samples, reprompts, strict=True))
             return scalars
 
     class Recorded(Engine):
@@ -218,15 +219,13 @@ def run_ours(out: Path, seed: int, arm: str) -> None:
     class Record(L.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             recorder.end_of_step(pl_module.model)
-            rows, scalars = pl_module.last_rows, pl_module.scalars
+            samples, scalars = pl_module.last_samples, pl_module.scalars
             numbers = {"loss": scalars["actor/pg_loss"], "grad_norm": scalars["actor/grad_norm"]}
-            numbers["reward"] = statistics.mean(row.verdict.reward for row in rows)
-            numbers["length"] = statistics.mean(row.length for row in rows)
+            numbers["reward"] = statistics.mean(sample.verdict.reward for sample in samples)
+            numbers["length"] = statistics.mean(sample.length for sample in samples)
             recorder.write(**numbers, in_loss=scalars["self_distillation/reprompt_sample_fraction"])
 
-    # What TRL sampled comes without log-probabilities, so that there is nothing to compare with the trainer's.
-    replay = {"engine": Recorded(), "max_sampler_gap": None} if theirs else {}
-    policy = module(Replayed if theirs else SDPO, TOY, seed, **replay)
+    policy = module(Replayed if theirs else SDPO, TOY, seed, **({"engine": Recorded()} if theirs else {}))
     trainer(recorder.folder, callbacks=[Record()], limit_val_batches=0).fit(policy, datamodule=toy_data())
     if theirs:
         append(recorder.folder / "replay.jsonl", same | distance(recorder.folder, out / f"trl-{seed}"))
