@@ -145,10 +145,8 @@ class Prober:
         module, encoder, builder = self.module, self.module.encoder, context.builder
         rows = [Sample(row.rollout, row.verdict) for row in student]
         if context.control is not None:
-            answer = encoder.answer if builder.remove_thinking_from_demonstration else None
-            rows = read_by_teacher(
-                context.control, rows, builder.success_reward_threshold, module.actor.verifier, answer
-            )
+            told = encoder.answer if builder.remove_thinking_from_demonstration else None
+            rows = read_by_teacher(context.control, rows, builder.success_reward_threshold, module.actor.verifier, told)
         choice = random.Random(derive_seed(self.seed, "probe", "demonstrations", number))
         builder.attach(rows, encoder.messages, encoder.tokens, encoder.text, choice, encoder.answer)
         with torch.no_grad(), seeded(self.seed, "probe", "teacher", context.name, number):

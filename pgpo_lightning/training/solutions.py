@@ -49,7 +49,8 @@ class WorkedSolutions:
             got = f"{text!r:.80}" if self.column in question.columns else "no such column"
             raise ValueError(
                 f"Expected column `{self.column}` of {where} to hold a worked solution as text, because "
-                f"`evaluation.solution_column` names it, but got {got}. Mend the row, or set `evaluation.solution_column` to null."
+                f"`evaluation.solution_column` names it, but got {got}. Mend the row, or set `evaluation.solution_column` to "
+                "null."
             )
         ids = [*self.encoder.tokens(text), self.encoder.tokenizer.eos_token_id]
         if len(ids) > self.max_response_length:
