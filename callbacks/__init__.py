@@ -16,9 +16,9 @@ from pgpo_lightning.callbacks.collapse_guard import CollapseGuard
 from pgpo_lightning.callbacks.controls import (
     CentredMultiplier,
     InverseMultiplier,
-    LossScaledMultiplier,
     MatchedConstantMultiplier,
     MatchedRandomMultiplier,
+    OracleMultiplier,
     ReplayedMultiplier,
     ShuffledMultiplier,
 )
@@ -44,9 +44,9 @@ __all__ = [
     "Interruption",
     "InverseMultiplier",
     "KLAdaptiveMultiplier",
-    "LossScaledMultiplier",
     "MatchedConstantMultiplier",
     "MatchedRandomMultiplier",
+    "OracleMultiplier",
     "PolyakMultiplier",
     "ProgressPrinter",
     "RandomMultiplier",

@@ -333,7 +333,7 @@ class AdaptiveInformationMultiplier(InformationMultiplier):
             self.sensitivity = self._solved()
         rho = super().multiplier(statistics, step)
         if statistics.has_teacher.any():
-            self.recent = [*self.recent, self.signal.value][-self.window :]
+            self.recent = [*self.recent, self.estimate.value][-self.window :]
         return rho
 
     def _reaches(self, alpha: float) -> bool:

@@ -2,8 +2,8 @@
 
 Matched to a recorded run through its `run.json`: the same dose at every step (:class:`MatchedConstantMultiplier`), the same
 values at random (:class:`MatchedRandomMultiplier`) or permuted in time (:class:`ShuffledMultiplier`), the same schedule
-(:class:`ReplayedMultiplier`), and the opposite rule at the same dose (:class:`InverseMultiplier`). Variants of the rule
-itself: :class:`CentredMultiplier` and :class:`LossScaledMultiplier`.
+(:class:`ReplayedMultiplier`), and the opposite rule at the same dose (:class:`InverseMultiplier`). A variant of the rule
+itself: :class:`CentredMultiplier`. What the best signal could do: :class:`OracleMultiplier`.
 
 The dose of a run is the mean of its multipliers over optimizer steps.
 """
@@ -20,9 +20,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from pgpo_lightning.callbacks.step_size import InformationMultiplier, StepSizeMultiplier
+from pgpo_lightning.callbacks.step_size import AppliesTo, InformationMultiplier, StepSizeMultiplier
 from pgpo_lightning.core.seeding import derive_seed
-from pgpo_lightning.core.settings import Decay, Fraction, LowerBound, Seed, Text, checked
+from pgpo_lightning.core.settings import Decay, Fraction, LowerBound, Multiplier, Seed, Text, checked
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
@@ -117,10 +117,11 @@ class MatchedConstantMultiplier(RecordedMultiplier):
 
     Args:
         run: The recorded run: its folder, or its ``run.json``.
+        applies_to: See :class:`StepSizeMultiplier`.
     """
 
-    def __init__(self, run: Text) -> None:
-        super().__init__(run)
+    def __init__(self, run: Text, applies_to: AppliesTo = "update") -> None:
+        super().__init__(run, applies_to=applies_to)
 
     def arranged(self) -> list[float]:
         """Return the record's mean for every step."""
@@ -139,10 +140,11 @@ class MatchedRandomMultiplier(RecordedMultiplier):
     Args:
         run: The recorded run: its folder, or its ``run.json``.
         seed: Of the draws; null means the module's seed.
+        applies_to: See :class:`StepSizeMultiplier`.
     """
 
-    def __init__(self, run: Text, seed: Seed | None = None) -> None:
-        super().__init__(run)
+    def __init__(self, run: Text, seed: Seed | None = None, applies_to: AppliesTo = "update") -> None:
+        super().__init__(run, applies_to=applies_to)
         self.seed = seed
 
     def arranged(self) -> list[float]:
@@ -159,10 +161,11 @@ class ShuffledMultiplier(RecordedMultiplier):
     Args:
         run: The recorded run: its folder, or its ``run.json``.
         seed: Of the order; null means the module's seed.
+        applies_to: See :class:`StepSizeMultiplier`.
     """
 
-    def __init__(self, run: Text, seed: Seed | None = None) -> None:
-        super().__init__(run)
+    def __init__(self, run: Text, seed: Seed | None = None, applies_to: AppliesTo = "update") -> None:
+        super().__init__(run, applies_to=applies_to)
         self.seed = seed
 
     def arranged(self) -> list[float]:
@@ -176,13 +179,14 @@ class ReplayedMultiplier(RecordedMultiplier):
 
     Args:
         run: The recorded run: its folder, or its ``run.json``. It must have another seed, or it would be repeated.
+        applies_to: See :class:`StepSizeMultiplier`.
 
     Raises:
         MisconfigurationException: At start-up, if the recorded run has the same seed.
     """
 
-    def __init__(self, run: Text) -> None:
-        super().__init__(run)
+    def __init__(self, run: Text, applies_to: AppliesTo = "update") -> None:
+        super().__init__(run, applies_to=applies_to)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Raise if the recorded run has the same seed."""
@@ -236,7 +240,7 @@ class InverseMultiplier(RecordedMultiplier, InformationMultiplier):
         ratio = (prior + self.seen) / (prior + sum(self.expected[:step]))
         budget = max(0.0, sum(self.record) - sum(self.history))
         InformationMultiplier.multiplier(self, statistics, step)
-        value = exp(-self.sensitivity * self.signal.value)
+        value = exp(-self.sensitivity * self.estimate.value)
         self.seen += value
         return budget / (ratio * self.remaining[step]) * value
 
@@ -276,10 +280,10 @@ class CentredMultiplier(InformationMultiplier):
         super().multiplier(statistics, step)
         if not statistics.has_teacher.any():
             return 1.0
-        centre = self.average / self.weight if self.weight else self.signal.value
-        self.average = self.decay * self.average + (1 - self.decay) * self.signal.value
+        centre = self.average / self.weight if self.weight else self.estimate.value
+        self.average = self.decay * self.average + (1 - self.decay) * self.estimate.value
         self.weight = self.decay * self.weight + (1 - self.decay)
-        return exp(self.sensitivity * (self.signal.value - centre))
+        return exp(self.sensitivity * (self.estimate.value - centre))
 
     def state_dict(self) -> dict[str, Any]:
         """Add the average."""
@@ -291,23 +295,45 @@ class CentredMultiplier(InformationMultiplier):
         self.average, self.weight = state_dict["average"], state_dict["weight"]
 
 
-class LossScaledMultiplier(InformationMultiplier):
-    """PGPO's rho on the loss instead of the update. Tests whether it matters that rho does not enter Adam's moments.
+@checked
+class OracleMultiplier(StepSizeMultiplier):
+    """rho by the kind of context that the teacher reads, which no signal knows. Bounds what any signal could gain.
 
-    Learning rates do not change. The gradients of the whole step, of all micro-batches and ranks, become those of the loss times
-    rho. rho applies *before* clipping, so the length of a step that is clipped anyway does not change. (The gradients are
-    already clipped here, but the clipping factor is known.) rho does not affect AdamW's weight decay. `actor/pg_loss` and
-    `actor/grad_norm` are logged without rho. Settings are those of :class:`InformationMultiplier`.
+    For runs with `reprompt.contexts`.
+
+    Args:
+        multipliers: Kind of context to rho; a number above 0 for each of `reprompt.contexts.kinds`.
+        applies_to: See :class:`StepSizeMultiplier`.
+
+    Raises:
+        MisconfigurationException: At start-up, if the run's contexts are not those of `multipliers`.
     """
 
-    def apply(self, pl_module: OnPolicyModule, optimizer: Optimizer, rho: float) -> None:
-        """Scale the gradients, not the learning rate."""
-        norm, limit = pl_module.scalars["actor/grad_norm"], pl_module.update.max_grad_norm
-        factor = rho * clip_coefficient(rho * norm, limit) / clip_coefficient(norm, limit)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+    def __init__(self, multipliers: dict[str, Multiplier], applies_to: AppliesTo = "update") -> None:
+        super().__init__(applies_to)
+        self.multipliers = dict(multipliers)
+        self.kind = ""
+
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
+        """Compare the kinds with those of the run."""
+        super().setup(trainer, pl_module, stage)
+        teaching = pl_module.objective.teaching
+        contexts = None if teaching is None else teaching.contexts
+        kinds = () if contexts is None else contexts.kinds
+        if set(kinds) != set(self.multipliers):
+            raise MisconfigurationException(
+                f"Expected `multiplier.multipliers` to have the kinds of `reprompt.contexts` ({', '.join(kinds) or 'none'}), but "
+                f"got {', '.join(self.multipliers) or 'none'}."
+            )
+
+    def multiplier(self, statistics: StepStatistics, step: int) -> float:
+        """Return the kind's number."""
+        return self.multipliers[self.kind]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
+        """Read the kind of the batch, and scale the step."""
+        (self.kind,) = [kind for kind in self.multipliers if pl_module.scalars[f"context/{kind}"]]
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
 
 def exp(value: float) -> float:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         Interruption,
         InverseMultiplier,
         KLAdaptiveMultiplier,
-        LossScaledMultiplier,
         MatchedConstantMultiplier,
         MatchedRandomMultiplier,
+        OracleMultiplier,
         PolyakMultiplier,
         ProgressPrinter,
         RandomMultiplier,
@@ -82,13 +82,13 @@ __all__ = [
     "KLAdaptiveMultiplier",
     "Learner",
     "LoRA",
-    "LossScaledMultiplier",
     "MatchedConstantMultiplier",
     "MatchedRandomMultiplier",
     "MismatchConfig",
     "ModelConfig",
     "MultipleChoice",
     "OnPolicyModule",
+    "OracleMultiplier",
     "PolicyGradientConfig",
     "PolyakMultiplier",
     "ProgressPrinter",
@@ -121,7 +121,7 @@ __all__ = [
 _HOMES = {
     "callbacks": (
         "AdaptiveInformationMultiplier CentredMultiplier CollapseGuard ConstantMultiplier EffectiveSampleSizeMultiplier "
-        "InformationMultiplier Interruption InverseMultiplier KLAdaptiveMultiplier LossScaledMultiplier "
+        "InformationMultiplier Interruption InverseMultiplier KLAdaptiveMultiplier OracleMultiplier "
         "MatchedConstantMultiplier MatchedRandomMultiplier PolyakMultiplier RandomMultiplier ReplayedMultiplier "
         "ResumeCheckpoint ShuffledMultiplier StabilityMonitor ProgressPrinter StepSizeMultiplier RunSummary"
     ),

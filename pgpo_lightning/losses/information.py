@@ -10,6 +10,9 @@ from pgpo_lightning.losses.step_statistics import StepStatistics
 Estimator = Literal["entropy-difference", "kl", "log-ratio"]
 Aggregation = Literal["sequence-mean", "token-mean", "sequence-sum"]
 
+Signal = Literal["information", "teacher-certainty", "relative"]
+"""What a step size is made from: see :class:`pgpo_lightning.callbacks.InformationMultiplier`."""
+
 
 class Information(NamedTuple):
     """The information estimate of a step and its standard error, in nats."""
@@ -50,12 +53,28 @@ def information(
         >>> information(StepStatistics.empty()).value
         0.0
     """
-    counted = statistics.has_teacher.bool()
     values = {
         "entropy-difference": statistics.entropy_student - statistics.entropy_teacher,
         "kl": statistics.kl,
         "log-ratio": statistics.log_ratio,
-    }[estimator][counted].double()
+    }[estimator]
+    return _aggregated(values, statistics, aggregation)
+
+
+def teacher_certainty(statistics: StepStatistics, aggregation: Aggregation = "sequence-mean") -> Information:
+    """Return the negative entropy of the teacher, -H(teacher), and its standard error.
+
+    Args:
+        statistics: Statistics of one step. Only sequences with a teacher count.
+        aggregation: As for :func:`information`.
+    """
+    return _aggregated(-statistics.entropy_teacher, statistics, aggregation)
+
+
+def _aggregated(values: Tensor, statistics: StepStatistics, aggregation: Aggregation) -> Information:
+    """Return the mean of a value per token over the sequences with a teacher; values of shape ``(sequences,)``."""
+    counted = statistics.has_teacher.bool()
+    values = values[counted].double()
     length = statistics.length[counted].double()  # (sequences with a teacher,)
     n = values.numel()
     if n == 0:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from pgpo_lightning.callbacks import (
+    InformationMultiplier,
     KLAdaptiveMultiplier,
-    LossScaledMultiplier,
 )
 from tests.support import ranks_worker
 from tests.support.helpers import (
@@ -24,7 +24,7 @@ from tests.support.helpers import (
 )
 
 WORKERS = {
-    "loss-scaled": lambda: LossScaledMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0),
+    "gradient": lambda: InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0, applies_to="gradient"),
     "kl-adaptive": lambda: KLAdaptiveMultiplier(target=0.01, factor=1.1),
 }
 

@@ -1,6 +1,7 @@
 """A module whose gradients do not depend on its weights, so that the effect of a multiplier is known exactly."""
 
 import math
+from contextlib import nullcontext
 
 import bitsandbytes
 import torch
@@ -18,12 +19,45 @@ RHO = [1.0 + 0.5 * math.sin(k) for k in range(STEPS)]
 class Scripted(StepSizeMultiplier):
     """A given sequence."""
 
-    def __init__(self, values):
-        super().__init__()
+    def __init__(self, values, applies_to="update"):
+        super().__init__(applies_to)
         self.values = values
 
     def multiplier(self, statistics, step):
         return self.values[step]
+
+
+def gradient_source(step, rank=0):
+    return torch.Generator().manual_seed(step + 1000 * rank)
+
+
+def linear_loss(model, generator):
+    return sum((p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters())
+
+
+def gradient_loop(make, rho, clip=None, ranks=1):
+    """The final weights of a loop written by hand: gradients of all micro-batches and ranks, clipped, then times rho."""
+    model = torch.nn.Linear(64, 80)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    optimizer = make(model.parameters())
+    for k, factor in enumerate(rho):
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for rank in range(ranks):
+            optimizer.zero_grad()
+            generator = gradient_source(k, rank)
+            for _ in range(PARTS):
+                (linear_loss(model, generator) / PARTS).backward()
+            for sum_, p in zip(total, model.parameters(), strict=True):
+                sum_ += p.grad / ranks
+        for sum_, p in zip(total, model.parameters(), strict=True):
+            p.grad = sum_
+        torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+        for p in model.parameters():
+            p.grad *= factor
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 class FixedGradients(SDPO):
@@ -39,10 +73,10 @@ class FixedGradients(SDPO):
 
     def training_step(self, batch, batch_idx):
         self.optimizers().zero_grad()
-        generator = torch.Generator().manual_seed(self.steps)
-        for _ in range(PARTS):
-            loss = sum((p * torch.randn(p.shape, generator=generator)).sum() for p in self.model.parameters())
-            self.manual_backward(loss / PARTS)
+        generator = gradient_source(self.steps, self.global_rank)
+        for part in range(PARTS):
+            with nullcontext() if part == PARTS - 1 else self._no_sync():
+                self.manual_backward(linear_loss(self.model, generator) / PARTS)
         step = Step(0.0, self.step_statistics)
         self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
         advance_schedule(self.lr_schedulers(), self.optimizers(use_pl_optimizer=False))

@@ -11,9 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from pgpo_lightning.callbacks import (
     CentredMultiplier,
     InverseMultiplier,
-    LossScaledMultiplier,
     MatchedConstantMultiplier,
     MatchedRandomMultiplier,
+    OracleMultiplier,
     ReplayedMultiplier,
     ShuffledMultiplier,
 )
@@ -144,7 +144,7 @@ def test_centred_passes_over_a_step_without_a_teacher():
         (lambda folder: InverseMultiplier(record(folder), sensitivity=-1.0), "`sensitivity` to be at least 0"),
         (lambda _: CentredMultiplier(decay=1.0), r"`decay` to lie in \[0, 1\), but got 1.0"),
         (lambda _: CentredMultiplier(rho_min=1.5), r"`rho_min` to lie in \[0, 1\], but got 1.5"),
-        (lambda _: LossScaledMultiplier(rho_max=0.5), r"`rho_max` to lie in \[1, 1000\], but got 0.5"),
+        (lambda _: OracleMultiplier({"sibling": -1.0}), r"`multipliers"),
     ],
 )
 def test_bad_settings_name_the_field(tmp_path, make, message):
