@@ -302,11 +302,11 @@ class OracleMultiplier(StepSizeMultiplier):
     For runs with `reprompt.contexts`.
 
     Args:
-        multipliers: Kind of context to rho; a number above 0 for each of `reprompt.contexts.kinds`.
+        multipliers: Kind of context to rho, at least for each of `reprompt.contexts.kinds`; 0.001 to 1000.
         applies_to: See :class:`StepSizeMultiplier`.
 
     Raises:
-        MisconfigurationException: At start-up, if the run's contexts are not those of `multipliers`.
+        MisconfigurationException: At start-up, if the run has no kinds of contexts, or one that `multipliers` lacks.
     """
 
     def __init__(self, multipliers: dict[str, Multiplier], applies_to: AppliesTo = "update") -> None:
@@ -320,7 +320,7 @@ class OracleMultiplier(StepSizeMultiplier):
         teaching = pl_module.objective.teaching
         contexts = None if teaching is None else teaching.contexts
         kinds = () if contexts is None else contexts.kinds
-        if set(kinds) != set(self.multipliers):
+        if not kinds or set(kinds) - set(self.multipliers):
             raise MisconfigurationException(
                 f"Expected `multiplier.multipliers` to have the kinds of `reprompt.contexts` ({', '.join(kinds) or 'none'}), but "
                 f"got {', '.join(self.multipliers) or 'none'}."
@@ -332,7 +332,7 @@ class OracleMultiplier(StepSizeMultiplier):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: OnPolicyModule, optimizer: Optimizer) -> None:
         """Read the kind of the batch, and scale the step."""
-        (self.kind,) = [kind for kind in self.multipliers if pl_module.scalars[f"context/{kind}"]]
+        (self.kind,) = [kind for kind in self.multipliers if pl_module.scalars.get(f"context/{kind}")]
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
 

@@ -81,6 +81,7 @@ class StudySpec:
             of that arm's run with the same condition and seed, and ``{run:ARM:next}`` by that with the next seed (the first
             follows the last). ``{seed}`` is replaced by the run's seed. A run starts after the runs whose folders it names.
         conditions: Name to settings, likewise.
+        only: Name of a condition to the names of the arms that it has, where that is not all of them.
         settings: Of every run, likewise. Conditions and arms override them.
         processes: Number of runs at the same time.
         keep_checkpoints: Keep the checkpoints of finished runs.
@@ -94,17 +95,30 @@ class StudySpec:
     seeds: Annotated[tuple[Seed, ...], Filled()]
     arms: dict[str, Settings]
     conditions: dict[str, Settings] = field(default_factory=lambda: {"base": {}})
+    only: dict[str, list[str]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
     processes: Count = 1
     keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
+        for condition, names in self.only.items():
+            if condition not in self.conditions or not names or set(names) - set(self.arms):
+                raise ValueError(
+                    "Expected `only` to map conditions to lists of arms, but got "
+                    f"{condition}: {shown(names)}; the conditions are {', '.join(self.conditions)}, the arms "
+                    f"{', '.join(self.arms)}."
+                )
         for condition, changes in self.conditions.items():
-            for arm, settings in self.arms.items():
+            for arm, settings in self.arms_of(condition).items():
                 if both := contradiction(changes, settings):
                     raise ValueError(
                         f"Expected condition {condition} and arm {arm} to set different settings, but both set `{both}`."
                     )
+
+    def arms_of(self, condition: str) -> dict[str, Settings]:
+        """Return the arms of a condition."""
+        names = self.only.get(condition, list(self.arms))
+        return {name: settings for name, settings in self.arms.items() if name in names}
 
     def runs(self) -> list[PlannedRun]:
         """Return every run: all arms of the first seed, then of the next. A study can thus be evaluated before it is complete.
@@ -113,7 +127,10 @@ class StudySpec:
             ValueError: If runs depend on one another in a cycle, or a placeholder refers to nothing.
         """
         runs = [
-            self._run(condition, arm, seed) for seed in self.seeds for condition in self.conditions for arm in self.arms
+            self._run(condition, arm, seed)
+            for seed in self.seeds
+            for condition in self.conditions
+            for arm in self.arms_of(condition)
         ]
         try:
             TopologicalSorter({run.name: run.needs for run in runs}).prepare()
@@ -138,9 +155,9 @@ class StudySpec:
         def folder_of(match: re.Match[str]) -> str:
             if match["arm"] is None:
                 return str(seed)
-            if match["arm"] not in self.arms:
+            if match["arm"] not in (known := self.arms_of(condition)):
                 raise ValueError(
-                    f"Expected `{match[0]}` of {condition}/{arm} to name an arm, but the arms are {', '.join(self.arms)}."
+                    f"Expected `{match[0]}` of {condition}/{arm} to name an arm, but the arms are {', '.join(known)}."
                 )
             if match["next"] and len(self.seeds) < 2:
                 raise ValueError(f"Expected at least two seeds for `{match[0]}` of {condition}/{arm}, but got one.")

@@ -168,3 +168,25 @@ def test_the_toy_study_asks_every_question():
     assert {f"{control}-8" for control in ("constant", "random", "shuffled", "replayed", "inverse")} <= set(study.arms)
     for run in study.runs():
         assert bool(run.needs) == (run.arm.split("-")[0] in ("constant", "random", "shuffled", "replayed", "inverse"))
+
+
+def test_a_condition_may_have_some_of_the_arms_only(tmp_path):
+    text = {
+        "conditions": {"low": {"a.b": 1}, "high": {"a.b": 2}},
+        "arms": {"one": {}, "two": {"multiplier.run": "{run:one}"}, "three": {"a.b": 1}},
+        "only": {"high": ["two", "one"]},
+        "seeds": 1,
+    }
+    study = spec(tmp_path, **text)
+    assert [f"{run.condition}/{run.arm}" for run in study.runs()] == [
+        "low/one",
+        "low/two",
+        "low/three",
+        "high/one",
+        "high/two",
+    ]
+    for only in ({"higher": ["one"]}, {"high": []}, {"high": ["four"]}):
+        with pytest.raises(ValueError, match="`only` to map conditions to lists of arms"):
+            spec(tmp_path, **text | {"only": only})
+    with pytest.raises(ValueError, match="to name an arm, but the arms are two"):
+        spec(tmp_path, **text | {"only": {"high": ["two"]}}).runs()
