@@ -1,5 +1,7 @@
 """The command `pgpo ablate`: make the missing runs of a study, each an ordinary `pgpo fit` in its own process.
 
+On Linux these processes are forked from one that has made the imports, see :mod:`pgpo_lightning.commands.run_server`.
+
 The state of a study is read from the folders of its runs and stored nowhere else. The command can therefore be killed at any
 moment and repeated. The output of a run goes to ``seed=<n>.log`` beside its folder. Every process that writes to this file
 holds a lock on it (``flock``). A run that outlived its ``ablate`` is therefore not started twice, and several ``ablate`` can
@@ -7,16 +9,14 @@ share one study. On Linux runs end with their ``ablate``. On macOS they continue
 Windows has no ``flock``.
 """
 
-import ctypes
 import fcntl
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
@@ -26,13 +26,17 @@ import jsonargparse
 
 from pgpo_lightning.checkpoints.finding import look
 from pgpo_lightning.checkpoints.single_file import remove
+from pgpo_lightning.commands.run_processes import RunProcess, RunServer, SeparateProcesses, Starter
 from pgpo_lightning.commands.study_progress import State, changed, expected_settings, state
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.monitoring.run_folder import clear
 from pgpo_lightning.monitoring.run_record import FILE, RunRecord
 from pgpo_lightning.studies.spec import PlannedRun, Settings, StudySpec, read_study
 
-PROGRAM = [sys.executable, "-m", "pgpo_lightning.commands.main"]
+PROGRAM = "pgpo_lightning.commands.main"
+IMPORTED = ("pgpo_lightning.commands.fit",)
+"""What a run would import."""
+
 POLL = 0.2  # seconds
 SHOWN = 10  # lines of a log, or names of runs, in a message
 
@@ -102,7 +106,7 @@ def job_lines(runs: list[PlannedRun]) -> Iterator[str]:
 @dataclass
 class _Child:
     run: PlannedRun
-    process: subprocess.Popen[bytes]
+    process: RunProcess
     log_start: int
     start: float
 
@@ -129,6 +133,7 @@ class Launcher:
         self.elsewhere: set[str] = set()  # made by another process
         self.seconds: list[float] = []  # of the runs that ended since the start
         self._shown = ""
+        self._starter = starter()
 
     def launch(self) -> None:
         """Make the runs.
@@ -150,6 +155,7 @@ class Launcher:
             raise SystemExit(130) from None
         finally:
             self._stop()
+            self._starter.close()
             signal.signal(signal.SIGTERM, terminate)
         self._show(recorded)
         self._conclude()
@@ -157,9 +163,9 @@ class Launcher:
     def _advance(self) -> bool:
         """Handle runs that ended and start those that are ready. Return whether any run is in progress or ready."""
         for child in list(self.running):
-            if child.process.poll() is not None:
+            if (code := child.process.poll()) is not None:
                 self.running.remove(child)
-                self._end(child)
+                self._end(child, code)
         self.elsewhere.clear()
         for run in self._ready():
             if len(self.running) == self.processes:
@@ -189,20 +195,12 @@ class Launcher:
             if progress == "begun":
                 clear(run.folder)
             start = log.tell()
-            process = subprocess.Popen(  # noqa: S603  (our own program)
-                [*PROGRAM, *run.arguments(*_resume(progress))],
-                stdin=subprocess.DEVNULL,
-                stdout=log,  # the child and its children hold the lock from now on
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
-                start_new_session=True,  # so that only this process gets Ctrl-C, and can end the whole group
-                preexec_fn=_die_with(os.getpid()),
-            )
+            process = self._starter.start(run.arguments(*_resume(progress)), log)
             self.waiting.remove(run)
             self.running.append(_Child(run, process, start, time.monotonic()))
 
-    def _end(self, child: _Child) -> None:
-        run, code = child.run, child.process.returncode
+    def _end(self, child: _Child, code: int) -> None:
+        run = child.run
         if code == 0 and state(run) == "finished":
             if change := changed(run, self.expected[run.name]):
                 self._fail(run, change)  # a base config was changed meanwhile
@@ -238,6 +236,8 @@ class Launcher:
         for child in self.running:
             with suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # a process that has only just started leads no group yet
+                os.kill(child.process.pid, signal.SIGKILL)
             child.process.wait()
 
     def _show(self, recorded: list[float]) -> None:
@@ -284,6 +284,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def starter() -> Starter:
+    """Return what starts the runs on this system."""
+    return RunServer(PROGRAM, IMPORTED) if sys.platform == "linux" else SeparateProcesses(PROGRAM)
+
+
 def _resume(progress: State) -> list[str]:
     return ["--ckpt_path", "last"] if progress == "started" else []
 
@@ -298,18 +303,3 @@ def _locked(file: IO[bytes]) -> bool:
 
 def _terminate(*_: object) -> None:
     raise SystemExit(143)
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """Return a function that a new process calls so that it is killed when its parent ends in any way."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def arrange() -> None:
-        # The signal follows the thread that started the process, here the main thread.
-        prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # the parent ended before the call above
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return arrange

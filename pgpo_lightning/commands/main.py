@@ -1,13 +1,12 @@
 """The command `pgpo`. Every command is a module that is imported only when it is used, because Lightning alone takes seconds."""
 
 import importlib
-import logging
 import os
 import shlex
 import sys
-import warnings
 
 from pgpo_lightning.commands.config_files import check_config_files
+from pgpo_lightning.commands.quiet import quiet
 from pgpo_lightning.distributed.stopping import Stopped
 
 OWN_COMMANDS = ("export", "plan", "probe", "report", "ablate", "guard")
@@ -27,30 +26,13 @@ guard      measure how well the collapse rules detect collapsed runs
 """
 
 
-def _quiet() -> None:
-    """Silence warnings that a user of this program cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's, not ours
-    # Questions are text in memory, and workers would break the exact resume.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # The metrics synchronise the scores themselves.
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")
-    # The teacher stays in evaluation mode on purpose.
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").addFilter(
-            lambda record: not any(word in record.getMessage() for word in ("litlogger", "litmodels", "`weights_only`"))
-        )
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     Args:
         args: Without the program's name; by default those of the process.
     """
-    _quiet()
+    quiet()
     # Verifiers and multipliers of the user are imported from the working folder, as with `python -m`. Not "": jsonargparse
     # changes the working folder while it reads a configuration in another one.
     if os.getcwd() not in sys.path:

@@ -53,7 +53,9 @@ if not settings.get("silent"):
 def study(tmp_path, monkeypatch):
     """A function that writes a study of arms for the stand-in, and returns what to ablate."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(command, "PROGRAM", [sys.executable, str(tmp_path / "fake.py")])
+    monkeypatch.setattr(command, "PROGRAM", "fake")
+    monkeypatch.setattr(command, "IMPORTED", ())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.setattr(command, "expected_settings", lambda runs: {run.name: run.settings for run in runs})
     monkeypatch.setattr(command, "POLL", 0.02)
     (tmp_path / "fake.py").write_text(FAKE)
@@ -186,7 +188,8 @@ def test_a_run_that_another_process_still_writes_is_waited_for(study, tmp_path, 
 
     def release():
         if finishes:
-            subprocess.run([*command.PROGRAM, *run.arguments()], env={"OMP_NUM_THREADS": "7"}, check=True)
+            words = [sys.executable, str(tmp_path / "fake.py"), *run.arguments()]
+            subprocess.run(words, env={"OMP_NUM_THREADS": "7"}, check=True)
         fcntl.flock(held, fcntl.LOCK_UN)
 
     with run.log.open("ab") as held:
