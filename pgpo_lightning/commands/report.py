@@ -3,8 +3,9 @@
 It reads the records of runs and nothing else. The same records give the same report.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import jsonargparse
 
@@ -12,10 +13,14 @@ from pgpo_lightning.core.files import output_folder, plain, replacing, write_jso
 from pgpo_lightning.core.settings import Positive, Range, Text, checked
 from pgpo_lightning.monitoring.run_record import load_runs, write_runs
 from pgpo_lightning.studies.analysis import analyse
-from pgpo_lightning.studies.comparisons import CONTROLS, Design, conditions
+from pgpo_lightning.studies.comparisons import conditions
+from pgpo_lightning.studies.conclusion import conclude
+from pgpo_lightning.studies.design import CONTROLS, Design
 from pgpo_lightning.studies.figures import draw_curves, draw_forest, draw_multipliers
-from pgpo_lightning.studies.measures import Measure
-from pgpo_lightning.studies.report_text import conclude, markdown
+from pgpo_lightning.studies.measures import Measure, Score
+from pgpo_lightning.studies.report_text import markdown
+
+Name = TypeVar("Name", bound=str)
 
 
 @checked
@@ -25,8 +30,10 @@ def report(
     baseline: Text = "sdpo",
     information: list[Text] | Text = "pgpo*",
     controls: list[Text] | Text = list(CONTROLS),  # noqa: B006  (shown by --help, never changed)
-    decisive: list[Text] | Text = "constant",
-    measure: Measure = "final",
+    decisive: list[Text] | Text | None = None,
+    measures: list[Measure] | Measure = ["final", "best"],  # noqa: B006
+    score: Score = "avg",
+    pool: Literal["learning", "all"] = "learning",
     margin: Positive = 0.02,
     collapse: Annotated[float, Range(above=0, below=1)] = 0.5,
 ) -> dict[str, Any]:
@@ -36,15 +43,17 @@ def report(
         runs: Folders that contain finished runs at any depth, single records, or ``.jsonl`` files with one record per line.
         output: Folder of ``report.md``, ``report.json``, the figures, and ``runs.jsonl`` with the records themselves. Existing
             files are overwritten. ``runs.jsonl`` is small enough to keep: the report can be made from it again, also together
-            with new runs.
+            with new runs. It is not written if all records come from ``.jsonl`` files of this folder.
         baseline: The arm that every other arm is compared with.
         information: Names of the arms that use information; ``*`` at the end matches any suffix. Several in brackets:
             ``[pgpo*,centred*]``.
         controls: Names, without the suffix, of the arms with the dose of an information arm: ``pgpo-1.0`` has the control
             ``constant-1.0``.
-        decisive: Controls that an information arm has to exceed for a "yes". The strict rule is
-            ``[constant,random,shuffled,replayed]``.
-        measure: The deciding held-out score: at the last evaluation, at the best one, or the mean over the steps.
+        decisive: Controls that an information arm has to exceed for a "yes", every one of them; by default all of `controls`.
+        measures: Measures on which it has to exceed them, every one: the score at the last evaluation, at the best one, or its
+            mean over the steps. The first one is drawn, and chooses the condition of a tuned arm.
+        score: ``avg``, the mean reward of samples, or ``solution-probability``, the exact probability of the worked solution.
+        pool: Which conditions are averaged: those in which the baseline learns, or all.
         margin: The smallest difference of interest. A "no" excludes a gain of this size.
         collapse: A run has collapsed if its held-out score is below this fraction of the base model's.
 
@@ -57,7 +66,15 @@ def report(
     """
     folder = output_folder(output)
     design = Design(
-        baseline, _names(information), _names(controls), _names(decisive), measure, margin=margin, collapse=collapse
+        baseline,
+        _names(information),
+        _names(controls),
+        None if decisive is None else _names(decisive),
+        _names(measures),
+        score,
+        pool,
+        margin,
+        collapse,
     )
     records = load_runs([Path(path) for path in runs])
     content = analyse(records, design)
@@ -73,7 +90,8 @@ def report(
             draw_multipliers(groups, design, file.stream)
         figures["multipliers and information"] = "multipliers.png"
     write_text(folder / "report.md", markdown(content, figures))
-    write_runs(records, folder / "runs.jsonl")
+    if not all(Path(path).suffix == ".jsonl" and Path(path).resolve().parent == folder.resolve() for path in runs):
+        write_runs(records, folder / "runs.jsonl")
     rounded = plain(content, digits=6)
     write_json(folder / "report.json", rounded, indent=1, allow_nan=False)
     print(f"{content['conclusion']}\n\nreport: {folder / 'report.md'}")
@@ -93,5 +111,5 @@ def main(args: list[str]) -> None:
     report(**vars(parser.parse_args(args)))
 
 
-def _names(names: list[str] | str) -> tuple[str, ...]:
+def _names(names: Sequence[Name] | Name) -> tuple[Name, ...]:
     return (names,) if isinstance(names, str) else tuple(names)

@@ -7,113 +7,59 @@ larger learning rate (constant), the same multipliers on other batches (random, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from pgpo_lightning.core.settings import Natural, Positive, Range, checked
+from pgpo_lightning.monitoring.collapse_rules import collapse_step
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies import measures
+from pgpo_lightning.studies.design import Design
 from pgpo_lightning.studies.inference import Table
-from pgpo_lightning.studies.measures import MEASURES, Measure
-
-CONTROLS = ("constant", "random", "shuffled", "replayed", "inverse")
-"""Names, without the suffix, of the arms with the dose of an information arm."""
-
-
-@checked
-@dataclass(frozen=True)
-class Design:
-    """Which arms are compared, and the criterion of an answer.
-
-    Attributes:
-        baseline: The arm that every arm is compared with.
-        information: Names of information arms; `*` at the end matches any suffix.
-        controls: Names of their controls without the suffix.
-        decisive: Controls that an information arm has to exceed for a `yes`, all of them.
-        measure: The deciding measure.
-        margin: The smallest difference of interest, in the unit of the score.
-        collapse: A run has collapsed if its score is below this fraction of the base model's.
-        draws: Number of bootstrap resamples; 0 for no bootstrap.
-
-    Raises:
-        ValueError: If a setting is out of range.
-    """
-
-    baseline: str = "sdpo"
-    information: tuple[str, ...] = ("pgpo*",)
-    controls: tuple[str, ...] = CONTROLS
-    decisive: tuple[str, ...] = ("constant",)
-    measure: Measure = "final"
-    margin: Positive = 0.02
-    collapse: Annotated[float, Range(above=0, below=1)] = 0.5
-    draws: Natural = 2000
-
-    def __post_init__(self) -> None:
-        if not self.decisive or not set(self.decisive) <= set(self.controls):
-            raise ValueError(
-                f"Expected `decisive` to be among `controls` ({', '.join(self.controls)}), but got {list(self.decisive)}."
-            )
-
-    def suffix(self, arm: str) -> str | None:
-        """Return the suffix that an information arm shares with its controls; None for other arms.
-
-        The suffix is what `*` matches. Without a `*` it is the part after the last hyphen.
-
-        Example:
-            >>> Design().suffix("pgpo-1.0"), Design().suffix("pgpo"), Design().suffix("sdpo")
-            ('1.0', '', None)
-        """
-        for pattern in self.information:
-            stem, star, _ = pattern.partition("*")
-            if star and arm.startswith(stem):
-                return arm[len(stem) :].lstrip("-")
-            if arm == pattern:
-                return arm.rpartition("-")[2] if "-" in arm else ""
-        return None
-
-    def control(self, name: str, arm: str) -> str:
-        """Return the name of the control `name` of an information arm."""
-        suffix = self.suffix(arm)
-        return f"{name}-{suffix}" if suffix else name
-
-    def order(self, arm: str) -> tuple[int, str]:
-        """Return the sort key of an arm in tables."""
-        if arm == self.baseline:
-            return 0, arm
-        if self.suffix(arm) is not None:
-            return 1, arm
-        positions = [i for i, control in enumerate(self.controls) if arm == control or arm.startswith(f"{control}-")]
-        return 2 + (positions[0] if positions else len(self.controls)), arm
+from pgpo_lightning.studies.measures import MEASURES, Measure, Score
 
 
 @dataclass
 class Arm:
-    """The runs of one arm under one condition, sorted by seed."""
+    """The results of one arm under one condition, sorted by seed.
+
+    Attributes:
+        name: Its name.
+        seeds: Its seeds.
+        base: Scores at the first evaluation, ``(seeds, questions)``.
+        tables: Each measure, ``(seeds, questions)``.
+        collapsed: For each seed the first step at which the run had collapsed, or None.
+        runs: The records.
+    """
 
     name: str
-    runs: list[RunRecord]
+    seeds: list[int]
+    base: Table
+    tables: dict[Measure, Table]
+    collapsed: list[int | None]
+    runs: list[RunRecord] = field(default_factory=list)
 
-    @cached_property
-    def seeds(self) -> list[int]:
-        """Return the seeds."""
-        return [run.seed for run in self.runs]
+    @classmethod
+    def of(cls, name: str, runs: list[RunRecord], design: Design) -> "Arm":
+        """Return the arm of these runs, which are sorted by seed."""
+        steps = measures.evaluations(runs[0], design.score)
+        tables = [measures.answers(run, design.score) for run in runs]
+        each = [measures.per_question(steps, table) for table in tables]
+        collapsed = [
+            collapse_step(measures.evaluations(run), measures.answers(run).mean(axis=1), design.collapse)
+            for run in runs
+        ]
+        return cls(
+            name,
+            [run.seed for run in runs],
+            np.array([table[0] for table in tables]),
+            {measure: np.array([one[measure] for one in each]) for measure in MEASURES},
+            collapsed,
+            runs,
+        )
 
-    @cached_property
-    def answers(self) -> Table:
-        """Return mean rewards, ``(seeds, evaluations, questions)``."""
-        return np.array([measures.answers(run) for run in self.runs])
-
-    @cached_property
-    def tables(self) -> dict[Measure, Table]:
-        """Return each measure, ``(seeds, questions)``."""
-        steps = measures.evaluations(self.runs[0])
-        each = [measures.per_question(steps, table) for table in self.answers]
-        return {measure: np.array([one[measure] for one in each]) for measure in MEASURES}
-
-    @cached_property
+    @property
     def doses(self) -> Table:
         """Return the mean multiplier of each run, ``(seeds,)``."""
         return np.array([measures.dose(run) for run in self.runs])
@@ -129,6 +75,7 @@ class Condition:
 
     name: str
     arms: dict[str, Arm]
+    score: Score = "avg"
 
     @property
     def first(self) -> RunRecord:
@@ -153,12 +100,18 @@ class Condition:
     @property
     def steps(self) -> list[int]:
         """Return the steps of the evaluations."""
-        return measures.evaluations(self.first)
+        return measures.evaluations(self.first, self.score)
 
     @property
     def questions(self) -> int:
         """Return the number of held-out questions."""
-        return len(self.first.questions[str(self.steps[0])])
+        return next(iter(self.arms.values())).base.shape[1]
+
+    @property
+    def identity(self) -> str:
+        """Return what identifies the held-out questions: their hash, or their number where no record has the hash."""
+        hashes = {run.data["validation"] for arm in self.arms.values() for run in arm.runs if "validation" in run.data}
+        return min(hashes, default=str(self.questions))
 
 
 def conditions(runs: list[RunRecord], design: Design) -> list[Condition]:
@@ -178,20 +131,36 @@ def conditions(runs: list[RunRecord], design: Design) -> list[Condition]:
         grouped.setdefault(run.study, {}).setdefault(run.arm, []).append(run)
     for study, arms in grouped.items():
         members = [run for arm in arms.values() for run in arm]
+        if without := [run for run in members if not measures.score_table(run, design.score)]:
+            name = "evaluation" if design.score == "avg" else f"evaluation of the {design.score}"
+            raise ValueError(f"Expected every run to have an {name}, but got none in {_names(without)}.")
         _check(study, members, "number of steps", lambda run: run.steps)
-        _check(study, members, "steps with an evaluation", lambda run: measures.evaluations(run) or "none")
-        _check(
-            study, members, "number of held-out questions", lambda run: sorted({len(q) for q in run.questions.values()})
-        )
+        for score in dict.fromkeys(("avg", design.score)):
+            _check_score(study, members, score)
         identified = [run for run in members if "validation" in run.data]
         _check(study, identified, "held-out questions", lambda run: f"those with sha256 {run.data['validation'][:12]}")
         _check(study, members, "number of samples per question", lambda run: run.samples)
-        if broken := [run for run in members if not run.questions or not np.isfinite(measures.answers(run)).all()]:
-            raise ValueError(f"Expected a finite score of every held-out question, but got none in {_names(broken)}.")
     return [
-        Condition(name, {arm: Arm(arm, arms[arm]) for arm in sorted(arms, key=design.order)})
+        Condition(
+            name,
+            {arm: Arm.of(arm, arms[arm], design) for arm in sorted(arms, key=design.order)},
+            design.score,
+        )
         for name, arms in grouped.items()
     ]
+
+
+def _check_score(study: str, runs: list[RunRecord], score: Score) -> None:
+    tables = {id(run): measures.score_table(run, score) for run in runs}
+    _check(study, runs, "steps with an evaluation", lambda run: measures.evaluations(run, score))
+    _check(
+        study,
+        runs,
+        "number of held-out questions",
+        lambda run: sorted({len(row) for row in tables[id(run)].values()}),
+    )
+    if broken := [run for run in runs if not np.isfinite(measures.answers(run, score)).all()]:
+        raise ValueError(f"Expected a finite score of every held-out question, but got none in {_names(broken)}.")
 
 
 def _check(study: str, runs: list[RunRecord], what: str, value: Callable[[RunRecord], Any]) -> None:
@@ -215,9 +184,32 @@ def common(a: Arm, b: Arm) -> list[int]:
     return sorted(set(a.seeds) & set(b.seeds))
 
 
-def paired(a: Arm, b: Arm, measure: Measure, seeds: list[int]) -> Table:
-    """Return the scores of `a` minus those of `b` on these seeds, ``(seeds, questions)``."""
-    return a.tables[measure][a.rows(seeds)] - b.tables[measure][b.rows(seeds)]
+def mean_arm(arms: list[Arm]) -> Arm:
+    """Return the mean of several arms on their common seeds, as an arm without runs."""
+    seeds = sorted(set.intersection(*(set(arm.seeds) for arm in arms)))
+    parts = [(arm, arm.rows(seeds)) for arm in arms]
+    return Arm(
+        name=f"mean of {', '.join(arm.name for arm in arms)}",
+        seeds=seeds,
+        base=np.mean([arm.base[rows] for arm, rows in parts], axis=0),
+        tables={measure: np.mean([arm.tables[measure][rows] for arm, rows in parts], axis=0) for measure in MEASURES},
+        collapsed=[None] * len(seeds),
+    )
+
+
+def controls_of(condition: Condition, design: Design, arm: str, kinds: tuple[str, ...]) -> list[Arm]:
+    """Return the controls of an information arm that the condition has, of these kinds."""
+    names = [design.control(kind, arm) for kind in kinds]
+    return [condition.arms[name] for name in names if name in condition.arms]
+
+
+def information_arms(condition: Condition, design: Design) -> list[str]:
+    """Return the names of the information arms that have at least one decisive control."""
+    return [
+        name
+        for name in condition.arms
+        if design.suffix(name) is not None and controls_of(condition, design, name, design.required)
+    ]
 
 
 def pairs(condition: Condition, design: Design) -> list[tuple[Arm, Arm, str]]:

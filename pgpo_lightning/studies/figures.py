@@ -1,6 +1,7 @@
 """Figures of a report: curves with intervals, a forest plot of the differences, multipliers and information over time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from scipy.stats import t as student_t
 
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.studies import measures
-from pgpo_lightning.studies.comparisons import Arm, Condition, Design
+from pgpo_lightning.studies.comparisons import Arm, Condition
+from pgpo_lightning.studies.design import Design
 
 Curve = Callable[[RunRecord], tuple[list[float], list[float]]]
 """Steps and values of one run."""
@@ -29,7 +31,7 @@ def draw_curves(groups: list[Condition], design: Design, file: IO[bytes]) -> Non
         file: Where the PNG goes.
     """
     rows: list[tuple[str, Curve]] = [
-        ("held-out score", _scores),
+        ("held-out score", partial(_scores, score=design.score)),
         ("response length in training (tokens)", lambda run: measures.curve(run, measures.LENGTH)),
         ("entropy (nats per token)", lambda run: measures.curve(run, measures.ENTROPY)),
     ]
@@ -46,13 +48,13 @@ def draw_multipliers(groups: list[Condition], design: Design, file: IO[bytes]) -
 
 
 def draw_forest(content: dict[str, Any], file: IO[bytes]) -> None:
-    """Draw the paired differences of the deciding measure with their 95 % intervals, one column per condition.
+    """Draw the paired differences of the first deciding measure with their 95 % intervals, one column per condition.
 
     Args:
         content: From :func:`pgpo_lightning.studies.analysis.analyse`.
         file: Where the PNG goes.
     """
-    measure, margin = content["design"]["measure"], content["design"]["margin"]
+    measure, margin = content["design"]["measures"][0], content["design"]["margin"]
     columns = [(study["study"], study["comparisons"]) for study in content["studies"]]
     height = 1.4 + 0.28 * max(1, *(len(rows) for _, rows in columns))
     figure = Figure(figsize=(5.2 * len(columns), height), layout="constrained")
@@ -118,8 +120,8 @@ def _half_width(values: list[float]) -> float:
     return float(student_t.isf(0.025, n - 1) * np.std(values, ddof=1)) / n**0.5 if n > 1 else 0.0
 
 
-def _scores(run: RunRecord) -> tuple[list[float], list[float]]:
-    return list(measures.evaluations(run)), measures.answers(run).mean(axis=1).tolist()
+def _scores(run: RunRecord, score: measures.Score) -> tuple[list[float], list[float]]:
+    return list(measures.evaluations(run, score)), measures.answers(run, score).mean(axis=1).tolist()
 
 
 def _style(name: str, names: list[str], design: Design) -> dict[str, Any]:

@@ -12,25 +12,22 @@ at once (Owen 2007). ``python -m benchmarks.study_simulation`` measures how ofte
 
 Student's t and binomial intervals are SciPy's. SciPy has no inference for crossed random effects (:func:`two_way`,
 :func:`pigeonhole`; `scipy.stats.bootstrap` resamples one axis), no Holm correction (:func:`holm`;
-`scipy.stats.false_discovery_control` controls another error rate) and no equivalence test (:func:`answer`).
+`scipy.stats.false_discovery_control` controls another error rate) and no equivalence test (:meth:`Mean.p_within`). statsmodels
+has the last two, and fits crossed effects by likelihood, with normal intervals; the tests compare ours with it.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit
+from scipy.stats import binomtest
 
 Table = NDArray[np.float64]
 """Scores of shape ``(seeds, questions)``, or ``(seeds, 1)`` for quantities without questions."""
-
-Answer = Literal["yes", "no", "not resolved"]
-"""Whether information helps beyond its dose."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Mean:
         """Return the interval that covers the true value with probability `level`; NaN for a single seed."""
         if self.seeds < 2:
             return math.nan, math.nan
-        half = float(student_t.isf((1 - level) / 2, self.freedom)) * self.error
+        half = -float(stdtrit(self.freedom, (1 - level) / 2)) * self.error
         return self.value - half, self.value + half
 
     def p(self) -> float:
@@ -87,7 +84,25 @@ class Mean:
             return math.nan
         if self.error == 0:
             return 1.0 if self.value == 0 else 0.0
-        return float(2 * student_t.sf(abs(self.value) / self.error, self.freedom))
+        return float(2 * stdtr(self.freedom, -abs(self.value) / self.error))
+
+    def p_above(self, threshold: float = 0.0) -> float:
+        """Return the one-sided p-value of the hypothesis that the true value is not above a threshold.
+
+        NaN without a variance to judge by: for a single seed and for runs that agree exactly.
+        """
+        if self.seeds < 2 or self.error == 0:
+            return math.nan
+        return float(stdtr(self.freedom, (threshold - self.value) / self.error))
+
+    def p_below(self, threshold: float) -> float:
+        """Return the one-sided p-value of the hypothesis that the true value is not below a threshold; NaN likewise."""
+        return 1 - self.p_above(threshold)
+
+    def p_within(self, margin: float) -> float:
+        """Return the p-value of equivalence: of the two one-sided tests against `-margin` and `margin` (Schuirmann 1987)."""
+        # Not `max`, which would drop a NaN in second place.
+        return float(np.maximum(self.p_above(-margin), self.p_below(margin)))
 
     def with_seeds(self, seeds: int) -> "Mean":
         """Return the expected result with another number of seeds and the same questions."""
@@ -101,43 +116,34 @@ class Mean:
         )
 
 
-def two_way(tables: Sequence[Table]) -> Mean:
-    """Average over seeds and questions. With several tables, return the mean over their conditions.
-
-    Tables with equally many questions are averaged cell by cell, which is correct whether or not the questions are the same.
-    Otherwise the questions of different conditions are treated as independent. The variance that questions add is never
-    estimated as negative.
+def two_way(table: Table) -> Mean:
+    """Average over seeds and questions. The variance that questions add is never estimated as negative.
 
     Args:
-        tables: Each ``(seeds, questions)``, with the same seeds in the same order.
+        table: ``(seeds, questions)``.
 
     Example:
-        >>> mean = two_way([np.array([[0.0, 1.0], [0.5, 1.0], [0.5, 0.5]])])
+        >>> mean = two_way(np.array([[0.0, 1.0], [0.5, 1.0], [0.5, 0.5]]))
         >>> round(mean.value, 3), round(mean.error, 3)
         (0.583, 0.22)
     """
-    if len({table.shape for table in tables}) == 1:
-        tables = [np.mean(tables, axis=0)]
-    by_seed = np.mean([table.mean(axis=1) for table in tables], axis=0)  # (seeds,)
-    seeds = len(by_seed)
-    value = float(by_seed.mean())
+    seeds, questions = table.shape
+    value = float(table.mean())
     if seeds < 2:
-        return Mean(value, math.nan, math.nan, math.nan, seeds, tables[0].shape[1])
+        return Mean(value, math.nan, math.nan, math.nan, seeds, questions)
+    rows, columns = table.mean(axis=1), table.mean(axis=0)
     by_question = cell = 0.0
-    for table in tables:
-        questions = table.shape[1]
-        if questions > 1:
-            columns = table.mean(axis=0)  # (questions,)
-            residual = table - table.mean(axis=1, keepdims=True) - columns + table.mean()
-            by_question += columns.var(ddof=1) / questions / len(tables) ** 2
-            cell += (residual**2).sum() / ((seeds - 1) * (questions - 1)) / table.size / len(tables) ** 2
+    if questions > 1:
+        residual = table - rows[:, None] - columns + value
+        by_question = float(columns.var(ddof=1)) / questions
+        cell = float((residual**2).sum()) / ((seeds - 1) * (questions - 1)) / table.size
     return Mean(
         value=value,
-        seed_variance=float(by_seed.var(ddof=1)) / seeds,
+        seed_variance=float(rows.var(ddof=1)) / seeds,
         question_variance=max(by_question, cell),
         cell_variance=cell,
         seeds=seeds,
-        questions=max(table.shape[1] for table in tables),
+        questions=questions,
     )
 
 
@@ -187,18 +193,6 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def wilson_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the interval of a proportion (Wilson 1927), also for none and for all.
-
-    Example:
-        >>> low, high = wilson_interval(0, 10)
-        >>> round(low, 2), round(high, 2)
-        (0.0, 0.28)
-    """
-    interval = binomtest(count, total).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def exact_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """Return the exact interval of a proportion (Clopper and Pearson 1934), whose coverage is never below `level`.
 
@@ -209,58 +203,3 @@ def exact_interval(count: int, total: int, level: float = 0.95) -> tuple[float, 
     """
     interval = binomtest(count, total).proportion_ci(level, method="exact")
     return float(interval.low), float(interval.high)
-
-
-def answer(low: float, high: float, margin: float) -> Answer:
-    """Answer whether information helps, from the interval of the gain.
-
-    `yes` if the interval is above 0. `no` if it is below `margin`: then a gain of interest is excluded, whether the interval
-    is narrow around 0 or entirely below it. An interval above 0 and below `margin` is a `yes`: the gain is small but
-    significant. This is not the two one-sided tests of equivalence: a loss, however large, is a `no`.
-
-    Args:
-        low: Lower end of the interval, corrected for the number of comparisons.
-        high: Upper end.
-        margin: The smallest gain of interest.
-    """
-    if low > 0:
-        return "yes"
-    return "no" if high < margin else "not resolved"
-
-
-def seeds_for(mean: Mean, distance: float, level: float = 0.95, power: float = 0.8) -> int | None:
-    """Return the number of seeds with which an interval excludes a value at `distance` from the true mean.
-
-    Variances and questions are those observed.
-
-    Args:
-        mean: Of the paired differences.
-        distance: Between the true mean and the value to exclude.
-        level: Of the interval.
-        power: Probability that the interval excludes the value.
-
-    Returns:
-        The number of seeds, or None if the variance between questions alone is too large for any number of seeds.
-    """
-
-    def enough(seeds: int) -> bool:
-        planned = mean.with_seeds(seeds)
-        reach = student_t.isf([(1 - level) / 2, 1 - power], planned.freedom).sum()
-        return float(reach) * planned.error <= distance
-
-    high = 2
-    while not enough(high):
-        high *= 2
-        if high > 2**20:
-            return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def questions_for(mean: Mean, distance: float, level: float = 0.95, power: float = 0.8) -> int:
-    """Return the least number of held-out questions that :func:`seeds_for` needs with an unlimited number of seeds."""
-    reach = float(norm.isf([(1 - level) / 2, 1 - power]).sum())
-    return math.ceil(mean.questions * (mean.question_variance - mean.cell_variance) * (reach / distance) ** 2)

@@ -14,20 +14,29 @@ Measure = Literal["final", "best", "area"]
 
 MEASURES: tuple[Measure, ...] = ("final", "best", "area")
 
+Score = Literal["avg", "solution-probability"]
+"""Held-out score of a question: the mean reward of its samples, or the exact probability of its worked solution."""
+
 LENGTH = "response_length/mean"
 ENTROPY = "rollout/neg_log_prob"
 """Of the rollouts. Unlike `actor/entropy` it is also logged when no rollout is in the loss."""
 INFORMATION = "information/mean"
 
 
-def evaluations(run: RunRecord) -> list[int]:
+def score_table(run: RunRecord, score: Score = "avg") -> dict[str, list[float]]:
+    """Return the score of every held-out question by step; empty if the record does not have this score."""
+    return run.questions if score == "avg" else run.solution_probabilities
+
+
+def evaluations(run: RunRecord, score: Score = "avg") -> list[int]:
     """Return the steps at which a run was evaluated, sorted."""
-    return sorted(map(int, run.questions))
+    return sorted(map(int, score_table(run, score)))
 
 
-def answers(run: RunRecord) -> NDArray[np.float64]:
-    """Return the mean reward of every held-out question at every evaluation, shape ``(evaluations, questions)``."""
-    return np.array([run.questions[str(step)] for step in evaluations(run)], dtype=float)
+def answers(run: RunRecord, score: Score = "avg") -> NDArray[np.float64]:
+    """Return the score of every held-out question at every evaluation, shape ``(evaluations, questions)``."""
+    table = score_table(run, score)
+    return np.array([table[str(step)] for step in evaluations(run, score)], dtype=float)
 
 
 def per_question(steps: list[int], table: NDArray[np.float64]) -> dict[Measure, NDArray[np.float64]]:

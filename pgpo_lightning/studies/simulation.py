@@ -1,15 +1,16 @@
-"""Simulated studies with a known difference: coverage of the report's intervals, and how often its answer is wrong."""
+"""Simulated runs of studies whose true differences are known."""
 
-from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from pgpo_lightning.monitoring.collapse_rules import collapse_step
 from pgpo_lightning.monitoring.run_record import RunRecord
-from pgpo_lightning.studies.analysis import compare, decide_condition
-from pgpo_lightning.studies.comparisons import Design, conditions
-from pgpo_lightning.studies.inference import pigeonhole
+from pgpo_lightning.studies.comparisons import Arm, Condition
+from pgpo_lightning.studies.design import Design
+from pgpo_lightning.studies.inference import Table
+from pgpo_lightning.studies.measures import MEASURES, per_question
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class World:
         seed_deviation: Standard deviation of the effect of the seed.
         arm_seed_deviation: Standard deviation of the effect of the arm's seed, which pairing does not remove.
         question_width: Half-width of the uniform effect of the question.
-        arm_question_width: Half-width of the uniform effect of the arm's question.
-        collapse: Probability that a run ends at 0.
+        arm_question_width: Half-width of the uniform effect of the arm's question, the same under all conditions.
+        collapse: Arm to the probability that one of its runs ends at 0. Arms that are not named do not collapse.
     """
 
     seeds: int = 10
@@ -43,7 +44,45 @@ class World:
     arm_seed_deviation: float = 0.015
     question_width: float = 0.22
     arm_question_width: float = 0.05
-    collapse: float = 0.0
+    collapse: dict[str, float] = field(default_factory=dict)
+
+    def truth(self, arm: str, difference: float) -> float:
+        """Return the true final score of an arm: its mean over all seeds and questions, collapsed runs included."""
+        return (self.level + difference) * (1 - self.collapse.get(arm, 0.0))
+
+
+def draw(arms: Mapping[str, float], world: World, seed: int, condition: int = 0) -> dict[str, Table]:
+    """Return the scores of each arm, ``(seeds, evaluations, questions)``.
+
+    Args:
+        arms: Name to the amount that the arm adds to the final probability.
+        world: Parameters of the runs.
+        seed: Of the study. It determines the effects of the questions.
+        condition: Number of the condition within the study. It determines the effects of seeds, and the samples.
+    """
+    asked, rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1 + condition])
+    shape = (world.seeds, 1, world.questions)
+    along = np.linspace(0, 1, world.evaluations + 1)[:, None]  # (evaluations, 1)
+    shared = _normal(rng, world.seed_deviation, world.seeds)
+    shared = shared + asked.uniform(-world.question_width, world.question_width, shape[1:])
+    base = rng.binomial(world.samples, np.clip(world.base + shared, 0, 1)) / world.samples  # the same for all arms
+    found = {}
+    for arm, difference in arms.items():
+        own = _normal(rng, world.arm_seed_deviation, world.seeds)
+        own = own + asked.uniform(-world.arm_question_width, world.arm_question_width, world.questions)
+        p = (
+            world.base + shared + along * (world.level + difference - world.base + own)
+        )  # (seeds, evaluations, questions)
+        p *= 1 - along * (rng.random((world.seeds, 1, 1)) < world.collapse.get(arm, 0.0))
+        scores = rng.binomial(world.samples, np.clip(p, 0, 1)) / world.samples
+        scores[:, :1] = base
+        found[arm] = scores
+    return found
+
+
+def _normal(rng: np.random.Generator, deviation: float, seeds: int) -> np.ndarray:
+    """Return one effect per seed, clipped at three deviations to keep probabilities in [0, 1]: ``(seeds, 1, 1)``."""
+    return np.clip(rng.normal(0, deviation, (seeds, 1, 1)), -3 * deviation, 3 * deviation)
 
 
 def simulate(
@@ -54,7 +93,7 @@ def simulate(
     doses: dict[str, float] | None = None,
     steps: int = 30,
 ) -> list[RunRecord]:
-    """Return the runs of a study.
+    """Return the records of the runs of one condition.
 
     Args:
         arms: Name to the amount that the arm adds to the final probability.
@@ -64,24 +103,10 @@ def simulate(
         doses: Mean multiplier of arms that have one.
         steps: Of training.
     """
-    rng = np.random.default_rng(seed)
-    shape = (world.seeds, 1, world.questions)
-    along = np.linspace(0, 1, world.evaluations + 1)[:, None]  # (evaluations, 1)
+    rng = np.random.default_rng([seed, 1_000_000])
     at = np.linspace(0, steps, world.evaluations + 1).round().astype(int).tolist()
-    shared = _normal(rng, world.seed_deviation, world.seeds) + rng.uniform(
-        -world.question_width, world.question_width, shape[1:]
-    )
-    base = rng.binomial(world.samples, np.clip(world.base + shared, 0, 1)) / world.samples  # the same for all arms
     runs = []
-    for arm, difference in arms.items():
-        own = _normal(rng, world.arm_seed_deviation, world.seeds)
-        own = own + rng.uniform(-world.arm_question_width, world.arm_question_width, world.questions)
-        p = (
-            world.base + shared + along * (world.level + difference - world.base + own)
-        )  # (seeds, evaluations, questions)
-        p *= 1 - along * (rng.random((world.seeds, 1, 1)) < world.collapse)
-        scores = rng.binomial(world.samples, np.clip(p, 0, 1)) / world.samples
-        scores[:, :1] = base
+    for arm, scores in draw(arms, world, seed).items():
         dose = (doses or {}).get(arm)
         for number, table in enumerate(scores):
             rho = [] if dose is None else (dose + rng.uniform(-0.05, 0.05, steps)).tolist()
@@ -97,48 +122,19 @@ def simulate(
     return runs
 
 
-def _normal(rng: np.random.Generator, deviation: float, seeds: int) -> np.ndarray:
-    """Return one effect per seed, clipped at three deviations to keep probabilities in [0, 1]: ``(seeds, 1, 1)``."""
-    return np.clip(rng.normal(0, deviation, (seeds, 1, 1)), -3 * deviation, 3 * deviation)
-
-
-def measure(
-    difference: float, world: World, repeats: int = 500, margin: float = 0.02, seed: int = 0, draws: int = 500
-) -> dict[str, Any]:
-    """Analyse many simulated studies as the report does, and count.
-
-    Args:
-        difference: True gain of the information arm beyond its dose.
-        world: Parameters of the runs.
-        repeats: Number of studies.
-        margin: The smallest difference of interest.
-        seed: Of the first study.
-        draws: Number of bootstrap resamples; 0 for no bootstrap.
-
-    Returns:
-        Fractions of the studies: `covered` (the 95 % interval contains the true gain), `bootstrap_covered`, and the fraction
-        with each answer. Medians: `width` of the interval, and `seeds_needed` of the studies that are not resolved.
-    """
-    truth = difference * (1 - world.collapse)
-    covered, resampled, widths, needed, answers = [], [], [], [], Counter[str]()
-    design = Design(margin=margin)
-    for number in range(repeats):
-        runs = simulate({"pgpo-1.0": difference, "constant-1.0": 0.0}, world, seed + number)
-        (compared,) = compare(conditions(runs, design)[0], design, "final")
-        decided = decide_condition([compared], design)
-        low, high = compared.mean.interval()
-        covered.append(low <= truth <= high)
-        widths.append(high - low)
-        if draws:
-            low, high = pigeonhole(compared.table, draws)
-            resampled.append(low <= truth <= high)
-        answers[decided["answer"]] += 1
-        needed.append(decided["seeds_needed"])
-    unresolved = [number for number in needed if number is not None]
-    return {
-        "covered": float(np.mean(covered)),
-        "bootstrap_covered": float(np.mean(resampled)) if draws else None,
-        **{answer: answers[answer] / repeats for answer in ("yes", "no", "not resolved")},
-        "width": float(np.median(widths)),
-        "seeds_needed": float(np.median(unresolved)) if unresolved else None,
-    }
+def simulated_condition(
+    arms: Mapping[str, float], world: World, seed: int, design: Design, condition: int = 0
+) -> Condition:
+    """Return a condition as the report builds it from records, without the records."""
+    steps = list(range(world.evaluations + 1))
+    found = {}
+    for name, scores in draw(arms, world, seed, condition).items():
+        each = [per_question(steps, table) for table in scores]
+        found[name] = Arm(
+            name,
+            list(range(world.seeds)),
+            scores[:, 0],
+            {measure: np.array([one[measure] for one in each]) for measure in MEASURES},
+            [collapse_step(steps, table.mean(axis=1), design.collapse) for table in scores],
+        )
+    return Condition(f"condition-{condition}", found)

@@ -9,10 +9,11 @@ import pytest
 
 from pgpo_lightning.monitoring.collapse_rules import collapse_step
 from pgpo_lightning.studies import measures
-from pgpo_lightning.studies.analysis import analyse, decide
-from pgpo_lightning.studies.comparisons import Design, conditions
+from pgpo_lightning.studies.analysis import analyse
+from pgpo_lightning.studies.comparisons import conditions
+from pgpo_lightning.studies.conclusion import QUESTION, conclude, phrase
+from pgpo_lightning.studies.design import Design
 from pgpo_lightning.studies.inference import two_way
-from pgpo_lightning.studies.report_text import QUESTION, conclude, phrase
 from pgpo_lightning.studies.simulation import World
 from tests.support.studies import DOSES, runs, study_of, tiny
 
@@ -71,7 +72,7 @@ def test_differences_are_paired_by_seed_and_question():
     ]
     content = study_of(analyse(pgpo + sdpo, FAST))
     (row,) = content["comparisons"]
-    mean = two_way([np.array([[0.5, 0.0], [0.5, 0.5]])])
+    mean = two_way(np.array([[0.5, 0.0], [0.5, 0.5]]))
     assert (row["arm"], row["against"], row["seeds"]) == ("pgpo", "sdpo", 2)
     assert row["final"]["value"] == mean.value == 0.375
     assert (row["final"]["low"], row["final"]["high"]) == mean.interval()
@@ -92,7 +93,9 @@ def test_information_arms_meet_the_controls_of_their_own_dose():
         "random-1.0",
         "grpo",
     ]
-    assert any(note.endswith("therefore no answer, for: pgpo-2.") for note in study_of(analyse(runs(), FAST))["notes"])
+    notes = study_of(analyse(runs(), FAST))["notes"]
+    assert "No control of the same dose, and therefore no answer, for: pgpo-2." in notes
+    assert any(note.startswith("pgpo-1.0 has no shuffled-1.0, replayed-1.0, inverse-1.0: without") for note in notes)
     for name in ("final", "best", "area"):  # corrected for all of them
         assert all(r[name]["p_holm"] >= r[name]["p"] for r in rows)
         assert min(r[name]["p_holm"] for r in rows) == pytest.approx(
@@ -126,79 +129,82 @@ def test_doses_are_compared_and_a_control_that_misses_is_flagged():
     assert "doses" not in conclude(analyse(runs(), FAST))
 
 
-def test_an_arm_answers_no_if_it_fails_one_control_and_yes_if_it_beats_all():
-    def mean(value, spread=0.001):
-        return two_way([value + spread * np.array([[-1.0], [0.0], [1.0]])])
-
-    design = Design(decisive=("constant", "random"))
-
-    def decided(*values):
-        return decide([("a", f"c{i}", value) for i, value in enumerate(values)], design)
-
-    assert decided(mean(0.1), mean(0.1))["answer"] == "yes"
-    assert decided(mean(0.1), mean(0.0))["answer"] == "no"
-    assert decided(mean(0.1), mean(0.1, 0.5))["answer"] == "not resolved"
-    assert decided(mean(0.1), mean(0.1))["level"] == 0.975
-    several = decide([("a", "c", mean(0.0)), ("b", "c", mean(0.0, 0.5)), ("d", "c", mean(0.1))], design)
-    assert (several["answer"], several["arms"]) == ("yes", {"a": "no", "b": "not resolved", "d": "yes"})
-    assert several["seeds_needed"] is None
-    assert several["comparisons"][1]["seeds_needed"] > 3
-    assert decide([("a", "c", mean(0.0)), ("b", "c", mean(0.0, 0.5))], design)["answer"] == "not resolved"
-    assert decide([], design)["answer"] is None
-
-
-def test_there_are_never_fewer_seeds_needed_than_there_are():
-    # Much is known and the difference lies in between: neither 0 nor the margin is excluded.
-    table = 0.01 + 0.02 * np.tile([[-1.0], [1.0]], (8, 1))
-    decided = decide([("a", "c", two_way([table]))], Design())
-    assert decided["answer"] == "not resolved"
-    assert decided["seeds_needed"] > 16
-
-
 def test_the_sentence_follows_from_the_numbers():
-    def sentence(answer, low=0.01, high=0.09, seeds=10, **needed):
-        needs = {"seeds_needed": None, "seeds_if_seen": None, "questions_needed": None} | needed
-        row = {"arm": "a", "control": "c", "seeds": seeds, "value": 0.05, "low": low, "high": high, "answer": answer}
-        return phrase({"answer": answer, "arms": {"a": answer}, "comparisons": [row]} | needs, 0.02, 100)
+    design = {"margin": 0.02}
 
-    assert sentence("yes") == "yes (a minus c +0.050 [+0.010, +0.090])"
+    def sentence(answer, low=0.01, high=0.09, seeds=10, **changes):
+        row = {"measure": "final", "seeds": seeds, "value": 0.05, "low": low, "high": high, "p": 0.01, "p_no": 0.001}
+        arm = {
+            "arm": "a",
+            "answer": answer,
+            "missing": [],
+            "averages": ["c", "r"],
+            "seeds": seeds,
+            "level": 0.025,
+            "p": 0.2,
+        }
+        arm |= {"seeds_needed": None, "seeds_if_seen": None, "questions_needed": None, "averaged": [row]} | changes
+        return phrase({"answer": answer, "arms": [arm]}, design, 100)
+
+    because = "(a minus the mean of c, r: final +0.050 [+0.010, +0.090])"
+    assert sentence("yes") == f"yes {because}"
     assert sentence("yes", high=0.015).startswith("yes, but less than 0.02 (")
-    assert sentence("no", low=-0.01, high=0.01).startswith("no, a gain of 0.02 or more is excluded (")
-    assert "at this sample size (10 seeds), about 40 seeds are needed (" in sentence(
-        "not resolved", seeds_needed=40, seeds_if_seen=40
+    assert sentence("no") == f"no, a gain of 0.02 or more on final is excluded {because}"
+    assert sentence("equivalent") == f"equivalent within 0.02 {because}"
+    assert sentence("equivalent", averages=["c"]).endswith("(a minus c: final +0.050 [+0.010, +0.090])")
+    assert "(10 seeds), about 20 to 80 seeds are needed to distinguish 0 from 0.02 (" in sentence(
+        "not resolved", seeds_needed=(20, 80), seeds_if_seen=(20, 80)
     )
-    assert "40 seeds are needed, or 20 if the observed difference" in sentence(
-        "not resolved", seeds_needed=40, seeds_if_seen=20
+    assert "20 to 80 seeds are needed to distinguish 0 from 0.02, or 11 to 41 if the observed difference" in sentence(
+        "not resolved", seeds_needed=(20, 80), seeds_if_seen=(11, 41)
     )
     assert "cannot be resolved by more seeds: at least 400 questions are needed, not 100" in sentence(
         "not resolved", questions_needed=400
     )
-    assert sentence("not resolved", seeds=1, low=math.nan, high=math.nan) == (
-        "not resolved, because a single seed has no interval (a minus c +0.050)"
+    assert sentence("not resolved", level=0.0).startswith("not resolved, because 10 seeds are between two looks (")
+    assert sentence("not resolved", missing=["i"], p=0.01).startswith("not resolved, because there is no i (")
+    assert sentence("not resolved", missing=["i"]) == f"not resolved at this sample size (10 seeds) {because}"
+    alone = {"measure": "final", "seeds": 1, "value": 0.05, "low": math.nan, "high": math.nan, "p": math.nan}
+    assert sentence("not resolved", seeds=1, averaged=[alone]) == (
+        "not resolved, because a single seed has no interval (a minus the mean of c, r: final +0.050)"
     )
 
 
 def test_a_large_planted_difference_is_found_and_pooled():
     world = World(seeds=8, questions=60)
-    arms = {"pgpo-1": 0.15, "constant-1": 0.0, "sdpo": 0.0}
-    both = runs(1, "one", arms, world) + runs(2, "two", arms, World(seeds=8, questions=40))
-    content = analyse(both, FAST)
-    assert [study_of(content, i)["answers"]["final"]["answer"] for i in (0, 1)] == ["yes", "yes"]
-    (pooled,) = content["pooled"]["final"]["comparisons"]
-    assert pooled["studies"] == 2
-    values = [study_of(content, i)["answers"]["final"]["comparisons"][0]["value"] for i in (0, 1)]
-    assert pooled["value"] == pytest.approx(sum(values) / 2)
+    arms = {"pgpo-1": 0.15, "sdpo": 0.0} | {f"{control}-1": 0.0 for control in Design().controls}
+    content = analyse(runs(1, "one", arms, world) + runs(2, "two", arms, world), FAST)
+    assert [study_of(content, i)["answers"]["answer"] for i in (0, 1)] == ["yes", "yes"]
+    assert content["pooled"]["studies"] == ["one", "two"]
+    assert [row["learns"] for row in content["learning"]] == [True, True]
+    (pooled,) = content["pooled"]["arms"]
+    values = [study_of(content, i)["answers"]["arms"][0]["averaged"][0]["value"] for i in (0, 1)]
+    assert pooled["averaged"][0]["value"] == pytest.approx(sum(values) / 2)
     assert re.fullmatch(
-        r"Information helps beyond its dose, 2 conditions together: yes \(pgpo-1 minus constant-1 .*\); one: yes; two: yes\.",
+        r"Information helps beyond its dose, one, two together: yes \(pgpo-1 minus the mean of constant-1, random-1, shuffled-1, "
+        r"replayed-1: final .*, best .*\); one: yes; two: yes\.",
         conclude(content),
     )
 
 
 def test_studies_without_common_seeds_are_not_pooled():
     other = [replace(run, seed=run.seed + 100) for run in runs(2, "two")]
-    content = analyse(runs(1, "one") + other, FAST)
-    assert content["pooled"]["final"]["answer"] == "not resolved"
-    assert "without common seeds" in conclude(content)
+    content = analyse(runs(1, "one") + other, replace(FAST, pool="all"))
+    assert content["pooled"]["answer"] == "not resolved"
+    assert "arms have no common seeds" in conclude(content)
+
+
+def test_conditions_with_other_questions_are_reported_apart():
+    apart = [runs(seed, name, world=World(seeds=4, questions=n)) for seed, name, n in ((1, "one", 60), (2, "two", 40))]
+    content = analyse([*apart[0], *apart[1]], replace(FAST, pool="all"))
+    assert (content["pooled"]["studies"], content["pooled"]["answer"], content["interaction"]) == ([], None, [])
+    assert "not asked of conditions together, because their held-out questions differ; one: " in conclude(content)
+    same = [
+        replace(run, data={"validation": digest * 64})
+        for digest, name in (("a", "one"), ("b", "two"))
+        for run in runs(1, name)
+    ]
+    assert analyse(same, replace(FAST, pool="all"))["pooled"]["studies"] == []
 
 
 @pytest.mark.parametrize(
@@ -245,7 +251,8 @@ def test_runs_that_agree_to_the_letter_are_noted():
     notes = study_of(content)["notes"]
     assert (
         conclude(content)
-        == f"{QUESTION}: not resolved, because runs with the same answers have no interval (pgpo minus constant +0.000)."
+        == f"{QUESTION}: not resolved, because runs with the same answers have no interval (pgpo minus constant: final +0.000, "
+        "best +0.000)."
     )
     assert any(note.startswith("pgpo and constant gave the same answers in every run") for note in notes)
     assert any(note.startswith("Fewer than 5 seeds") for note in notes)
@@ -259,7 +266,10 @@ def test_runs_that_agree_to_the_letter_are_noted():
         ({"collapse": 1.0}, r"`collapse` to lie in \(0, 1\)"),
         ({"decisive": ("constnat",)}, r"`decisive` to be among `controls` \(constant, random"),
         ({"decisive": ()}, "`decisive` to be among"),
-        ({"measure": "last"}, "`measure` to be one of final, best, area"),
+        ({"measures": ("last",)}, r"`measures\[0\]` to be one of final, best, area"),
+        ({"measures": ()}, "`measures` "),
+        ({"score": "exact"}, "`score` to be one of avg, solution-probability"),
+        ({"pool": "best"}, "`pool` to be one of learning, all"),
     ],
 )
 def test_wrong_settings_are_refused(setting, message):
