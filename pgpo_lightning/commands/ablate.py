@@ -3,10 +3,11 @@
 On Linux these processes are forked from one that has made the imports, see :mod:`pgpo_lightning.commands.run_server`.
 
 The state of a study is read from the folders of its runs and stored nowhere else. The command can therefore be killed at any
-moment and repeated. The output of a run goes to ``seed=<n>.log`` beside its folder. Every process that writes to this file
-holds a lock on it (``flock``). A run that outlived its ``ablate`` is therefore not started twice, and several ``ablate`` can
-share one study. On Linux runs end with their ``ablate``. On macOS they continue if ``ablate`` is killed with ``kill -9``.
-Windows has no ``flock``.
+moment and repeated. Before the first run the rules of the study are written to its folder, see
+:mod:`pgpo_lightning.studies.registration`. The output of a run goes to ``seed=<n>.log`` beside its folder. Every process that
+writes to this file holds a lock on it (``flock``). A run that outlived its ``ablate`` is therefore not started twice, and several
+``ablate`` can share one study. On Linux runs end with their ``ablate``. On macOS they continue if ``ablate`` is killed with
+``kill -9``. Windows has no ``flock``.
 """
 
 import fcntl
@@ -31,7 +32,9 @@ from pgpo_lightning.commands.study_progress import State, changed, expected_sett
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.monitoring.run_folder import clear
 from pgpo_lightning.monitoring.run_record import FILE, RunRecord
+from pgpo_lightning.studies.registration import register
 from pgpo_lightning.studies.spec import PlannedRun, Settings, StudySpec, read_study
+from pgpo_lightning.studies.stopping import Looks
 
 PROGRAM = "pgpo_lightning.commands.main"
 IMPORTED = ("pgpo_lightning.commands.fit",)
@@ -48,11 +51,12 @@ def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) 
     Args:
         config: File of the study, such as `configs/studies/toy.yaml`. Its keys are those of
             :class:`pgpo_lightning.studies.spec.StudySpec`.
-        dry_run: Print the commands of the missing runs, one per line, and run nothing; for a cluster.
+        dry_run: Print the commands of the missing runs, one per line, and run nothing; for a cluster. Writes nothing but the
+            rules of the study, if it has any.
         processes: Number of runs at the same time; by default that of the study.
 
     Raises:
-        ValueError: If the study is invalid, or has runs with other settings.
+        ValueError: If the study is invalid, has runs with other settings, or other rules than were registered.
         SystemExit: If a run failed (1), or the command was interrupted (130) or terminated (143).
     """
     study = read_study(config)
@@ -61,8 +65,14 @@ def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) 
     for run in runs:
         if state(run) in ("finished", "started") and (change := changed(run, expected[run.name])):
             raise ValueError(change)
+    if study.has_rules or not dry_run:
+        register(study, begun=sum(state(run) != "new" for run in runs))
     if dry_run:
-        print("\n".join(job_lines(runs)))
+        looks = Looks(study, runs, _record)
+        looks.update({run.name for run in runs if state(run) == "finished"})
+        print("\n".join(job_lines([run for run in runs if run.name in looks.admitted])))
+        if looks.decision.why:
+            print(f"# {looks.decision.why}")
     else:
         Launcher(study, runs, expected, processes or study.processes).launch()
 
@@ -132,6 +142,7 @@ class Launcher:
         self.failed: dict[str, str] = {}  # name to reason
         self.elsewhere: set[str] = set()  # made by another process
         self.seconds: list[float] = []  # of the runs that ended since the start
+        self.looks = Looks(study, runs, _record)
         self._shown = ""
         self._starter = starter()
 
@@ -167,6 +178,7 @@ class Launcher:
                 self.running.remove(child)
                 self._end(child, code)
         self.elsewhere.clear()
+        self.looks.update(self.done)
         for run in self._ready():
             if len(self.running) == self.processes:
                 break
@@ -174,7 +186,8 @@ class Launcher:
         return bool(self.running or self._ready())
 
     def _ready(self) -> list[PlannedRun]:
-        return [run for run in self.waiting if self.done.issuperset(run.needs)]
+        admitted = [run for run in self.waiting if run.name in self.looks.admitted]
+        return [run for run in admitted if self.done.issuperset(run.needs)]
 
     def _start(self, run: PlannedRun) -> None:
         if state(run) == "finished":  # made by another process
@@ -258,12 +271,14 @@ class Launcher:
         self._shown = shown
 
     def _conclude(self) -> None:
+        if self.looks.decision.stop:
+            print(f"{self.looks.decision.why} {len(self.waiting)} runs were not needed.")
         if not self.failed:
             print(f"All runs are in {self.study.folder}. Compare them with `pgpo report {self.study.folder}`.")
             return
         for name, reason in self.failed.items():
             print(f"\nfailed: {name}: {reason}")
-        if self.waiting:
+        if self.waiting and not self.looks.decision.stop:
             names = [run.name for run in self.waiting]
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             print(f"\nwaiting for a failed run: {', '.join(names[:SHOWN])}{more}")
@@ -287,6 +302,10 @@ def duration(seconds: float) -> str:
 def starter() -> Starter:
     """Return what starts the runs on this system."""
     return RunServer(PROGRAM, IMPORTED) if sys.platform == "linux" else SeparateProcesses(PROGRAM)
+
+
+def _record(run: PlannedRun) -> RunRecord:
+    return RunRecord.load(run.folder)
 
 
 def _resume(progress: State) -> list[str]:

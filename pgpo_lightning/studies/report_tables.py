@@ -141,3 +141,27 @@ def tuned(content: dict[str, Any]) -> str:
         for row in found["comparisons"]
     ]
     return "\n\n".join([by_arm, markdown_table(["difference, tuned", "seeds", found["measure"], "p"], rows)])
+
+
+def predictions(registration: dict[str, Any]) -> str:
+    """Return the table of predictions and what was seen."""
+    rows = []
+    for row in registration["predictions"]:
+        interval = row["interval"]
+        predicted = f"{row['predicted']:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+        found = row["seen"]
+        inside = "" if found is None or found["in_predicted"] is None else _yes(found["in_predicted"])
+        cells = (
+            ["no runs", "", "", ""]
+            if found is None
+            else [difference(found), _yes(found["sign"]), inside, _yes(found["in_seen"])]
+        )
+        rows.append(
+            [row["condition"], f"{row['arm']} − {row['against']}", row["measure"], predicted, *cells, row["reason"]]
+        )
+    header = ["condition", "difference", "measure", "predicted", "seen", "sign", "seen is in the predicted interval"]
+    return markdown_table([*header, "predicted is in the interval seen", "reason"], rows)
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "**no**"

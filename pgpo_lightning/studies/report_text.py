@@ -34,8 +34,8 @@ POOL = """
 - **All conditions together**: the interaction is the difference under one condition minus that under another; its p-values are
   corrected for the pairs of conditions of an arm (Holm). Pooled are {rule}: their mean with equal weights, on the seeds that all
   of them have. This answer is the primary one; the answers under single conditions are a family of their own.
-- **Tuned**: each arm under its own best condition. For every seed the condition is chosen on the {first} score of all *other*
-  seeds, and scored on this seed only, so no seed is scored where it helped to choose. The questions are the same in both."""
+- **Tuned**: each arm under its own best condition. One half of the seeds chooses it by the {first} score, the other half is
+  scored in it, and the reverse, so no seed is scored where it helped to choose. The questions are the same in both halves."""
 
 RULES = {
     "learning": "the conditions in which {baseline} learns (its final minus its base score has a 95 % interval above 0)",
@@ -55,6 +55,7 @@ def markdown(content: dict[str, Any], figures: dict[str, str]) -> str:
     cost = content["cost"]
     runs = f"{cost['runs']} runs, {cost['seconds'] / 3600:.2f} hours of wall time, {cost['cpu_seconds'] / 3600:.2f} of CPU time."
     parts = ["# Report", runs]
+    parts += [_registration(one) for one in content.get("registrations", [])]
     if content["pooled"]:
         parts.append(_together(content))
     parts += [_study(study, content["design"]) for study in content["studies"]]
@@ -78,6 +79,20 @@ def method(content: dict[str, Any]) -> str:
             "pool": POOL.format(rule=pool, first=design["measures"][0]) if content["pooled"] else "",
         }
     )
+
+
+def _registration(registration: dict[str, Any]) -> str:
+    late, changed = registration["runs_before"], registration["changed"]
+    when = f"after {late} of the runs had begun, so nothing here was predicted" if late else "before the first run"
+    lines = [
+        f"Rules and predictions were fixed on {registration['time']}, {when} (SHA-256 `{registration['sha256']}`)."
+    ]
+    if not registration["intact"]:
+        lines.append("**The file was changed since: its content does not have this hash.**")
+    if changed:
+        lines.append(f"**This report judges by other rules than were fixed: {', '.join(changed)}.**")
+    table = [tables.predictions(registration)] if registration["predictions"] else []
+    return "\n\n".join(["## Predicted and seen" if table else "## Registration", " ".join(lines), *table])
 
 
 def _together(content: dict[str, Any]) -> str:

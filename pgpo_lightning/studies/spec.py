@@ -12,6 +12,10 @@ import yaml
 
 from pgpo_lightning.core.settings import Count, Filled, Seed, Text, check, checked
 from pgpo_lightning.core.texts import shown
+from pgpo_lightning.studies.design import Design
+from pgpo_lightning.studies.predictions import Prediction
+from pgpo_lightning.studies.sequential import SequentialPlan
+from pgpo_lightning.studies.spec_parts import built, read_plan, read_predictions
 
 Settings = dict[str, Any]
 """Settings of ``pgpo fit`` as nested mappings."""
@@ -83,6 +87,11 @@ class StudySpec:
         conditions: Name to settings, likewise.
         only: Name of a condition to the names of the arms that it has, where that is not all of them.
         settings: Of every run, likewise. Conditions and arms override them.
+        design: How the study will be judged, settings of :class:`pgpo_lightning.studies.design.Design`.
+        predictions: What it is expected to show, each with the attributes of
+            :class:`pgpo_lightning.studies.predictions.Prediction`.
+        sequential: Numbers of seeds at which it is looked at and may end, settings of
+            :class:`pgpo_lightning.studies.sequential.SequentialPlan`.
         processes: Number of runs at the same time.
         keep_checkpoints: Keep the checkpoints of finished runs.
 
@@ -97,6 +106,9 @@ class StudySpec:
     conditions: dict[str, Settings] = field(default_factory=lambda: {"base": {}})
     only: dict[str, list[str]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
+    design: Design = field(default_factory=Design)
+    predictions: tuple[Prediction, ...] = ()
+    sequential: SequentialPlan | None = None
     processes: Count = 1
     keep_checkpoints: bool = True
 
@@ -114,6 +126,20 @@ class StudySpec:
                     raise ValueError(
                         f"Expected condition {condition} and arm {arm} to set different settings, but both set `{both}`."
                     )
+
+        for i, prediction in enumerate(self.predictions):
+            arms = self.arms_of(prediction.condition) if prediction.condition in self.conditions else {}
+            for name in (prediction.arm, prediction.against):
+                if name not in arms:
+                    raise ValueError(
+                        f"Expected `predictions[{i}]` to name a condition and two of its arms, but there is no "
+                        f"{prediction.condition}/{name}."
+                    )
+
+    @property
+    def has_rules(self) -> bool:
+        """Return whether the study says how it will be judged, or what it is expected to show."""
+        return bool(self.predictions or self.sequential or self.design != Design())
 
     def arms_of(self, condition: str) -> dict[str, Settings]:
         """Return the arms of a condition."""
@@ -203,6 +229,10 @@ def read_study(path: str | Path) -> StudySpec:
         values[key] = _named(key, values[key])
     if "settings" in values:
         values["settings"] = _allowed("`settings`", values["settings"])
+    if "design" in values:
+        values["design"] = built(Design, "design", values["design"])
+    values["predictions"] = read_predictions(values.get("predictions", []))
+    values["sequential"] = read_plan(values.get("sequential"))
     check("folder", values["folder"], Text)
     return StudySpec(
         **values | {"base": _base(values["base"]), "folder": Path(values["folder"]), "seeds": _seeds(values["seeds"])}

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,29 +25,7 @@ from tests.support import ROOT
 from tests.support.helpers import config
 from tests.support.processes import start
 
-# Writes what `pgpo fit` writes, as its settings tell it.
-FAKE = """
-import json, os, pathlib, sys, time
-words = sys.argv[1:]
-settings = json.loads(words[words.index("--config", 3) + 1])
-folder = pathlib.Path(words[words.index("--trainer.default_root_dir") + 1])
-with open(settings["calls"], "a") as calls:
-    calls.write(f"{folder.parent.name} {'resumed' if 'last' in words else 'new'} {os.environ['OMP_NUM_THREADS']}\\n")
-(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-if (folder / "config.yaml").exists() and "last" not in words:
-    sys.exit("the folder holds a run")
-(folder / "config.yaml").write_text(json.dumps(settings))
-if settings.get("checkpoint"):
-    (folder / "checkpoints" / "step=000001.ckpt").touch()
-if "last" not in words:
-    time.sleep(settings.get("sleep", 0))
-if settings.get("fail"):
-    print("first\\nsecond")
-    sys.exit("error: it broke")
-record = dict(study="base", arm=folder.parent.name, seed=0, steps=1, samples=1, seconds=60.0, cpu_seconds=1.0)
-if not settings.get("silent"):
-    (folder / "run.json").write_text(json.dumps(record | {"curves": {}, "questions": {}, "rho": []}))
-"""
+FAKE = ROOT / "tests" / "support" / "fake_fit.py"
 
 
 @pytest.fixture
@@ -58,7 +37,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.setattr(command, "expected_settings", lambda runs: {run.name: run.settings for run in runs})
     monkeypatch.setattr(command, "POLL", 0.02)
-    (tmp_path / "fake.py").write_text(FAKE)
+    shutil.copy(FAKE, tmp_path / "fake.py")
     (tmp_path / "base.yaml").touch()
 
     def written(arms, **more):
@@ -369,3 +348,39 @@ def test_shipped_studies_are_accepted(name, monkeypatch, capsys, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(smaller))
     main(["ablate", "--config", str(tmp_path / "study.yaml"), "--dry_run"])
     assert capsys.readouterr().out.count("\npgpo fit") == len(content["arms"]) * 2
+
+
+def test_a_study_ends_at_the_look_that_decides(study, tmp_path, capsys):
+    controls = ("constant", "random", "shuffled", "replayed", "inverse")
+    arms = {"pgpo": {"gain": 0.3}} | {name: {"gain": 0.0} for name in controls}
+    path = study(arms, seeds=6, sequential={"looks": [3, 6], "spending": "pocock"})
+    command.ablate(path, dry_run=True)
+    out = capsys.readouterr().out
+    assert (out.count("pgpo fit"), out.splitlines()[-1]) == (18, "# The next look is at 3 seeds.")
+    command.ablate(path, processes=2)
+    assert len(calls(tmp_path)) == 18
+    out = capsys.readouterr().out
+    assert "Decided at the look at 3 seeds (pgpo: yes). 18 runs were not needed.\n" in out
+    command.ablate(path)
+    assert len(calls(tmp_path)) == 18
+    command.ablate(path, dry_run=True)
+    assert "pgpo fit" not in capsys.readouterr().out
+
+
+def test_rules_are_fixed_by_the_first_run(study, tmp_path):
+    prediction = {"arm": "a", "against": "b", "condition": "base", "sign": "+", "size": 0.1, "reason": "as before"}
+    arms = {"a": {}, "b": {}}
+    command.ablate(study(arms, predictions=[prediction | {"sign": "-"}]), dry_run=True)
+    path = study(arms, predictions=[prediction])
+    command.ablate(path)  # nothing had begun: the rules may still change
+    file = tmp_path / "study" / "registration.json"
+    before = file.read_text()
+    assert '"runs_before": 0' in before
+    with pytest.raises(
+        ValueError, match=r"Expected `predictions` of the study to be as registered in .*, or choose another"
+    ):
+        command.ablate(study(arms, predictions=[prediction | {"size": 0.2}]))
+    with pytest.raises(ValueError, match="Expected `design` of the study to be as registered"):
+        command.ablate(study(arms, predictions=[prediction], design={"margin": 0.1}))
+    command.ablate(study(arms, predictions=[prediction], seeds=[0, 1]))  # more seeds are no other rules
+    assert file.read_text() == before
