@@ -15,6 +15,7 @@ from pgpo_lightning.monitoring.run_record import load_runs, write_runs
 from pgpo_lightning.studies.analysis import analyse
 from pgpo_lightning.studies.comparisons import conditions
 from pgpo_lightning.studies.conclusion import conclude
+from pgpo_lightning.studies.dose_figure import draw_doses, mean_rates
 from pgpo_lightning.studies.figures import draw_curves, draw_forest, draw_multipliers
 from pgpo_lightning.studies.measures import Measure, Score
 from pgpo_lightning.studies.registration import FILE, as_json, judged_by, outcome, registrations, write_registrations
@@ -89,6 +90,10 @@ def report(
         with replacing(folder / "multipliers.png") as file:
             draw_multipliers(groups, design, file.stream)
         figures["multipliers and information"] = "multipliers.png"
+    if any(mean_rates(condition) for condition in groups):
+        with replacing(folder / "doses.png") as file:
+            draw_doses(groups, design, file.stream)
+        figures["score against learning rate x dose"] = "doses.png"
     write_text(folder / "report.md", markdown(content, figures))
     if not all(path.suffix == ".jsonl" and path.resolve().parent == folder.resolve() for path in paths):
         write_runs(records, folder / "runs.jsonl")

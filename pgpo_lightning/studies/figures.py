@@ -86,7 +86,7 @@ def _grid(groups: list[Condition], design: Design, rows: list[tuple[str, Curve]]
     for (label, curve), line in zip(rows, axes, strict=True):
         for condition, axis in zip(groups, line, strict=True):
             for name, arm in condition.arms.items():
-                drawn = _band(axis, arm, curve, **_style(name, names, design))
+                drawn = _band(axis, arm, curve, **arm_style(name, names, design))
                 lines |= {name: drawn} if drawn else {}
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
@@ -110,12 +110,13 @@ def _band(axis: Axes, arm: Arm, curve: Curve, **style: Any) -> Any:
         return None
     steps = sorted(by_step)
     means = np.array([np.mean(by_step[step]) for step in steps])
-    half = np.array([_half_width(by_step[step]) for step in steps])
+    half = np.array([half_width(by_step[step]) for step in steps])
     axis.fill_between(steps, means - half, means + half, color=style["color"], alpha=0.1, linewidth=0)
     return axis.plot(steps, means, **style)[0]
 
 
-def _half_width(values: list[float]) -> float:
+def half_width(values: list[float]) -> float:
+    """Return half of the width of the 95 % interval of a mean over seeds; 0 for a single one."""
     n = len(values)
     return float(student_t.isf(0.025, n - 1) * np.std(values, ddof=1)) / n**0.5 if n > 1 else 0.0
 
@@ -124,7 +125,7 @@ def _scores(run: RunRecord, score: measures.Score) -> tuple[list[float], list[fl
     return list(measures.evaluations(run, score)), measures.answers(run, score).mean(axis=1).tolist()
 
 
-def _style(name: str, names: list[str], design: Design) -> dict[str, Any]:
+def arm_style(name: str, names: list[str], design: Design) -> dict[str, Any]:
     """Return the line style: the baseline is black, information arms are solid, others dashed; one colour per arm."""
     if name == design.baseline:
         return {"color": "black", "linewidth": 1.5}

@@ -6,7 +6,7 @@ of choosing a learning rate with half of the seeds, without this bias. The held-
 peculiar to them is not removed.
 
 Leaving out one seed at a time is unbiased too, but its choices hardly differ from the choice on all seeds: where two conditions
-are equally good, its 95 % intervals of differences cover in 81 % of simulated studies with 30 seeds, those of halves in 93 %.
+are equally good, its 95 % intervals of differences covered in only 80 % of 1,000 simulated studies with 30 seeds.
 """
 
 from collections import Counter

@@ -278,10 +278,10 @@ def test_wrong_settings_are_refused(setting, message):
 
 
 def test_every_arm_has_a_colour_of_its_own():
-    from pgpo_lightning.studies.figures import _style
+    from pgpo_lightning.studies.figures import arm_style
 
     for names in ([f"arm{i}" for i in range(11)], ["sdpo", *(f"arm{i}" for i in range(10))]):
-        assert len({_style(name, names, Design())["color"] for name in names}) == 11
+        assert len({arm_style(name, names, Design())["color"] for name in names}) == 11
 
 
 def test_the_same_runs_in_other_hours_give_the_same_numbers():
