@@ -18,6 +18,7 @@ import numpy as np
 from pgpo_lightning.core.files import markdown_table, plain, write_json
 from pgpo_lightning.studies.collapse_shares import compare_collapse
 from pgpo_lightning.studies.comparisons import Arm, Condition
+from pgpo_lightning.studies.coverage import Rates
 from pgpo_lightning.studies.decisions import decide_arm, differences, question
 from pgpo_lightning.studies.design import Design
 from pgpo_lightning.studies.inference import Mean, pigeonhole, two_way
@@ -264,6 +265,28 @@ def sample_sizes(world: World, repeats: int) -> dict[str, float]:
     inside = [needed is not None and low <= needed <= high for low, high in limits]
     low, high = np.median(limits, axis=0)
     return {"needed": float(needed or 0), "inside": float(np.mean(inside)), "low": float(low), "high": float(high)}
+
+
+def rates(content: dict[str, Any], seeds: int) -> Rates:
+    """Return what reports say of their own coverage, for one number of seeds.
+
+    Args:
+        content: From :func:`simulate_all`, or its JSON file.
+        seeds: One of its numbers of seeds.
+    """
+    alike, _, _, everywhere, *one_side = (content["one condition"][f"{seeds} seeds, {case.name}"] for case in CASES)
+    return Rates(
+        alike["covered"],
+        alike["averaged"],
+        alike["bootstrap"],
+        everywhere["covered"],
+        everywhere["averaged"],
+        everywhere["bootstrap"],
+        min(case["covered"] for case in one_side),
+        min(case["averaged"] for case in one_side),
+        min(case["living"] for case in (everywhere, *one_side)),
+        max(case[name] for case in one_side for name in ("false", "final false")),
+    )
 
 
 def simulate_all(world: World, seeds: tuple[int, ...], repeats: int) -> dict[str, Any]:

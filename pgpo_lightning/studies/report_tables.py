@@ -84,7 +84,8 @@ def answers(decided: dict[str, Any]) -> str:
         mean = f"**{arm['arm']} − mean of {', '.join(arm['averages'])}**"
         ends = [(number(row["p_equivalent"]), number(row["p_no"])) for row in arm["averaged"]]
         rows += [[row["measure"], mean, *_cells(row), *end] for row, end in zip(arm["averaged"], ends, strict=True)]
-    width = f"[{100 * (1 - 2 * decided['arms'][0]['level']):.4g} % interval]"
+    one_sided = decided["arms"][0]["level"]
+    width = f"[{100 * (1 - 2 * one_sided):.4g} % interval]" if one_sided else "difference (between two looks)"
     header = ["measure", "information minus control", "seeds", width, "p (yes)", "p (equivalent)", "p (no)"]
     lines = []
     for arm in decided["arms"]:

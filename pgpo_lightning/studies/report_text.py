@@ -4,6 +4,7 @@ from typing import Any
 
 from pgpo_lightning.studies import report_tables as tables
 from pgpo_lightning.studies.conclusion import QUESTION, conclude, depends, nothing_pooled, phrase
+from pgpo_lightning.studies.coverage import coverage_text
 from pgpo_lightning.studies.decisions import ONE_SIDED
 
 METHOD = """\
@@ -17,6 +18,7 @@ METHOD = """\
   selected runs: an arm that loses its weak runs looks better in it.
 - **Intervals** are for new seeds and new questions: Student's t, variance clustered by seed and by question, degrees of freedom
   after Satterthwaite. **Differences** are paired by seed and question. `report.json` also has the percentile bootstrap over both.
+{coverage}
 - **Holm**: p-value corrected for all differences of one measure under one condition. The intervals beside it are not corrected.
 - **The answer** for an information arm compares it with {decisive} of the same dose, on {measures}. *yes*: it exceeds every one
   of these controls on every one of these measures, and none is missing; each comparison has the full level (intersection-union
@@ -68,6 +70,7 @@ def method(content: dict[str, Any]) -> str:
     """Return the description of how the numbers were computed."""
     design, plan = content["design"], content["sequential"]
     pool = RULES[design["pool"]].format(**design)
+    arms = [arm for study in content["studies"] for arm in study["arms"]]
     return METHOD.format(
         **design
         | {
@@ -76,6 +79,9 @@ def method(content: dict[str, Any]) -> str:
             "measures": " and ".join(design["measures"]),
             "level": ONE_SIDED,
             "looks": LOOKS.format(looks=", ".join(map(str, plan["looks"])), spending=plan["spending"]) if plan else "",
+            "coverage": coverage_text(
+                min(arm["seeds"] for arm in arms), any(arm["collapsed"]["count"] for arm in arms)
+            ),
             "pool": POOL.format(rule=pool, first=design["measures"][0]) if content["pooled"] else "",
         }
     )
