@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pgpo_lightning.commands.main import main
-from pgpo_lightning.distributed.stopping import SIGNALS, Stopped
+from pgpo_lightning.distributed.stopping import AGAIN, SIGNALS, Stopped
 from tests.support.helpers import config
 from tests.support.interruptions import checkpoints, sampling
 from tests.support.processes import start
@@ -149,7 +149,10 @@ def test_the_program_says_how_to_go_on_and_a_second_signal_ends_it_at_once(tmp_p
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\n"
         "def check(question, response):\n"
-        "    time.sleep(60 if pathlib.Path('slow').exists() else 0.02)\n"
+        "    if pathlib.Path('slow').exists():\n"
+        "        pathlib.Path('judging').touch()\n"
+        "        time.sleep(60)\n"
+        "    time.sleep(0.02)\n"
         "    return float(len(response) % 2)\n"
     )
     settings = config(folder, steps=50, model={"verifier": "slow.check"})
@@ -178,12 +181,12 @@ def test_the_program_says_how_to_go_on_and_a_second_signal_ends_it_at_once(tmp_p
     process = start([*words, "--ckpt_path", "last-or-new"], log)
     wait_for(process, lambda: checkpoints(folder)[-1] > last)
     (tmp_path / "slow").touch()
-    time.sleep(1)  # it is being judged now, and that takes a minute
+    wait_for(process, (tmp_path / "judging").exists)  # which takes a minute
     os.kill(process.pid, signal.SIGINT)
     os.kill(process.pid, signal.SIGINT)  # the same request: a terminal tells the process, and so does what started it
-    time.sleep(1.2)
+    wait_for(process, lambda: "once more ends it now" in log.read_text())
+    time.sleep(AGAIN + 0.1)
     assert process.exitcode is None
     os.kill(process.pid, signal.SIGINT)
-    process.join(5)
+    process.join(30)
     assert process.exitcode == 130
-    assert "once more ends it now" in log.read_text()

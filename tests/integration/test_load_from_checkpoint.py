@@ -1,6 +1,7 @@
 """A module that is built again from a checkpoint, the settings beside a log, and answers to questions without a verdict."""
 
 import json
+from argparse import ArgumentError
 
 import pytest
 import torch
@@ -42,9 +43,9 @@ def test_a_module_of_python_is_loaded_with_what_has_no_text_given_again(tmp_path
     again = SDPO.load_from_checkpoint(tmp_path / "one.ckpt", verifier=BoxedAnswer())
     assert (again.update, again.seed, again.evaluator.config) == (groups["update"], 5, groups["evaluation"])
     assert equal(module.state_dict(), again.state_dict())
-    with pytest.raises(Exception, match="verifier"):
+    with pytest.raises(ArgumentError, match="verifier"):
         SDPO.load_from_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(Exception, match=r"not accept option 'divergence\.alpha'"):
+    with pytest.raises(ArgumentError, match=r"not accept option 'divergence\.alpha'"):
         GRPO.load_from_checkpoint(tmp_path / "one.ckpt", verifier=BoxedAnswer())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.callbacks import InformationMultiplier, InverseMultiplier, StepSizeMultiplier
 from pgpo_lightning.commands.main import main
@@ -57,7 +58,7 @@ CHANGED = {
 def test_what_must_not_change_is_refused_by_name_and_nothing_is_written(run, change):
     folder, path = run
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with pytest.raises(Exception, match=CHANGED[change]):
+    with pytest.raises(MisconfigurationException, match=CHANGED[change]):
         main(["fit", "--config", path, "--ckpt_path", "last", change])
     assert {file: file.read_bytes() for file in before} == before
     assert not list(folder.glob("config.resumed*"))
@@ -132,7 +133,7 @@ def test_the_teachers_start_is_compared_where_no_checkpoint_holds_it():
 
     one, other = (tiny_sdpo(seed, teacher_regularization="frozen").objective.teaching.start for seed in (0, 1))
     check_start(one, one)
-    with pytest.raises(Exception, match="Expected `model` to be the one that the run began with"):
+    with pytest.raises(MisconfigurationException, match="Expected `model` to be the one that the run began with"):
         check_start(one, other)
     assert tiny_sdpo(teacher_regularization="ema").objective.teaching.start is None
 
@@ -149,7 +150,7 @@ def test_what_is_new_must_not_change_until_somebody_says_so():
         before, now = ({"model": settings(cls(**given))} for given in ({}, {"mine": 3}))
         return check_settings(before, now, {"model": cls.may_change_on_resume}, "x.ckpt")
 
-    with pytest.raises(Exception, match=r"of the run that x.ckpt belongs to, but `model.mine` is 3 and was 2. Go on"):
+    with pytest.raises(MisconfigurationException, match=r"of the run that x.ckpt belongs to, but `model.mine` is 3 and was 2. Go on"):
         compare(Mine)
     assert compare(Free) == ["`model.mine` is 3 and was 2"]
 
