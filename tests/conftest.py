@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.interruptions import parts as parts
+from tests.support.trials import try_each_model_once
 
 torch.set_num_threads(1)
 FOLDER = Path(__file__).parent
@@ -22,6 +23,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(FOLDER) and (level := item.path.relative_to(FOLDER).parts[0]) in LEVELS:
             item.add_marker(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_model_is_tried_once():
+    try_each_model_once()
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,9 @@ def test_what_is_new_must_not_change_until_somebody_says_so():
         before, now = ({"model": settings(cls(**given))} for given in ({}, {"mine": 3}))
         return check_settings(before, now, {"model": cls.may_change_on_resume}, "x.ckpt")
 
-    with pytest.raises(MisconfigurationException, match=r"of the run that x.ckpt belongs to, but `model.mine` is 3 and was 2. Go on"):
+    with pytest.raises(
+        MisconfigurationException, match=r"of the run that x.ckpt belongs to, but `model.mine` is 3 and was 2. Go on"
+    ):
         compare(Mine)
     assert compare(Free) == ["`model.mine` is 3 and was 2"]
 
