@@ -126,6 +126,36 @@ class TestMultipleChoice:
         assert time.perf_counter() - start < 1.0
 
 
+FRACTIONS = """
+import re, time
+from fractions import Fraction
+
+def LatexExtractionConfig(**_): pass
+
+def parse(text, *_, **__):
+    if "9^" in text:
+        time.sleep(60)
+    return Fraction(*map(int, re.findall(r"[0-9]+", text)))
+
+def verify(gold, answer, **_):
+    return gold == answer
+"""
+"""Takes the place of math-verify, whose import takes most of a second: fractions of whole numbers, and a power without end."""
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """A process of its own, which compares fractions."""
+    process = symbolic.MathProcess()
+    process.code = symbolic.MathProcess.code.replace(
+        "from math_verify import LatexExtractionConfig, parse, verify", FRACTIONS
+    )
+    assert FRACTIONS in process.code
+    monkeypatch.setattr(symbolic, "math_process", process)
+    yield process
+    process.stop()
+
+
 class TestBoxedAnswer:
     @pytest.mark.parametrize(
         ("gold", "response", "answer"),
@@ -223,9 +253,9 @@ class TestBoxedAnswer:
         assert rewards == {case: float(case[2]) for case in cases}
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-    def test_a_process_that_dies_is_an_error_and_replaced(self, number):
-        assert symbolic.math_process.equal("3/2", "6/4", 3.0)
-        killing = threading.Timer(0.3, os.kill, (symbolic.math_process.process.pid, number))
+    def test_a_process_that_dies_is_an_error_and_replaced(self, number, process):
+        assert process.equal("3/2", "6/4", 3.0)
+        killing = threading.Timer(0.3, os.kill, (process.process.pid, number))
         killing.start()  # as the kernel does when it is short of memory
         with pytest.raises(
             RuntimeError, match=rf"compare '9\^.*' with '3/4', but its process was killed by {number.name}"
@@ -234,23 +264,26 @@ class TestBoxedAnswer:
         killing.join()
         assert BoxedAnswer()(ask("3/4"), r"\boxed{6/8}").reward == 1.0
 
-    def test_a_process_that_died_between_two_answers_is_replaced(self):
-        assert symbolic.math_process.equal("3/2", "6/4", 3.0)
-        symbolic.math_process.process.kill()
-        symbolic.math_process.process.wait()
-        assert symbolic.math_process.equal("3/5", "6/10", 3.0)
+    def test_a_process_that_died_between_two_answers_is_replaced(self, process):
+        assert process.equal("3/2", "6/4", 3.0)
+        process.process.kill()
+        process.process.wait()
+        assert process.equal("3/5", "6/10", 3.0)
 
     def test_a_missing_module_is_an_error(self, monkeypatch, tmp_path, capfd):
         """math-verify takes the error for a difference: nothing would be right."""
         (tmp_path / "antlr4").mkdir()
         (tmp_path / "antlr4" / "__init__.py").write_text("raise ImportError('no antlr4 here')")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        symbolic.math_process.stop()
+        process = symbolic.MathProcess()
         with pytest.raises(RuntimeError, match=r"math-verify to start .* ended with exit status 1"):
-            symbolic.math_process.equal("3/2", "6/4", 3.0)
+            process.equal("3/2", "6/4", 3.0)
         assert "no antlr4 here" in capfd.readouterr().err
-        monkeypatch.undo()
-        assert symbolic.math_process.equal("3/2", "6/4", 3.0)
+        process.code = (
+            "print('ready', flush=True); input(); print('true')"  # whatever is wrong, the next call starts anew
+        )
+        assert process.equal("3/2", "6/4", 3.0)
+        process.stop()
 
     def test_an_answer_that_takes_all_memory_is_wrong(self):
         code = symbolic.MathProcess.code.replace(
@@ -266,38 +299,33 @@ class TestBoxedAnswer:
         assert process.process.pid == before, "it has replied, not died"
         process.stop()
 
-    def test_interrupt_leaves_no_reply_behind(self, monkeypatch):
-        assert symbolic.math_process.equal("3/2", "6/4", 3.0)
+    def test_interrupt_leaves_no_reply_behind(self, monkeypatch, process):
+        assert process.equal("3/2", "6/4", 3.0)
 
         class Interrupted:
             def readline(self):
                 raise KeyboardInterrupt
 
-        process = symbolic.math_process.process
-        monkeypatch.setattr(process, "stdout", Interrupted())
-        monkeypatch.setattr(process, "communicate", process.wait)
-        with pytest.raises(KeyboardInterrupt):
-            symbolic.math_process.equal("3/2", "6/4", 3.0)
-        monkeypatch.undo()
-        assert not symbolic.math_process.equal("3/2", "5/4", 3.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(process.process, "stdout", Interrupted())
+            patch.setattr(process.process, "communicate", process.process.wait)
+            with pytest.raises(KeyboardInterrupt):
+                process.equal("3/2", "6/4", 3.0)
+        assert not process.equal("3/2", "5/4", 3.0)
 
-    def test_fork_has_its_own_process(self):
-        assert symbolic.math_process.equal("3/2", "6/4", 3.0)
-        before = symbolic.math_process.process.pid
+    def test_fork_has_its_own_process(self, process):
+        assert process.equal("3/2", "6/4", 3.0)
+        before = process.process.pid
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(
-                writer,
-                b"%d %d"
-                % (symbolic.math_process.equal("5/2", "10/4", 3.0), symbolic.math_process.process.pid != before),
-            )
-            symbolic.math_process.stop()
+            os.write(writer, b"%d %d" % (process.equal("5/2", "10/4", 3.0), process.process.pid != before))
+            process.stop()
             os._exit(0)
         os.waitpid(child, 0)
         assert os.read(reader, 9) == b"1 1"
-        assert symbolic.math_process.equal("7/2", "14/4", 3.0)
-        assert symbolic.math_process.process.pid == before
+        assert process.equal("7/2", "14/4", 3.0)
+        assert process.process.pid == before
 
     @pytest.mark.parametrize(
         ("response", "feedback"),
