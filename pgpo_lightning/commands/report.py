@@ -11,7 +11,7 @@ import jsonargparse
 
 from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 from pgpo_lightning.core.settings import Positive, Range, Text, checked
-from pgpo_lightning.monitoring.run_record import load_runs, write_runs
+from pgpo_lightning.monitoring.run_record import holds_many, load_runs, write_runs
 from pgpo_lightning.studies.analysis import analyse
 from pgpo_lightning.studies.comparisons import conditions
 from pgpo_lightning.studies.conclusion import conclude
@@ -42,7 +42,8 @@ def report(
     :class:`pgpo_lightning.studies.design.Design`.
 
     Args:
-        runs: Folders that contain finished runs at any depth, single records, or ``.jsonl`` files with one record per line.
+        runs: Folders that contain finished runs at any depth, single records, or ``.jsonl`` files with one record per line
+            (``.jsonl.xz`` if compressed).
         output: Folder of ``report.md``, ``report.json``, the figures, and ``runs.jsonl`` with the records themselves. Existing
             files are overwritten. ``runs.jsonl`` is small enough to keep: the report can be made from it again, also together
             with new runs. It is not written if all records come from ``.jsonl`` files of this folder.
@@ -95,7 +96,7 @@ def report(
             draw_doses(groups, design, file.stream)
         figures["score against learning rate x dose"] = "doses.png"
     write_text(folder / "report.md", markdown(content, figures))
-    if not all(path.suffix == ".jsonl" and path.resolve().parent == folder.resolve() for path in paths):
+    if not all(holds_many(path) and path.resolve().parent == folder.resolve() for path in paths):
         write_runs(records, folder / "runs.jsonl")
         if registered:
             write_registrations([as_json(one) for one in registered], folder / FILE)

@@ -1,6 +1,7 @@
 """The record of a finished run for studies: one small file, ``run.json``, which replaces its log and answers."""
 
 import json
+import lzma
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -158,7 +159,8 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
     """Read many runs.
 
     Args:
-        paths: Each a folder with finished runs anywhere below it, a ``run.json``, or a ``.jsonl`` file with a run per line.
+        paths: Each a folder with finished runs anywhere below it, a ``run.json``, or a ``.jsonl`` file with a run per line, which
+            may be compressed (``.jsonl.xz``).
 
     Returns:
         The runs, ordered by study, arm and seed.
@@ -168,7 +170,7 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
     """
     runs: dict[tuple[str, str, int], RunRecord] = {}
     for path in map(Path, paths):
-        if path.suffix == ".jsonl" and path.is_file():
+        if holds_many(path) and path.is_file():
             lines = enumerate(_read(path).splitlines(), start=1)
             found = [RunRecord.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
         elif path.is_dir():
@@ -183,6 +185,11 @@ def load_runs(paths: list[Path]) -> list[RunRecord]:
                 raise ValueError(f"Expected each run once, but {path} holds {'/'.join(map(str, key))} again.")
             runs[key] = run
     return [runs[key] for key in sorted(runs)]
+
+
+def holds_many(path: Path) -> bool:
+    """Return whether a file is named as one with a run per line."""
+    return path.name.endswith((".jsonl", ".jsonl.xz"))
 
 
 def write_runs(runs: list[RunRecord], path: str | Path) -> None:
@@ -230,9 +237,12 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        return (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected {path} to be text in UTF-8, but {error}.") from None
+    except lzma.LZMAError as error:
+        raise ValueError(f"Expected {path} to be a file of xz, but {error}.") from None
 
 
 def _check_curves(curves: dict[str, list[list[float]]]) -> None:

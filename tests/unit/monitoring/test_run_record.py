@@ -1,6 +1,7 @@
 """The record that a run leaves for a study."""
 
 import json
+import lzma
 from dataclasses import asdict
 
 import pytest
@@ -39,6 +40,11 @@ def test_many_runs_come_in_one_order_from_folders_and_files(tmp_path):
         each.save(tmp_path / each.study / each.arm / f"seed={each.seed}" / "run.json")
     write_runs(runs, tmp_path / "all.jsonl")
     assert load_runs([tmp_path / "all.jsonl"]) == runs == load_runs([tmp_path / "lr=1e-4"])
+    (tmp_path / "small.jsonl.xz").write_bytes(lzma.compress((tmp_path / "all.jsonl").read_bytes()))
+    assert load_runs([tmp_path / "small.jsonl.xz"]) == runs
+    (tmp_path / "broken.jsonl.xz").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"broken.jsonl.xz to be a file of xz"):
+        load_runs([tmp_path / "broken.jsonl.xz"])
     with pytest.raises(ValueError, match=r"all.jsonl holds lr=1e-4/pgpo/0 again"):
         load_runs([tmp_path / "lr=1e-4", tmp_path / "all.jsonl"])
 
