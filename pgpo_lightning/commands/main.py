@@ -4,15 +4,17 @@ import importlib
 import os
 import shlex
 import sys
+from importlib.metadata import version
 
 from pgpo_lightning.commands.config_files import check_config_files
+from pgpo_lightning.commands.configs import resolved
 from pgpo_lightning.commands.quiet import quiet
 from pgpo_lightning.distributed.stopping import Stopped
 
-OWN_COMMANDS = ("export", "plan", "probe", "report", "ablate", "guard")
+OWN_COMMANDS = ("configs", "export", "plan", "probe", "report", "ablate", "guard")
 """Commands with a parser of their own; the others are LightningCLI's subcommands."""
 
-HELP = """pgpo COMMAND, and pgpo COMMAND --help
+HELP = """pgpo COMMAND, pgpo COMMAND --help, and pgpo --version
 
 fit        train a model as a configuration says
 validate   score a model, or a checkpoint of a run, on the held-out questions
@@ -23,6 +25,7 @@ export     write a checkpoint as a model folder for transformers
 ablate     run a study: arms x seeds x conditions
 report     compare the arms of a study
 guard      measure how well the collapse rules detect collapsed runs
+configs    list the configurations that come with the package, and copy one
 """
 
 
@@ -37,17 +40,21 @@ def main(args: list[str] | None = None) -> None:
     # changes the working folder while it reads a configuration in another one.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    words = sys.argv[1:] if args is None else args
+    words = resolved(sys.argv[1:] if args is None else args)
     check_config_files(words)
+    if args is None:
+        sys.argv[1:] = words  # where LightningCLI reads them
     if words[:1] in (["-h"], ["--help"]):
         print(HELP, end="")
+    elif words[:1] == ["--version"]:
+        print(f"pgpo-lightning {version('pgpo-lightning')}")
     elif not words or (not words[0].startswith("-") and f"\n{words[0]} " not in HELP):
         print(f"Expected a command, but got {words[0] if words else 'none'}.\n\n{HELP}", end="", file=sys.stderr)
         sys.exit(2)
     elif words[0] in OWN_COMMANDS:
         importlib.import_module(f"pgpo_lightning.commands.{words[0]}").main(words[1:])
     else:
-        importlib.import_module("pgpo_lightning.commands.fit").PGPOCommand(args)
+        importlib.import_module("pgpo_lightning.commands.fit").PGPOCommand(None if args is None else words)
 
 
 def program() -> None:

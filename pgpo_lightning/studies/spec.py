@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import yaml
 
 from pgpo_lightning.core.settings import Count, Filled, Seed, Text, check, checked
+from pgpo_lightning.core.shipped_configs import find
 from pgpo_lightning.core.texts import shown
 from pgpo_lightning.studies.design import Design
 from pgpo_lightning.studies.predictions import Prediction
@@ -78,7 +79,8 @@ class StudySpec:
     """A study: every arm under every condition with every seed.
 
     Attributes:
-        base: Config files of ``pgpo fit``, relative to the working folder. Later files override earlier ones.
+        base: Config files of ``pgpo fit``, relative to the working folder, or names of `pgpo configs`. Later files override
+            earlier ones.
         folder: Runs go to ``<folder>/<condition>/<arm>/seed=<n>``.
         seeds: Their number, or a list.
         arms: Name to settings, as nested mappings or with dots in their keys. In a value, ``{run:ARM}`` is replaced by the folder
@@ -335,9 +337,10 @@ def _base(value: Any) -> tuple[str, ...]:
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise ValueError(f"Expected `base` to list config files, but got {value!r}.")
-    if missing := [file for file in files if not Path(file).is_file()]:
-        raise ValueError(f"Expected the `base` config {missing[0]} to exist, relative to {Path.cwd()}.")
-    return tuple(files)
+    found = [Path(file) if Path(file).is_file() else find(file) for file in files]
+    if None in found:
+        raise ValueError(f"Expected the `base` config {files[found.index(None)]} to exist, relative to {Path.cwd()}.")
+    return tuple(map(str, found))
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

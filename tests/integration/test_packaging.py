@@ -21,11 +21,11 @@ def test_the_wheel_holds_every_file_and_no_global_callbacks(tmp_path):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "pgpo_lightning"
     files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    files += (ROOT / "callbacks").glob("*.py")
+    files += [*(ROOT / "callbacks").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
     expected = set()
     for path in files:
         inside = path.relative_to(ROOT)
-        if inside.parts[0] == "callbacks":
+        if inside.parts[0] in ("callbacks", "configs"):
             inside = Path("pgpo_lightning") / inside
         expected.add(inside.as_posix())
     assert {"pgpo_lightning/callbacks/step_size.py", "pgpo_lightning/assets/toy/model.safetensors"} <= expected
