@@ -176,7 +176,7 @@ def before_after(summary: dict[str, Any]) -> str:
     rows = [name for name in summary[columns[-1]] if name not in ("step", "of", "standard_error")]
     looks = f"best of {summary['best']['of']}" if summary["best"] else ""
     titles = [f"{looks if name == 'best' else name} @{summary[name]['step']}" for name in columns]
-    width = max(12, *(len(name) + 1 for name in rows))
+    width = max([12, *(len(name) + 1 for name in rows)])
     lines = ["held-out".ljust(width) + "".join(f"{title:>18}" for title in titles)]
     lines += [name.ljust(width) + "".join(_cell(summary[column], name) for column in columns) for name in rows]
     lines.append("± standard error, clustered by question; the best of several is biased upwards")
