@@ -1,4 +1,4 @@
-"""What the programs for accelerators share: shapes, an 8-bit optimizer, a time limit, tables."""
+"""Parts that the programs for accelerators share: shapes, an 8-bit optimizer, a time limit, tables."""
 
 import argparse
 import gc

@@ -1,4 +1,4 @@
-"""What becomes of small updates when the weights are bf16: how far they move, and in the direction of fp32?
+"""Length and direction of small updates of bf16 weights, compared with those of fp32 weights.
 
 Every kind takes the same steps, with gradients of next-token prediction on the toy's training questions at its own weights.
 

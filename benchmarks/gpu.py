@@ -51,13 +51,13 @@ class Setup:
     Args:
         device: cuda or cpu.
         compiled: Whether to measure the compiled loss too.
-        shape: Of the model.
-        tokens: Of the loss.
-        check_tokens: Of the comparison with float64.
+        shape: Shape of the model.
+        tokens: Tokens in the loss.
+        check_tokens: Tokens in the comparison with float64.
         chunks: Rows of logits at a time, in the sweep; the floor is measured at `chunk` and without chunks.
         chunk: What the package takes by itself.
         repeats: Rounds of timing.
-        side: Of the square matrices whose product gives the rate of matrix products.
+        side: Side of the square matrices whose product gives the rate of matrix products.
         rows: Rollouts of an update.
         prompt: Tokens of the student's prompt.
         reprompt: Tokens of the teacher's.
@@ -66,7 +66,7 @@ class Setup:
         student: Type of the student's weights.
         questions: In generation.
         samples: Responses to each of them.
-        new_tokens: Of each response in generation.
+        new_tokens: Tokens of each response in generation.
     """
 
     device: str

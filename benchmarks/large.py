@@ -41,18 +41,18 @@ class Setup:
 
     Args:
         device: cuda or cpu.
-        shape: Of the model.
-        questions: Of a step.
+        shape: Shape of the model.
+        questions: Questions of a step.
         samples: Responses to each.
         prompt: Mean tokens of the student's prompt.
-        reprompt: Of the teacher's.
-        response: Of a response.
+        reprompt: Mean tokens of the teacher's prompt.
+        response: Mean tokens of a response.
         spread: Responses are spread from ``1 - spread`` to ``1 + spread`` of that.
         longest: Limit of a response.
         at_once: Most responses decoded at the same time.
         shared_tokens: Most padded tokens of a forward pass without checkpointing.
         checkpointing_tokens: With it.
-        steps: Of every setting.
+        steps: Steps of every setting.
     """
 
     device: str

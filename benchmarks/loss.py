@@ -72,7 +72,7 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """What the loss is a function of."""
+    """The inputs of the loss."""
 
     hidden: Tensor
     head: Tensor

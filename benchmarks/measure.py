@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timing, peak memory, exponents, tables and JSON lines."""
+"""Parts that the benchmarks share: paired timing, peak memory, exponents, tables and JSON lines."""
 
 import ctypes
 import gc

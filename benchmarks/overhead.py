@@ -1,4 +1,4 @@
-"""What PGPO costs on top of SDPO: the same step with and without InformationMultiplier, in turns in one process.
+"""The cost of PGPO on top of SDPO: the same step with and without InformationMultiplier, in turns in one process.
 
 Every step of the run answers the same questions with the same random numbers from the same weights (the learning rate is
 zero), so that two neighbouring steps differ by the callback alone. The order within a pair alternates. Two figures come out: the

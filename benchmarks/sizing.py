@@ -40,18 +40,18 @@ class Case:
     """One model with its settings.
 
     Args:
-        shape: Of a Qwen3.
+        shape: Shape of a Qwen3.
         dtype: Type of the weights.
         mixed: Whether products run in bf16.
         teacher: Kind.
         optimizer: Name.
         budget: Most padded tokens of a forward pass.
         checkpointing: Whether activations are recomputed.
-        questions: Of a step.
+        questions: Questions of a step.
         samples: Responses to each.
         lengths: Tokens of prompt, teacher's prompt and response.
-        spread: Of the responses' lengths.
-        top_k: Of the divergence.
+        spread: Spread of the responses' lengths.
+        top_k: Top-k of the divergence.
         tied: Whether the head is the embedding.
         passes: Over a batch.
         operations: Whether they are counted too, in a step of its own.

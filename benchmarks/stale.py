@@ -28,7 +28,7 @@ class Stale(TransformersEngine):
 
     Args:
         lag: How many batches.
-        kwargs: Of :class:`TransformersEngine`.
+        kwargs: Arguments of :class:`TransformersEngine`.
     """
 
     def __init__(self, lag: int = 1, **kwargs: Any) -> None:

@@ -36,10 +36,10 @@ def random_qwen3(
 
     Args:
         device: Where.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         tied: Whether the head is the embedding.
         tiled: Repeat a million random numbers in place of new ones, which would take a minute for a billion weights.
-        shape: Of the model.
+        shape: Shape of the model.
     """
     default = torch.get_default_dtype()
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ class Standalone:
         divergence: Which divergence.
 
     Attributes:
-        seconds: Of every part of the last step; CPU seconds on a CPU.
+        seconds: Seconds of every part of the last step; CPU seconds on a CPU.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class Case:
     """What is true in a line of the table.
 
     Attributes:
-        name: Of the line.
+        name: Name of the line.
         gain: What the information arm adds to the final score of a run that lives.
         collapse: Arm to its rate of collapse.
     """
@@ -139,7 +139,7 @@ def several_conditions(gains: tuple[float, ...], world: World, repeats: int) -> 
     """Analyse many studies of three conditions: under two the baseline learns equally well, under the third it does not learn.
 
     Args:
-        gains: Of the information arm, under each condition.
+        gains: Gain of the information arm under each condition.
         world: Parameters of the runs.
         repeats: Number of studies.
 
@@ -187,7 +187,7 @@ def looks(gain: float, world: World, repeats: int) -> dict[str, dict[str, float]
     """Look at many studies while seeds are added, and stop at the first answer.
 
     Args:
-        gain: Of the information arm.
+        gain: Gain of the information arm.
         world: Parameters of the runs; it has as many seeds as the last look.
         repeats: Number of studies.
 

@@ -39,8 +39,8 @@ def write_note(
     """Write ``name.md``, ``name.json`` and ``name.png`` into a folder, which is created if needed.
 
     Args:
-        folder: Of the files.
-        name: Of the files, without the suffix.
+        folder: Folder of the files.
+        name: Name of the files, without the suffix.
         markdown: The report.
         content: What the report was made from.
         draw: Writes a PNG to an open file.

@@ -75,7 +75,7 @@ def estimator(
         rho_max: Upper bound of rho.
         spread: Wanted relative standard deviation of rho over batches.
         draws: Batches drawn per size.
-        seed: Of everything that is drawn.
+        seed: Seed of all random draws.
 
     Returns:
         What ``estimator.json`` holds.

@@ -76,7 +76,7 @@ def draw_batches(table: Array, questions: int, draws: int, seed: int, siblings: 
         table: From :func:`arranged`.
         questions: Per batch.
         draws: Number of batches.
-        seed: Of the draws.
+        seed: Seed of the draws.
         siblings: Only so many sequences of each question, drawn without replacement; None for all.
     """
     rng = np.random.default_rng(seed)
@@ -111,8 +111,8 @@ def design_effect(table: Array, draws: int = 1000, seed: int = 0) -> tuple[float
 
     Args:
         table: From :func:`arranged`; questions are drawn anew.
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
+        draws: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
     """
     ratio = lambda found: (found[3] / found[2]) ** 2  # noqa: E731
     drawn = draw_batches(table, len(table), draws, seed)

@@ -78,7 +78,7 @@ class Source:
     Attributes:
         chances: p_f of each feedback, strictly between 0 and 1.
         vocabulary: V, even.
-        exponent: Of the power law within a half: the larger, the shorter the tail.
+        exponent: Exponent of the power law within a half: the larger, the shorter the tail.
     """
 
     chances: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
@@ -151,7 +151,7 @@ class Source:
             pairing: Which feedback the teacher sees.
             length: Tokens of a response.
             sequences: Number of responses.
-            seed: Of the draws.
+            seed: Seed of the draws.
         """
         rng = np.random.default_rng(seed)
         half = self.vocabulary // 2

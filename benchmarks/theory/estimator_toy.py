@@ -47,9 +47,9 @@ def toy_bank(number: int, siblings: int, seed: int, looks: list[View]) -> Bank:
     """Sample, judge and show as a training step does, and keep what the estimators need.
 
     Args:
-        number: Of questions.
+        number: Number of questions.
         siblings: Rollouts per question.
-        seed: Of the rollouts.
+        seed: Seed of the rollouts.
         looks: What the estimators get to see.
     """
     module = toy_module(siblings, seed)

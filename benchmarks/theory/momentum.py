@@ -94,7 +94,7 @@ class Problem:
     """A quadratic whose optimum is 0. Half of the batches pull to a wrong optimum instead.
 
     Attributes:
-        dimensions: Of theta.
+        dimensions: Dimensions of theta.
         steps: Optimizer steps.
         rate: Learning rate.
         start: Every entry of theta at the start.
@@ -135,7 +135,7 @@ def train(problem: Problem, case: Case, rho: Array, misleading: Array, noise: Ar
         case: The optimizer, and what rho multiplies.
         rho: Multipliers, shape ``(steps, seeds)``.
         misleading: Batches that pull to the wrong optimum, shape ``(steps, seeds)``.
-        noise: Of the gradients, shape ``(steps, seeds, d)``.
+        noise: Noise of the gradients, shape ``(steps, seeds, d)``.
     """
     theta = np.full(noise.shape[1:], problem.start)
     first, second = np.zeros_like(theta), np.zeros_like(theta)
@@ -158,9 +158,9 @@ class Outcome(NamedTuple):
     """What a multiplier brought, over a constant of the same dose.
 
     Attributes:
-        gain: Of ``-|theta|^2 / 2d``, paired by seed.
-        standard_error: Of the gain, over seeds.
-        mean: Of the entries of theta with the constant.
+        gain: Gain in ``-|theta|^2 / 2d``, paired by seed.
+        standard_error: Standard error of the gain, over seeds.
+        mean: Mean of the entries of theta with the constant.
         shift: By how much the multiplier moved that mean.
     """
 

@@ -19,8 +19,8 @@ def multiplier_law(mean: float, deviation: float, sensitivity: float, rho_min: f
     - \Phi(z_1 - k\alpha s)]`. A mean over many sequences is near normal, so this is the noise that a batch puts into a step.
 
     Args:
-        mean: Of I (nats).
-        deviation: Of I (nats).
+        mean: Mean of I (nats).
+        deviation: Standard deviation of I (nats).
         sensitivity: PGPO's alpha.
         rho_min: At least 0; 0 for no bound.
         rho_max: ``inf`` for no bound.

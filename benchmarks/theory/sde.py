@@ -64,9 +64,9 @@ def sde(
         deviations: Standard deviations of I over batches (nats) there.
         sensitivities: PGPO's alpha there.
         rho_max: Upper bound of rho there; the lower is 1.
-        steps: Of the simulations under SGD and Adam; the first half is not counted.
+        steps: Steps of the simulations under SGD and Adam; the first half is not counted.
         chains: Number of simulated chains.
-        seed: Of the simulations.
+        seed: Seed of the simulations.
 
     Returns:
         What ``sde.json`` holds.

@@ -20,7 +20,7 @@ class Simulated:
     """A stationary variance.
 
     Attributes:
-        rule: Of :data:`RULES`.
+        rule: One of :data:`RULES`.
         rho: The multiplier.
         value: Mean over chains of the mean square over the second half of the steps.
         low: Lower end of its 95 % interval over chains.
@@ -41,12 +41,12 @@ def simulate(problem: Quadratic, rule: str, rho: float, eta: float, steps: int, 
 
     Args:
         problem: Curvature and noise.
-        rule: Of :data:`RULES`.
+        rule: One of :data:`RULES`.
         rho: The multiplier.
         eta: Step size.
         steps: The first half is not counted.
         chains: Number of chains, at least 2.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
     optimizer_name, target = rule.split(", ")
     # Adam works number by number: one parameter with an entry per chain is as many runs.

@@ -228,7 +228,7 @@ class Chebyshev:
 
         Args:
             ends: Where each point may go, ``(outcomes, nodes)``.
-            chance: Of each outcome, ``(outcomes,)``.
+            chance: Probability of each outcome, ``(outcomes,)``.
         """
         return sum(p * self.rows(end) for p, end in zip(chance, ends, strict=True))
 

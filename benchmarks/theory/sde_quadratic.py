@@ -23,8 +23,8 @@ class Gaussian(NamedTuple):
     """A law.
 
     Attributes:
-        mean: Of theta.
-        variance: Of theta.
+        mean: Mean of theta.
+        variance: Variance of theta.
     """
 
     mean: float

@@ -1,4 +1,4 @@
-"""What training and evaluation have in common: the student answers, the verifier judges."""
+"""Sampling and judging, which training and evaluation share: the student answers, the verifier judges."""
 
 import warnings
 from collections.abc import Iterable

@@ -231,7 +231,7 @@ class Learner:
         """Return the gradients of what the objective routes now, and leave none in the parameters.
 
         Args:
-            samples: Of the optimizer step.
+            samples: Samples of the optimizer step.
             backward: As for :meth:`accumulate`.
             scaler: The gradient scaler that `backward` uses, if there is one.
         """
@@ -315,7 +315,7 @@ class Learner:
         """Clip the gradients and take the optimizer step, unless loss or gradient are not finite.
 
         Args:
-            optimizer: Of the model's parameters.
+            optimizer: Optimizer of the model's parameters.
             step: What :meth:`accumulate` returned.
             scalars: Gets loss, gradient norm and learning rate before the step is taken, for hooks of the optimizer.
             scaler: A gradient scaler of half precision, if there is one.

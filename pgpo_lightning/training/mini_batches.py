@@ -30,7 +30,7 @@ def mini_batches(samples: list[Sample], count: int) -> Iterator[list[Sample]]:
     All samples of a question are in the same mini-batch, and the order of the batch is kept.
 
     Args:
-        samples: Of one batch.
+        samples: Samples of one batch.
         count: Number of mini-batches.
 
     Raises:
@@ -58,7 +58,7 @@ def micro_batches(
     cheaper depends on the data, so both are tried.
 
     Args:
-        samples: Of one optimizer step, in any order.
+        samples: Samples of one optimizer step, in any order.
         token_budget: Maximum padded tokens of one forward pass. A single longer sample is a group of its own.
         contexts: The prompts that precede a sample's response: the student's, and the teacher's if there is one.
         prompt_sharing: Whether equal prompts are computed once.

@@ -54,7 +54,7 @@ class Preparation:
         rng: Source of random choices.
         step: Batches trained on so far.
         learner: Gives log-probabilities under the current policy, and holds the teacher.
-        seed: Of the run, the same on every rank.
+        seed: Seed of the run, the same on every rank.
     """
 
     rng: random.Random
@@ -117,7 +117,7 @@ class Objective(ABC):
         """Measure something about the gradient of an optimizer step before it is computed; return scalars to log.
 
         Args:
-            samples: Of the optimizer step.
+            samples: Samples of the optimizer step.
             step: Batches trained on so far.
             gradients: Computes the gradients of what :meth:`routes` returns now, one tensor per parameter that has one.
         """

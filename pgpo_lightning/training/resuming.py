@@ -24,7 +24,7 @@ class ResumedSettings:
 
     Args:
         module: Keeps the arguments that it was constructed with.
-        trainer: Of the run.
+        trainer: Trainer of the run.
         checkpoint: The file that it goes on from; its settings are compared before weights are loaded. Null if there is none, or
             its settings cannot be read beforehand.
 

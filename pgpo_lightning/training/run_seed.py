@@ -42,7 +42,7 @@ class RunSeed:
         """Go on with the seed of a checkpoint.
 
         Args:
-            saved: Of the checkpoint; null if it is of a version that did not save it.
+            saved: Seed in the checkpoint; null if its version did not save one.
 
         Raises:
             MisconfigurationException: If this run was given another one.

@@ -48,7 +48,7 @@ def check_trainer(trainer: L.Trainer, fits: bool) -> Path | None:
     """Check the strategy, and the checkpoint that a run starts from; let the strategy read and write this project's files.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         fits: Whether it trains.
 
     Returns:
@@ -74,8 +74,8 @@ def check_data(data: Any, actor: Actor, evaluator: Evaluator) -> None:
 
     Args:
         data: The Trainer's data module; others than this project's are checked batch by batch.
-        actor: Of the run.
-        evaluator: Of the run.
+        actor: Actor of the run.
+        evaluator: Evaluator of the run.
 
     Raises:
         ValueError: If the verifier cannot judge a question, or a held-out question has no worked solution; names the row.

@@ -1,4 +1,4 @@
-"""What a step is logged as, when, and what is said of a step without signal."""
+"""The values that a step logs, and the warnings about steps without signal."""
 
 import time
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class StepReporter:
     """Turns what a step saw into scalars, a line of the progress bar, and warnings.
 
     Args:
-        objective: Of the run.
+        objective: Objective of the run.
         actor: Counts failures of the verifier.
         num_generations: Rollouts per question.
         max_response_length: Longest response in tokens.
@@ -68,9 +68,9 @@ class StepReporter:
 
         Args:
             samples: This rank's.
-            statistics: Of the sequences in the loss of the first update, of all ranks.
-            scalars: Of the objective, the learner and the callbacks on this rank; averaged over ranks.
-            seconds: Of the phases; the largest of all ranks, because the others wait for the slowest.
+            statistics: Statistics of the sequences in the loss of the first update, of all ranks.
+            scalars: Scalars of the objective, the learner and the callbacks on this rank; averaged over ranks.
+            seconds: Seconds of each phase; the largest of all ranks, because the others wait for the slowest.
             device: Whose highest memory (GiB) is logged, if it is a GPU.
         """
         memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None

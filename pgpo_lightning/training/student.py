@@ -31,10 +31,10 @@ class Student:
         given: Folder or Hub id, or a model object.
         config: How it is loaded.
         lora: The adapter to train; null for all weights.
-        quantization: Of the weights under the adapter.
+        quantization: Quantization of the weights under the adapter.
 
     Attributes:
-        identity: Of the model under an adapter, for checkpoints; null without one.
+        identity: Identity of the model under an adapter, for checkpoints; null without one.
         shares_prompts: Whether it computes the same with equal prompts computed once.
     """
 
@@ -88,10 +88,10 @@ class Student:
         Args:
             encoder: Learns how many tokens the model knows.
             engine: Is prepared for the model.
-            divergence: Of the objective.
+            divergence: Divergence of the objective.
             longest_prompt: Most prompt tokens of any forward pass.
             max_response_length: Longest response in tokens.
-            seed: Of a fresh adapter.
+            seed: Seed of a fresh adapter.
 
         Raises:
             MisconfigurationException: If model and settings do not go together; names the setting.
