@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.core.errors import as_user_error
-from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.models.quantization import Quantization, keep_weights_as_they_are
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -57,7 +57,7 @@ def load_model(
         quantization: Store the weights of linear layers in 4 or 8 bits, to train an adapter on them.
     """
     with as_user_error(f"the model `{name}`"):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -66,6 +66,8 @@ def load_model(
             use_safetensors=True,
             quantization_config=None if quantization is None else quantization.config(getattr(torch, dtype)),
         )
+    keep_weights_as_they_are(model)
+    return model
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from pgpo_lightning.core.settings import checked
@@ -57,6 +58,20 @@ class Quantization:
             bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
+
+
+def keep_weights_as_they_are(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew where the CPU has AVX512-BF16 instructions.
+
+    It would do so in place at the first pass without gradients, round the scales to bf16, and compute in bf16: the policy that
+    samples would then be another than the one that was loaded. It also fails for layers narrower than a block.
+
+    Args:
+        model: Just loaded.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (for mypy it is a tensor)
 
 
 def _is_not_cast_message(record: logging.LogRecord) -> bool:
