@@ -42,7 +42,7 @@ class CollapseRules:
         warm_up: Points of a curve before its rules may fire. Their median is the start value of the run. Less than `window`, so
             that a collapse within the first steps is detected.
         reward_fall: ``reward``: the reward of rollouts is below this fraction of its best. In a batch of 8 questions x 8 it
-            varies by a third by chance; the false alarms of each setting are measured in ``docs/findings.md``.
+            varies by a third by chance; the false alarms of each setting are measured in ``docs/collapse.md``.
         teacher_fall: ``teacher-lost``: the fraction of rollouts with a teacher is below this fraction of its best. The
             objective loses its signal, which later steps cannot restore.
         score_fall: ``score``: the held-out score of the last evaluation is below this fraction of its best.

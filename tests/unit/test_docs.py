@@ -20,7 +20,7 @@ PAGES = sorted(
 )
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # `docs/findings/report.md`, `losses/fused.py`, `scale/24gb-qwen3-0.6b.yaml`, `test_teacher.py`; no URL, no {braces}.
-PATH = re.compile(r"(?<![\w./{}~$=-])((?:[\w.+=-]+/)*[\w.+=-]+\.(?:py|yaml|md|jsonl|png|toml))(?![\w/])")
+PATH = re.compile(r"(?<![\w./{}~$=-])((?:[\w.+=-]+/)*[\w.+=-]+\.(?:py|yaml|md|jsonl(?:\.xz)?|png|toml))(?![\w/])")
 FOLDER = re.compile(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/(?:[\w-]+/)*)(?![\w.*{{<])")
 DOTTED = re.compile(r"(?<![\w./-])((?:pgpo_lightning|benchmarks)(?:\.[A-Za-z_]\w*)+)")
 WRITTEN_BY_RUNS = {
