@@ -21,7 +21,11 @@ def conclude(content: dict[str, Any]) -> str:
         return f"{QUESTION}: {phrase(studies[0]['answers'], design, studies[0]['questions'])}{unmatched}."
     each = "; ".join(f"{study['study']}: {_brief(study['answers'])}" for study in studies)
     questions = max(study["questions"] for study in studies)
-    if together["studies"]:
+    if together["studies"] and together["answer"] is None:
+        overall = (
+            f"not asked of {_names(together['studies'])} together, because they share no information arm with a control"
+        )
+    elif together["studies"]:
         overall = f"{_names(together['studies'])} together: {phrase(together, design, questions)}"
     else:
         overall = f"not asked of conditions together, because {nothing_pooled(content)}"

@@ -194,6 +194,15 @@ def test_studies_without_common_seeds_are_not_pooled():
     assert "arms have no common seeds" in conclude(content)
 
 
+def test_conditions_without_a_common_information_arm_are_not_asked_together():
+    other = runs(2, "two", {"sdpo": 0.0, "pgpo-2": 0.0, "constant-2": 0.0})
+    content = analyse(runs(1, "one") + other, replace(FAST, pool="all"))
+    assert content["pooled"]["arms"] == content["interaction"] == []
+    assert "not asked of one, two together, because they share no information arm with a control; one: " in conclude(
+        content
+    )
+
+
 def test_conditions_with_other_questions_are_reported_apart():
     apart = [runs(seed, name, world=World(seeds=4, questions=n)) for seed, name, n in ((1, "one", 60), (2, "two", 40))]
     content = analyse([*apart[0], *apart[1]], replace(FAST, pool="all"))
