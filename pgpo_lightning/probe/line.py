@@ -87,6 +87,19 @@ class Line:
         errors = (self.gains - self.gains.mean()) * self.n / (self.n - 1)
         return float(np.sqrt((errors**2).mean()))
 
+    def intervals(self, level: float = 0.95) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return the intervals of intercept and slope over other configurations (Student's t with n - 2 degrees of freedom).
+
+        They contain how far configurations are from the line, which a bootstrap over questions and seeds does not.
+        """
+        t = float(student_t.isf((1 - level) / 2, self.n - 2))
+        slope = t * self.scatter / math.sqrt(self.spread)
+        intercept = t * self.scatter * math.sqrt(1 / self.n + float(self.gaps.mean()) ** 2 / self.spread)
+        return (
+            (self.intercept - intercept, self.intercept + intercept),
+            (self.slope - slope, self.slope + slope),
+        )
+
     @property
     def _total(self) -> float:
         return float(((self.gains - self.gains.mean()) ** 2).sum())

@@ -167,8 +167,9 @@ def calibration_content(
     return {
         "scale": scale,
         **{name: getattr(line, name) for name in _LINE},
-        "intercept_interval": boot.interval(boot.intercepts),
-        "slope_interval": boot.interval(boot.slopes),
+        "intercept_interval": line.intervals()[0],
+        "slope_interval": line.intervals()[1],
+        "slope_resampled": boot.interval(boot.slopes),
         "reliability": reliability(line.gaps, boot.noise),
         "without_collapsed": None if rest is None else {name: getattr(rest, name) for name in _LINE},
         "range": [float(line.gaps.min()), float(line.gaps.max())],
@@ -198,12 +199,13 @@ def calibration_report(content: dict[str, Any], figure: str) -> str:
         for row in content["points"]
     ]
     header = ["run", "seeds", "net gap g", "gain Δ", "Δ by seed", "line", "leave-one-out error", "leverage"]
-    a, b = content["intercept_interval"], content["slope_interval"]
+    a, b, resampled = content["intercept_interval"], content["slope_interval"], content["slope_resampled"]
     fitted = (
         f"**Δ = {content['intercept']:+.3f} {content['slope']:+.3f} g** from {content['n']} configurations, g on the scale of "
-        f"{content['scale']} rollouts; a in [{a[0]:+.3f}, {a[1]:+.3f}], b in [{b[0]:+.3f}, {b[1]:+.3f}] (95 %, bootstrap over "
-        f"questions and seeds). R² {content['r2']:.3f}, scatter {content['scatter']:.4f}. Leave-one-out RMSE "
-        f"{content['loo_rmse']:.4f} (R² {content['loo_r2']:.3f}). Predicting the mean of the other runs, without the gap, gives "
+        f"{content['scale']} rollouts; a in [{a[0]:+.3f}, {a[1]:+.3f}], b in [{b[0]:+.3f}, {b[1]:+.3f}] (95 %, over other "
+        f"configurations; b in [{resampled[0]:+.3f}, {resampled[1]:+.3f}] over other questions and seeds alone). "
+        f"R² {content['r2']:.3f}, scatter {content['scatter']:.4f}. Leave-one-out RMSE {content['loo_rmse']:.4f} (R² "
+        f"{content['loo_r2']:.3f} against the mean of all). Predicting the mean of the other runs, without the gap, gives "
         f"{content['loo_constant']:.4f}. Reliability of g: {content['reliability']:.3f}."
     )
     parts = [
