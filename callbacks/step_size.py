@@ -35,6 +35,7 @@ from pgpo_lightning.modules.on_policy import OnPolicyModule
 AppliesTo = Literal["update", "gradient"]
 
 
+@checked
 class StepSizeMultiplier(Remembers, PerRunState):
     """Multiplies one optimizer step by rho: its update, or its gradient.
 

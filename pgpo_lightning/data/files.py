@@ -70,7 +70,7 @@ class FileQuestions(QuestionData):
             if self.files[split] and self.hub_splits.get(split):
                 raise ValueError(
                     f"Expected the {split} split from one place, but got the file {self.files[split]} and the split "
-                    f"`{self.hub_splits[split]}` of the data set {dataset}. Remove one of them."
+                    f"`{self.hub_splits[split]}` of `dataset` {dataset}. Remove one of them."
                 )
         self.dataset = dataset
         self.dataset_config = dataset_config
