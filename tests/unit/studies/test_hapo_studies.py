@@ -13,9 +13,10 @@ def test_the_studies_have_the_arms_and_controls_that_they_say(study):
     spec = read_study(CONFIGS / "studies" / f"{study}.yaml")
     runs = spec.runs()
     assert len(runs) == len(spec.conditions) * len(spec.arms) * 5
-    by_arm = {run.arm: run for run in runs if run.seed == 0}
+    first = spec.seeds[0]
+    by_arm = {run.arm: run for run in runs if run.seed == first}
     assert by_arm["grpo"].settings["model"]["init_args"]["policy_gradient"][
         "norm_adv_by_std_in_grpo"
     ]  # as HAPO by default
     for arm, run in by_arm.items():
-        assert run.needs == tuple(f"{run.condition}/{of}/seed=0" for of in MATCHED.get(arm, ()))
+        assert run.needs == tuple(f"{run.condition}/{of}/seed={first}" for of in MATCHED.get(arm, ()))
