@@ -20,25 +20,33 @@ class FailuresAndSuccesses(Objective):
     def __init__(self, distillation, policy_gradient, weight):
         self.distillation, self.policy_gradient, self.weight = distillation, policy_gradient, weight
         self.teaching, self.divergence = distillation.teaching, distillation.divergence
+        # `token_weights` stays null: equal weights. So does `loss_is_divergence`: a weighted sum of two losses is none.
+
+    def failed(self, sample):
+        return sample.verdict.reward < self.teaching.builder.success_reward_threshold
 
     def prepare(self, samples, given):
-        return self.distillation.prepare(samples, given) | self.policy_gradient.prepare(samples, given)
+        scalars = self.distillation.prepare(samples, given) | self.policy_gradient.prepare(samples, given)
+        for sample in filter(self.failed, samples):
+            sample.old_log_probs = None  # the importance weight of distillation is that of the policy as it is now
+        return scalars
 
     def in_loss(self, sample):
-        failed = sample.verdict.reward < 0.5
-        return sample.reprompt_ids is not None if failed else self.policy_gradient.in_loss(sample)
+        return sample.reprompt_ids is not None if self.failed(sample) else self.policy_gradient.in_loss(sample)
 
     def routes(self, samples):
         samples = [sample for sample in samples if self.in_loss(sample)]
-        failures = [sample for sample in samples if sample.verdict.reward < 0.5]
-        successes = [sample for sample in samples if sample.verdict.reward >= 0.5]
         return [
-            Route(failures, lambda *given: self.weight * self.distillation.token_loss(*given), taught=True),
-            Route(successes, self.policy_gradient.token_loss),
+            Route(
+                [sample for sample in samples if self.failed(sample)],
+                lambda *given: self.weight * self.distillation.token_loss(*given),
+                taught=True,
+            ),
+            Route([sample for sample in samples if not self.failed(sample)], self.policy_gradient.token_loss),
         ]
 
     def normalizer(self, samples):
-        return sum(sample.length for sample in samples)
+        return self.policy_gradient.normalizer(samples)
 
 
 @checked
@@ -49,8 +57,10 @@ class Own(OnPolicyModule):
         self,
         *args,
         distil_weight: Positive = 1.0,
+        divergence: DivergenceConfig = DivergenceConfig(),  # noqa: B008
         teacher: TeacherConfig = TeacherConfig(),  # noqa: B008
         reprompt: RepromptConfig = RepromptConfig(),  # noqa: B008
+        policy_gradient: PolicyGradientConfig = PolicyGradientConfig(),  # noqa: B008
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -61,10 +71,16 @@ class Own(OnPolicyModule):
             num_generations=self.num_generations,
             max_prompt_length=self.actor.max_prompt_length,
             success_threshold=self.reward.success_threshold,
+            adapter=self.lora is not None,
+            verifier=self.actor.verifier,
         )
-        distillation = DistillationObjective(teaching, DivergenceConfig(), num_generations=self.num_generations)
-        reinforcement = PolicyGradientObjective(PolicyGradientConfig(), num_generations=self.num_generations)
-        self.objective = FailuresAndSuccesses(distillation, reinforcement, distil_weight)
+        self.objective = FailuresAndSuccesses(
+            DistillationObjective(teaching, divergence, num_generations=self.num_generations),
+            PolicyGradientObjective(
+                policy_gradient, num_generations=self.num_generations, updates=self.update.steps_per_batch
+            ),
+            distil_weight,
+        )
 
 
 def test_it_runs_on_the_command_line_with_every_common_argument(tmp_path, capsys):

@@ -39,7 +39,7 @@ reverse = lambda s, t: divergence(s, t, 1.0)  # noqa: E731
 reduced = lambda tail, alpha: lambda s, t: divergence(*student_top_k(s, t, 5, tail), alpha)  # noqa: E731
 
 # Settings, the divergence that is reported, its bound, and what is minimised where it is something else.
-OBJECTIVES = {
+REPORTED = {
     "forward KL": (SDPO, {"divergence_alpha": 0.0}, lambda s, t: divergence(s, t, 0.0), None, None),
     "JSD": (SDPO, {}, jsd, math.log(2), None),
     "JSD of another alpha": (SDPO, {"divergence_alpha": 0.2}, lambda s, t: divergence(s, t, 0.2), 0.5004, None),
@@ -59,9 +59,9 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", REPORTED)
 def test_the_divergence_is_reported_whatever_the_objective(name):
-    base, settings, measure, bound, minimised = OBJECTIVES[name]
+    base, settings, measure, bound, minimised = REPORTED[name]
     module = build(base, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=2, **LIMITS | settings)
     module.configure_model()
     with torch.no_grad():

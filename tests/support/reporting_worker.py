@@ -1,4 +1,4 @@
-"""Trains, saves, resumes and keeps what was reported; run by distributed/test_reporting.py.
+"""Trains, saves, resumes and keeps what was reported; run by distributed/test_reports_of_ranks.py.
 
 Usage: python -m tests.support.reporting_worker OUTPUT RANKS
 """

@@ -55,7 +55,7 @@ KINDS = [
 
 
 KINDS += [*CLIPPED, Divergence(1.0, softening=Softening(0.5, 25.0)), Divergence(1.0, softening=Softening())]
-OBJECTIVES = {
+LOSSES = {
     "weighted divergence": lambda t, c: c * t.divergence,
     "capped ratio": lambda t, c: c * (t.log_p_student.detach() + 2).exp().clamp(max=2) * t.divergence,
     "ratio with gradient": lambda t, c: c * (t.log_p_student + 2).exp() * t.divergence,
@@ -63,7 +63,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("which", KINDS, ids=str)
 def test_loss_statistics_and_gradients(which, name):
     hidden, weight, teacher_hidden, teacher_weight, targets = inputs()
@@ -74,14 +74,14 @@ def test_loss_statistics_and_gradients(which, name):
         def __getattr__(self, field):
             return expected[field]
 
-    loss = OBJECTIVES[name](Plain(), weights).sum()
+    loss = LOSSES[name](Plain(), weights).sum()
     gradients = torch.autograd.grad(loss, (hidden, weight))
     for chunk in CHUNKS:
         ours, statistics = linear_distillation(
             Source(hidden, Head(weight)),
             [Source(teacher_hidden, Head(teacher_weight))],
             targets,
-            lambda t, part: OBJECTIVES[name](t, weights[part]),
+            lambda t, part: LOSSES[name](t, weights[part]),
             which,
             0.7,
             chunk_rows=chunk,
