@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pgpo_lightning.monitoring.collapse_rules import collapse_step
-from pgpo_lightning.monitoring.run_record import FILE, RunRecord
+from pgpo_lightning.monitoring.run_record import FILE, RunRecord, holds_many, load_runs
 from pgpo_lightning.probe.contexts import effective
 from pgpo_lightning.probe.gaps import question_draws
 from pgpo_lightning.probe.line import lines
@@ -61,7 +61,8 @@ def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
     of its arm.
 
     Args:
-        paths: Folders that contain finished runs at any depth, or single records.
+        paths: Folders that contain finished runs at any depth, single records, or files with a record per line, as `pgpo report`
+            writes them (``.jsonl``, ``.jsonl.xz``).
         gaps: Folder or file of a probe; by default the ``probe.json`` in the run's folder or the nearest folder above it.
         scale: Scale of the net gap.
 
@@ -78,11 +79,11 @@ def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
     groups: dict[tuple[str, str, Path, str], list[RunRecord]] = defaultdict(list)
     probes: dict[Path, dict[str, Any]] = {}
     for file in files:
-        run = RunRecord.load(file)
         source = _probe_of(file, gaps)
         if source not in probes:
             probes[source] = read_probe(source)
-        groups[run.study, run.arm, source, _context_of(run, file, probes[source], source)].append(run)
+        for run in load_runs([file]):
+            groups[run.study, run.arm, source, _context_of(run, file, probes[source], source)].append(run)
     several = len({study for study, *_ in groups}) > 1
     return [
         _point(f"{study}/{arm}" if several else arm, context, runs, probes[source], source, scale)
@@ -127,7 +128,7 @@ def _probe_of(file: Path, gaps: Path | None) -> Path:
 def _context_of(run: RunRecord, file: Path, probe: dict[str, Any], source: Path) -> str:
     measured = {row["name"]: row for row in probe["contexts"] if row["control"] is None}
     config = file.parent / "config.yaml"
-    if not config.is_file():
+    if holds_many(file) or not config.is_file():
         if run.arm not in measured:
             raise ValueError(
                 f"Expected the arm of {file} to be named after a context of {source} ({', '.join(measured)}), because it has no "

@@ -1,8 +1,9 @@
 """Gains of runs predicted from gaps: the calibration, its intervals and what it excludes."""
 
 import json
+import lzma
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import yaml
 
 from pgpo_lightning.commands.probe import calibrate
 from pgpo_lightning.core.files import plain, write_json
-from pgpo_lightning.monitoring.run_record import RunRecord
+from pgpo_lightning.monitoring.run_record import RunRecord, load_runs, write_runs
 from pgpo_lightning.probe.calibration import Point, bootstrap, points
 from pgpo_lightning.probe.contexts import contexts
 from tests.support.helpers import tiny_sdpo
@@ -171,6 +172,26 @@ def test_runs_find_their_context_by_their_settings(parrot, tmp_path):
         (folder / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"config.yaml to be the configuration of a run, but reading it failed"):
             points([folder], None, "all")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_records_in_one_file_are_as_good_as_folders(parrot, tmp_path, compressed):
+    root, _ = study(parrot, tmp_path, noise=0.05)
+    expected = points([root], None, "all")
+    (tmp_path / "kept").mkdir()
+    shutil.copy(root / "probe.json", tmp_path / "kept")
+    file = tmp_path / "kept" / "runs.jsonl"
+    write_runs(load_runs([root]), file)
+    if compressed:
+        file = file.with_suffix(".jsonl.xz")
+        file.write_bytes(lzma.compress(file.with_suffix("").read_bytes()))
+    for found, one in zip(points([file], None, "all"), expected, strict=True):
+        assert (found.name, found.context, found.seeds) == (one.name, one.context, one.seeds)
+        np.testing.assert_array_equal(found.gain, one.gain)
+    run = replace(load_runs([root])[0], arm="elsewhere")
+    write_runs([run], tmp_path / "kept" / "runs.jsonl")
+    with pytest.raises(ValueError, match="named after a context"):
+        points([tmp_path / "kept" / "runs.jsonl"], None, "all")
 
 
 def test_runs_without_what_is_needed_are_refused(parrot, tmp_path):
