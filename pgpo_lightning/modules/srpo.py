@@ -1,4 +1,7 @@
-"""Sample-Routed Policy Optimisation (SRPO, arXiv 2604.02288): failures are distilled, everything else is reinforced."""
+"""Sample-Routed Policy Optimisation (SRPO, arXiv 2604.02288): failures are distilled, everything else is reinforced.
+
+With `route` ``group`` it is I-SDPO (arXiv 2608.12957), which distils the questions that have no success.
+"""
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel
@@ -12,7 +15,7 @@ from pgpo_lightning.modules.on_policy import OnPolicyModule
 from pgpo_lightning.objectives.configs import DivergenceConfig, PolicyGradientConfig
 from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
-from pgpo_lightning.objectives.routed import RoutedObjective
+from pgpo_lightning.objectives.routed import RoutedObjective, RoutingUnit
 from pgpo_lightning.rewards.grade import Verifier
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
@@ -38,6 +41,9 @@ class SRPO(OnPolicyModule):
         reprompt: What the teacher reads.
         token_weights: Weights of the distilled tokens or responses, of mean 1; null for equal weights.
         policy_gradient: Advantages and clipping, for reinforced responses.
+        route: ``sample``: each failed response is distilled (SRPO). ``group``: the responses to a question are distilled if all
+            of them failed, otherwise all of them are reinforced (I-SDPO). The teacher then needs a context that does not depend
+            on a success: the question's `privileged_context`, or feedback.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class SRPO(OnPolicyModule):
         reprompt: RepromptConfig = RepromptConfig(),
         token_weights: TokenWeights | None = None,
         policy_gradient: PolicyGradientConfig = PolicyGradientConfig(),
+        route: RoutingUnit = "sample",
     ) -> None:
         super().__init__(
             model=model, verifier=verifier, engine=engine, num_generations=num_generations,
@@ -84,4 +91,5 @@ class SRPO(OnPolicyModule):
         self.objective = RoutedObjective(
             DistillationObjective(teaching, divergence, num_generations=num_generations, token_weights=token_weights),
             PolicyGradientObjective(policy_gradient, num_generations=num_generations, updates=update.steps_per_batch),
+            route,
         )

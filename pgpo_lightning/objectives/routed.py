@@ -1,9 +1,17 @@
-"""Sample-Routed Policy Optimisation (SRPO, arXiv 2604.02288): failures are distilled, everything else is reinforced."""
+"""Failures are distilled, everything else is reinforced.
+
+Sample-Routed Policy Optimisation (SRPO, arXiv 2604.02288) decides for each response, I-SDPO (arXiv 2608.12957) for each question.
+"""
+
+from typing import Literal
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
 from pgpo_lightning.training.objective import Objective, Preparation, Route, split_taught
+
+RoutingUnit = Literal["sample", "group"]
+"""What is routed: each failed response (SRPO), or the responses to a question if all of them failed (I-SDPO)."""
 
 
 class RoutedObjective(Objective):
@@ -12,10 +20,27 @@ class RoutedObjective(Objective):
     Args:
         distillation: The loss of the first; its self-teacher is the routed objective's.
         policy_gradient: The loss of the others. Advantages are over the whole group, distilled responses included.
+        route: With ``group`` a failed response is distilled only if no response to its question succeeded.
+
+    Raises:
+        ValueError: If nothing could ever be distilled; names the field.
     """
 
-    def __init__(self, distillation: DistillationObjective, policy_gradient: PolicyGradientObjective) -> None:
-        self.distillation, self.policy_gradient = distillation, policy_gradient
+    def __init__(
+        self,
+        distillation: DistillationObjective,
+        policy_gradient: PolicyGradientObjective,
+        route: RoutingUnit = "sample",
+    ) -> None:
+        builder = distillation.teaching.builder
+        shows_successes = builder.demonstration_source in ("siblings", "own")
+        without = not builder.include_environment_feedback and not builder.reprompt_without_context
+        if route == "group" and shows_successes and without:
+            raise ValueError(
+                "Expected `reprompt.include_environment_feedback` true with `route` group, whose distilled questions have no "
+                "success to show to the teacher, but got false. Set it, and give questions a `privileged_context` or feedback."
+            )
+        self.distillation, self.policy_gradient, self.route = distillation, policy_gradient, route
         self.teaching = distillation.teaching
         self.divergence = distillation.divergence
         self.loss_is_divergence = distillation.loss_is_divergence
@@ -24,15 +49,21 @@ class RoutedObjective(Objective):
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
         """Give failures their teacher's prompt and all samples their advantage."""
         scalars = self.distillation.prepare(samples, given)
-        for sample in samples:
-            if sample.verdict.reward >= self.distillation.teaching.builder.success_reward_threshold:
-                sample.reprompt_ids = sample.reprompt = None
+        for sample in self._reinforced(samples):
+            sample.reprompt_ids = sample.reprompt = None
         scalars |= self.policy_gradient.prepare(samples, given)
         for sample in samples:
             if sample.reprompt_ids is not None:
                 sample.old_log_probs = None  # SDPO's importance weight is that of the policy as it is now
         routed = sum(sample.reprompt_ids is not None for sample in samples) / len(samples)
         return scalars | {"self_distillation/routed_fraction": routed}
+
+    def _reinforced(self, samples: list[Sample]) -> list[Sample]:
+        """Return the samples that get GRPO's loss, teacher or not."""
+        threshold = self.distillation.teaching.builder.success_reward_threshold
+        unit = 1 if self.route == "sample" else self.distillation.num_generations
+        units = [samples[i : i + unit] for i in range(0, len(samples), unit)]
+        return [each for some in units if any(s.verdict.reward >= threshold for s in some) for each in some]
 
     def in_loss(self, sample: Sample) -> bool:
         """Whether the sample is distilled, or has an advantage."""

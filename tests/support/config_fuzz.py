@@ -28,6 +28,7 @@ BASES = {
     "lora": ["lora.yaml"],
     "rlsd": ["ablations/rlsd.yaml"],
     "srpo": ["ablations/srpo.yaml"],
+    "i-sdpo": ["ablations/i-sdpo.yaml"],
     "demopsd": ["ablations/demopsd.yaml"],
     "dw-sdpo": ["ablations/dw-sdpo.yaml"],
     "cgtr": ["ablations/cgtr.yaml"],
