@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pgpo_lightning.losses.divergence import MAX_LOG_RATIO, Divergence
-from pgpo_lightning.losses.top_k import top_k_gradient
+from pgpo_lightning.losses.top_k import Buckets, bucket_gradient, clipped_gradient
 
 BUFFERS = 6
 """Work tensors that :func:`row_statistics` can use."""
@@ -57,7 +57,7 @@ class Coefficients(NamedTuple):
 class RowTerms(NamedTuple):
     """Terms that statistics and gradient have in common, of shape ``(n, V)`` unless stated otherwise.
 
-    A divergence gives either `inner`, `mean` and `scale`, or `outer` and `scale`. A constant in `inner` cancels.
+    A divergence gives either `inner`, `mean` and `scale`, or `outer` and `scale`, or `buckets`. A constant in `inner` cancels.
 
     Attributes:
         a: log q.
@@ -66,6 +66,7 @@ class RowTerms(NamedTuple):
         mean: <q, inner>, shape ``(n,)``.
         outer: The gradient of a divergence without that form, or a part of it, without the factor `scale`.
         scale: Factor of `inner` and `outer`. One per row, shape ``(n,)``, if the target is softened.
+        buckets: The gradient of a divergence over the student's likeliest tokens.
     """
 
     a: Tensor
@@ -74,6 +75,7 @@ class RowTerms(NamedTuple):
     mean: Tensor | None
     outer: Tensor | None
     scale: float | Tensor
+    buckets: Buckets | None = None
 
 
 def log_normalised(logits: Tensor, normaliser: Tensor | None, out: Tensor | None) -> Tensor:
@@ -121,8 +123,11 @@ def row_statistics(
     plain: Tensor | None = None  # only if it differs from the value
     scale: float | Tensor = 0.0
     partial = which if which is not None and which.partial(a.size(-1)) else None
-    if partial is not None:
-        value, plain, outer = top_k_gradient(a, b, partial)
+    buckets: Buckets | None = None
+    if partial is not None and partial.top_k is not None and partial.top_k < a.size(-1):
+        value, plain, buckets = bucket_gradient(a, b, q, p, partial, partial.top_k)
+    elif partial is not None:
+        value, plain, outer = clipped_gradient(a, b, partial)
         scale = 1.0
     ratio = b.sub_(a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # log p/q, in place of b
     kl = dot(p, ratio)  # (n,)
@@ -147,7 +152,7 @@ def row_statistics(
             value = which.alpha * (kl - dot(p, inner)) + scale * mean
     statistics = TokenStatistics(value, log_p_student, log_p_teacher, entropy_student, entropy_teacher, kl,
                                  value.clone() if plain is None else plain)  # fmt: skip
-    return RowTerms(a, q, inner, mean, outer, scale), statistics
+    return RowTerms(a, q, inner, mean, outer, scale, buckets), statistics
 
 
 def logit_gradient(
@@ -168,7 +173,7 @@ def logit_gradient(
         slope: Derivative of the logits over the temperature with respect to the raw logits.
         out: Tensor that receives the gradient.
     """
-    a, q, inner, mean, outer, scale = terms
+    a, q, inner, mean, outer, scale, buckets = terms
     constant = torch.zeros_like(statistics.log_p_student)  # the part of x that does not depend on the token, (n,)
     x: Tensor | None = None
     if derivatives.divergence is not None and inner is not None and mean is not None:
@@ -183,21 +188,32 @@ def logit_gradient(
         constant = constant - derivatives.entropy * statistics.entropy_student
         a = a.mul_(-derivatives.entropy.unsqueeze(-1))
         x = a if x is None else x.add_(a)
+    kept: Tensor | None = None
+    if derivatives.divergence is not None and buckets is not None:
+        # The entries of kept tokens are replaced: where the tail's factor is large, a correction would cancel digits.
+        inside = constant.unsqueeze(-1)
+        if derivatives.entropy is not None:
+            inside = inside - derivatives.entropy.unsqueeze(-1) * buckets.a
+        kept = buckets.a.exp().mul_(inside).addcmul_(buckets.gradient, derivatives.divergence.unsqueeze(-1))  # (n, k)
+        constant = constant + derivatives.divergence * buckets.rest
     constant = constant.unsqueeze(-1)  # (n, 1)
     gradient = torch.mul(q, constant if x is None else x.add_(constant), out=out)  # (n, V)
     if derivatives.divergence is not None and outer is not None:
         gradient.addcmul_(outer, (derivatives.divergence * scale).unsqueeze(-1))
+    if kept is not None and buckets is not None:
+        gradient.scatter_(-1, buckets.kept, kept)
     if derivatives.log_p is not None:
         gradient.scatter_add_(-1, targets.unsqueeze(-1), derivatives.log_p.unsqueeze(-1))
     return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
 
 
 class Normalisation(NamedTuple):
-    """Sums over the vocabulary that the gradient needs again, each ``(n, 1)`` or ``(n,)``."""
+    """Sums over the vocabulary that the gradient needs again, each ``(n, 1)`` or ``(n,)``, and the gradient over buckets."""
 
     student: Tensor
     teacher: Tensor | None
     mean: Tensor | None
+    buckets: Buckets | None
 
 
 def statistics_of(
@@ -207,7 +223,7 @@ def statistics_of(
     student = logits.logsumexp(-1, keepdim=True)  # (n, 1)
     teacher = None if teacher_logits is None else teacher_logits.logsumexp(-1, keepdim=True)
     terms, statistics = row_statistics(logits, teacher_logits, targets, which, (student, teacher))
-    return statistics, Normalisation(student, teacher, terms.mean)
+    return statistics, Normalisation(student, teacher, terms.mean, terms.buckets)
 
 
 def gradient_of(
@@ -225,5 +241,7 @@ def gradient_of(
 
     Fused into one pass over both logits, recomputing the common terms costs less than storing them.
     """
-    terms, _ = row_statistics(logits, teacher_logits, targets, which, (sums.student, sums.teacher))
-    return logit_gradient(terms._replace(mean=sums.mean), statistics, targets, derivatives, slope).to(dtype)
+    again = which if sums.buckets is None else None  # the selection of tokens is not repeated
+    terms, _ = row_statistics(logits, teacher_logits, targets, again, (sums.student, sums.teacher))
+    terms = terms._replace(mean=sums.mean, buckets=sums.buckets)
+    return logit_gradient(terms, statistics, targets, derivatives, slope).to(dtype)

@@ -2,7 +2,13 @@
 
 Let u_v = d divergence / d log q_v, where all log q are treated as independent. Then the gradient in the logits is
 ``u - q sum(u)``. A clipped summand has u_v = 0.
+
+Over k kept tokens and a tail, u has k + 1 entries, and a token j of the tail gets ``q_j (u_tail / q_tail - sum(u))``: its
+probability times one number per row. So neither needs a tensor of the size of the vocabulary.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,39 +43,97 @@ def _pointwise(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor 
 
 
 def clipped_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the divergence over all tokens with bounded summands, and its gradient; see :func:`top_k_gradient`."""
-    value, plain, u = _pointwise(a, b, which)
-    return value, plain, u.sub_(a.exp().mul_(u.sum(-1, keepdim=True)))
-
-
-def top_k_gradient(a: Tensor, b: Tensor, which: Divergence) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return a divergence that is not a plain sum over all tokens, and its gradient with respect to the student's logits.
+    """Return the divergence over all tokens with bounded summands, and its gradient with respect to the student's logits.
 
     Args:
         a: Student log-probabilities, shape ``(n, V)``.
         b: Teacher log-probabilities, shape ``(n, V)``.
-        which: The divergence, with ``top_k < V`` or bounded summands.
+        which: The divergence, with bounded summands.
 
     Returns:
-        The divergence, ``(n,)``; the same with unbounded summands, or ``None`` if none is bounded; the gradient, ``(n, V)``.
+        The divergence, ``(n,)``; the same with unbounded summands; the gradient, ``(n, V)``.
     """
-    if which.top_k is None or which.top_k >= a.size(-1):
-        return clipped_gradient(a, b, which)
-    kept = a.topk(which.top_k, dim=-1).indices  # (n, k)
+    value, plain, u = _pointwise(a, b, which)
+    return value, plain, u.sub_(a.exp().mul_(u.sum(-1, keepdim=True)))
+
+
+class Buckets(NamedTuple):
+    """The gradient of a divergence over some kept tokens and, with a tail, one bucket for all others.
+
+    Attributes:
+        kept: The kept tokens, shape ``(n, k)``.
+        a: Their log q, shape ``(n, k)``.
+        gradient: The derivative of the divergence in their logits, shape ``(n, k)``.
+        rest: The derivative in the logit of any other token, divided by its probability, shape ``(n,)``.
+    """
+
+    kept: Tensor
+    a: Tensor
+    gradient: Tensor
+    rest: Tensor
+
+
+def likeliest(a: Tensor, k: int) -> Tensor:
+    """Return the indices of the `k` largest entries of each row ``(n, V)``, in no particular order, shape ``(n, k)``.
+
+    On a CPU ``topk`` is slow in long rows. The row is therefore divided into sets of `size` entries. The k sets with the largest
+    maxima contain k largest entries: an entry of any other set is no larger than the k maxima of these.
+    """
+    n, vocabulary = a.shape
+    size = 2 ** round(
+        0.5 * math.log2(max(1.0, vocabulary / k))
+    )  # about where both selections have equally many candidates
+    sets = vocabulary // size
+    if a.device.type != "cpu" or size < 4 or sets < k:
+        return a.topk(k, dim=-1, sorted=False).indices
+    whole = sets * size
+    # Entry j belongs to set j % sets, so that maxima are taken over whole vectors.
+    chosen = a[:, :whole].view(n, size, sets).amax(1).topk(k, dim=-1, sorted=False).indices  # (n, k)
+    candidates = (chosen.unsqueeze(1) + torch.arange(0, whole, sets).view(1, size, 1)).view(n, -1)  # (n, size * k)
+    if whole < vocabulary:
+        candidates = torch.cat([candidates, torch.arange(whole, vocabulary).expand(n, -1)], dim=1)
+    best = a.gather(-1, candidates).topk(k, dim=-1, sorted=False).indices
+    return candidates.gather(-1, best)
+
+
+def bucket_gradient(
+    a: Tensor, b: Tensor, q: Tensor, p: Tensor, which: Divergence, k: int
+) -> tuple[Tensor, Tensor | None, Buckets]:
+    """Return a divergence over the student's likeliest tokens, and its gradient with respect to the student's logits.
+
+    Args:
+        a: Student log-probabilities, shape ``(n, V)``.
+        b: Teacher log-probabilities, shape ``(n, V)``.
+        q: The student's probabilities, shape ``(n, V)``. Entries are overwritten and restored.
+        p: The teacher's probabilities, likewise.
+        which: The divergence.
+        k: Its ``top_k``, less than V.
+
+    Returns:
+        The divergence, ``(n,)``; the same with unbounded summands, or ``None`` if none is bounded; the gradient.
+    """
+    kept = likeliest(a, k)  # (n, k)
     a_kept, b_kept = a.gather(-1, kept), b.gather(-1, kept)
     if not which.add_tail:
         # After renormalisation the buckets are a softmax over the kept logits alone.
-        a_kept, b_kept = a_kept.log_softmax(-1), b_kept.log_softmax(-1)
-        value, plain, u = _pointwise(a_kept, b_kept, which)
-        gradient = torch.zeros_like(a)
-        return value, plain, gradient.scatter_(-1, kept, u - a_kept.exp() * u.sum(-1, keepdim=True))
-    lowest = torch.finfo(a.dtype).min
-    # The tail is summed over the complement of the kept tokens, as in `divergence.student_top_k`.
-    a_tail = a.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
-    b_tail = b.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
-    value, plain, u = _pointwise(torch.cat([a_kept, a_tail], -1), torch.cat([b_kept, b_tail], -1), which)
+        a_own = a_kept.log_softmax(-1)
+        value, plain, u = _pointwise(a_own, b_kept.log_softmax(-1), which)
+        gradient = u - a_own.exp() * u.sum(-1, keepdim=True)
+        return value, plain, Buckets(kept, a_kept, gradient, torch.zeros_like(value))
+    q_tail, p_tail = _tail(q, kept), _tail(p, kept)  # (n, 1)
+    value, plain, u = _pointwise(torch.cat([a_kept, q_tail.log()], -1), torch.cat([b_kept, p_tail.log()], -1), which)
     total = u.sum(-1, keepdim=True)  # (n, 1)
     # A tail token j has d log(tail)/dz_j = q_j / Q, a kept token the derivative of its own logarithm. The normaliser is common.
-    tail_factor = (u[:, -1:] / a_tail.exp().clamp(min=torch.finfo(a.dtype).tiny)) - total
-    gradient = a.exp().mul_(tail_factor)
-    return value, plain, gradient.scatter_(-1, kept, u[:, :-1] - a_kept.exp() * total)
+    rest = (u[:, -1:] / q_tail - total).squeeze(-1)
+    return value, plain, Buckets(kept, a_kept, u[:, :-1] - a_kept.exp() * total, rest)
+
+
+def _tail(probabilities: Tensor, kept: Tensor) -> Tensor:
+    """Return the probability of all tokens that are not kept, ``(n, 1)``, positive.
+
+    It is summed over them, as in `divergence.student_top_k`: 1 minus the sum of the kept would be rounded to 0.
+    """
+    own = probabilities.gather(-1, kept)
+    total = probabilities.scatter_(-1, kept, 0.0).sum(-1, keepdim=True)
+    probabilities.scatter_(-1, kept, own)
+    return total.clamp_(min=torch.finfo(total.dtype).tiny)

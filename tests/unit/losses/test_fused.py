@@ -18,6 +18,7 @@ from pgpo_lightning.losses.divergence import (
     student_top_k,
 )
 from pgpo_lightning.losses.fused import Head, Source, linear_distillation, linear_statistics
+from pgpo_lightning.losses.top_k import likeliest
 from tests.support.loss_cases import CLIPPED, N, V, inputs
 
 CHUNKS = [1, 5, 23, None]
@@ -348,3 +349,38 @@ def test_where_student_and_teacher_agree_the_softened_loss_is_zero_in_single_pre
 def test_bad_softenings_name_the_field(settings, message):
     with pytest.raises(ValueError, match=message):
         Softening(*settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "k"), [(3, 2048, 100), (5, 1003, 7), (2, 4096, 1), (2, 300, 290), (4, 64, 64)], ids=str
+)
+def test_the_likeliest_tokens_are_those_of_topk(rows, vocabulary, k):
+    a = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    a[0] = a[0].sort(descending=True).values  # the likeliest tokens side by side
+    a[1, -k:] += 20  # and at the end, where sets of equal size leave a rest
+    ours = likeliest(a, k).sort(-1).values
+    assert torch.equal(ours, a.topk(k, dim=-1).indices.sort(-1).values)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_top_k_in_single_precision_where_the_student_has_almost_no_tail(alpha):
+    """The gradient of a tail token is its probability times up to 1e9, which must not leak into kept tokens."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(N, 300, generator=generator)
+    z[:, :20] += 25.0
+    b = torch.randn(N, 300, generator=generator)
+    identity = torch.eye(300)
+    targets = torch.zeros(N, dtype=torch.int64)
+
+    def gradient(dtype):
+        hidden = z.to(dtype).requires_grad_()
+        student = Source(hidden, Head(identity.to(dtype)))
+        teacher = [Source(b.to(dtype), Head(identity.to(dtype)))]
+        loss, _ = linear_distillation(
+            student, teacher, targets, lambda t, _: t.divergence + 0.1 * t.entropy_student, Divergence(alpha, 20)
+        )
+        return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+
+    (loss, ours), (exact_loss, exact) = gradient(torch.float32), gradient(torch.float64)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
