@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from pgpo_lightning.models.quantization import Quantization
     from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
     from pgpo_lightning.objectives.configs import DivergenceConfig, InjectionConfig, PolicyGradientConfig
-    from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
+    from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
     from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
     from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
     from pgpo_lightning.training.configs import (
@@ -108,6 +108,7 @@ __all__ = [
     "StabilityMonitor",
     "StepSizeMultiplier",
     "StepStatistics",
+    "TRLReward",
     "TeacherConfig",
     "TokenWeights",
     "ToyArithmetic",
@@ -134,7 +135,7 @@ _HOMES = {
     "models.quantization": "Quantization",
     "modules": "GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
     "objectives.configs": "DivergenceConfig InjectionConfig PolicyGradientConfig",
-    "rewards": "BoxedAnswer MultipleChoice",
+    "rewards": "BoxedAnswer MultipleChoice TRLReward",
     "rollout": "Engine Sampling TransformersEngine VLLMEngine",
     "teachers.configs": "RepromptConfig TeacherConfig",
     "training.configs": "EvaluationConfig MismatchConfig ModelConfig RewardConfig UpdateConfig",

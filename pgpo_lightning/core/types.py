@@ -47,11 +47,13 @@ class Verdict:
         feedback: Optional text about this response (an error message, a failing test). Only the self-teacher of this
             response sees it.
         answer: The answer that was read from the response, for majority voting; ``None`` without one.
+        curves: Numbers to log, by name: each becomes the curve ``rewards/<name>``, its mean over the rollouts that have it.
     """
 
     reward: float
     feedback: str | None = None
     answer: str | None = None
+    curves: dict[str, float] = field(default_factory=dict, repr=False)
 
 
 @dataclass

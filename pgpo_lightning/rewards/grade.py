@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from decimal import Decimal
 from numbers import Real
 from typing import Any, TypeAlias
@@ -11,10 +12,14 @@ from typing import Any, TypeAlias
 from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.core.texts import is_text, shown
 from pgpo_lightning.core.types import Question, Verdict
+from pgpo_lightning.rewards.event_loop import run_coroutine
 from pgpo_lightning.rewards.isolation import process_state_kept, signals_recorded
 
 Verifier: TypeAlias = Callable[[Question, str], Verdict | float | tuple[float, str]]
-"""A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens)."""
+"""A function, or an object of a class with ``__call__``, that judges one decoded response (no special tokens).
+
+An ``async def`` serves too. For ``grade_batch`` see :mod:`pgpo_lightning.rewards.batches`.
+"""
 
 LARGEST_REWARD = 1e16
 """Largest absolute reward: the sum of squares of thousands of them is finite in float32."""
@@ -26,34 +31,57 @@ SMALLEST_REWARD = 2.0**-126
 def grade(verifier: Verifier, question: Question, response: str) -> Verdict:
     """Call a verifier and return its result as a ``Verdict`` with a finite reward.
 
-    The verifier gets a copy of the question, and changes that it makes to the process are undone. Rewards with an absolute value
-    below ``SMALLEST_REWARD`` become 0.
+    The verifier gets a copy of the question, and changes that it makes to the process are undone. An ``async def`` is run to its
+    end. Rewards with an absolute value below ``SMALLEST_REWARD`` become 0.
 
     Raises:
         VerifierError: If the verifier raises anything (``SystemExit`` and ``KeyboardInterrupt`` too) or returns anything but a
             number of at most ``LARGEST_REWARD``, ``(reward, feedback)`` or a Verdict.
         BaseException: The exception of a signal handler (Ctrl-C), even if the verifier catches it.
     """
+
+    def call() -> Any:
+        returned = verifier(copied(question), response)
+        return run_coroutine(returned) if inspect.iscoroutine(returned) else returned
+
     # A verifier may catch an interrupt (`except:`) or raise one itself. Only the exception of a signal handler ends the run.
-    failure: BaseException | None = None
     with signals_recorded() as heard:
-        try:
-            with process_state_kept():
-                return_value = verifier(_copy(question), response)
-                verdict, why = _verdict(return_value)
-        except BaseException as error:
-            failure = error
+        result = verdict_or_error(verifier, question, call, process_state_kept)
     if heard:
         raise heard[0]
-    if failure is not None:
-        kind = type(failure).__name__
-        raise VerifierError(
-            f"Verifier {name(verifier)} raised {kind} on {_asked(question)}: {shown(failure, str)}"
-        ) from failure
+    if isinstance(result, VerifierError):
+        raise result
+    return result
+
+
+def verdict_or_error(
+    verifier: Verifier,
+    question: Question,
+    call: Callable[[], Any],
+    guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Verdict | VerifierError:
+    """Return the verdict that a call gives, or its failure as an error that names the question.
+
+    Args:
+        verifier: Is named in the error.
+        question: Is named in the error.
+        call: Returns a verifier's result.
+        guard: Context of the call; what it raises is the verifier's failure too.
+    """
+    try:
+        with guard():
+            returned = call()
+            verdict, why = _verdict(returned)
+    except BaseException as error:
+        failure = VerifierError(
+            f"Verifier {name(verifier)} raised {type(error).__name__} on {asked(question)}: {shown(error, str)}"
+        )
+        failure.__cause__ = error
+        return failure
     if verdict is None:
-        raise VerifierError(
+        return VerifierError(
             f"Expected verifier {name(verifier)} to return a finite number, (reward, feedback) or a Verdict, but got "
-            f"{shown(return_value)} on {_asked(question)}{why}."
+            f"{shown(returned)} on {asked(question)}{why}."
         )
     return verdict
 
@@ -79,16 +107,17 @@ def where(question: Question) -> str:
     return f"question {question.index} of {question.source or 'an unnamed source'}"
 
 
-def _asked(question: Question) -> str:
+def asked(question: Question) -> str:
+    """Return a question's place and the start of its prompt, for a message."""
     return f"{where(question)} ({shown(question.prompt, lambda prompt: repr(str(prompt)[:80]))})"
 
 
-def _copy(question: Question) -> Question:
+def copied(question: Question) -> Question:
     """Return a question with copied containers, so that a verifier cannot change the original."""
-    copied = copy.copy(question)
+    own = copy.copy(question)
     for attribute, value in vars(question).items():
-        setattr(copied, attribute, _containers(value))
-    return copied
+        setattr(own, attribute, _containers(value))
+    return own
 
 
 def _containers(value: Any) -> Any:
@@ -104,11 +133,15 @@ def _verdict(result: Any) -> tuple[Verdict | None, str]:
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()  # or Python warns that it was never awaited
-        return None, ": it is an `async def`. Give a plain function, which may call `asyncio.run`"
+        return None, ": it is an awaitable. Give an `async def` function, so that it is awaited"
     if inspect.isgenerator(result):
         return None, ": it contains `yield`. Return the reward instead"
     parts = (result, None) if not isinstance(result, (tuple, Verdict)) else result
+    curves: dict[str, float] = {}
     if isinstance(parts, Verdict):
+        curves = parts.curves
+        if not isinstance(curves, dict) or any(_number(each) is None for each in curves.values()):
+            return None, ": its curves are numbers by name"
         parts = (parts.reward, parts.feedback, parts.answer)
     elif len(parts) != 2:
         return None, ""
@@ -120,7 +153,9 @@ def _verdict(result: Any) -> tuple[Verdict | None, str]:
     for text in texts:
         if text is not None and not is_text(text):
             return None, ": its text has a lone surrogate, which tokenizers refuse"
-    return Verdict(0.0 if abs(reward) < SMALLEST_REWARD else reward, *texts), ""
+    numbers = {str(key): _number(each) or 0.0 for key, each in curves.items()}
+    feedback, answer = (*texts, None)[:2]
+    return Verdict(0.0 if abs(reward) < SMALLEST_REWARD else reward, feedback, answer, numbers), ""
 
 
 def _number(value: Any) -> float | None:

@@ -2,17 +2,17 @@
 
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.core.errors import VerifierError
 from pgpo_lightning.core.seeding import generators_kept
 from pgpo_lightning.core.types import Question, Rollout, Verdict
 from pgpo_lightning.distributed.collectives import gather, together
 from pgpo_lightning.distributed.fsdp import Placement, Replicated
 from pgpo_lightning.distributed.stopping import SIGNALS
-from pgpo_lightning.rewards.grade import Verifier, check_question, grade
+from pgpo_lightning.rewards.batches import Graded, check_workers, graded
+from pgpo_lightning.rewards.grade import Verifier, check_question
 from pgpo_lightning.rollout.checks import check_rollouts
 from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling
 from pgpo_lightning.rollout.prompts import PromptEncoder
@@ -28,7 +28,10 @@ class Actor:
         tokenizer: The student's.
         encoder: Encodes prompts.
         max_prompt_length: Longest prompt in tokens.
-        reward: What happens when the verifier fails.
+        reward: How the verifier is called, and what happens when it fails.
+
+    Raises:
+        ValueError: If `reward.workers` would have no effect.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Actor:
         max_prompt_length: int,
         reward: RewardConfig,
     ) -> None:
+        check_workers(verifier, reward.workers)
         self.engine, self.verifier = engine, verifier
         self.tokenizer, self.encoder = tokenizer, encoder
         self.max_prompt_length = max_prompt_length
@@ -47,6 +51,7 @@ class Actor:
         self.verifier_errors = 0
         """Responses that the verifier failed on, of all ranks and up to the last step or evaluation."""
         self._new_verifier_errors = 0  # of this rank, since then
+        self._step = 0  # of the last rollouts
 
     def sample(
         self,
@@ -77,6 +82,7 @@ class Actor:
             NotFiniteError: If the student's logits are not finite; names the step.
         """
         placement = placement or Replicated()
+        self._step = step
         # Under sharded weights what fails before the first forward pass would leave the other ranks in it.
         with together() if placement.sharded else nullcontext():
             prompts = [self._encoded(question) for question in questions]
@@ -111,28 +117,28 @@ class Actor:
     def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
         """Return the verifier's verdict on every rollout.
 
-        The verifier may draw from the global generators; what follows does not depend on how much it draws.
+        The verifier may draw from the global generators; what follows does not depend on how much it draws. How responses reach
+        it: :mod:`pgpo_lightning.rewards.batches`.
 
         Raises:
             VerifierError: If the verifier fails and `reward.on_error` is ``raise``; names the question.
         """
-        with generators_kept():
-            return [self._judge(rollout) for rollout in rollouts]
+        with generators_kept(), closing(graded(self.verifier, rollouts, self.reward.workers, self._step)) as results:
+            return [self._verdict(result) for result in results]
 
-    def _judge(self, rollout: Rollout) -> Verdict:
-        try:
-            return grade(self.verifier, rollout.question, rollout.text)
-        except VerifierError as error:
-            if self.reward.on_error == "raise":
-                raise
-            if self.verifier_errors + self._new_verifier_errors == 0:
-                warnings.warn(
-                    f"The reward is 0 where the verifier fails, because `reward.on_error` is zero. The first time: {error} "
-                    "Later ones are only counted: see rollout/verifier_errors.",
-                    stacklevel=2,
-                )
-            self._new_verifier_errors += 1
-            return Verdict(0.0)
+    def _verdict(self, result: Graded) -> Verdict:
+        if isinstance(result, Verdict):
+            return result
+        if self.reward.on_error == "raise":
+            raise result
+        if self.verifier_errors + self._new_verifier_errors == 0:
+            warnings.warn(
+                f"The reward is 0 where the verifier fails, because `reward.on_error` is zero. The first time: {result} "
+                "Later ones are only counted: see rollout/verifier_errors.",
+                stacklevel=2,
+            )
+        self._new_verifier_errors += 1
+        return Verdict(0.0)
 
     def count_verifier_errors(self) -> None:
         """Add what has failed since the last time, on all ranks; every rank has to call it."""

@@ -139,6 +139,9 @@ class RewardConfig(ConfigGroup):
         success_threshold: Rewards of at least this count as success.
         on_error: What happens when the verifier raises or returns no finite number: ``raise`` stops the run, ``zero`` gives that
             response a reward of 0 and counts it.
+        workers: Threads that call the verifier at the same time, which then has to be thread-safe and must not draw from the
+            global random generators; or responses that an ``async def`` judges at the same time. Null for one call after
+            another, or for all responses at once if it is an ``async def``.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -146,3 +149,4 @@ class RewardConfig(ConfigGroup):
 
     success_threshold: float = 0.5
     on_error: Literal["raise", "zero"] = "raise"
+    workers: Count | None = None

@@ -22,6 +22,7 @@ class RolloutSummary:
         prompt_length: Prompt tokens.
         cut_off: Whether the response was truncated at the length limit.
         negative_log_prob: Mean of -log p over the response tokens under the sampler (nats).
+        curves: What the verifier has logged of the response.
     """
 
     reward: list[float]
@@ -29,6 +30,7 @@ class RolloutSummary:
     prompt_length: list[int]
     cut_off: list[bool]
     negative_log_prob: list[float]
+    curves: list[dict[str, float]]
 
     @classmethod
     def from_samples(cls, samples: list[Sample]) -> "RolloutSummary":
@@ -39,6 +41,7 @@ class RolloutSummary:
             prompt_length=[len(sample.rollout.prompt_ids) for sample in samples],
             cut_off=[not sample.rollout.finished for sample in samples],
             negative_log_prob=[-sample.rollout.log_probs.mean().item() for sample in samples],
+            curves=[sample.verdict.curves for sample in samples],
         )
 
     @classmethod
@@ -52,6 +55,7 @@ def rollout_scalars(samples: list[Sample], threshold: float) -> dict[str, float]
 
     `rollout/neg_log_prob` is the mean of -log p over the sampled tokens of each response (nats): an unbiased estimate of the
     student's entropy. It needs no forward pass, so it exists even if no sample is in the loss.
+    `rewards/<name>` are the verifier's own curves, each averaged over the rollouts that have it.
 
     Args:
         samples: This rank's samples of the step.
@@ -60,7 +64,11 @@ def rollout_scalars(samples: list[Sample], threshold: float) -> dict[str, float]
     summary = RolloutSummary.join(gather(RolloutSummary.from_samples(samples)))
     reward = torch.tensor(summary.reward, dtype=torch.float32)
     length = torch.tensor(summary.response_length, dtype=torch.float32)
-    return {
+    own: dict[str, list[float]] = {}
+    for curves in summary.curves:
+        for name, value in curves.items():
+            own.setdefault(f"rewards/{name}", []).append(value)
+    return {name: sum(values) / len(values) for name, values in own.items()} | {
         "critic/score/mean": reward.mean().item(),
         "critic/score/success": (reward >= threshold).float().mean().item(),
         "response_length/mean": length.mean().item(),

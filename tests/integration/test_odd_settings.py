@@ -22,7 +22,7 @@ from pgpo_lightning.modules import SDPO, OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.objectives.demonstrations import Demonstrations
 from pgpo_lightning.objectives.gates import Gate, Threshold
-from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice
+from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design
 from pgpo_lightning.teachers.configs import RepromptConfig
@@ -62,7 +62,12 @@ def classes():
     """Return all classes of the package that a configuration can name, by name."""
     named = {cls for module in _modules() for cls in vars(module).values() if isinstance(cls, type)}
     named = {cls for cls in named if issubclass(cls, FAMILIES) and cls.__module__.startswith("pgpo_lightning")}
-    found = {cls for cls in named if not cls.__name__.startswith("_")} | {BoxedAnswer, MultipleChoice, Design}
+    found = {cls for cls in named if not cls.__name__.startswith("_")} | {
+        BoxedAnswer,
+        Design,
+        MultipleChoice,
+        TRLReward,
+    }
     for cls in list(found):  # and the dataclasses that their arguments are made of
         for hint in _hints(cls).values() if _own(cls) else ():
             found |= {
@@ -108,6 +113,7 @@ def needed(cls):
     given = {
         "run": record(), "at": 3, "width": 2.0, "rate": 0.5, "target_mean": 1.1, "server": "http://localhost:1",
         "train": "questions.jsonl", "max_tokens": 8, "multipliers": {"sibling": 1.0}, "kinds": ("sibling",),
+        "funcs": half_right,
     }  # fmt: skip
     return {name: value for name, value in given.items() if name in arguments(cls)}
 

@@ -1,5 +1,6 @@
 """Whatever a verifier does ends as a verdict or as an error that names the question."""
 
+import asyncio
 import math
 import os
 import signal
@@ -123,15 +124,30 @@ def test_what_is_no_reward(result, why):
     assert "on question 3 of train.json:4 ('What is it?')" in str(caught.value)
 
 
-def test_functions_that_do_not_return_are_named():
+def test_an_async_verifier_is_run_to_its_end():
     async def later(question, response):
-        return 1.0
+        await asyncio.sleep(0)
+        return 0.5, response
 
+    async def failing(question, response):
+        raise SystemExit(0)
+
+    assert grade(later, ask("A"), "text") == Verdict(0.5, "text")
+    assert grade(lambda question, response: later(question, response), ask("A"), "text") == Verdict(0.5, "text")
+    with pytest.raises(VerifierError, match=r"failing raised SystemExit on question 3 of train.json:4"):
+        grade(failing, ask("A"), "text")
+
+
+def test_curves_of_a_verdict_are_numbers():
+    assert grade(lambda question, response: Verdict(1, curves={"a": np.float32(2)}), ask("A"), "").curves == {"a": 2.0}
+    with pytest.raises(VerifierError, match="its curves are numbers by name"):
+        grade(lambda question, response: Verdict(1, curves={"a": "2"}), ask("A"), "")
+
+
+def test_functions_that_do_not_return_are_named():
     def stream(question, response):
         yield 1.0
 
-    with pytest.raises(VerifierError, match=r"verifier .*later to return .* question 3 .*: it is an `async def`"):
-        grade(later, ask("A"), "text")
     with pytest.raises(VerifierError, match=r"verifier .*stream to return .* question 3 .*: it contains `yield`"):
         grade(stream, ask("A"), "text")
 
