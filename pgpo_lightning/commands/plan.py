@@ -12,6 +12,7 @@ from pgpo_lightning.commands.building import BuildCommand
 from pgpo_lightning.core.settings import Count, Decay, Positive, check
 from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.dry_run import Compute
+from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
 from pgpo_lightning.memory_planner.parameters import configuration, skeleton
 from pgpo_lightning.memory_planner.plan import AVERAGING, MemoryPlan, RunSpec, plan_memory
@@ -101,7 +102,7 @@ class PlanCommand(BuildCommand):
             config=config,
             compute=compute,
             optimizer=module.optimization.make_optimizer,
-            teacher="none" if teaching is None else teaching.config.regularization,
+            teacher="none" if teaching is None else teaching.config.kind,
             lengths=Lengths(prompt, reprompt, response, options["spread"], module.max_response_length),
             questions=data.batch_size,
             samples=module.num_generations,
@@ -121,6 +122,7 @@ class PlanCommand(BuildCommand):
             offload=teaching is not None and teaching.config.offload,
             demonstration=demonstration,
             keep=self._get(self.config, "checkpoint").keep,
+            external=_external(module),
         )
 
 
@@ -161,16 +163,31 @@ def _config(module: OnPolicyModule, shapes: str | None) -> Any:
     return configuration(shapes or given, **loading)
 
 
+def _external(module: OnPolicyModule) -> External | None:
+    teaching = module.objective.teaching
+    if teaching is None or teaching.config.model is None:
+        return None
+    given = teaching.config
+    trusts = module.student.config.trust_remote_code
+    return External(configuration(given.model or "", given.revision, trusts), given.quantization)
+
+
 def _compute(module: OnPolicyModule, precision: str) -> Compute:
     precision = _OLD.get(precision, precision)
     if precision not in PRECISIONS:
         raise ValueError(f"Expected `trainer.precision` to be one of {', '.join(PRECISIONS)}, but got {precision}.")
     forced, autocast = PRECISIONS[precision]
     student = forced or getattr(torch, module.student.config.dtype)
-    averaging = module.objective.teaching is not None and module.objective.teaching.config.regularization in AVERAGING
+    teacher, teaching = student, module.objective.teaching
+    if teaching is not None and teaching.config.kind in AVERAGING:
+        teacher = torch.float32
+    elif teaching is not None and teaching.config.dtype is not None:
+        teacher = getattr(torch, teaching.config.dtype)
+    elif teaching is not None and teaching.config.quantization is not None:  # not converted with the student
+        teacher = getattr(torch, module.student.config.dtype)
     return Compute(
         student,
-        torch.float32 if averaging else student,
+        teacher,
         autocast,
         module.student.config.gradient_checkpointing,
         module.student.config.attn_implementation,

@@ -92,6 +92,11 @@ class ProbeCommand(BuildCommand):
             raise ValueError(
                 f"Expected `model` to be a module with a self-teacher, such as SDPO, but got {type(module).__name__}."
             )
+        if teaching.config.model is not None:
+            raise ValueError(
+                "Expected no `teacher.model`, because a probe samples the teacher's answers from the student's weights, but got "
+                f"{teaching.config.model}."
+            )
         if config.ckpt_path is not None:
             raise ValueError(
                 f"Expected no `ckpt_path`, but got {config.ckpt_path}. Write the checkpoint with `pgpo export`, and give the "

@@ -40,9 +40,10 @@ MAY_CHANGE = {
 """Settings that a resumed run may change; for optimizer and schedule see :mod:`pgpo_lightning.training.resumed_optimizer`."""
 
 SEEN_BY_EFFECT = {
-    # The weights are those of the checkpoint. Adapters, and a base model that is not in it, are compared by fingerprints. A seed
-    # of null is that of the checkpoint.
+    # The weights are those of the checkpoint. Adapters, and a base or teacher's model that is not in it, are compared by
+    # fingerprints. A seed of null is that of the checkpoint.
     "model": {
+        "teacher.model", "teacher.revision",
         "model", "model_config.revision", "model_config.tokenizer", "optimizer", "scheduler", "lora", "quantization", "seed"},
     # `data.questions` is the hash of the training questions; the size of a batch is compared over all devices.
     "data": {

@@ -66,6 +66,13 @@ def along_layers(run: Callable[[PretrainedConfig], Peaks], config: PretrainedCon
     return {name: two[name] + (layers - 2) * (three[name] - two[name]) for name in two}
 
 
+def along_both(
+    run: Callable[[PretrainedConfig, PretrainedConfig], Peaks], config: PretrainedConfig, teacher: PretrainedConfig
+) -> Peaks:
+    """Return the result of `run` for all layers of student and teacher, extrapolated from two and three layers of each."""
+    return along_layers(lambda few: along_layers(lambda few_of_teacher: run(few, few_of_teacher), teacher), config)
+
+
 def update_peaks(
     config: PretrainedConfig,
     compute: Compute,
@@ -73,6 +80,7 @@ def update_peaks(
     teachers: list[tuple[str, Packed]],
     loss: int,
     accumulating: bool,
+    teacher_config: PretrainedConfig | None = None,
 ) -> Peaks:
     """Return the peak bytes of every part of one micro-batch, without weights and existing gradients.
 
@@ -84,6 +92,7 @@ def update_peaks(
         loss: Peak bytes of the loss, without its input hidden states.
         accumulating: Whether gradients of an earlier micro-batch exist. They are not counted. Otherwise the gradients that the
             backward pass creates are counted.
+        teacher_config: Configuration of the teacher's own model, if it is another than the student's.
 
     Returns:
         Bytes by name: `activations` after the student's forward pass, `hidden` states of student and teacher for the loss, and
@@ -95,7 +104,8 @@ def update_peaks(
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-        own = _model(config, compute.teacher, dataclasses.replace(compute, checkpointing=False, adapt=None)).eval()
+        plain = dataclasses.replace(compute, checkpointing=False, adapt=None)
+        own = _model(teacher_config or config, compute.teacher, plain).eval()
         packed = fake(student)
         packed_for_teachers = [(own if whose == "own" else model, fake(rows)) for whose, rows in teachers]
         marks = _Marks(model, counter)

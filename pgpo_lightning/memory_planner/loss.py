@@ -18,6 +18,7 @@ def loss_bytes(
     teachers: int,
     trains_head: bool,
     top_k: bool,
+    teacher_hidden: int | None = None,
 ) -> int:
     """Return the peak bytes of :func:`~pgpo_lightning.losses.fused.linear_distillation`, without its inputs.
 
@@ -41,14 +42,17 @@ def loss_bytes(
         teachers: Number of models that make up the teacher.
         trains_head: Whether the head gets a gradient.
         top_k: Whether the divergence is over the most probable tokens only, or has bounded entries.
+        teacher_hidden: D of the teacher's own model, if it differs.
     """
     block = max(1, _BLOCK_BYTES[device] // (WIDE * vocabulary))
     chunk = min(tokens, max(_CPU_CHUNK_ROWS, block) if device == "cpu" else _CHUNK_ROWS)
     narrow = 2 if compute.narrow in (torch.bfloat16, torch.float16) else 4
     native = device == "cuda" and narrow == 2
     kept = WIDE * (tokens * hidden + trains_head * vocabulary * hidden + 6 * tokens)
-    heads = [compute.student] + [compute.teacher] * min(teachers, 1) + [compute.student] * (teachers - 1)
-    operands = sum(_operand(dtype, compute.narrow, native) for dtype in heads) * vocabulary * hidden
+    heads = [(compute.student, hidden)] * max(1, teachers) + [(compute.teacher, teacher_hidden or hidden)] * min(
+        teachers, 1
+    )
+    operands = sum(_operand(dtype, compute.narrow, native) * vocabulary * width for dtype, width in heads)
     logits = WIDE * chunk * vocabulary * (1 + min(teachers, 2))
     if native:
         logits = max(logits, WIDE * chunk * vocabulary * (1 + (teachers > 0)) + narrow * chunk * vocabulary)

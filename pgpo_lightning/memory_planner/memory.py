@@ -9,11 +9,13 @@ from transformers import PretrainedConfig
 from pgpo_lightning.memory_planner.dry_run import (
     Compute,
     Peaks,
+    along_both,
     along_layers,
     decode_peaks,
     prefill_peaks,
     update_peaks,
 )
+from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.loss import loss_bytes
 from pgpo_lightning.memory_planner.optimizers import OptimizerNeed
 from pgpo_lightning.memory_planner.parameters import Count
@@ -142,7 +144,7 @@ def visiting_bytes(count: Count, compute: Compute) -> int:
 
 
 def gathered_bytes(
-    count: Count, own_teacher: bool, compute: Compute, sharding: Sharding, accumulating: bool
+    count: Count, own_teacher: Count | None, compute: Compute, sharding: Sharding, accumulating: bool
 ) -> dict[str, int]:
     """Return the bytes of weights that FSDP2 gathers, in the type of the products, in the update and in rollouts.
 
@@ -153,7 +155,7 @@ def gathered_bytes(
 
     Args:
         count: Parameters of the model.
-        own_teacher: Whether the teacher has its own weights.
+        own_teacher: Parameters of the teacher's own weights; None if it has none.
         compute: Types.
         sharding: Distribution over devices.
         accumulating: Whether there are several micro-batches.
@@ -162,7 +164,7 @@ def gathered_bytes(
         return {"update": 0, "rollouts": 0}
     each = (compute.autocast or compute.student).itemsize
     student = (count.root + 3 * count.layer) * each
-    teacher = (count.root + 2 * count.layer) * each if own_teacher else 0
+    teacher = 0 if own_teacher is None else (own_teacher.root + 2 * own_teacher.layer) * each
     gradients = count.total * torch.float32.itemsize if accumulating else 0
     return {"update": student + teacher + gradients, "rollouts": count.total * each}
 
@@ -176,6 +178,7 @@ def micro_batch_bytes(
     accumulating: bool,
     top_k: bool = False,
     trains_head: bool = True,
+    external: External | None = None,
 ) -> tuple[dict[str, int], Peaks]:
     """Return the peak bytes of one micro-batch by part, and the peaks of all of its pieces.
 
@@ -188,12 +191,12 @@ def micro_batch_bytes(
         accumulating: Whether there are more micro-batches, so that gradients exist from the start.
         top_k: Whether the divergence is over the most probable tokens only.
         trains_head: Whether the head gets a gradient.
+        external: The teacher's own model, if it is another than the student's.
     """
     text = config.get_text_config()
     layout = Layout.of(micro_batch.student)
-    loss = loss_bytes(
-        layout.tokens, text.hidden_size, text.vocab_size, compute, device, len(teachers), trains_head, top_k
-    )
+    sizes = (layout.tokens, text.hidden_size, text.vocab_size, compute, device, len(teachers), trains_head, top_k)
+    loss = loss_bytes(*sizes, None if external is None else external.config.get_text_config().hidden_size)
     packed = [(whose, micro_batch.teacher) for whose in teachers if micro_batch.teacher is not None]
     run = partial(
         update_peaks,
@@ -203,7 +206,12 @@ def micro_batch_bytes(
         loss=loss,
         accumulating=accumulating,
     )
-    peaks = along_layers(run, config)
+    if external is None:
+        peaks = along_layers(run, config)
+    else:
+        peaks = along_both(lambda few, of_teacher: run(few, teacher_config=of_teacher), config, external.config)
+        passing = external.temporary_bytes(compute.narrow)
+        peaks |= {name: peak + passing for name, peak in peaks.items() if name.startswith("teacher forward")}
     held = {"activations": peaks.pop("activations"), "hidden states": peaks.pop("hidden")}
     highest = max(peaks, key=lambda name: peaks[name])
     # The part of the peak that the forward pass does not hold is temporary.

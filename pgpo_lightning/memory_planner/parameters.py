@@ -79,15 +79,19 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return cast(nn.ModuleList, decoder(model).layers)  # the type of a submodule is unknown to type checkers
 
 
-def count(config: PretrainedConfig) -> Count:
+def count(config: PretrainedConfig, field: str = "model") -> Count:
     """Count a model's parameters on the meta device.
+
+    Args:
+        config: Configuration of the model.
+        field: The setting that names the model, for messages.
 
     Raises:
         ValueError: If the model is not a decoder with equal layers that have attention.
     """
     if any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=config).layers):
         raise ValueError(
-            f"Expected `model` to have attention in all of its layers, but {config.model_type} has layers with a recurrent "
+            f"Expected `{field}` to have attention in all of its layers, but {config.model_type} has layers with a recurrent "
             "state: what it needs cannot be predicted."
         )
     model = skeleton(config)
@@ -96,7 +100,7 @@ def count(config: PretrainedConfig) -> Count:
     kinds = {tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers}
     if len(kinds) != 1:
         raise ValueError(
-            f"Expected `model` to be a decoder whose layers have equal shapes, but {config.model_type} has "
+            f"Expected `{field}` to be a decoder whose layers have equal shapes, but {config.model_type} has "
             f"{len(kinds) or 'no'} kinds of layers: what it needs cannot be predicted from a few of them."
         )
     shapes = tuple(tuple(p.shape) for p in model.parameters())

@@ -13,6 +13,7 @@ from pgpo_lightning.core.types import Sample
 from pgpo_lightning.memory_planner import flops
 from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.dry_run import Compute
+from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.memory import (
     Need,
     Sampled,
@@ -37,6 +38,7 @@ TEACHERS = {
     "frozen": ["own"],
     "live": ["student"],
     "trust-region": ["own", "student"],
+    "external": ["own"],
     "none": [],
 }
 AVERAGING = ("ema", "restart")
@@ -72,6 +74,7 @@ class RunSpec:
         offload: Whether the teacher's weights are on the host, with a copy on the device while gradients are computed.
         demonstration: Assumed tokens of a demonstration that replaces a rollout in each group (HAPO); None for none.
         keep: Number of checkpoints that are kept; None for all.
+        external: The teacher's model, for an external one. Its type is that of the teacher in `compute`.
     """
 
     config: PretrainedConfig
@@ -97,6 +100,7 @@ class RunSpec:
     offload: bool = False
     demonstration: int | None = None
     keep: int | None = 1
+    external: External | None = None
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -104,7 +108,8 @@ class RunSpec:
     @property
     def prompt_sharing(self) -> PromptSharing:
         """Prompt sharing of the module, derived from the configuration."""
-        layers = DynamicCache(config=self.config).layers
+        configs = [self.config] + ([] if self.external is None else [self.external.config])
+        layers = [layer for config in configs for layer in DynamicCache(config=config).layers]
         if self.compute.checkpointing or not all(type(layer) is DynamicLayer for layer in layers):
             return "never"
         return "always" if self.sharding.kind == "fsdp" else "if-cheaper"
@@ -152,13 +157,16 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     """
     counted = count(run.config)
     teachers = TEACHERS[run.teacher]
-    own = "own" in teachers and run.adapters is None
+    external = run.external
+    own = None if "own" not in teachers or (run.adapters is not None and external is None) else counted
+    own = own if external is None else external.count()
     compute = run.compute
     shapes: list[tuple[int, ...]] = list(counted.shapes)
     kind = compute.student
     if run.adapters is not None:
         shapes, kind = run.adapters.shapes(run.config), run.adapters.dtype
-        compute = replace(compute, adapt=run.adapters.wrap, teacher=compute.student)
+        theirs = compute.student if external is None else compute.teacher
+        compute = replace(compute, adapt=run.adapters.wrap, teacher=theirs)
     trainable = sum(torch.Size(shape).numel() for shape in shapes)
     optimizer = optimizer_need(run.optimizer, shapes, kind, run.device)
     need = Need(_standing(run, counted, trainable, optimizer, kind, own))
@@ -194,21 +202,24 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
         need.phases["evaluation"] |= {"gathered weights": gathered["rollouts"]}
         need.absent["evaluation"] = ("gradients",)
 
-    teachers_run = ["student"] * len(teachers) if run.adapters is not None else teachers
+    teachers_run = ["student"] * len(teachers) if run.adapters is not None and external is None else teachers
     parts, peaks = micro_batch_bytes(
-        run.config, compute, largest, teachers_run, run.device, accumulating, run.top_k, trains_head
+        run.config, compute, largest, teachers_run, run.device, accumulating, run.top_k, trains_head, external
     )
     parts["gathered weights"] = gathered["update"]
     if run.offload:
-        parts["teacher"] = visiting_bytes(counted, compute)
+        parts["teacher"] = visiting_bytes(own or counted, compute)
     if run.passes > 1 and teachers == ["own"]:
         tokens = sum(row.length for row in rows)
-        cached = tokens * run.config.get_text_config().hidden_size * compute.teacher.itemsize
+        theirs_config = run.config if external is None else external.config
+        cached = tokens * theirs_config.get_text_config().hidden_size * compute.teacher.itemsize
         parts["teacher's hidden states"] = cached
     need.phases["gradients"] = parts
     if not accumulating:  # the backward pass of the only micro-batch creates them
         need.absent["gradients"] = ("gradients",)
-    averaged = run.teacher in AVERAGING and own and not run.offload  # on the host it takes no memory of the device
+    averaged = (
+        run.teacher in AVERAGING and own is not None and not run.offload
+    )  # on the host it takes no memory of the device
     need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
 
     return MemoryPlan(
@@ -228,17 +239,20 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
 
 
 def _standing(
-    run: RunSpec, counted: Count, trainable: int, optimizer: OptimizerNeed, kind: torch.dtype, own: bool
+    run: RunSpec, counted: Count, trainable: int, optimizer: OptimizerNeed, kind: torch.dtype, own: Count | None
 ) -> dict[str, int]:
     state = 0 if optimizer.paged else optimizer.state
     if run.adapters is None:
-        teacher = counted.total if own else 0
-        return standing_bytes(counted.total, trainable, teacher, state, run.compute, run.sharding)
-    parts = standing_bytes(counted.total, trainable, 0, state, run.compute, run.sharding, gradient=kind.itemsize)
-    adapters = -(-trainable * kind.itemsize // run.sharding.shards)
-    parts["weights"] += adapters
-    second = "own" in TEACHERS[run.teacher]  # adapter, fp32
-    parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if second else 0
+        teacher = 0 if own is None else own.total
+        parts = standing_bytes(counted.total, trainable, teacher, state, run.compute, run.sharding)
+    else:
+        parts = standing_bytes(counted.total, trainable, 0, state, run.compute, run.sharding, gradient=kind.itemsize)
+        adapters = -(-trainable * kind.itemsize // run.sharding.shards)
+        parts["weights"] += adapters
+        second = "own" in TEACHERS[run.teacher]  # adapter, fp32
+        parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if second else 0
+    if run.external is not None:
+        parts["teacher"] = -(-run.external.weight_bytes(run.compute.teacher) // run.sharding.shards)
     return parts
 
 
@@ -246,7 +260,8 @@ def _saving(
     run: RunSpec, trainable: int, shapes: list[tuple[int, ...]], optimizer: OptimizerNeed, kind: torch.dtype
 ) -> Saving:
     teacher = torch.float32 if run.adapters is not None else run.compute.teacher
-    saved = "own" in TEACHERS[run.teacher] if run.adapters is not None else run.teacher in MOVING
+    copied = run.adapters is not None and run.external is None
+    saved = "own" in TEACHERS[run.teacher] if copied else run.teacher in MOVING
     return saving(
         weights=trainable * kind.itemsize,
         teacher=trainable * teacher.itemsize * saved,
@@ -285,6 +300,7 @@ def _flops(
     run: RunSpec, counted: Count, trainable: int, batches: list[Any], rows: list[Sample], trains_head: bool
 ) -> dict[str, int]:
     width = flops.Width.of(run.config, counted)
+    other = width if run.external is None else flops.Width.of(run.external.config, run.external.count())
     teachers = len(TEACHERS[run.teacher])
     prompts = [len(rows[i].rollout.prompt_ids) for i in range(0, len(rows), run.samples)]
     ways = [(Layout.of(batch.student), batch.teacher) for batch in batches]
@@ -300,6 +316,11 @@ def _flops(
         "teacher forward": (run.passes if moving else 1)
         * run.updates
         * teachers
-        * sum(flops.forward(width, Layout.of(teacher)) for _, teacher in ways if teacher is not None),
-        "loss": times * sum(flops.loss(width, layout.tokens, teachers, trains_head) for layout, _ in ways),
+        * sum(flops.forward(other, Layout.of(teacher)) for _, teacher in ways if teacher is not None),
+        "loss": times
+        * sum(
+            flops.loss(width, layout.tokens, teachers, trains_head)
+            + 2 * (other.head - width.head) * layout.tokens * min(teachers, 1)
+            for layout, _ in ways
+        ),
     }

@@ -44,6 +44,8 @@ def remarks(plan: MemoryPlan) -> list[str]:
         notes.append(f"The teacher's {plan.host / GIB:.2f} GiB are in the host's memory, once per device.")
         if run.sharding.kind == "fsdp":
             notes.append("`pgpo fit` refuses `teacher.offload` with sharded weights; set it to false.")
+    if run.external is not None and run.external.quantization is not None and run.sharding.kind == "fsdp":
+        notes.append("`pgpo fit` refuses `teacher.quantization` with sharded weights; set it to null.")
     if run.sharding.kind == "fsdp":
         if plan.optimizer.name.startswith("bitsandbytes"):
             notes.append("Optimizers of bitsandbytes do not work with sharded weights; those of torchao do.")
@@ -63,9 +65,12 @@ def plan_table(plan: MemoryPlan, memory: float | None) -> str:
     sharding, compute = run.sharding, run.compute
     types = f"weights {_type(compute.student)}"
     types += "" if compute.autocast is None else f", products {_type(compute.autocast)}"
-    teacher = (
-        run.teacher if run.teacher == "none" or run.adapters is not None else f"{run.teacher} {_type(compute.teacher)}"
-    )
+    teacher = run.teacher
+    if run.external is not None:
+        bits = run.external.quantization and f"{run.external.quantization.bits} bits"
+        teacher += f" {_short(run.external.count().total)}, {bits or _type(compute.teacher)}"
+    elif run.teacher != "none" and run.adapters is None:
+        teacher += f" {_type(compute.teacher)}"
     lines = [
         f"{plan.count.total / 1e9:.3f} B parameters, {_short(plan.trainable)} trained; {types}; teacher {teacher}; "
         f"{plan.optimizer.name}, {plan.optimizer.per_parameter:.2f} bytes per trained parameter"
@@ -116,6 +121,7 @@ def plan_content(plan: MemoryPlan, memory: float | None) -> dict[str, Any]:
         "weights": _type(run.compute.student),
         "autocast": run.compute.autocast and _type(run.compute.autocast),
         "teacher": run.teacher,
+        "teacher_parameters": None if run.external is None else run.external.count().total,
         "optimizer": asdict(plan.optimizer),
         "devices": run.sharding.devices,
         "strategy": run.sharding.kind,

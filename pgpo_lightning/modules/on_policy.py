@@ -254,7 +254,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def _check_first_update(self) -> None:
         self.scalars |= check_sampler(self.step_statistics, self.mismatch.max_sampler_gap, self.steps)
-        if self._at_start:
+        if self._at_start and not getattr(self.teacher, "external", False):
             step_report.warn_of_harm(self.step_statistics, self.steps)
 
     def _report(self, samples: list[Sample], statistics: StepStatistics, timer: Timer, missed: list[Any]) -> None:
@@ -330,8 +330,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
             self.steps_without_signal = 0
         self.run_seed.decide()
         teaching = self.objective.teaching
-        offload = teaching is not None and teaching.config.offload
-        start_up.check_combination(self.engine, self.lora is not None, start_up.is_sharded(self.trainer), offload)
+        teacher = None if teaching is None else teaching.config
+        start_up.check_combination(self.engine, self.lora is not None, start_up.is_sharded(self.trainer), teacher)
         checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True
@@ -355,7 +355,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
             if self.lora is not None:
                 keep_adapter_only(self)
         if self.teacher is None and self.training_run and teaching is not None:
-            self.teacher = teaching.make(self.model)
+            self.teacher = teaching.make(self.model, self.student.loading, sum(longest))
             if teaching.config.offload:  # DDP looks after the weights on its device
                 tensors = (*self.teacher.named_parameters(), *self.teacher.named_buffers())
                 self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
@@ -373,7 +373,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
                 temperature=self.training_sampling.temperature,
                 importance_weight_cap=self.mismatch.importance_weight_cap,
                 pad_token_id=self.tokenizer.pad_token_id,
-                shares_prompts=self.student.shares_prompts,
+                shares_prompts=self.student.shares_prompts and getattr(self.teacher, "shares_prompts", True),
             )
         self.learner.teacher, self.learner.placement = self.teacher, self.placement
 

@@ -17,6 +17,8 @@ from pgpo_lightning.models.offload import DeviceCopy
 from pgpo_lightning.models.packing import PackedSequences
 
 TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restart", "gated"]
+TeacherKind = TeacherRegularization | Literal["external"]
+"""What a teacher's weights are: one of the above, made of the student's, or those of another model."""
 
 
 class Teacher(nn.Module):
@@ -25,9 +27,13 @@ class Teacher(nn.Module):
     Attributes:
         moves_with_student: Whether every optimizer step of the student changes the teacher's predictions. If not, the teacher has
             a `model` of its own, which changes in :meth:`update` only.
+        external: Whether the weights are another model's, so that teacher and student differ from the start.
+        shares_prompts: Whether its model computes the same with equal prompts computed once, where the student's does.
     """
 
     moves_with_student = False
+    external = False
+    shares_prompts = True
 
     @abstractmethod
     def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:
@@ -79,11 +85,12 @@ class OwnWeights(Teacher):
     Args:
         student: The model whose current weights are the starting point.
         offload: Keep the weights in host memory. The student's device holds copies from :meth:`sources` until :meth:`release`.
+        copies: Whether the teacher has a copy of the model. If not, the model becomes the teacher.
     """
 
-    def __init__(self, student: PreTrainedModel, offload: bool = False) -> None:
+    def __init__(self, student: PreTrainedModel, offload: bool = False, *, copies: bool = True) -> None:
         super().__init__()
-        self.model = copy.deepcopy(student).requires_grad_(False)
+        self.model = (copy.deepcopy(student) if copies else student).requires_grad_(False)
         if offload:
             self.model.cpu()
         self.device_copy = DeviceCopy(self.model) if offload else None

@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 from pgpo_lightning.core.run_settings import ConfigGroup
-from pgpo_lightning.core.settings import Count, Fraction, checked
-from pgpo_lightning.teachers.base import TeacherRegularization
+from pgpo_lightning.core.settings import Count, Fraction, Text, checked
+from pgpo_lightning.models.loading import Dtype
+from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.teachers.base import TeacherKind, TeacherRegularization
 from pgpo_lightning.teachers.context_kinds import ContextMixture
 from pgpo_lightning.teachers.reprompt import (
     FEEDBACK_TEMPLATE,
@@ -23,13 +25,13 @@ _MOVING = ("ema", "trust-region", "restart")
 @partial(checked, prefix="teacher.")
 @dataclass(frozen=True)
 class TeacherConfig(ConfigGroup):
-    """Whose weights the self-teacher has, and how they follow the student.
+    """Whose weights the teacher has, and how they follow the student.
 
     Args:
         regularization: ``ema`` (moving average of the student), ``frozen`` (the start), ``live`` (the student),
             ``trust-region`` (a mixture of the start's and the student's logits), ``restart`` (moves every `period` steps by
             what the average would have moved), ``gated`` (CGTR: a copy of the student, taken when the student has become
-            better, see `gate`).
+            better, see `gate`). Null for ``ema``, or with a `model` for its weights, which never move.
         update_rate: Of the average (for ``restart`` per step; 1 is a hard copy), or weight of the student in the mixture.
             Default 0.05.
         offload: Keep the teacher's own weights in the host's memory; the device gets a copy while gradients are computed.
@@ -38,33 +40,70 @@ class TeacherConfig(ConfigGroup):
         preflight: Before the first optimizer step, sample an answer of the teacher from every reprompt of the batch and as many
             of the student from the plain prompts, and warn if the teacher succeeds significantly less often. Logs
             `self_distillation/net_gap` and its standard error.
+        model: Folder or Hub id of another model that is the teacher, ``toy`` for the shipped one. It has the student's tokenizer,
+            and any architecture and size. Checkpoints hold only its fingerprint. Null for a teacher made of the student.
+        revision: Branch, tag or commit of `model` on the Hub.
+        dtype: Type of the weights of `model`, whatever the trainer's precision makes of the student's. Null for the student's.
+        quantization: Store the weights of `model` in 4 or 8 bits. Needs bitsandbytes.
 
     Raises:
         ValueError: If a setting is out of range, or has no effect on this kind of teacher; names the field.
     """
 
-    regularization: TeacherRegularization = "ema"
+    regularization: TeacherRegularization | None = None
     update_rate: Fraction | None = None
     offload: bool = False
     period: Count | None = None
     gate: RefreshGate | None = None
     preflight: bool = False
+    model: Text | None = None
+    revision: str | None = None
+    dtype: Dtype | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that this kind of teacher does not read."""
+        self._check_model()
         for name, value, kinds in (
             ("update_rate", self.update_rate, _MOVING),
             ("period", self.period, ("restart",)),
             ("gate", self.gate, ("gated",)),
         ):
-            if value is not None and self.regularization not in kinds:
-                raise ValueError(
-                    f"Expected no `teacher.{name}` with the {self.regularization} teacher: it would have no effect."
-                )
-        if self.offload and self.regularization == "live":
+            if value is not None and self.kind not in kinds:
+                raise ValueError(f"Expected no `teacher.{name}` with the {self.kind} teacher: it would have no effect.")
+        if self.offload and self.kind == "live":
             raise ValueError(
                 "Expected no `teacher.offload` with a teacher that has no weights but the student's. Set it to false."
             )
+
+    def _check_model(self) -> None:
+        if self.model is None:
+            for name in ("revision", "dtype", "quantization"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"Expected `teacher.model` with `teacher.{name}`, which is about another model, but got none."
+                    )
+            return
+        if self.regularization is not None:
+            raise ValueError(
+                "Expected no `teacher.regularization` with `teacher.model`, whose weights never move, but got "
+                f"{self.regularization}. Set it to null."
+            )
+        if self.preflight:
+            raise ValueError(
+                "Expected no `teacher.preflight` with `teacher.model`, because it samples from the student's weights, but got "
+                "true. Set it to false."
+            )
+        if self.offload and self.quantization is not None:
+            raise ValueError(
+                "Expected only one of `teacher.offload` and `teacher.quantization`, because quantised weights stay on the "
+                "device, but got both. Set `teacher.offload` to false."
+            )
+
+    @property
+    def kind(self) -> TeacherKind:
+        """Whose weights the teacher has: the regularization, with its default, or ``external``."""
+        return "external" if self.model is not None else self.regularization or "ema"
 
     @property
     def rate(self) -> float:
@@ -78,7 +117,7 @@ class TeacherConfig(ConfigGroup):
 
     def settled(self) -> dict[str, Any]:
         """See :meth:`ConfigGroup.settled`."""
-        return super().settled() | {"update_rate": self.rate, "period": self.steps}
+        return super().settled() | {"regularization": self.kind, "update_rate": self.rate, "period": self.steps}
 
 
 @partial(checked, prefix="reprompt.")

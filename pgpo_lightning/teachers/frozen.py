@@ -19,10 +19,14 @@ class FrozenTeacher(OwnWeights):
     Args:
         student: The model whose current weights stay the teacher's.
         offload: See :class:`OwnWeights`.
+        copies: See :class:`OwnWeights`.
     """
 
-    def __init__(self, student: PreTrainedModel, offload: bool = False) -> None:
-        super().__init__(student, offload)
+    field = "model.model` to the base model of the interrupted run"
+    """Which setting has the weights, for messages."""
+
+    def __init__(self, student: PreTrainedModel, offload: bool = False, *, copies: bool = True) -> None:
+        super().__init__(student, offload, copies=copies)
         self.identity = fingerprint(self.model)
         self._register_state_dict_hook(self._leave_out_weights)
         self._register_load_state_dict_pre_hook(self._put_back_weights)
@@ -40,7 +44,7 @@ class FrozenTeacher(OwnWeights):
         if state["identity"] != self.identity:
             raise MisconfigurationException(
                 f"Expected the checkpoint's frozen teacher ({state['identity']}) to be the configured model "
-                f"({self.identity}), but their weights differ. Set `model.model` to the base model of the interrupted run."
+                f"({self.identity}), but their weights differ. Set `{self.field}."
             )
 
     @staticmethod
@@ -49,8 +53,10 @@ class FrozenTeacher(OwnWeights):
             del state[name]
 
     def _put_back_weights(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        # A strict load must find no key missing.
-        state.update({f"{prefix}model.{name}": tensor for name, tensor in self.model.state_dict().items()})
+        # A strict load must find no key missing, and none that is not a weight (the constants of quantised ones).
+        model, kept = self.model, self.model.state_dict()
+        pairs = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        state.update({f"{prefix}model.{name}": kept[name] for name, _ in pairs if name in kept})
 
 
 class TrustRegionTeacher(FrozenTeacher):

@@ -1,4 +1,4 @@
-"""The self-teacher of one run (SDPO, arXiv 2601.20802): its settings, its prompts, and the making of its weights."""
+"""The teacher of one run (SDPO, arXiv 2601.20802): its settings, its prompts, and the making of its weights."""
 
 import random
 from typing import Any
@@ -16,6 +16,7 @@ from pgpo_lightning.teachers.base import Teacher
 from pgpo_lightning.teachers.build import make_teacher
 from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
 from pgpo_lightning.teachers.context_kinds import read_by_teacher
+from pgpo_lightning.teachers.external import load_external
 from pgpo_lightning.teachers.frozen import FrozenTeacher
 from pgpo_lightning.teachers.reprompt import RepromptBuilder, fill
 
@@ -62,7 +63,7 @@ class SelfTeaching:
                 "Expected `reprompt.include_environment_feedback` true with `reprompt.contexts.kinds` other-feedback, but got "
                 "false."
             )
-        if config.offload and adapter:
+        if config.offload and adapter and config.model is None:
             raise ValueError(
                 "Expected no `teacher.offload` with a teacher that has an adapter, which is small. Set it to false."
             )
@@ -101,10 +102,25 @@ class SelfTeaching:
                 "`reprompt.max_reprompt_len`, or shorten the template."
             )
 
-    def make(self, student: PreTrainedModel) -> Teacher:
-        """Return the teacher, made from the student's weights (or its adapter) as they are now."""
+    def make(self, student: PreTrainedModel, loading: dict[str, Any] | None = None, longest: int = 1) -> Teacher:
+        """Return the teacher, made from the student's weights (or its adapter) as they are now, or loaded.
+
+        Args:
+            student: The model being trained.
+            loading: How it was loaded, as the arguments of :func:`~pgpo_lightning.models.loading.load_model`.
+            longest: Most tokens of prompt and response together in this run.
+
+        Raises:
+            MisconfigurationException: If the model of `teacher.model` does not go with the student.
+        """
         config = self.config
-        teacher = make_teacher(config.regularization, student, config.rate, config.steps, config.gate, config.offload)
+        if config.model is not None:
+            rows = len(student.get_output_embeddings().weight)
+            external = load_external(config, self.encoder.tokenizer, rows, loading or {}, longest)
+            self.start = external.identity
+            return external
+        kind = config.regularization or "ema"
+        teacher = make_teacher(kind, student, config.rate, config.steps, config.gate, config.offload)
         if isinstance(teacher, FrozenTeacher):
             self.start = fingerprint(student)
         return teacher
@@ -153,7 +169,7 @@ class SelfTeaching:
         beside = None
         if teacher is not None and type(teacher).get_extra_state is not nn.Module.get_extra_state:
             beside = teacher.get_extra_state()
-        return {"teacher": self.config.regularization, "teacher_state": beside, "start": self.start}
+        return {"teacher": self.config.kind, "teacher_state": beside, "start": self.start}
 
     def restore(self, saved: dict[str, Any], teacher: Teacher | None) -> None:
         """Check that a checkpoint was trained with this kind of teacher, and take over its state.
@@ -165,28 +181,35 @@ class SelfTeaching:
         Raises:
             MisconfigurationException: If it is another kind, or began with other weights.
         """
-        if teacher is not None and saved["teacher"] != self.config.regularization:
+        if teacher is not None and saved["teacher"] != self.config.kind:
             raise MisconfigurationException(
-                f"Expected a checkpoint with `teacher.regularization` {self.config.regularization}, but it has "
-                f"{saved['teacher']}."
+                f"Expected a checkpoint with `teacher.regularization` {self.config.kind}, but it has {saved['teacher']}."
             )
-        check_start(saved.get("start"), self.start)
+        check_start(saved.get("start"), self.start, self.config.model)
         if teacher is not None and (beside := saved.get("teacher_state")) is not None:
             teacher.set_extra_state(beside)
 
 
-def check_start(saved: str | None, found: str | None) -> None:
+def check_start(saved: str | None, found: str | None, external: str | None = None) -> None:
     """Compare the weights that a teacher began with, where it keeps them outside of checkpoints.
 
     Args:
         saved: Their fingerprint in the checkpoint.
         found: That of the model that this run was given.
+        external: The `teacher.model` of this run.
 
     Raises:
         MisconfigurationException: If they differ.
     """
-    if saved is not None and found is not None and saved != found:
+    if saved is None or found is None or saved == found:
+        return
+    if external is not None:
         raise MisconfigurationException(
-            "Expected `model` to be the one that the run began with, because the teacher is made of its weights, but got others "
-            f"(fingerprint {found}, and it was {saved}). Give the model of the run."
+            f"Expected `teacher.model` to be the teacher that the run began with, but `{external}` has other weights "
+            f"(fingerprint {found}, and it was {saved}). Give the teacher of the run, with its `teacher.dtype` and "
+            "`teacher.quantization`."
         )
+    raise MisconfigurationException(
+        "Expected `model` to be the one that the run began with, because the teacher is made of its weights, but got others "
+        f"(fingerprint {found}, and it was {saved}). Give the model of the run."
+    )

@@ -26,6 +26,7 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.models.loading import positions
 from pgpo_lightning.rollout.engine import Engine
+from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.actor import Actor
 from pgpo_lightning.training.configs import UpdateConfig
 from pgpo_lightning.training.evaluator import Evaluator
@@ -131,14 +132,14 @@ def _why_not(strategy: Strategy) -> str:
     return "gradients would not be exchanged between ranks"
 
 
-def check_combination(engine: Engine, lora: bool, sharded: bool, teacher_offload: bool = False) -> None:
+def check_combination(engine: Engine, lora: bool, sharded: bool, teacher: TeacherConfig | None = None) -> None:
     """Raise if parts do not go together.
 
     Args:
         engine: Samples rollouts.
         lora: Whether an adapter is trained.
         sharded: Whether weights are sharded over ranks.
-        teacher_offload: Whether the teacher's weights are kept in the host's memory.
+        teacher: Settings of the teacher, if there is one.
 
     Raises:
         MisconfigurationException: Names the setting and what to set instead.
@@ -153,7 +154,12 @@ def check_combination(engine: Engine, lora: bool, sharded: bool, teacher_offload
             f"Expected no {what} with {type(engine).__name__}, which takes over whole weights. Set `engine` to "
             "TransformersEngine."
         )
-    if sharded and teacher_offload:
+    if sharded and teacher is not None and teacher.quantization is not None:
+        raise MisconfigurationException(
+            "Expected no `teacher.quantization` with sharded weights, because quantised ones cannot be sharded, but got "
+            "ModelParallelStrategy. Set `teacher.quantization` to null, or `trainer.strategy` to ddp."
+        )
+    if sharded and teacher is not None and teacher.offload:
         raise MisconfigurationException(
             "Expected no `teacher.offload` with sharded weights, of which each device holds a part only, but got "
             "ModelParallelStrategy. Set `teacher.offload` to false, or `trainer.strategy` to ddp."

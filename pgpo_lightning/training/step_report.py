@@ -75,10 +75,12 @@ class StepReporter:
         """
         memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         shared = gather((scalars, seconds, memory))
-        divergence = self.objective.divergence
+        divergence, teaching = self.objective.divergence, self.objective.teaching
+        # A bound is for teachers with the student's weights, which are not far from it at first.
+        bound = None if divergence is None or (teaching is not None and teaching.config.model) else divergence.bound
         found = {name: sum(each[0][name] for each in shared) / len(shared) for name in scalars}
         found |= rollout_scalars(samples, self.threshold)
-        found |= loss_scalars(statistics, self.threshold, None if divergence is None else divergence.bound)
+        found |= loss_scalars(statistics, self.threshold, bound)
         found |= {name: max(each[1][name] for each in shared) for name in seconds}
         found["perf/tokens_per_s"] = found["response_length/total"] / found["timing_s/step"]
         self.actor.count_verifier_errors()

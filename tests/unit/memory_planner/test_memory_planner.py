@@ -6,13 +6,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.counter import LiveBytes
-from pgpo_lightning.memory_planner.dry_run import Compute, along_layers, update_peaks
+from pgpo_lightning.memory_planner.dry_run import Compute, along_both, along_layers, update_peaks
+from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.memory import Need, Sharding, gathered_bytes, standing_bytes
 from pgpo_lightning.memory_planner.optimizers import optimizer_need, state_bytes
 from pgpo_lightning.memory_planner.parameters import configuration, count
 from pgpo_lightning.memory_planner.rollouts import roomy_tokens
 from pgpo_lightning.memory_planner.workload import Layout, Lengths, group
+from pgpo_lightning.models.loading import load_model
+from pgpo_lightning.models.quantization import Quantization
 from tests.support.architectures import tiny_config
+from tests.support.external import saved
 from tests.support.helpers import tiny_model
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5}
@@ -184,16 +188,52 @@ def test_shards_and_buckets():
     assert standing_bytes(800, 800, 800, 1600, compute, Sharding(8, "fsdp")) == {k: v // 8 for k, v in one.items()}
     assert standing_bytes(800, 800, 800, 1600, compute, Sharding(8, "ddp")) == one | {"gradient buckets": 1600}
     counted = count(Qwen3Config(**SMALL))
-    whole = gathered_bytes(counted, False, compute, Sharding(8, "fsdp"), accumulating=False)
+    whole = gathered_bytes(counted, None, compute, Sharding(8, "fsdp"), accumulating=False)
     assert whole["rollouts"] == 2 * counted.total
     assert whole["update"] == 2 * (counted.root + 3 * counted.layer)
-    several = gathered_bytes(counted, False, compute, Sharding(8, "fsdp"), accumulating=True)
+    several = gathered_bytes(counted, None, compute, Sharding(8, "fsdp"), accumulating=True)
     assert several["update"] == whole["update"] + 4 * counted.total
     mixed = Compute(torch.float32, torch.float32, torch.bfloat16)
-    assert gathered_bytes(counted, False, mixed, Sharding(8, "fsdp"), accumulating=True) == several
-    assert set(gathered_bytes(counted, True, compute, Sharding(8, "ddp"), accumulating=True).values()) == {0}
+    assert gathered_bytes(counted, None, mixed, Sharding(8, "fsdp"), accumulating=True) == several
+    assert set(gathered_bytes(counted, counted, compute, Sharding(8, "ddp"), accumulating=True).values()) == {0}
 
 
 def test_the_peak_of_a_phase_leaves_out_what_is_absent():
     need = Need({"weights": 5, "gradients": 3}, {"a": {"x": 1}, "b": {}}, {"a": ("gradients",)})
     assert need.peaks == {"a": 6, "b": 8}
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(8), Quantization(4), Quantization(4, None, True)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_of_another_models_weights_are_those_of_the_loaded_ones(tmp_path, quantization, dtype):
+    folder = saved(tmp_path, hidden_size=64, head_dim=64, intermediate_size=192, tie_word_embeddings=False)
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes")
+    model = load_model(folder, dtype=dtype, quantization=quantization)
+    loaded = sum(p.nbytes for p in model.parameters())
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        inner = [state, state.state2] if state is not None and state.nested else [state]
+        loaded += sum(t.nbytes for s in inner if s is not None for t in (s.absmax, s.code))
+        loaded += 4 * (state is not None and state.nested)
+        row_constants = getattr(getattr(module, "weight", None), "SCB", None)
+        loaded += 0 if row_constants is None else row_constants.nbytes
+    external = External(model.config, quantization)
+    assert external.weight_bytes(getattr(torch, dtype)) == loaded
+
+
+def test_peaks_with_a_teacher_of_another_size_are_a_plane_over_both_numbers_of_layers():
+    def run(config, teacher):
+        rows = Lengths(8, 30, 12).rows(2, 2)
+        batch = group(rows, 10_000, "if-cheaper", with_teacher=True)[0]
+        return update_peaks(config, Compute(), batch.student, [("own", batch.teacher)], 1000, True, teacher)
+
+    def sized(layers, **sizes):
+        return Qwen3Config(**SMALL | sizes | {"num_hidden_layers": layers})
+
+    larger = {"hidden_size": 64, "num_attention_heads": 8}
+    both = along_both(run, sized(5), sized(6, **larger))
+    assert both == pytest.approx(run(sized(5), sized(6, **larger)), rel=5e-3)
+    assert both["hidden"] > run(sized(5), sized(5))["hidden"]
+    names = [name for name in both if name.startswith("teacher forward")]
+    assert max(both[name] for name in names) > max(run(sized(5), sized(5))[name] for name in names)
