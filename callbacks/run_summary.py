@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.callbacks.step_size import StepSizeMultiplier
 from pgpo_lightning.core.files import write_json
-from pgpo_lightning.core.identity import training_sha256
 from pgpo_lightning.core.settings import Natural, checked
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.data.questions import QuestionData
@@ -101,13 +100,12 @@ class RunSummary(L.Callback):
         summary = summarise(scalars, pl_module.steps, seconds, pl_module.evaluator.config.samples)
         write_json(folder / "summary.json", summary, indent=2)
         multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
+        resumed = pl_module.resumed
         if ended:  # a record marks a run as complete
             collect(
                 folder,
                 scalars,
-                train=training_sha256(data.questions["train"])
-                if isinstance(data := trainer.datamodule, QuestionData)
-                else None,
+                train=resumed.questions_sha256 if isinstance(trainer.datamodule, QuestionData) and resumed else None,
                 seed=pl_module.seed,
                 steps=pl_module.steps,
                 samples=pl_module.evaluator.config.samples,

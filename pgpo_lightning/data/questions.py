@@ -102,21 +102,21 @@ class QuestionData(Remembers, L.LightningDataModule):
                 f"none. Give it a {needed[0]} file or split."
             )
 
-    def drop_prompts(self, reason: Callable[[Question], str | None]) -> None:
+    def drop_prompts(self, reasons: Callable[[list[Question]], list[str | None]]) -> None:
         """Drop questions that cannot be used, from all splits that are loaded.
 
         The training module calls this after ``setup`` and before the loaders are built, because only it knows the
         tokenizer and the prompt limit. The number is kept in ``self.dropped[split]``.
 
         Args:
-            reason: Returns why a question must be dropped (``"2100 tokens, limit 2048"``), or ``None`` to keep it.
+            reasons: Returns why each of a split's questions must be dropped (``"2100 tokens, limit 2048"``), ``None`` to keep it.
 
         Raises:
             ValueError: If no question of a split is left.
         """
         for split, questions in self.questions.items():
-            reasons = [reason(question) for question in questions]
-            bad = [(question, why) for question, why in zip(questions, reasons, strict=True) if why is not None]
+            whys = reasons(questions)
+            bad = [(question, why) for question, why in zip(questions, whys, strict=True) if why is not None]
             if not bad:
                 continue
             first, why = bad[0]
@@ -124,7 +124,7 @@ class QuestionData(Remembers, L.LightningDataModule):
             if len(bad) == len(questions):
                 raise ValueError(f"Expected to keep at least one {split} question, but had to drop {message}.")
             rank_zero_warn(f"Dropped {message}.")
-            self.questions[split] = [q for q, why in zip(questions, reasons, strict=True) if why is None]
+            self.questions[split] = [q for q, why in zip(questions, whys, strict=True) if why is None]
             self.dropped[split] += len(bad)
         if self.questions.get("train"):
             self._check_batch()  # before the base model is evaluated

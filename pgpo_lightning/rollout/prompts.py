@@ -1,6 +1,7 @@
 """From chat messages to prompt token ids, in the same way for student and teacher."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from pgpo_lightning.core.types import Message, Question, Rollout
 from pgpo_lightning.models.loading import decode
 from pgpo_lightning.rollout.chat_template import QUESTION, check_chat_template
+from pgpo_lightning.rollout.prompt_batches import AT_ONCE, encode_together
 from pgpo_lightning.rollout.thinking import Thinking
 
 
@@ -43,8 +45,23 @@ class PromptEncoder:
                 stacklevel=2,
             )
 
-    def question(self, question: Question) -> list[int]:
+    def questions(self, questions: list[Question]) -> Iterator[list[int]]:
+        """Yield what :meth:`question` returns for each question, with its warnings and errors in the same order.
+
+        Many are encoded at once, where that gives the same; see :mod:`pgpo_lightning.rollout.prompt_batches`.
+        """
+        for start in range(0, len(questions), AT_ONCE):
+            part = questions[start : start + AT_ONCE]
+            together = encode_together(self.tokenizer, part, self.enable_thinking)
+            for i, question in enumerate(part):
+                yield self.question(question, together[i] if together else None)
+
+    def question(self, question: Question, ids: list[int] | None = None) -> list[int]:
         """Return the student's prompt.
+
+        Args:
+            question: What is asked.
+            ids: Its token ids from :func:`~pgpo_lightning.rollout.prompt_batches.encode_together`, if they are known.
 
         Raises:
             MisconfigurationException: If the question is a list of messages and the tokenizer has no chat template, if the
@@ -57,7 +74,7 @@ class PromptEncoder:
                 f"list of messages, but `{self.tokenizer.name_or_path}` has none. Give prompts as text, or set "
                 "`model.model_config.tokenizer` to one with a template."
             )
-        ids = self.messages(question.messages(), where)
+        ids = self.messages(question.messages(), where) if ids is None else self._complete(ids, where)
         if question.system and not self._system_checked:
             self._system_checked = True
             if ids == self.messages(question.messages()[1:], where):
@@ -81,7 +98,7 @@ class PromptEncoder:
         """
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages)
-            return self._known([*self._prefix, *self.tokens(text)], where)
+            return self._complete(self._encoded(text), where)
         try:
             encoding: Any = self.tokenizer.apply_chat_template(
                 messages,
@@ -99,16 +116,25 @@ class PromptEncoder:
                 f"raises {type(error).__name__}: {error}. Change the row, or set `model.model_config.tokenizer` to one "
                 f"with another template."
             ) from error
+        return self._complete(ids, where)
+
+    def _complete(self, ids: list[int], where: str) -> list[int]:
+        """Return a conversation's token ids with the tokenizer's prefix, which a chat template writes itself."""
+        if self.tokenizer.chat_template is None:
+            ids = [*self._prefix, *self._known(ids, "a text")]
         return self._known(ids, where)
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of plain text, without special tokens."""
+        return self._known(self._encoded(text), "a text")
+
+    def _encoded(self, text: str) -> list[int]:
         try:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         except TypeError:
             _check_text(text, "a text")
             raise
-        return self._known(ids, "a text")
+        return ids
 
     def text(self, ids: list[int]) -> str:
         """Return the text of token ids without special tokens."""

@@ -109,10 +109,10 @@ class Actor:
             )
         return prompt
 
-    def too_long(self, question: Question) -> str | None:
-        """Return why a question's prompt is dropped, or null."""
-        length, limit = len(self.encoder.question(question)), self.max_prompt_length
-        return f"{length} tokens, `max_prompt_length` is {limit}" if length > limit else None
+    def too_long(self, questions: list[Question]) -> list[str | None]:
+        """Return why each question's prompt is dropped, null where it is kept."""
+        limit, lengths = self.max_prompt_length, map(len, self.encoder.questions(questions))
+        return [f"{n} tokens, `max_prompt_length` is {limit}" if n > limit else None for n in lengths]
 
     def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
         """Return the verifier's verdict on every rollout.

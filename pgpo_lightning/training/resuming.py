@@ -50,6 +50,12 @@ class ResumedSettings:
             if saved is not None and saved["module"] == type(module).__name__:  # else it is refused when it is loaded
                 self.compare(saved)
 
+    @property
+    def questions_sha256(self) -> str | None:
+        """Hash of the training questions, null without any; see :func:`~pgpo_lightning.core.identity.training_sha256`."""
+        data: Any = self.settings["data"]
+        return None if data is None else data.get("questions")
+
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 

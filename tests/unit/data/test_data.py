@@ -258,11 +258,15 @@ def test_training_batches_follow_the_sampler():
     assert batch == [data.questions["train"][index] for index in data.sampler.order(0)[:2]]
 
 
+def each(reason):
+    return lambda questions: [reason(question) for question in questions]
+
+
 def test_drop_prompts():
     data = Numbers(train=6, validation=4, batch_size=1)
     data.setup("fit")
     with pytest.warns(UserWarning, match="Dropped") as caught:
-        data.drop_prompts(lambda question: "2100 tokens, limit 2048" if question.answer in (1, 4, 5) else None)
+        data.drop_prompts(each(lambda question: "2100 tokens, limit 2048" if question.answer in (1, 4, 5) else None))
     assert [str(warning.message) for warning in caught] == [
         "Dropped 3 of 6 train questions; the first is train:1: 2100 tokens, limit 2048.",
         "Dropped 1 of 4 validation questions; the first is validation:1: 2100 tokens, limit 2048.",
@@ -270,7 +274,7 @@ def test_drop_prompts():
     assert data.dropped == {"train": 3, "validation": 1}
     assert [question.index for question in data.questions["train"]] == [0, 2, 3]
     with pytest.warns(UserWarning, match="Dropped 1 of 3 train"):
-        data.drop_prompts(lambda question: "odd" if question.source == "train:3" else None)
+        data.drop_prompts(each(lambda question: "odd" if question.source == "train:3" else None))
     assert data.dropped == {"train": 4, "validation": 1}
 
 
@@ -278,7 +282,7 @@ def test_drop_all_prompts():
     data = Numbers(train=2, validation=2)
     data.setup("fit")
     with pytest.raises(ValueError, match=r"keep at least one validation question.* 2 of 2 .*validation:0: too long"):
-        data.drop_prompts(lambda question: "too long" if question.source.startswith("validation") else None)
+        data.drop_prompts(each(lambda question: "too long" if question.source.startswith("validation") else None))
 
 
 def test_too_few_questions():
@@ -288,6 +292,6 @@ def test_too_few_questions():
     assert len(data.train_dataloader()) == 1
     message = r"questions, 8 \(`batch_size` 4 x 2 devices\), but got 7 \(1 were dropped\)"
     with pytest.warns(UserWarning, match="Dropped 1"), pytest.raises(ValueError, match=message):
-        data.drop_prompts(lambda question: "too long" if question.index == 0 else None)
+        data.drop_prompts(each(lambda question: "too long" if question.index == 0 else None))
     with pytest.raises(ValueError, match=message):
         data.train_dataloader()
