@@ -57,7 +57,8 @@ class Coefficients(NamedTuple):
 class RowTerms(NamedTuple):
     """Terms that statistics and gradient have in common, of shape ``(n, V)`` unless stated otherwise.
 
-    A divergence gives either `inner`, `mean` and `scale`, or `outer` and `scale`, or `buckets`. A constant in `inner` cancels.
+    A divergence gives one of three: `inner`, `mean` and `scale`, for the gradient ``scale q (inner - mean)``, in which a constant in
+    `inner` cancels; `outer`, `scale` and `own`, for ``scale outer + own q``; or `buckets`.
 
     Attributes:
         a: log q.
@@ -66,6 +67,7 @@ class RowTerms(NamedTuple):
         mean: <q, inner>, shape ``(n,)``.
         outer: The gradient of a divergence without that form, or a part of it, without the factor `scale`.
         scale: Factor of `inner` and `outer`. One per row, shape ``(n,)``, if the target is softened.
+        own: Factor of q beside `outer`: 1 for the forward KL, whose gradient is q - p.
         buckets: The gradient of a divergence over the student's likeliest tokens.
     """
 
@@ -76,6 +78,7 @@ class RowTerms(NamedTuple):
     outer: Tensor | None
     scale: float | Tensor
     buckets: Buckets | None = None
+    own: float = 0.0
 
 
 def log_normalised(logits: Tensor, normaliser: Tensor | None, out: Tensor | None) -> Tensor:
@@ -122,6 +125,7 @@ def row_statistics(
     value, inner, mean, outer = nothing, None, None, None
     plain: Tensor | None = None  # only if it differs from the value
     scale: float | Tensor = 0.0
+    own = 0.0
     partial = which if which is not None and which.partial(a.size(-1)) else None
     buckets: Buckets | None = None
     if partial is not None and partial.top_k is not None and partial.top_k < a.size(-1):
@@ -134,7 +138,7 @@ def row_statistics(
     if which is not None and partial is None:
         if which.alpha == 0.0:
             # The divergence is a tensor of its own, because the objective may differentiate it.
-            value, outer, scale = kl.clone(), p, -1.0
+            value, outer, scale, own = kl.clone(), p, -1.0, 1.0
         elif which.alpha == 1.0:
             inner, mean, scale = ratio, dot(q, ratio), -1.0
             value = -mean
@@ -152,7 +156,7 @@ def row_statistics(
             value = which.alpha * (kl - dot(p, inner)) + scale * mean
     statistics = TokenStatistics(value, log_p_student, log_p_teacher, entropy_student, entropy_teacher, kl,
                                  value.clone() if plain is None else plain)  # fmt: skip
-    return RowTerms(a, q, inner, mean, outer, scale, buckets), statistics
+    return RowTerms(a, q, inner, mean, outer, scale, buckets, own), statistics
 
 
 def logit_gradient(
@@ -173,15 +177,15 @@ def logit_gradient(
         slope: Derivative of the logits over the temperature with respect to the raw logits.
         out: Tensor that receives the gradient.
     """
-    a, q, inner, mean, outer, scale, buckets = terms
+    a, q, inner, mean, outer, scale, buckets, own = terms
     constant = torch.zeros_like(statistics.log_p_student)  # the part of x that does not depend on the token, (n,)
     x: Tensor | None = None
     if derivatives.divergence is not None and inner is not None and mean is not None:
         d_x = derivatives.divergence * scale
         x = inner.mul_(d_x.unsqueeze(-1))
         constant = constant - d_x * mean
-    if derivatives.divergence is not None and outer is not None and scale == -1.0:  # the forward KL: q - p
-        constant = constant + derivatives.divergence
+    if derivatives.divergence is not None and own:
+        constant = constant + own * derivatives.divergence
     if derivatives.log_p is not None:
         constant = constant - derivatives.log_p
     if derivatives.entropy is not None:
