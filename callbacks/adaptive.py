@@ -221,9 +221,8 @@ class PolyakMultiplier(StepSizeMultiplier):
         if not pl_module.objective.loss_is_divergence:
             raise MisconfigurationException(
                 "Expected a loss that is a divergence for PolyakMultiplier, because its minimum must be known, but "
-                f"{type(pl_module).__name__} has no divergence here. Use SDPO with "
-                f"`divergence.full_logit_distillation`, or another "
-                "multiplier."
+                f"that of {type(pl_module).__name__} is not, or not alone, here. Use SDPO with "
+                "`divergence.full_logit_distillation`, or another multiplier."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:

@@ -45,9 +45,12 @@ if TYPE_CHECKING:
     from pgpo_lightning.models.quantization import Quantization
     from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
     from pgpo_lightning.objectives.configs import DivergenceConfig, InjectionConfig, PolicyGradientConfig
+    from pgpo_lightning.objectives.distillation import DistillationObjective
+    from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
     from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
     from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
     from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
+    from pgpo_lightning.teachers.self_teaching import SelfTeaching
     from pgpo_lightning.training.configs import (
         EvaluationConfig,
         MismatchConfig,
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
         UpdateConfig,
     )
     from pgpo_lightning.training.learner import Learner
+    from pgpo_lightning.training.objective import Objective, Route
 
 __version__ = "0.1.0"
 
@@ -70,6 +74,7 @@ __all__ = [
     "CentredMultiplier",
     "CollapseGuard",
     "ConstantMultiplier",
+    "DistillationObjective",
     "DivergenceConfig",
     "EffectiveSampleSizeMultiplier",
     "Engine",
@@ -87,9 +92,11 @@ __all__ = [
     "MismatchConfig",
     "ModelConfig",
     "MultipleChoice",
+    "Objective",
     "OnPolicyModule",
     "OracleMultiplier",
     "PolicyGradientConfig",
+    "PolicyGradientObjective",
     "PolyakMultiplier",
     "ProgressPrinter",
     "Quantization",
@@ -101,9 +108,11 @@ __all__ = [
     "ResumeCheckpoint",
     "RewardConfig",
     "Rollout",
+    "Route",
     "RunSummary",
     "Sampling",
     "SciKnowEval",
+    "SelfTeaching",
     "ShuffledMultiplier",
     "StabilityMonitor",
     "StepSizeMultiplier",
@@ -135,11 +144,15 @@ _HOMES = {
     "models.quantization": "Quantization",
     "modules": "GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
     "objectives.configs": "DivergenceConfig InjectionConfig PolicyGradientConfig",
+    "objectives.distillation": "DistillationObjective",
+    "objectives.policy_gradient": "PolicyGradientObjective",
     "rewards": "BoxedAnswer MultipleChoice TRLReward",
     "rollout": "Engine Sampling TransformersEngine VLLMEngine",
     "teachers.configs": "RepromptConfig TeacherConfig",
+    "teachers.self_teaching": "SelfTeaching",
     "training.configs": "EvaluationConfig MismatchConfig ModelConfig RewardConfig UpdateConfig",
     "training.learner": "Learner",
+    "training.objective": "Objective Route",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -57,8 +57,8 @@ class Coefficients(NamedTuple):
 class RowTerms(NamedTuple):
     """Terms that statistics and gradient have in common, of shape ``(n, V)`` unless stated otherwise.
 
-    A divergence gives one of three: `inner`, `mean` and `scale`, for the gradient ``scale q (inner - mean)``, in which a constant in
-    `inner` cancels; `outer`, `scale` and `own`, for ``scale outer + own q``; or `buckets`.
+    A divergence gives one of three: `inner`, `mean` and `scale`, for the gradient ``scale q (inner - mean)``, in which a
+    constant in `inner` cancels; `outer`, `scale` and `own`, for ``scale outer + own q``; or `buckets`.
 
     Attributes:
         a: log q.

@@ -43,7 +43,6 @@ class RoutedObjective(Objective):
         self.distillation, self.policy_gradient, self.route = distillation, policy_gradient, route
         self.teaching = distillation.teaching
         self.divergence = distillation.divergence
-        self.loss_is_divergence = distillation.loss_is_divergence
         self.token_weights = distillation.token_weights
 
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pgpo_lightning.callbacks import (
 )
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.losses.step_statistics import StepStatistics
-from pgpo_lightning.modules import GRPO, SDPO
+from pgpo_lightning.modules import GRPO, SDPO, SRPO
 from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.training.learner import Learner, Step
@@ -111,13 +111,15 @@ def test_polyak_is_capped_and_one_without_a_gradient(tmp_path):
     assert multiplier.multiplier(StepStatistics.empty(), 0) == 1.0
 
 
-@pytest.mark.parametrize("settings", [{"full_logit_distillation": False, "alpha": 1.0}, None])
-def test_polyak_needs_a_divergence(tmp_path, settings):
-    limits = {k: v for k, v in LIMITS.items() if settings or k != "max_reprompt_len"}
-    kind = SDPO if settings else GRPO
-    module = build(kind, tiny_model(), half_right, tokenizer=TOKENIZER, **limits, **(settings or {}))
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(SDPO, {"full_logit_distillation": False, "alpha": 1.0}), (GRPO, {}), (SRPO, {})]
+)
+def test_polyak_needs_a_divergence(tmp_path, kind, settings):
+    limits = {k: v for k, v in LIMITS.items() if kind is not GRPO or k != "max_reprompt_len"}
+    module = build(kind, tiny_model(), half_right, tokenizer=TOKENIZER, **limits, **settings)
     with pytest.raises(
-        MisconfigurationException, match=r"a loss that is a divergence for PolyakMultiplier, .* has no divergence here"
+        MisconfigurationException,
+        match=r"a loss that is a divergence for PolyakMultiplier, .* is not, or not alone, here",
     ):
         trainer(tmp_path, callbacks=[PolyakMultiplier()], max_steps=2).fit(module, loader(range(2), 1))
 

@@ -2,13 +2,21 @@
 
 import pytest
 
-from pgpo_lightning import SDPO, DivergenceConfig, OnPolicyModule, PolicyGradientConfig, RepromptConfig, TeacherConfig
+from pgpo_lightning import (
+    SDPO,
+    DistillationObjective,
+    DivergenceConfig,
+    Objective,
+    OnPolicyModule,
+    PolicyGradientConfig,
+    PolicyGradientObjective,
+    RepromptConfig,
+    Route,
+    SelfTeaching,
+    TeacherConfig,
+)
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.core.settings import Positive, checked
-from pgpo_lightning.objectives.distillation import DistillationObjective
-from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
-from pgpo_lightning.teachers.self_teaching import SelfTeaching
-from pgpo_lightning.training.objective import Objective, Route
 from tests.support.helpers import TOKENIZER, build, config, half_right, loader, questions, tiny_model, trainer
 
 LIMITS = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 12}
@@ -92,10 +100,21 @@ def test_it_runs_on_the_command_line_with_every_common_argument(tmp_path, capsys
 
 
 def test_it_runs_in_python_and_an_old_name_is_answered(tmp_path):
-    module = build(Own, tiny_model(), half_right, tokenizer=TOKENIZER, num_generations=4, distil_weight=0.5, **LIMITS)
+    module = build(
+        Own,
+        tiny_model(),
+        half_right,
+        tokenizer=TOKENIZER,
+        num_generations=4,
+        distil_weight=0.5,
+        updates_per_batch=2,
+        **LIMITS,
+    )
     trainer(tmp_path, max_steps=2).fit(module, loader(questions(8), 4))
-    kinds = {(s.verdict.reward, s.reprompt_ids is not None) for s in module.last_samples if module.objective.in_loss(s)}
+    learnt = [sample for sample in module.last_samples if module.objective.in_loss(sample)]
+    kinds = {(sample.verdict.reward, sample.reprompt_ids is not None) for sample in learnt}
     assert {(0.0, True), (1.0, True)} <= kinds, "the example needs a success with a reprompt"
+    assert {(sample.verdict.reward, sample.old_log_probs is None) for sample in learnt} == {(0.0, True), (1.0, False)}
     for cls in (Own, SDPO):
         with pytest.raises(ValueError, match=r"Expected `update.max_grad_norm`, where `max_grad_norm` stands now"):
             cls(tiny_model(), half_right, max_grad_norm=1.0)

@@ -11,14 +11,18 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from pgpo_lightning import modules
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.data.toy import ToyArithmetic
 from pgpo_lightning.models.loading import resolve_model
-from pgpo_lightning.modules import SDPO
+from pgpo_lightning.modules import SDPO, OnPolicyModule
 from pgpo_lightning.modules.moved import MOVED
 from pgpo_lightning.training.objective import Preparation
 
 TOKENIZER = AutoTokenizer.from_pretrained(resolve_model("toy"))
+MODULES = [getattr(modules, name) for name in modules.__all__ if name != OnPolicyModule.__name__]
+"""Every shipped module, so that a new one is tested with the others."""
+
 LIMITS = {"max_prompt_length": 64, "max_reprompt_len": 160, "max_response_length": 12}
 GRPO_LIMITS = {name: value for name, value in LIMITS.items() if name != "max_reprompt_len"}
 

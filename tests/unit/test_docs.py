@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.modules.moved import MOVED
 from tests.support import ROOT
+from tests.support.helpers import MODULES
 
 FOLDERS = ("pgpo_lightning", "callbacks", "configs", "docs", "benchmarks", "tests")
 PAGES = sorted(
@@ -112,7 +112,7 @@ def test_settings_stand_in_their_groups(page):
     """`update.micro_batch_tokens` is a field of its group, and the page does not call it `micro_batch_tokens`."""
     groups = {
         name: {field.name for field in fields(parameter.annotation)}
-        for module in (SDPO, GRPO, HAPO, RLSD, SRPO)
+        for module in MODULES
         for name, parameter in inspect.signature(module).parameters.items()
         if is_dataclass(parameter.annotation)
     }

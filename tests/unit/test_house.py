@@ -6,8 +6,9 @@ import pydoc
 import lightning as L
 import pytest
 
-from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
+from pgpo_lightning.modules import OnPolicyModule
 from tests.support import ROOT
+from tests.support.helpers import MODULES
 
 HOOKS = (
     "training_step",
@@ -37,7 +38,7 @@ def test_the_root_of_the_package_holds_rooms_alone():
     assert {path.name for path in package.iterdir() if path.is_file()} == {"__init__.py", "py.typed"}
 
 
-@pytest.mark.parametrize("module", [SDPO, GRPO, HAPO, SRPO, RLSD])
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_a_chain_of_two_classes_whose_hooks_stand_in_one_file(module):
     chain = [cls for cls in module.__mro__ if issubclass(cls, L.LightningModule) and cls is not L.LightningModule]
     assert chain == [module, OnPolicyModule]
@@ -46,7 +47,7 @@ def test_a_module_is_a_chain_of_two_classes_whose_hooks_stand_in_one_file(module
     assert [file.removeprefix(f"{ROOT}/") for file in files] == ["pgpo_lightning/modules/on_policy.py"]
 
 
-@pytest.mark.parametrize("module", [SDPO, GRPO, HAPO, SRPO, RLSD, OnPolicyModule])
+@pytest.mark.parametrize("module", [*MODULES, OnPolicyModule])
 def test_help_shows_and_explains_every_argument(module):
     parameters = list(inspect.signature(module.__init__).parameters.values())[1:]
     assert not [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

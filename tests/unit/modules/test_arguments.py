@@ -7,8 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from pgpo_lightning import InformationMultiplier, OnPolicyModule
-from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
-from tests.support.helpers import TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
+from tests.support.helpers import MODULES, TOKENIZER, build, half_right, loader, questions, tiny_model, trainer
 
 COMMON = list(inspect.signature(OnPolicyModule.__init__).parameters.values())[1:]
 
@@ -17,7 +16,7 @@ class Passed(Exception):  # noqa: N818  (it is no error)
     """Ends an ``__init__`` where it has passed its arguments on."""
 
 
-@pytest.mark.parametrize("module", [SDPO, GRPO, HAPO, SRPO, RLSD])
+@pytest.mark.parametrize("module", MODULES)
 def test_every_common_argument_has_the_common_default_and_arrives_under_its_own_name(module, monkeypatch):
     def passed(self, **arguments):
         raise Passed(arguments)
