@@ -2,7 +2,7 @@
 
 import torch
 
-from pgpo_lightning.losses.fused import _BLOCK_BYTES, _CHUNK_ROWS, _CPU_CHUNK_ROWS
+from pgpo_lightning.losses.fused import rows_at_once
 from pgpo_lightning.losses.fused_backward import BUFFERS
 from pgpo_lightning.memory_planner.dry_run import Compute
 
@@ -22,7 +22,7 @@ def loss_bytes(
 ) -> int:
     """Return the peak bytes of :func:`~pgpo_lightning.losses.fused.linear_distillation`, without its inputs.
 
-    With N tokens, D, V, and chunks of c = min(N, 1024) tokens (256 on a CPU):
+    With N tokens, D, V, and chunks of c = min(N, 1024) tokens (on a CPU 256, or less with more than 82,000 of V):
 
     - gradients: 4 N D of hidden states, 4 V D of the head if it is trained;
     - a chunk's logits: 4 c V for the student and 4 c V for all teachers together (one more while a second one is added);
@@ -44,8 +44,8 @@ def loss_bytes(
         top_k: Whether the divergence is over the most probable tokens only, or has bounded entries.
         teacher_hidden: D of the teacher's own model, if it differs.
     """
-    block = max(1, _BLOCK_BYTES[device] // (WIDE * vocabulary))
-    chunk = min(tokens, max(_CPU_CHUNK_ROWS, block) if device == "cpu" else _CHUNK_ROWS)
+    chunk, block = rows_at_once(device, vocabulary)
+    chunk = min(tokens, chunk)
     narrow = 2 if compute.narrow in (torch.bfloat16, torch.float16) else 4
     native = device == "cuda" and narrow == 2
     kept = WIDE * (tokens * hidden + trains_head * vocabulary * hidden + 6 * tokens)

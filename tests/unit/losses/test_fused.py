@@ -18,7 +18,7 @@ from pgpo_lightning.losses.divergence import (
     softened_reverse_kl,
     student_top_k,
 )
-from pgpo_lightning.losses.fused import Head, Source, linear_distillation, linear_statistics
+from pgpo_lightning.losses.fused import Head, Source, linear_distillation, linear_statistics, rows_at_once
 from pgpo_lightning.losses.top_k import likeliest
 from tests.support.loss_cases import CLIPPED, N, V, inputs, label
 
@@ -385,3 +385,10 @@ def test_top_k_in_single_precision_where_the_student_has_almost_no_tail(alpha):
     (loss, ours), (exact_loss, exact) = gradient(torch.float32), gradient(torch.float64)
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chunk_holds_fewer_rows_of_a_large_vocabulary():
+    assert rows_at_once("cpu", 512) == (512, 512)
+    assert rows_at_once("cpu", 32_768) == (256, 8)
+    assert rows_at_once("cpu", 151_936) == (138, 1)
+    assert rows_at_once("cuda", 151_936)[0] == 1024
