@@ -7,12 +7,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWar
 from pgpo_lightning.core.seeding import derive_seed, uniform
 from pgpo_lightning.core.settings import Count, checked
 from pgpo_lightning.core.types import Question, Rollout
+from pgpo_lightning.losses.top_k import likeliest
 from pgpo_lightning.models.decoding import Way
 from pgpo_lightning.models.loading import decode, evaluating
 from pgpo_lightning.models.soundness import way_to_sample
 from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling, end_tokens
 
 _LOOK_EVERY = 16  # steps between two checks for ended responses on a GPU
+_NUCLEUS = (128, 1024)  # on a CPU, numbers of likeliest tokens that are tried before the whole vocabulary is sorted
 _WORTH_LEAVING = 0.75  # if at most this fraction of the responses goes on, copying their keys and values pays off
 
 
@@ -129,7 +131,6 @@ def _sample(
     """
     device = next(model.parameters()).device
     end_ids = torch.tensor(sorted(ends), device=device)
-    nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
     decoding = way.start(model, prompts, n, sampling.max_tokens)
     total = len(prompts) * n
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
@@ -143,7 +144,7 @@ def _sample(
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers are drawn for all responses, ended or not, so that a response does not depend on when the others end.
         drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
-        token = _draw(p if nucleus is None else nucleus(None, p.log()).exp(), drawn[active])
+        token = _draw(p, drawn[active]) if sampling.top_p == 1 else _draw_nucleus(p, drawn[active], sampling.top_p)
         tokens[step, active] = token
         log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0.0)
         ended |= torch.isin(token, end_ids)
@@ -189,3 +190,34 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     # 1 - u lies in (0, 1], so a token of probability zero is never the first to reach it.
     place = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
     return place.clamp(max=weights.size(-1) - 1)  # with NaN the index is one too large
+
+
+def _draw_nucleus(p: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Draw a token per row from the smallest set of likeliest tokens whose probabilities sum to at least `top_p`.
+
+    The set is looked for among the likeliest tokens first, because to sort a whole vocabulary takes longer than all the rest.
+    Candidates are in the order of the vocabulary, so the same number gives the same token whatever was sorted, up to rounding.
+
+    Args:
+        p: Probabilities, shape ``(n, V)``.
+        uniform: Random numbers in [0, 1), shape ``(n, 1)``.
+        top_p: In (0, 1).
+    """
+    token = torch.empty(len(p), dtype=torch.int64, device=p.device)
+    rows = torch.arange(len(p), device=p.device)  # whose set has not been found yet
+    for k in _NUCLEUS:
+        # On a GPU a whole sort is fast, and the look for unfinished rows would synchronise host and device.
+        if p.device.type != "cpu" or p.size(-1) < 4 * k or not len(rows):
+            continue
+        ids = likeliest(p[rows], k).sort(-1).values  # (rows, k)
+        sorted_p, order = p[rows].gather(-1, ids).sort(-1, descending=True)
+        total = sorted_p.cumsum(-1)
+        weights = torch.where(total - sorted_p < top_p, sorted_p, 0.0)
+        places = _draw(torch.zeros_like(weights).scatter_(-1, order, weights), uniform[rows])
+        found = total[:, -1] >= top_p  # not with NaN
+        token[rows[found]] = ids[found, places[found]]
+        rows = rows[~found]
+    if len(rows):
+        nucleus = TopPLogitsWarper(top_p)
+        token[rows] = _draw(nucleus(None, p[rows].log()).exp(), uniform[rows])
+    return token

@@ -11,6 +11,7 @@ from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.loading import recompute_activations
 from pgpo_lightning.models.soundness import way_to_sample
+from pgpo_lightning.rollout import transformers_engine
 from pgpo_lightning.rollout.engine import NotFiniteError, Sampling
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import TOKENIZER
@@ -278,3 +279,36 @@ def test_what_is_not_finite_behind_the_end_of_a_response_is_nobodys_business(mon
     Breaking(model, 1, float("nan"))
     rollouts = generate(model, prompts_of(5, 9), n=2)
     assert responses(rollouts) == [[EOS]] * 4
+
+
+def test_the_nucleus_of_a_long_vocabulary_is_that_of_a_whole_sort(monkeypatch):
+    """Sharp rows, wide ones, and flat ones whose nucleus is larger than what is looked through first."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([8.0, 5.0, 3.0, 1.5, 0.5, 0.0]).repeat(50).unsqueeze(1)
+    p = (torch.randn(300, 8192, generator=generator) * spread).softmax(-1)
+    uniform = torch.rand(300, 1, generator=generator)
+    whole = transformers_engine.TopPLogitsWarper(0.9)
+    expected = transformers_engine._draw(whole(None, p.log()).exp(), uniform)
+    sorted_rows = []
+
+    class Counting(transformers_engine.TopPLogitsWarper):
+        def __call__(self, ids, scores):
+            sorted_rows.append(len(scores))
+            return super().__call__(ids, scores)
+
+    monkeypatch.setattr(transformers_engine, "TopPLogitsWarper", Counting)
+    tokens = transformers_engine._draw_nucleus(p, uniform, 0.9)
+    flat = spread[:, 0] < 1
+    assert torch.equal(tokens[~flat], expected[~flat])
+    # Among equal probabilities a sort may choose any tokens.
+    assert torch.equal(tokens[spread[:, 0] == 0.5], expected[spread[:, 0] == 0.5])
+    assert sorted_rows == [int(((whole(None, p.log()) > -torch.inf).sum(-1) > 1024).sum())]
+    assert 0 < sorted_rows[0] < 300
+
+
+def test_tokens_of_a_nucleus_are_drawn_at_their_probabilities():
+    p = torch.full((1, 4096), 1e-9)
+    p[0, [7, 4000, 2000]] = torch.tensor([0.5, 0.3, 0.2])
+    grid = (torch.arange(1000) + 0.5).div(1000).unsqueeze(1)
+    tokens = transformers_engine._draw_nucleus(p.expand(1000, -1), grid, 0.7)
+    assert Counter(tokens.tolist()) == {7: 625, 4000: 375}
