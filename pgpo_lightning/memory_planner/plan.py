@@ -175,7 +175,8 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
     learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
     mini_batch = learned[: -(-len(learned) // run.updates)]
-    batches = group(mini_batch, run.micro_batch_tokens, run.prompt_sharing, with_teacher=bool(teachers))
+    sharded = run.sharding.kind == "fsdp"
+    batches = group(mini_batch, run.micro_batch_tokens, run.prompt_sharing, bool(teachers), sharded)
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
     gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)

@@ -129,7 +129,9 @@ class MicroBatch:
         return max(layout.padded + layout.rows * (layout.prompt + layout.width) for layout in layouts)
 
 
-def group(rows: list[Sample], budget: int, prompt_sharing: PromptSharing, with_teacher: bool) -> list[MicroBatch]:
+def group(
+    rows: list[Sample], budget: int, prompt_sharing: PromptSharing, with_teacher: bool, sharded: bool = False
+) -> list[MicroBatch]:
     """Split rows into micro-batches as the module does, and pack them.
 
     Args:
@@ -137,6 +139,7 @@ def group(rows: list[Sample], budget: int, prompt_sharing: PromptSharing, with_t
         budget: `update.micro_batch_tokens`.
         prompt_sharing: When equal prompts are computed once.
         with_teacher: Whether there is a teacher with its own prompts.
+        sharded: Whether weights are gathered for every pass.
     """
 
     def contexts(row: Sample) -> list[list[int]]:
@@ -151,7 +154,7 @@ def group(rows: list[Sample], budget: int, prompt_sharing: PromptSharing, with_t
 
     by_lengths: dict[Any, MicroBatch] = {}  # micro-batches of equal lengths have equal layouts
     batches = []
-    for part in micro_batches(rows, budget, contexts, prompt_sharing):
+    for part in micro_batches(rows, budget, contexts, prompt_sharing, sharded):
         prompts: dict[tuple[int, ...], int] = {}
         key = tuple(
             (row.length, *((prompts.setdefault(tuple(ids), len(prompts)), len(ids)) for ids in contexts(row)))

@@ -48,7 +48,8 @@ class UpdateConfig(ConfigGroup):
             checkpoints and schedules count batches.
         num_iterations: Passes over each batch, each with `updates_per_batch` optimizer steps. A teacher that does not change
             within a batch is run in the first pass only.
-        micro_batch_tokens: Maximum padded tokens per forward pass; shared prompts are counted and computed once.
+        micro_batch_tokens: Maximum padded tokens per forward pass; shared prompts are counted and computed once. Passes are
+            smaller where lengths differ and that saves padding.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step;
             rollouts without a loss count as zero, as in SDPO's code. ``token-mean``: mean over all tokens in the loss of the
             optimizer step. Both are over all ranks and micro-batches.

@@ -288,7 +288,8 @@ class Learner:
             contexts: The prompts that a pass puts before a sample's response; by default the student's and the teacher's.
             taught: Whether a dummy pass has a teacher.
         """
-        groups = micro_batches(samples, self.update.micro_batch_tokens, contexts or prompts_of, self.prompt_sharing)
+        budget, sharded = self.update.micro_batch_tokens, self.placement.sharded
+        groups = micro_batches(samples, budget, contexts or prompts_of, self.prompt_sharing, sharded)
         passes = [Pass(group, counts=True) for group in groups]
         wanted = max(gather(len(passes))) if self.placement.sharded else 1
         return passes + [Pass([batch[0].stand_in(taught)], counts=False)] * (max(1, wanted) - len(passes))

@@ -10,6 +10,14 @@ from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.models.packing import PaddedTokens, PromptSharing
 
+_PASS_TOKENS = 256
+"""What a forward and backward pass costs in addition to its tokens, in tokens: operations are started, gradients summed."""
+_SHARDED_PASS_TOKENS = 2048
+"""The same under sharded weights, which are gathered for every pass (by arithmetic for 8B on eight GPUs, not measured)."""
+
+_WORTH_SPLITTING = 0.75
+"""Smaller passes are taken if they cost at most this fraction. Other sums round differently, so small savings are left."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -51,17 +59,21 @@ def micro_batches(
     token_budget: int,
     contexts: Callable[[Sample], list[list[int]]],
     prompt_sharing: PromptSharing,
+    sharded: bool = False,
 ) -> list[list[Sample]]:
-    """Group samples so that no forward pass has more than `token_budget` padded tokens.
+    """Group samples so that no forward pass has more than `token_budget` padded tokens, and all of them together few.
 
     Samples of similar length waste little on padding. Samples with the same prompt need to compute it only once. Which order is
-    cheaper depends on the data, so both are tried.
+    cheaper depends on the data, so both are tried. Smaller groups have less padding, but every pass has a cost of its own: the
+    budget is halved as long as the padded tokens that this saves are worth the additional passes. If all of this saves less than
+    a quarter, as where lengths are nearly equal, the passes are as full as the budget allows.
 
     Args:
         samples: Samples of one optimizer step, in any order.
         token_budget: Maximum padded tokens of one forward pass. A single longer sample is a group of its own.
         contexts: The prompts that precede a sample's response: the student's, and the teacher's if there is one.
         prompt_sharing: Whether equal prompts are computed once.
+        sharded: Whether weights are gathered for every pass.
 
     Returns:
         Groups of samples, longest first, so that a run that exceeds the memory does so in its first pass.
@@ -71,21 +83,37 @@ def micro_batches(
     def length(sample: Sample) -> int:
         return max(map(len, prompts[id(sample)])) + sample.length
 
-    def fill(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
+    def fill(ordered: list[Sample], budget: int) -> tuple[int, int, list[list[Sample]]]:
+        """Return the padded tokens of all passes and of the largest, and the groups."""
         groups: list[list[Sample]] = []
-        total, counts = 0, list[PaddedTokens]()
+        loads: list[list[int]] = []  # padded tokens of every pass of every group
+        counts: list[PaddedTokens] = []
         for sample in ordered:
             own = prompts[id(sample)]
             more = [count.plus(prompt, sample.length) for count, prompt in zip(counts, own, strict=False)]
-            if not groups or max(count.tokens(prompt) for count, prompt in zip(more, own, strict=True)) > token_budget:
-                total += sum(count.tokens() for count in counts)
+            if not groups or max(count.tokens(prompt) for count, prompt in zip(more, own, strict=True)) > budget:
+                loads.append([count.tokens() for count in counts])
                 groups.append([])
                 more = [PaddedTokens(prompt_sharing).plus(prompt, sample.length) for prompt in own]
             groups[-1].append(sample)
             counts = [count.keep(prompt) for count, prompt in zip(more, own, strict=True)]
-        return total + sum(count.tokens() for count in counts), groups
+        loads.append([count.tokens() for count in counts])
+        return sum(map(sum, loads)), max(map(max, filter(None, loads)), default=0), groups
 
-    cost, by_length = fill(sorted(samples, key=length, reverse=True))
+    def best(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
+        """Return the cost in tokens of the best budget, and its groups."""
+        padded, largest, full = fill(ordered, token_budget)
+        cost = full_cost = padded + pass_cost * len(full)
+        groups = full
+        while largest > pass_cost:  # smaller passes would cost more than their tokens
+            padded, largest, smaller = fill(ordered, largest // 2)
+            if padded + pass_cost * len(smaller) >= cost:
+                break
+            cost, groups = padded + pass_cost * len(smaller), smaller
+        return (cost, groups) if cost <= _WORTH_SPLITTING * full_cost else (full_cost, full)
+
+    pass_cost = _SHARDED_PASS_TOKENS if sharded else _PASS_TOKENS
+    cost, by_length = best(sorted(samples, key=length, reverse=True))
     if prompt_sharing == "never":
         return by_length
     longest: dict[tuple[int, ...], int] = {}
@@ -95,7 +123,7 @@ def micro_batches(
     ordered = sorted(
         samples, key=lambda sample: (longest[key := prompts[id(sample)][0]], key, sample.length), reverse=True
     )
-    cost_by_prompt, by_prompt = fill(ordered)
+    cost_by_prompt, by_prompt = best(ordered)
     return by_prompt if cost_by_prompt < cost else by_length
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
-from pgpo_lightning.models.packing import Sequences, SharedSequences
+from pgpo_lightning.models.packing import PaddedTokens, Sequences, SharedSequences
 from pgpo_lightning.training.mini_batches import micro_batches, mini_batches
 
 
@@ -59,10 +59,54 @@ def test_micro_batches_are_a_partition_within_the_budget(sharing, samples, budge
 
 @given(samples=batches(taught=True), budget=st.integers(20, 200), more=st.integers(1, 200))
 def test_a_larger_budget_never_needs_more_passes(samples, budget, more):
-    """Without shared prompts, where samples are taken by length."""
-    assert len(micro_batches(samples, budget + more, contexts, "never")) <= len(
-        micro_batches(samples, budget, contexts, "never")
+    """Without shared prompts, where samples are taken by length, and with passes that cost more than any padding here."""
+    more_room, less_room = (
+        micro_batches(samples, room, contexts, "never", sharded=True) for room in (budget + more, budget)
     )
+    assert len(more_room) <= len(less_room)
+
+
+def cost(groups, sharing, a_pass=256):
+    """Padded tokens of all passes, and what passes cost in themselves."""
+    counts = 0
+    for group in groups:
+        for prompts in zip(*map(contexts, group), strict=True):
+            count = PaddedTokens(sharing)
+            for prompt, one in zip(map(tuple, prompts), group, strict=True):
+                count = count.plus(prompt, one.length).keep(prompt)
+            counts += count.tokens()
+    return counts + a_pass * len(groups)
+
+
+@pytest.mark.parametrize("sharing", ["never", "if-cheaper", "always"])
+@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40))
+def test_smaller_passes_are_never_dearer_than_full_ones(sharing, lengths):
+    """Passes under sharded weights cost so much here that each is as full as the budget allows."""
+    samples = [sample(i // 4, [i // 4] * 30, [7] * length) for i, length in enumerate(lengths)]
+    assert cost(micro_batches(samples, 10**6, contexts, sharing), sharing) <= cost([samples], sharing)
+    assert micro_batches(samples[:1] * 3, 10**6, contexts, sharing) == [samples[:1] * 3]
+
+
+@pytest.mark.parametrize("sharing", ["never", "if-cheaper"])
+def test_padding_is_small_whatever_the_lengths_and_equal_lengths_stay_together(sharing):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(256).exponential_(1 / 200, generator=generator).long().clamp(1, 1024).tolist()
+    samples = [sample(i // 8, [i // 8] * 40, [7] * length) for i, length in enumerate(lengths)]
+    real = 256 * 40 + sum(lengths)
+    few = micro_batches(samples, 10**6, contexts, sharing)
+    assert cost([samples], sharing, 0) > 3.5 * real, "in one pass"
+    assert cost(few, sharing, 0) < 1.25 * real
+    assert len(few) < 40
+    nearly = [sample(i // 8, [i // 8] * 40, [7] * (90 + i % 16)) for i in range(256)]
+    assert len(micro_batches(nearly, 10**6, contexts, sharing)) == 1
+
+
+@given(lengths=st.lists(st.integers(1, 600), min_size=2, max_size=20, unique=True), seed=st.integers(0, 99))
+def test_micro_batches_do_not_depend_on_the_order_of_the_samples(lengths, seed):
+    samples = [sample(i // 4, [i // 4] * 30, [7] * length) for i, length in enumerate(lengths)]
+    mixed = [samples[i] for i in torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))]
+    groups, again = ([list(map(id, g)) for g in micro_batches(x, 2000, contexts, "never")] for x in (samples, mixed))
+    assert groups == again
 
 
 @given(samples=batches(taught=False), count=st.integers(1, 7))
