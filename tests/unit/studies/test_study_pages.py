@@ -2,8 +2,10 @@
 
 import pytest
 
+from pgpo_lightning.studies.decisions import estimate
+from pgpo_lightning.studies.predictions import seen
 from pgpo_lightning.studies.stopping import decide_to_stop
-from tests.support.committed import difference, groups, known, of_report, page, records, study, unknown
+from tests.support.committed import difference, groups, known, of_report, page, records, shown, study, unknown
 
 LOW = {
     "sdpo": "SDPO",
@@ -47,3 +49,121 @@ def test_every_interval_of_the_findings_is_known():
         low, high = prediction.interval
         quoted.add(f"{prediction.value:+.3f} [{low:+.3f}, {high:+.3f}]")
     assert unknown(page("findings.md"), quoted) == []
+
+
+RIVALS = {
+    "sdpo": "SDPO",
+    "srpo": "SRPO",
+    "srpo-dw": "SRPO with DW weights",
+    "sc-sdpo": "SC-SDPO",
+    "dw-sdpo": "DW-SDPO",
+    "cgtr": "CGTR",
+    "frozen": "frozen teacher",
+    "restart-and-freeze": "restart-and-freeze",
+    "opsd-clip": "OPSD's clip",
+    "demopsd": "DemoPSD (on the reverse KL)",
+    "reverse-kl": "reverse KL",
+    "rlsd": "RLSD",
+    "grpo": "GRPO",
+    "pgpo-1": "PGPO alpha 1",
+    "pgpo-8": "PGPO alpha 8",
+    "constant-8": "constant of that dose",
+}
+
+
+def rival_row(found, name):
+    """The row of an arm: at each rate its final score and the difference to SDPO, and the lost runs at the higher one."""
+    cells = [RIVALS[name]]
+    for rate in ("lr=1e-4", "lr=2e-4"):
+        arms = found[rate].arms
+        gain = "" if name == "sdpo" else difference(arms[name], arms["sdpo"])
+        cells += [f"{arms[name].tables['final'].mean():.3f}", gain]
+    lost = arms[name].collapsed
+    cells.append(f"{sum(step is not None for step in lost)}/{len(lost)}")
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rows_of_the_rivals(name):
+    assert rival_row(groups("rivals/runs.jsonl.xz", study("rivals")), name) in page("rivals.md")
+
+
+def test_every_interval_of_the_rivals_is_known():
+    spec = study("rivals")
+    quoted = known(groups("rivals/runs.jsonl.xz", spec))
+    for prediction in spec.predictions:
+        low, high = prediction.interval
+        quoted.add(f"{prediction.value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    assert unknown(page("rivals.md"), quoted) == []
+
+
+HAPO = {
+    "grpo": "GRPO",
+    "hapo-0.8": "HAPO, threshold 0.8",
+    "hapo-0.2": "threshold 0.2 (no success at all)",
+    "annealed": "0.8, annealed until closed at step 31",
+    "always": "always (LUFFY)",
+    "random": "random, as often open as 0.8's",
+    "random-injected": "random, as many demonstrations as 0.8",
+    "random-0.2": "random, as often open as 0.2's",
+    "thompson": "a draw from the posterior (Thompson)",
+    "accumulated": "accumulated counts",
+    "no-advantage": "without advantage",
+    "buffer": "buffer instead of column",
+}
+
+
+def curve_mean(arm, tag, start=0, stop=None):
+    """The mean of a curve over runs and steps."""
+    return sum(
+        sum(values[start:stop]) / len(values[start:stop]) for _, values in (run.curves[tag] for run in arm.runs)
+    ) / len(arm.runs)
+
+
+def hapo_row(found, name):
+    """The row of an arm at temperature 0.6."""
+    arms = found["base"].arms
+    arm = arms[name]
+    last = [run.curves["val/pass@8"][1][-1] for run in arm.runs]
+    cells = [HAPO[name], shown(estimate(arm.tables["final"]), 2, ""), f"{sum(last) / len(last):.2f}"]
+    cells.append("" if name == "grpo" else difference(arm, arms["grpo"], digits=2))
+    cells.append("" if name in ("grpo", "hapo-0.8") else difference(arm, arms["hapo-0.8"], digits=2))
+    if name == "grpo":
+        return f"| {' | '.join([*cells, '', ''])} |".replace("|  |", "| |").replace("|  |", "| |")
+    shares = [curve_mean(arm, "hapo/injected_groups", *part) for part in ((0, 10), (-10, None))]
+    cells += [f"{shares[0]:.2f} -> {shares[1]:.2f}", f"{curve_mean(arm, 'hapo/teacher_token_share'):.2f}"]
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+@pytest.mark.parametrize("name", HAPO)
+def test_rows_of_hapo(name):
+    assert hapo_row(groups("hapo/runs.jsonl.xz", study("hapo")), name) in page("hapo.md")
+
+
+@pytest.mark.parametrize(("condition", "temperature"), [("t0.3", "0.3"), ("base", "0.6"), ("t1.0", "1.0")])
+def test_hapo_against_grpo_by_temperature(condition, temperature):
+    arms = groups("hapo/runs.jsonl.xz", study("hapo"))[condition].arms
+    grpo, hapo = (shown(estimate(arms[name].tables["final"]), 2, "") for name in ("grpo", "hapo-0.8"))
+    row = f"| {temperature} | {grpo} | {hapo} | {difference(arms['hapo-0.8'], arms['grpo'], digits=2)} |"
+    assert row in page("hapo.md").replace("**", "")
+
+
+def test_every_interval_of_hapo_is_known():
+    assert unknown(page("hapo.md"), known(groups("hapo/runs.jsonl.xz", study("hapo")))) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "names", "inside"),
+    [
+        ("rivals/runs.jsonl.xz", ["rivals"], 10),
+        ("hapo/runs.jsonl.xz", ["hapo", "hapo-rare"], 7),
+        ("low/runs.jsonl.xz", ["low"], 3),
+    ],
+)
+def test_records_are_whole_and_so_many_predictions_held(file, names, inside):
+    made = {(run.study, run.arm, run.seed) for run in records(file)}
+    planned = {(run.condition, run.arm, run.seed) for name in names for run in study(name).runs()}
+    assert made <= planned
+    assert made == planned or names == ["low"]
+    found = [*groups(file, study(names[0])).values()]
+    assert sum(seen(one, found)["in_predicted"] for name in names for one in study(name).predictions) == inside
