@@ -43,8 +43,13 @@ if TYPE_CHECKING:
     from pgpo_lightning.losses.token_weights import TokenWeights
     from pgpo_lightning.models.lora import LoRA
     from pgpo_lightning.models.quantization import Quantization
-    from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
-    from pgpo_lightning.objectives.configs import DivergenceConfig, InjectionConfig, PolicyGradientConfig
+    from pgpo_lightning.modules import CEPO, GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
+    from pgpo_lightning.objectives.configs import (
+        DivergenceConfig,
+        EvidenceConfig,
+        InjectionConfig,
+        PolicyGradientConfig,
+    )
     from pgpo_lightning.objectives.distillation import DistillationObjective
     from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
     from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CEPO",
     "GRPO",
     "HAPO",
     "RLSD",
@@ -79,6 +85,7 @@ __all__ = [
     "EffectiveSampleSizeMultiplier",
     "Engine",
     "EvaluationConfig",
+    "EvidenceConfig",
     "FileQuestions",
     "InformationMultiplier",
     "InjectionConfig",
@@ -142,8 +149,8 @@ _HOMES = {
     "losses.token_weights": "TokenWeights",
     "models.lora": "LoRA",
     "models.quantization": "Quantization",
-    "modules": "GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
-    "objectives.configs": "DivergenceConfig InjectionConfig PolicyGradientConfig",
+    "modules": "CEPO GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
+    "objectives.configs": "DivergenceConfig EvidenceConfig InjectionConfig PolicyGradientConfig",
     "objectives.distillation": "DistillationObjective",
     "objectives.policy_gradient": "PolicyGradientObjective",
     "rewards": "BoxedAnswer MultipleChoice TRLReward",

@@ -123,6 +123,7 @@ class PlanCommand(BuildCommand):
             demonstration=demonstration,
             keep=self._get(self.config, "checkpoint").keep,
             external=_external(module),
+            contrasted=module.objective.contrasted,
         )
 
 

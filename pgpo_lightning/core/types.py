@@ -92,6 +92,9 @@ class Sample:
         old_log_probs: Log-probabilities of the response under the policy before the first of several updates on one
             batch, shape ``(len(response_ids),)``; ``None`` means that the current policy is the sampling policy.
         teacher_hidden: The teacher's hidden states of the response, ``(len(response_ids), D)``, while they are to be used again.
+        contrast_ids: Token ids of a second prompt of the teacher, with which the first is compared (CEPO), or ``None``.
+        contrast_log_probs: The teacher's log-probabilities of the response after it (nats), ``(len(response_ids),)``, while they
+            are to be used again.
         demonstration: Whether the response was given, not sampled (HAPO). It then has no log-probabilities under a sampler, and
             `advantage` is the weight of its loss.
         replaced_by: The row that the loss has in this one's place, if any. What is reported is this one.
@@ -105,6 +108,8 @@ class Sample:
     weight: float = 1.0
     old_log_probs: Tensor | None = None
     teacher_hidden: Tensor | None = None
+    contrast_ids: list[int] | None = None
+    contrast_log_probs: Tensor | None = None
     demonstration: bool = False
     replaced_by: "Sample | None" = None
 
@@ -113,7 +118,13 @@ class Sample:
         """Response tokens, end-of-sequence included."""
         return len(self.rollout.response_ids)
 
-    def stand_in(self, taught: bool = True) -> "Sample":
-        """Return a row of one token for a forward pass that has to be made, with or without teacher, and counts for nothing."""
+    def stand_in(self, taught: bool = True, contrasted: bool = False) -> "Sample":
+        """Return a row of one token for a forward pass that has to be made and counts for nothing.
+
+        Args:
+            taught: Whether the teacher runs over it.
+            contrasted: Whether the teacher runs over it a second time.
+        """
         one = replace(self.rollout, response_ids=self.rollout.response_ids[:1], log_probs=self.rollout.log_probs[:1])
-        return Sample(one, self.verdict, reprompt_ids=one.prompt_ids if taught else None)
+        reprompt, contrast = (one.prompt_ids if wanted else None for wanted in (taught, contrasted))
+        return Sample(one, self.verdict, reprompt_ids=reprompt, contrast_ids=contrast)

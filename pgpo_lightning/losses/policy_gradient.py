@@ -60,13 +60,14 @@ def clipped_policy_loss(
 
 
 def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bound: float) -> Tensor:
-    """Return RLSD's advantages per token: the response's advantage, larger where the teacher's evidence has the same sign.
+    """Return advantages per token (RLSD, CEPO): the response's, larger where the teacher's evidence has the same sign.
 
     ``A [(1 - mixing) + mixing clip(exp(sign(A) log_ratio), 1 - bound, 1 + bound)]``
 
     Args:
         advantages: Advantage of each token's response, shape ``(n,)``.
-        log_ratio: log T - log S of the sampled tokens (nats), shape ``(n,)``.
+        log_ratio: log T - log S of the sampled tokens (nats), shape ``(n,)``; for CEPO log T+ - log T-, of two contexts of the
+            teacher.
         mixing: Weight of the evidence, lambda.
         bound: Largest distance of the evidence's factor from 1.
 

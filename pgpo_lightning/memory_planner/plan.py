@@ -75,6 +75,8 @@ class RunSpec:
         demonstration: Assumed tokens of a demonstration that replaces a rollout in each group (HAPO); None for none.
         keep: Number of checkpoints that are kept; None for all.
         external: The teacher's model, for an external one. Its type is that of the teacher in `compute`.
+        contrasted: Whether the teacher reads two prompts for every response (CEPO). Its second pass takes less memory than the
+            first, because it comes before the student's.
     """
 
     config: PretrainedConfig
@@ -101,6 +103,7 @@ class RunSpec:
     demonstration: int | None = None
     keep: int | None = 1
     external: External | None = None
+    contrasted: bool = False
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -214,7 +217,8 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
         tokens = sum(row.length for row in rows)
         theirs_config = run.config if external is None else external.config
         cached = tokens * theirs_config.get_text_config().hidden_size * compute.teacher.itemsize
-        parts["teacher's hidden states"] = cached
+        kept = tokens * torch.float32.itemsize * run.contrasted  # log-probabilities of the second pass
+        parts["teacher's hidden states"] = cached + kept
     need.phases["gradients"] = parts
     if not accumulating:  # the backward pass of the only micro-batch creates them
         need.absent["gradients"] = ("gradients",)
@@ -229,7 +233,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
         trainable,
         optimizer,
         need,
-        _tokens(rows, batches),
+        _tokens(rows, batches, 1 + run.contrasted),
         _flops(run, counted, trainable, batches, rows, trains_head),
         len(batches) * run.updates,
         {n: Layout.of(p) for n, p in (("student", largest.student), ("teacher", largest.teacher)) if p is not None},
@@ -286,14 +290,14 @@ def _sampled(run: RunSpec, rows: list[Sample]) -> Sampled:
     return Sampled(prompts, samples, [row.length for some in chosen for row in some], run.longest_response)
 
 
-def _tokens(rows: list[Sample], batches: list[Any]) -> dict[str, int]:
+def _tokens(rows: list[Sample], batches: list[Any], prompts: int) -> dict[str, int]:
     layouts = [(Layout.of(b.student), None if b.teacher is None else Layout.of(b.teacher)) for b in batches]
     return {
         "responses": len(rows),
         "response tokens": sum(row.length for row in rows),
         "prompt tokens": sum({row.rollout.question.index: len(row.rollout.prompt_ids) for row in rows}.values()),
         "student's padded tokens": sum(student.padded for student, _ in layouts),
-        "teacher's padded tokens": sum(teacher.padded for _, teacher in layouts if teacher is not None),
+        "teacher's padded tokens": prompts * sum(teacher.padded for _, teacher in layouts if teacher is not None),
     }
 
 
@@ -308,6 +312,8 @@ def _flops(
     share = trainable / counted.matrices if run.adapters is not None else 1.0
     times = run.passes * run.updates
     moving = run.teacher in ("live", "trust-region")
+    tokens = sum(layout.tokens for layout, _ in ways)
+    again = 2 * other.head * tokens * (1 + teachers) * run.contrasted  # the heads of the second pass
     return {
         "rollouts": flops.prefill(width, prompts) + flops.decoding(width, prompts, [row.length for row in rows]),
         "student forward": times * sum(flops.forward(width, layout) for layout, _ in ways),
@@ -317,11 +323,13 @@ def _flops(
         "teacher forward": (run.passes if moving else 1)
         * run.updates
         * teachers
+        * (1 + run.contrasted)
         * sum(flops.forward(other, Layout.of(teacher)) for _, teacher in ways if teacher is not None),
         "loss": times
         * sum(
             flops.loss(width, layout.tokens, teachers, trains_head)
             + 2 * (other.head - width.head) * layout.tokens * min(teachers, 1)
             for layout, _ in ways
-        ),
+        )
+        + (times if moving else run.updates) * again,
     }

@@ -1,5 +1,6 @@
 """The collection: what a row of the loss is, and what its loss is."""
 
+from pgpo_lightning.modules.cepo import CEPO
 from pgpo_lightning.modules.grpo import GRPO
 from pgpo_lightning.modules.hapo import HAPO
 from pgpo_lightning.modules.on_policy import OnPolicyModule
@@ -7,4 +8,4 @@ from pgpo_lightning.modules.rlsd import RLSD
 from pgpo_lightning.modules.sdpo import SDPO
 from pgpo_lightning.modules.srpo import SRPO
 
-__all__ = ["GRPO", "HAPO", "RLSD", "SDPO", "SRPO", "OnPolicyModule"]
+__all__ = ["CEPO", "GRPO", "HAPO", "RLSD", "SDPO", "SRPO", "OnPolicyModule"]

@@ -8,6 +8,7 @@ from pgpo_lightning.core.run_settings import ConfigGroup
 from pgpo_lightning.core.settings import Count, Fraction, Natural, NonNegative, Positive, checked
 from pgpo_lightning.losses.divergence import Divergence, Softening
 from pgpo_lightning.losses.policy_gradient import TieBreak
+from pgpo_lightning.teachers.contrast import Shown
 
 
 @partial(checked, prefix="divergence.")
@@ -132,3 +133,30 @@ class InjectionConfig(ConfigGroup):
     confidence_weight: bool = False
     shaping: Positive = 0.1
     gradient_parts_every_n_steps: Natural = 0
+
+
+@partial(checked, prefix="evidence.")
+@dataclass(frozen=True)
+class EvidenceConfig(ConfigGroup):
+    """How a right and a wrong answer distribute a response's advantage over its tokens (CEPO, arXiv 2605.19436).
+
+    Args:
+        mixing: Weight of the evidence at the first step, lambda.
+        mixing_steps: Batches over which it falls to 0, linearly; null to keep it. At 0 the teacher reads the right answer only,
+            for the log.
+        clip: How far the evidence moves a factor from 1. The paper has 0.5, the script in its repository 0.2.
+        shown: ``answer``: the teacher reads the question's right answer, and the answer that the verifier read from the rejected
+            rollout with the lowest reward. ``response``: whole responses, the best accepted rollout (the right answer if there is
+            none) and the same rejected one.
+        without_wrong_answer: What replaces the contrast where no rollout was rejected: the student's probability (``rlsd``, the
+            paper's rule), or nothing, so that the advantage is GRPO's (``grpo``, the rule of the paper's code).
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    mixing: Fraction = 0.5
+    mixing_steps: Count | None = 25
+    clip: Fraction = 0.5
+    shown: Shown = "answer"
+    without_wrong_answer: Literal["rlsd", "grpo"] = "rlsd"

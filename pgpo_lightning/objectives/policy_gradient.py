@@ -128,9 +128,13 @@ class CreditedPolicyGradient(PolicyGradientObjective):
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
         """Give every sample its advantage and, if it has a demonstration or feedback, its teacher's prompt."""
         self.current_mixing = self.mixing_at(given.step)
-        scalars = self.teaching.attach(samples, given.teacher, given.rng, seed=given.seed, step=given.step)
+        scalars = self.attach(samples, given)
         scalars |= super().prepare(samples, given)
         return scalars | {"critic/advantages/mixing": self.current_mixing}
+
+    def attach(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
+        """Give samples their teacher's prompt, in place; return scalars to log."""
+        return self.teaching.attach(samples, given.teacher, given.rng, seed=given.seed, step=given.step)
 
     def routes(self, samples: list[Sample]) -> list[Route]:
         """Return the samples with a teacher, and those without, which keep the advantage of their group."""
@@ -139,6 +143,9 @@ class CreditedPolicyGradient(PolicyGradientObjective):
 
     def credited_loss(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return the clipped policy-gradient loss of every token, ``(n,)``, with the teacher's credit."""
-        log_ratio = tokens.log_p_teacher - tokens.log_p_student
-        advantages = credited_advantages(given.advantage, log_ratio, self.current_mixing, self.evidence_clip)
+        return self.credited(tokens, given, tokens.log_p_teacher - tokens.log_p_student)
+
+    def credited(self, tokens: TokenStatistics, given: TokenInputs, evidence: Tensor) -> Tensor:
+        """Return the clipped loss of every token, ``(n,)``, whose advantage is credited by some evidence (nats, ``(n,)``)."""
+        advantages = credited_advantages(given.advantage, evidence, self.current_mixing, self.evidence_clip)
         return self.clipped(tokens, given, advantages)

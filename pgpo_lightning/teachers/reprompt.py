@@ -159,7 +159,7 @@ class RepromptBuilder:
                 continue
             key = (sample.rollout.question.index, demonstration, feedback)
             if key not in fitted:  # samples with the same context have the same prompt
-                fitted[key] = self._fit(sample, demonstration, feedback, encode, tokens, text)
+                fitted[key] = self.fit(sample, demonstration, feedback, encode, tokens, text)
             sample.reprompt_ids, sample.reprompt, trimmed = fitted[key]
             count["trimmed"] += trimmed
             count["dropped"] += sample.reprompt_ids is None
@@ -206,7 +206,7 @@ class RepromptBuilder:
         content = fill(self.reprompt_template, prompt=last["content"], solution=solution, feedback=remarks)
         return [*before, {**last, "content": content}]
 
-    def _fit(
+    def fit(
         self,
         sample: Sample,
         demonstration: str | None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -15,12 +15,12 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import FullySharded, Placement, Replicated, full_tensor
 from pgpo_lightning.losses.fused import Source, TokenStatistics, linear_distillation, linear_statistics
 from pgpo_lightning.losses.step_statistics import StepStatistics
-from pgpo_lightning.models.lm_head import source
+from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
 from pgpo_lightning.teachers.base import Teacher
 from pgpo_lightning.training.configs import UpdateConfig
-from pgpo_lightning.training.mini_batches import Pass, TokenInputs, micro_batches
+from pgpo_lightning.training.mini_batches import Pass, TokenInputs, micro_batches, prompts_of, student_prompt
 from pgpo_lightning.training.objective import Objective, Route
 from pgpo_lightning.training.rates import ScaledRates
 
@@ -107,7 +107,7 @@ class Learner:
         try:
             for route in self.objective.routes(samples):
                 contexts = None if route.taught else student_prompt
-                passes = self.passes(route.samples, samples, contexts, taught=route.taught)
+                passes = self.passes(route.samples, samples, contexts, route.taught, route.contrasted)
                 loss, statistics, weights = self._accumulate(route, passes, scale, backward, no_sync)
                 if self.objective.token_weights is not None and route.taught:  # before other routes add to the gradient
                     mean = self._normalize_token_weights(weights)
@@ -161,6 +161,8 @@ class Learner:
         sequences = self.pack([(sample.rollout.prompt_ids, sample.rollout.response_ids) for sample in samples])
         by_sequence = self.update.loss_agg_mode == "seq-mean-token-mean"
         given = TokenInputs.from_samples(samples, sequences.lengths, scale, by_sequence=by_sequence)
+        if route.contrasted:  # before the student's activations take memory
+            given = replace(given, contrast=self.contrast_log_probs(samples))
         token_weights = self.objective.token_weights if route.taught else None
         divergence = self.objective.divergence
 
@@ -212,8 +214,7 @@ class Learner:
         teacher = self.teacher
         if teacher is None:
             return []
-        # Under sharded weights all ranks run the teacher equally often, whatever samples they have.
-        keeps = self.update.num_iterations > 1 and not teacher.moves_with_student and not self.placement.sharded
+        keeps = self._keeps_teacher
         known = [sample.teacher_hidden for sample in samples if sample.teacher_hidden is not None]
         if keeps and len(known) == len(samples):
             return [Source(torch.cat(known), teacher.head(self.model))]
@@ -224,6 +225,33 @@ class Learner:
             for sample, states in zip(samples, hidden, strict=True):
                 sample.teacher_hidden = states
         return sources
+
+    @property
+    def _keeps_teacher(self) -> bool:
+        """Whether what the teacher says is kept for later passes over the batch.
+
+        Under sharded weights all ranks run the teacher equally often, whatever samples they have.
+        """
+        moves = self.teacher is None or self.teacher.moves_with_student
+        return self.update.num_iterations > 1 and not moves and not self.placement.sharded
+
+    @torch.no_grad()
+    def contrast_log_probs(self, samples: list[Sample]) -> Tensor:
+        """Return the teacher's log-probabilities (nats) of the responses after their second prompt, ``(N,)``."""
+        known = [sample.contrast_log_probs for sample in samples if sample.contrast_log_probs is not None]
+        if self.teacher is None or (self._keeps_teacher and len(known) == len(samples)):
+            return torch.cat(known)
+        sequences = self.pack([(s.contrast_ids, s.rollout.response_ids) for s in samples if s.contrast_ids is not None])
+        sources = self.teacher.sources(self.model, sequences)
+        # With the student's head, if it fits, products have the precision of the first pass, and equal prompts give no evidence.
+        first, own = sources[0], head(self.model)
+        student = Source(first.hidden, own if own.weight.size(1) == first.hidden.size(1) else first.head)
+        tokens = linear_statistics(student, sources, sequences.targets, temperature=self.temperature)
+        found = tokens.log_p_teacher
+        if self._keeps_teacher:
+            for sample, log_probs in zip(samples, found.split(sequences.lengths.tolist()), strict=True):
+                sample.contrast_log_probs = log_probs
+        return found
 
     def gradients(
         self, samples: list[Sample], backward: Callable[[Tensor], Any] = Tensor.backward, scaler: Any = None
@@ -279,6 +307,7 @@ class Learner:
         batch: list[Sample],
         contexts: Callable[[Sample], list[list[int]]] | None = None,
         taught: bool = True,
+        contrasted: bool = False,
     ) -> list[Pass]:
         """Return the forward passes over some samples; at least one, and under sharded weights as many on every rank.
 
@@ -287,12 +316,13 @@ class Learner:
             batch: All samples of this rank. The first stands in where a rank has to make a dummy pass.
             contexts: The prompts that a pass puts before a sample's response; by default the student's and the teacher's.
             taught: Whether a dummy pass has a teacher.
+            contrasted: Whether its teacher has a second prompt.
         """
         budget, sharded = self.update.micro_batch_tokens, self.placement.sharded
         groups = micro_batches(samples, budget, contexts or prompts_of, self.prompt_sharing, sharded)
         passes = [Pass(group, counts=True) for group in groups]
         wanted = max(gather(len(passes))) if self.placement.sharded else 1
-        return passes + [Pass([batch[0].stand_in(taught)], counts=False)] * (max(1, wanted) - len(passes))
+        return passes + [Pass([batch[0].stand_in(taught, contrasted)], counts=False)] * (max(1, wanted) - len(passes))
 
     def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
         """Lay out (prompt, response) pairs on the model's device."""
@@ -362,14 +392,3 @@ class Learner:
         """Let the teacher follow the student. Called once per batch, if at least one optimizer step was taken."""
         if self.teacher is not None:
             self.teacher.update(self.model)
-
-
-def prompts_of(sample: Sample) -> list[list[int]]:
-    """Return the student's prompt and, if there is one, the teacher's."""
-    student = [sample.rollout.prompt_ids]
-    return student if sample.reprompt_ids is None else [*student, sample.reprompt_ids]
-
-
-def student_prompt(sample: Sample) -> list[list[int]]:
-    """Return the student's prompt alone."""
-    return [sample.rollout.prompt_ids]

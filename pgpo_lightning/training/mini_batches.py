@@ -139,6 +139,7 @@ class TokenInputs:
         taught: Whether the samples have a teacher's prompt. Samples with and without one are never in the same pass.
         demonstration: Whether the token belongs to a demonstration, bool; ``None`` if none does. `sampler` and `old` are
             undefined there.
+        contrast: Log-probability under the teacher after its second prompt (nats); ``None`` on routes that are not contrasted.
     """
 
     sampler: Tensor
@@ -147,6 +148,7 @@ class TokenInputs:
     old: Tensor | None
     taught: bool
     demonstration: Tensor | None = None
+    contrast: Tensor | None = None
 
     @classmethod
     def from_samples(cls, samples: list[Sample], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
@@ -184,8 +186,12 @@ class TokenInputs:
 
     def __getitem__(self, part: slice) -> "TokenInputs":
         """Return the inputs of some of the tokens."""
-        old, given = (None if values is None else values[part] for values in (self.old, self.demonstration))
-        return TokenInputs(self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given)
+        old, given, contrast = (
+            None if values is None else values[part] for values in (self.old, self.demonstration, self.contrast)
+        )
+        return TokenInputs(
+            self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given, contrast
+        )
 
     def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
         """Return log-probabilities under the policy that the batch was sampled from, computed by the trainer, ``(N,)``."""
@@ -197,3 +203,14 @@ def _old_log_probs(sample: Sample) -> Tensor:
     if log_probs is None:
         raise ValueError("Expected `old_log_probs` of all samples of a forward pass, but some have none.")
     return log_probs
+
+
+def prompts_of(sample: Sample) -> list[list[int]]:
+    """Return the student's prompt and those of the teacher that there are."""
+    teacher = [ids for ids in (sample.reprompt_ids, sample.contrast_ids) if ids is not None]
+    return [sample.rollout.prompt_ids, *teacher]
+
+
+def student_prompt(sample: Sample) -> list[list[int]]:
+    """Return the student's prompt alone."""
+    return [sample.rollout.prompt_ids]

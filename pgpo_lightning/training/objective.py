@@ -39,11 +39,13 @@ class Route:
         samples: In the loss; there may be none.
         token_loss: The loss of their tokens.
         taught: Whether the teacher runs over them too.
+        contrasted: Whether it also gives the log-probabilities of the responses after a second prompt, `Sample.contrast_ids`.
     """
 
     samples: list[Sample]
     token_loss: TokenLoss
     taught: bool = False
+    contrasted: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Objective(ABC):
 
     token_weights: TokenWeights | None = None
     """Weights of the tokens or responses of taught routes, by their information."""
+
+    contrasted: bool = False
+    """Whether the teacher reads two prompts for a response, so that it runs twice over it."""
 
     teaching: SelfTeaching | None = None
     """The self-teacher, if the objective has one."""

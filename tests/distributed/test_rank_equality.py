@@ -26,6 +26,8 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("updates", "ddp", "ema"),
         ("routed", "ddp", "restart"),
         ("routed", "fsdp2", "gated"),
+        ("contrasted", "ddp", "live"),
+        ("contrasted", "fsdp2", "trust-region"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):

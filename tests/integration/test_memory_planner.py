@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ TEACHERS = {
     "cgtr": "gated",
     "restart-and-freeze": "restart",
     "rlsd": "restart",
+    "cepo": "live",
 }
 FILES = sorted([*CONFIGS.glob("*.yaml"), *(path for folder in BASES for path in (CONFIGS / folder).glob("*.yaml"))])
 
@@ -184,3 +186,17 @@ def test_a_copied_teacher_costs_what_a_frozen_one_does_and_a_restarted_one_what_
     assert costs["frozen"] == costs["gated"]
     assert costs["ema"] == costs["restart"]
     assert costs["ema"][0]["teacher"] == 2 * costs["gated"][0]["teacher"] > 0
+
+
+def test_a_second_prompt_doubles_the_teachers_passes_and_no_peak():
+    args = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", str(CONFIGS / "ablations/cepo.yaml")]
+    for kind, kept in (("live", 0), ("frozen", 4)):
+        run = command(*args, "--model.update.num_iterations", "2", "--model.teacher.regularization", kind).run()
+        assert run.contrasted
+        two, one = plan_memory(run), plan_memory(replace(run, contrasted=False))
+        assert two.tokens["teacher's padded tokens"] == 2 * one.tokens["teacher's padded tokens"] > 0
+        assert two.flops["teacher forward"] == 2 * one.flops["teacher forward"] > 0
+        # The second pass multiplies with two heads, the first with four: student, teacher, and two for the gradients.
+        passes = 2 if kind == "live" else 1
+        assert 2 * (two.flops["loss"] - one.flops["loss"]) == one.flops["loss"] * passes / 2
+        assert two.need.peak("gradients") - one.need.peak("gradients") == kept * two.tokens["response tokens"]

@@ -16,7 +16,7 @@ from pgpo_lightning.callbacks import (
     ReplayedMultiplier,
 )
 from pgpo_lightning.callbacks.run_summary import before_after, summarise
-from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
+from pgpo_lightning.modules import CEPO, GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.training.no_signal import Outcomes, explain
 from tests.support.helpers import LIMITS, TOKENIZER, build, loader, questions, tiny_model, trainer
@@ -57,7 +57,7 @@ def made(base, empty, updates=1, **settings):
     limits = {
         name: value
         for name, value in LIMITS.items()
-        if name != "max_reprompt_len" or issubclass(base, SDPO | SRPO | RLSD)
+        if name != "max_reprompt_len" or issubclass(base, SDPO | SRPO | RLSD | CEPO)
     }
     module = build(type(f"Watched{base.__name__}", (Watched, base), {}),
         tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=updates,
@@ -79,7 +79,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("base", [SDPO, GRPO, SRPO, RLSD])
+@pytest.mark.parametrize("base", [SDPO, GRPO, SRPO, RLSD, CEPO])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_batch_without_signal_moves_nothing_and_costs_no_pass(tmp_path, base, iterations):
     multiplier = ConstantMultiplier(1.5)

@@ -17,7 +17,8 @@ from pgpo_lightning.losses.divergence import (
 )
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.step_statistics import StepStatistics
-from pgpo_lightning.modules import GRPO, HAPO, RLSD, SDPO, SRPO
+from pgpo_lightning.modules import CEPO, GRPO, HAPO, RLSD, SDPO, SRPO
+from pgpo_lightning.objectives.configs import EvidenceConfig
 from pgpo_lightning.training.step_log import loss_scalars
 from tests.support.helpers import (
     LIMITS,
@@ -55,6 +56,8 @@ REPORTED = {
                  lambda s, t, y: softened_reverse_kl(s, t, SOFT)),
     "sampled tokens": (SDPO, {"divergence_alpha": 1.0, "full_logit_distillation": False}, reverse, None, sampled_token),
     "SRPO": (SRPO, {}, jsd, math.log(2), None),
+    "CEPO": (CEPO, {"teacher_regularization": "frozen", "evidence": EvidenceConfig(0.0)}, jsd, math.log(2),
+             lambda s, t, y: torch.full(y.shape, -0.75)),
     "RLSD": (RLSD, {"mixing": 0.0}, jsd, math.log(2), lambda s, t, y: torch.full(y.shape, -0.75)),
 }  # fmt: skip
 

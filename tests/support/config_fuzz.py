@@ -27,6 +27,7 @@ BASES = {
     "hapo": ["hapo.yaml"],
     "lora": ["lora.yaml"],
     "rlsd": ["ablations/rlsd.yaml"],
+    "cepo": ["ablations/cepo.yaml"],
     "srpo": ["ablations/srpo.yaml"],
     "i-sdpo": ["ablations/i-sdpo.yaml"],
     "demopsd": ["ablations/demopsd.yaml"],

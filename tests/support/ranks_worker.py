@@ -4,8 +4,8 @@ Usage: python -m tests.support.ranks_worker OUTPUT RANKS SPLIT STRATEGY TEACHER 
 
 SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a
 teacher at all), `routed` (likewise, but the rows without are reinforced, and the others share the step by the teacher's
-certainty) or `updates` (two optimizer steps per batch, each on half of the questions). With `uneven` under DDP the teacher is
-on the host.
+certainty), `contrasted` (CEPO; rank 1 has no row with two prompts) or `updates` (two optimizer steps per batch, each on half of
+the questions). With `uneven` under DDP the teacher is on the host.
 """
 
 import sys
@@ -18,7 +18,7 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
-from pgpo_lightning.modules import SDPO, SRPO
+from pgpo_lightning.modules import CEPO, SDPO, SRPO
 from pgpo_lightning.training.mini_batches import mini_batches
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, random_rows, tiny_model
 
@@ -32,10 +32,15 @@ STRATEGIES = {
 
 def rows_of(step, split):
     rows = random_rows(ROWS, seed=step)
-    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "updates": [4, 6]}[split]
+    masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "contrasted": [3, 7],
+              "updates": [4, 6]}[split]  # fmt: skip
     for i in masked:
         rows[i].reprompt_ids = None
         rows[i].advantage = 0.75 if i % 2 else -0.25
+    if split == "contrasted":
+        for i, (row, other) in enumerate(zip(rows, random_rows(ROWS, seed=step + 100), strict=True)):
+            row.advantage = 0.75 if i % 2 else -0.25
+            row.contrast_ids = other.reprompt_ids if i < 3 else None
     return rows
 
 
@@ -68,12 +73,17 @@ class FixedSRPO(Fixed, SRPO):
     pass
 
 
+class FixedCEPO(Fixed, CEPO):
+    pass
+
+
 def main():
     output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     routed = split == "routed"
     given = {"allocation": TokenWeights("token", 2.0, None, "teacher-certainty")} if routed else {}
-    module = build(FixedSRPO if routed else FixedSDPO,
+    cls = {"routed": FixedSRPO, "contrasted": FixedCEPO}.get(split, FixedSDPO)
+    module = build(cls,
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher,
