@@ -55,6 +55,22 @@ class PaddedTokens:
         self.prompts.add(prompt)
         return self
 
+    def joined(self, prompts: list[tuple[int, ...]], responses: list[int]) -> "PaddedTokens":
+        """Return the count with more sequences, as a separate object.
+
+        Args:
+            prompts: Token ids of their prompts.
+            responses: Tokens of their responses.
+        """
+        return PaddedTokens(
+            self.prompt_sharing,
+            self.sequences + len(prompts),
+            max(self.longest, *(len(prompt) + response for prompt, response in zip(prompts, responses, strict=True))),
+            max(self.longest_prompt, *map(len, prompts)),
+            max(self.longest_response, *responses),
+            self.prompts | set(prompts),
+        )
+
     @property
     def unshared(self) -> int:
         """Padded tokens if every sequence holds its own prompt."""

@@ -10,13 +10,14 @@ from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.models.packing import PaddedTokens, PromptSharing
 
-_PASS_TOKENS = 256
+_PASS_TOKENS = 128
 """What a forward and backward pass costs in addition to its tokens, in tokens: operations are started, gradients summed."""
 _SHARDED_PASS_TOKENS = 2048
 """The same under sharded weights, which are gathered for every pass (by arithmetic for 8B on eight GPUs, not measured)."""
-
-_WORTH_SPLITTING = 0.75
-"""Smaller passes are taken if they cost at most this fraction. Other sums round differently, so small savings are left."""
+_PADDED = 1.75
+"""Padded over real tokens up to which passes stay full. Other passes round differently, which a small saving is not worth."""
+_CUTS = 32
+"""Places at which a full pass may be divided."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,11 @@ def micro_batches(
     prompt_sharing: PromptSharing,
     sharded: bool = False,
 ) -> list[list[Sample]]:
-    """Group samples so that no forward pass has more than `token_budget` padded tokens, and all of them together few.
+    """Group samples so that no forward pass has more than `token_budget` padded tokens.
 
     Samples of similar length waste little on padding. Samples with the same prompt need to compute it only once. Which order is
-    cheaper depends on the data, so both are tried. Smaller groups have less padding, but every pass has a cost of its own: the
-    budget is halved as long as the padded tokens that this saves are worth the additional passes. If all of this saves less than
-    a quarter, as where lengths are nearly equal, the passes are as full as the budget allows.
+    cheaper depends on the data, so both are tried. If the padded tokens are still more than 1.75 times the real ones,
+    full passes are divided: smaller passes have less padding, but each has a cost of its own.
 
     Args:
         samples: Samples of one optimizer step, in any order.
@@ -83,48 +83,79 @@ def micro_batches(
     def length(sample: Sample) -> int:
         return max(map(len, prompts[id(sample)])) + sample.length
 
-    def fill(ordered: list[Sample], budget: int) -> tuple[int, int, list[list[Sample]]]:
-        """Return the padded tokens of all passes and of the largest, and the groups."""
+    def fill(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
         groups: list[list[Sample]] = []
-        loads: list[list[int]] = []  # padded tokens of every pass of every group
-        counts: list[PaddedTokens] = []
+        total, counts = 0, list[PaddedTokens]()
         for sample in ordered:
             own = prompts[id(sample)]
             more = [count.plus(prompt, sample.length) for count, prompt in zip(counts, own, strict=False)]
-            if not groups or max(count.tokens(prompt) for count, prompt in zip(more, own, strict=True)) > budget:
-                loads.append([count.tokens() for count in counts])
+            if not groups or max(count.tokens(prompt) for count, prompt in zip(more, own, strict=True)) > token_budget:
+                total += sum(count.tokens() for count in counts)
                 groups.append([])
                 more = [PaddedTokens(prompt_sharing).plus(prompt, sample.length) for prompt in own]
             groups[-1].append(sample)
             counts = [count.keep(prompt) for count, prompt in zip(more, own, strict=True)]
-        loads.append([count.tokens() for count in counts])
-        return sum(map(sum, loads)), max(map(max, filter(None, loads)), default=0), groups
+        return total + sum(count.tokens() for count in counts), groups
 
-    def best(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
-        """Return the cost in tokens of the best budget, and its groups."""
-        padded, largest, full = fill(ordered, token_budget)
-        cost = full_cost = padded + pass_cost * len(full)
-        groups = full
-        while largest > pass_cost:  # smaller passes would cost more than their tokens
-            padded, largest, smaller = fill(ordered, largest // 2)
-            if padded + pass_cost * len(smaller) >= cost:
-                break
-            cost, groups = padded + pass_cost * len(smaller), smaller
-        return (cost, groups) if cost <= _WORTH_SPLITTING * full_cost else (full_cost, full)
-
+    orders = [sorted(samples, key=length, reverse=True)]
+    if prompt_sharing != "never":
+        longest: dict[tuple[int, ...], int] = {}
+        for sample in samples:
+            key = prompts[id(sample)][0]
+            longest[key] = max(longest.get(key, 0), sample.length)
+        by_prompt = sorted(
+            samples, key=lambda sample: (longest[key := prompts[id(sample)][0]], key, sample.length), reverse=True
+        )
+        orders.append(by_prompt)
+    full = [fill(ordered) for ordered in orders]
+    padded, groups = min(full, key=lambda found: found[0])
+    if padded <= _PADDED * _real_tokens(prompts, samples, prompt_sharing):
+        return groups
+    if prompt_sharing != "never":  # where prompts are shared, what is left to pad are responses
+        full.append(fill(sorted(samples, key=lambda sample: (sample.length, length(sample)), reverse=True)))
     pass_cost = _SHARDED_PASS_TOKENS if sharded else _PASS_TOKENS
-    cost, by_length = best(sorted(samples, key=length, reverse=True))
-    if prompt_sharing == "never":
-        return by_length
-    longest: dict[tuple[int, ...], int] = {}
-    for sample in samples:
-        key = prompts[id(sample)][0]
-        longest[key] = max(longest.get(key, 0), sample.length)
-    ordered = sorted(
-        samples, key=lambda sample: (longest[key := prompts[id(sample)][0]], key, sample.length), reverse=True
-    )
-    cost_by_prompt, by_prompt = best(ordered)
-    return by_prompt if cost_by_prompt < cost else by_length
+    divided = [[_divided(group, prompts, prompt_sharing, pass_cost) for group in groups] for _, groups in full]
+    best = min(divided, key=lambda parts: sum(cost for cost, _ in parts))
+    found = [part for _, parts in best for part in parts]
+    return [part for _, part in sorted(found, key=lambda part: part[0], reverse=True)]
+
+
+def _real_tokens(prompts: dict[int, list[tuple[int, ...]]], samples: list[Sample], sharing: PromptSharing) -> int:
+    """Return the tokens of all passes together if there were no padding, each shared prompt counted once."""
+    total = 0
+    for which in range(max(map(len, prompts.values()), default=0)):
+        own = [prompts[id(sample)][which] for sample in samples]
+        total += sum(map(len, own if sharing == "never" else set(own))) + sum(sample.length for sample in samples)
+    return total
+
+
+def _divided(
+    group: list[Sample], prompts: dict[int, list[tuple[int, ...]]], sharing: PromptSharing, pass_cost: int
+) -> tuple[int, list[tuple[int, list[Sample]]]]:
+    """Divide a group at the places that cost least, by dynamic programming over at most 32 places.
+
+    Returns:
+        The cost in tokens, and the parts, each with the padded tokens of its largest pass.
+    """
+    size = -(-len(group) // _CUTS)
+    blocks = [group[i : i + size] for i in range(0, len(group), size)]
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # of the first j blocks: cost, start and load of the last part
+    for stop in range(1, len(blocks) + 1):
+        counts = [PaddedTokens(sharing) for _ in prompts[id(group[0])]]
+        options = []
+        for start in reversed(range(stop)):
+            for which, count in enumerate(counts):
+                own = [prompts[id(sample)][which] for sample in blocks[start]]
+                counts[which] = count.joined(own, [sample.length for sample in blocks[start]])
+            loads = [count.tokens() for count in counts]
+            options.append((best[start][0] + sum(loads) + pass_cost, start, max(loads)))
+        best.append(min(options))
+    parts, stop = [], len(blocks)
+    while stop:
+        _, start, load = best[stop]
+        parts.append((load, [sample for block in blocks[start:stop] for sample in block]))
+        stop = start
+    return best[-1][0], parts[::-1]
 
 
 @dataclass
