@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pgpo_lightning.losses.token_weights import TokenWeights
     from pgpo_lightning.models.lora import LoRA
     from pgpo_lightning.models.quantization import Quantization
-    from pgpo_lightning.modules import CEPO, GRPO, HAPO, RLSD, SDPO, SRPO, OnPolicyModule
+    from pgpo_lightning.modules import CEPO, GRPO, HAPO, OPD, RLSD, SDPO, SRPO, TGPO, OnPolicyModule
     from pgpo_lightning.objectives.configs import (
         DivergenceConfig,
         EvidenceConfig,
@@ -72,9 +72,11 @@ __all__ = [
     "CEPO",
     "GRPO",
     "HAPO",
+    "OPD",
     "RLSD",
     "SDPO",
     "SRPO",
+    "TGPO",
     "AdaptiveInformationMultiplier",
     "BoxedAnswer",
     "CentredMultiplier",
@@ -149,7 +151,7 @@ _HOMES = {
     "losses.token_weights": "TokenWeights",
     "models.lora": "LoRA",
     "models.quantization": "Quantization",
-    "modules": "CEPO GRPO HAPO RLSD SDPO SRPO OnPolicyModule",
+    "modules": "CEPO GRPO HAPO OPD RLSD SDPO SRPO TGPO OnPolicyModule",
     "objectives.configs": "DivergenceConfig EvidenceConfig InjectionConfig PolicyGradientConfig",
     "objectives.distillation": "DistillationObjective",
     "objectives.policy_gradient": "PolicyGradientObjective",

@@ -129,6 +129,14 @@ def entropy(log_p: Tensor) -> Tensor:
     return -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(-1)
 
 
+def greedy_cross_entropy(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Return ``-log S(v)`` of the teacher's likeliest token v: the forward KL from a teacher that is certain (TGPO, 2605.13230).
+
+    Shapes as in :func:`forward_kl`.
+    """
+    return -log_s.gather(-1, log_t.argmax(-1, keepdim=True)).squeeze(-1)
+
+
 def clipped_divergence(log_s: Tensor, log_t: Tensor, alpha: float, bound: float) -> Tensor:
     """Return :func:`divergence` with the contribution of every vocabulary entry bounded from above (OPSD, arXiv 2601.18734).
 
@@ -197,6 +205,7 @@ class Divergence:
         add_tail: With `top_k`, one more bucket for the rest.
         entry_clip: Bound of the contribution of every entry (with `top_k`: bucket) in nats, see :func:`clipped_divergence`.
         softening: Softening of the target, for the reverse KL over all tokens.
+        greedy: Compare with the teacher's likeliest token alone (:func:`greedy_cross_entropy`), whatever the other fields say.
     """
 
     alpha: float
@@ -204,6 +213,7 @@ class Divergence:
     add_tail: bool = True
     entry_clip: float | None = None
     softening: Softening | None = None
+    greedy: bool = False
 
     @property
     def bound(self) -> float | None:

@@ -67,7 +67,7 @@ class RowTerms(NamedTuple):
         mean: <q, inner>, shape ``(n,)``.
         outer: The gradient of a divergence without that form, or a part of it, without the factor `scale`.
         scale: Factor of `inner` and `outer`. One per row, shape ``(n,)``, if the target is softened.
-        own: Factor of q beside `outer`: 1 for the forward KL, whose gradient is q - p.
+        own: Factor of q beside `outer`: 1 for the forward KL, whose gradient is q - p, also from a teacher that is certain.
         buckets: The gradient of a divergence over the student's likeliest tokens.
     """
 
@@ -136,7 +136,12 @@ def row_statistics(
     ratio = b.sub_(a).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # log p/q, in place of b
     kl = dot(p, ratio)  # (n,)
     if which is not None and partial is None:
-        if which.alpha == 0.0:
+        if which.greedy:
+            likeliest = teacher_logits.argmax(-1, keepdim=True)  # (n, 1)
+            value = -a.gather(-1, likeliest).squeeze(-1)
+            certain = torch.zeros_like(a) if into_x is None else into_x.zero_()
+            outer, scale, own = certain.scatter_(-1, likeliest, 1.0), -1.0, 1.0  # the forward KL from a certain teacher
+        elif which.alpha == 0.0:
             # The divergence is a tensor of its own, because the objective may differentiate it.
             value, outer, scale, own = kl.clone(), p, -1.0, 1.0
         elif which.alpha == 1.0:

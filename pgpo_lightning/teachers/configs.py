@@ -19,6 +19,7 @@ from pgpo_lightning.teachers.reprompt import (
 )
 from pgpo_lightning.teachers.schedules import RefreshGate
 
+_PLAIN_TEMPLATE = "{prompt}"
 _MOVING = ("ema", "trust-region", "restart")
 
 
@@ -31,7 +32,7 @@ class TeacherConfig(ConfigGroup):
         regularization: ``ema`` (moving average of the student), ``frozen`` (the start), ``live`` (the student),
             ``trust-region`` (a mixture of the start's and the student's logits), ``restart`` (moves every `period` steps by
             what the average would have moved), ``gated`` (CGTR: a copy of the student, taken when the student has become
-            better, see `gate`). Null for ``ema``, or with a `model` for its weights, which never move.
+            better, see `gate`). Null for ``ema``; with a `model`, whose weights never move, null or ``frozen``.
         update_rate: Of the average (for ``restart`` per step; 1 is a hard copy), or weight of the student in the mixture.
             Default 0.05.
         offload: Keep the teacher's own weights in the host's memory; the device gets a copy while gradients are computed.
@@ -84,10 +85,10 @@ class TeacherConfig(ConfigGroup):
                         f"Expected `teacher.model` with `teacher.{name}`, which is about another model, but got none."
                     )
             return
-        if self.regularization is not None:
+        if self.regularization not in (None, "frozen"):
             raise ValueError(
                 "Expected no `teacher.regularization` with `teacher.model`, whose weights never move, but got "
-                f"{self.regularization}. Set it to null."
+                f"{self.regularization}. Set it to frozen."
             )
         if self.preflight:
             raise ValueError(
@@ -163,6 +164,26 @@ class RepromptConfig(ConfigGroup):
     reprompt_without_context: bool = False
     contexts: ContextMixture | None = None
 
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the teacher reads the student's prompt."""
+        return self.reprompt_template == _PLAIN_TEMPLATE
+
     def builder_settings(self) -> dict[str, Any]:
         """Return the fields that :class:`RepromptBuilder` has."""
         return {name: value for name, value in vars(self).items() if name != "contexts"}
+
+
+def plain_prompt(max_prompt_length: int) -> RepromptConfig:
+    """Return the settings of a teacher that reads the student's prompt, for every response.
+
+    Args:
+        max_prompt_length: Longest student prompt in tokens.
+    """
+    return RepromptConfig(
+        include_environment_feedback=False,
+        max_reprompt_len=max_prompt_length,
+        reprompt_template=_PLAIN_TEMPLATE,
+        demonstration_source="none",
+        reprompt_without_context=True,
+    )

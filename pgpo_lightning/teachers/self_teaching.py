@@ -67,7 +67,7 @@ class SelfTeaching:
             raise ValueError(
                 "Expected no `teacher.offload` with a teacher that has an adapter, which is small. Set it to false."
             )
-        if reprompt.max_reprompt_len <= max_prompt_length:
+        if reprompt.max_reprompt_len < max_prompt_length + (not reprompt.adds_nothing):
             raise ValueError(
                 f"Expected `reprompt.max_reprompt_len` to exceed `max_prompt_length` ({max_prompt_length}), because the teacher "
                 f"sees the question and more, but got {reprompt.max_reprompt_len}."

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.external import LARGER, saved
 from tests.support.helpers import tiny_model
 from tests.support.processes import finish, start_ranks
 
@@ -28,9 +29,15 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("routed", "fsdp2", "gated"),
         ("contrasted", "ddp", "live"),
         ("contrasted", "fsdp2", "trust-region"),
+        ("uneven", "ddp", "external"),
+        ("uneven", "fsdp2", "external"),
+        ("guided", "ddp", "external"),
+        ("guided", "fsdp2", "external"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
+    if teacher == "external":
+        saved(tmp_path / "teacher", **LARGER)
     (one,), two = run(tmp_path, 1, split, teacher=teacher), run(tmp_path, 2, split, strategy, teacher)
     assert torch.equal(two[0]["weights"], two[1]["weights"])
     assert torch.equal(two[0]["teacher"], two[1]["teacher"])

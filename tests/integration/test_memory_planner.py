@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from pgpo_lightning.commands.main import main
 from pgpo_lightning.commands.plan import PlanCommand
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
+from pgpo_lightning.memory_planner.parameters import configuration, count
 from pgpo_lightning.memory_planner.plan import plan_memory
 from pgpo_lightning.memory_planner.plan_report import plan_table
+from pgpo_lightning.models.loading import resolve_model
 from tests.support import CONFIGS
 
 BASES = {"scale": "sciknoweval", "domains": "sciknoweval", "ablations": "quickstart"}
@@ -62,12 +65,17 @@ TEACHERS = {
     "restart-and-freeze": "restart",
     "rlsd": "restart",
     "cepo": "live",
+    "opd": "external",
+    "tgpo": "external",
 }
 FILES = sorted([*CONFIGS.glob("*.yaml"), *(path for folder in BASES for path in (CONFIGS / folder).glob("*.yaml"))])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_is_understood(path):
+def test_every_config_is_understood(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if TEACHERS.get(path.stem) == "external":
+        shutil.copytree(resolve_model("toy"), tmp_path / "runs" / "toy-teacher")
     run = command(*arguments(path)).run()
     assert run.samples == 8
     assert run.teacher == TEACHERS.get(path.stem, "ema")
@@ -200,3 +208,29 @@ def test_a_second_prompt_doubles_the_teachers_passes_and_no_peak():
         passes = 2 if kind == "live" else 1
         assert 2 * (two.flops["loss"] - one.flops["loss"]) == one.flops["loss"] * passes / 2
         assert two.need.peak("gradients") - one.need.peak("gradients") == kept * two.tokens["response tokens"]
+
+
+def test_an_external_teacher_has_weights_and_activations_of_its_own():
+    args = ["--config", str(CONFIGS / "sciknoweval-qwen3-0.6b.yaml"), "--device", "cuda", "--data.batch_size", "2"]
+    args += ["--data.eval_batch_size", "2", "--model.update.micro_batch_tokens", "4096", "--response_tokens", "500"]
+    given = [*args, "--model.teacher.regularization", "frozen", "--model.teacher.model", "Qwen/Qwen3-1.7B"]
+    given += ["--model.teacher.dtype", "bfloat16"]
+    whole = plan_memory(command(*given).run())
+    assert whole.need.standing["teacher"] == 2 * 1_720_574_976
+    assert (
+        whole.saving.size == plan_memory(command(*args, "--model.teacher.regularization", "frozen").run()).saving.size
+    )
+    assert "teacher external 1.721 B, bfloat16" in plan_table(whole, None)
+    few = plan_memory(command(*given, "--model.teacher.quantization.bits", "4").run())
+    assert 0.35 < few.need.standing["teacher"] / whole.need.standing["teacher"] < 0.45  # embedding and head stay
+    assert "teacher external 1.721 B, 4 bits" in plan_table(few, None)
+    far = plan_memory(command(*given, "--model.teacher.offload", "true").run())
+    assert far.host == whole.need.standing["teacher"]
+    same = plan_memory(command(*given, "--model.teacher.model", "Qwen/Qwen3-0.6B").run())
+    more = count(configuration("Qwen/Qwen3-1.7B")).matrices - count(configuration("Qwen/Qwen3-0.6B")).matrices
+    padded = whole.tokens["teacher's padded tokens"]
+    assert (
+        whole.flops["teacher forward"] - same.flops["teacher forward"] == 2 * more * padded
+    )  # as many heads and layers
+    assert whole.flops["loss"] > same.flops["loss"]
+    assert whole.need.peak("gradients") - same.need.peak("gradients") > 2 * (1_720_574_976 - 596_049_920)

@@ -18,14 +18,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import pgpo_lightning
 from pgpo_lightning.data import QuestionData
-from pgpo_lightning.modules import SDPO, OnPolicyModule
+from pgpo_lightning.modules import OPD, SDPO, TGPO, OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.objectives.demonstrations import Demonstrations
 from pgpo_lightning.objectives.gates import Gate, Threshold
 from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design
-from pgpo_lightning.teachers.configs import RepromptConfig
+from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
 from pgpo_lightning.training.configs import ModelConfig
 from tests.support.helpers import LIMITS, TOKENIZER, grouped, half_right, tiny_model
 
@@ -109,6 +109,7 @@ def needed(cls):
         given |= {
             name: RepromptConfig(**value) if name == "reprompt" else value for name, value in LIMITS_IN_GROUPS.items()
         }
+        given |= {"teacher": TeacherConfig(model="toy")} if cls in (OPD, TGPO) else {}
         return {name: value for name, value in given.items() if name in arguments(cls)}
     given = {
         "run": record(), "at": 3, "width": 2.0, "rate": 0.5, "target_mean": 1.1, "server": "http://localhost:1",

@@ -28,6 +28,8 @@ BASES = {
     "lora": ["lora.yaml"],
     "rlsd": ["ablations/rlsd.yaml"],
     "cepo": ["ablations/cepo.yaml"],
+    "opd": ["ablations/opd.yaml"],
+    "tgpo": ["ablations/tgpo.yaml"],
     "srpo": ["ablations/srpo.yaml"],
     "i-sdpo": ["ablations/i-sdpo.yaml"],
     "demopsd": ["ablations/demopsd.yaml"],

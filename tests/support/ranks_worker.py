@@ -4,11 +4,13 @@ Usage: python -m tests.support.ranks_worker OUTPUT RANKS SPLIT STRATEGY TEACHER 
 
 SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a
 teacher at all), `routed` (likewise, but the rows without are reinforced, and the others share the step by the teacher's
-certainty), `contrasted` (CEPO; rank 1 has no row with two prompts) or `updates` (two optimizer steps per batch, each on half of
-the questions). With `uneven` under DDP the teacher is on the host.
+certainty), `guided` (TGPO: likewise, without weights), `contrasted` (CEPO; rank 1 has no row with two prompts) or `updates` (two
+optimizer steps per batch, each on half of the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external`
+is the model in the folder `teacher` beside OUTPUT.
 """
 
 import sys
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -18,7 +20,8 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
-from pgpo_lightning.modules import CEPO, SDPO, SRPO
+from pgpo_lightning.modules import CEPO, SDPO, SRPO, TGPO
+from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.mini_batches import mini_batches
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, random_rows, tiny_model
 
@@ -33,8 +36,9 @@ STRATEGIES = {
 def rows_of(step, split):
     rows = random_rows(ROWS, seed=step)
     masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "contrasted": [3, 7],
-              "updates": [4, 6]}[split]  # fmt: skip
-    for i in masked:
+              "updates": [4, 6]}  # fmt: skip
+    masked["guided"] = masked["routed"]
+    for i in masked[split]:
         rows[i].reprompt_ids = None
         rows[i].advantage = 0.75 if i % 2 else -0.25
     if split == "contrasted":
@@ -77,17 +81,30 @@ class FixedCEPO(Fixed, CEPO):
     pass
 
 
+class FixedTGPO(Fixed, TGPO):
+    pass
+
+
+MODULES = {"routed": FixedSRPO, "guided": FixedTGPO, "contrasted": FixedCEPO}
+
+
 def main():
     output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     routed = split == "routed"
     given = {"allocation": TokenWeights("token", 2.0, None, "teacher-certainty")} if routed else {}
-    cls = {"routed": FixedSRPO, "contrasted": FixedCEPO}.get(split, FixedSDPO)
-    module = build(cls,
+    offload = (split, strategy) == ("uneven", "ddp")
+    if teacher == "external":
+        given |= {"teacher": TeacherConfig(model=str(Path(output).parent / "teacher"), offload=offload)}
+    else:
+        given |= {"teacher_regularization": teacher, "teacher_offload": offload}
+    limits = {**LIMITS, "guidance": 0.1} if split == "guided" else LIMITS
+    if split == "guided":
+        del limits["max_reprompt_len"]  # the teacher reads the student's prompt
+    module = build(MODULES.get(split, FixedSDPO),
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), teacher_regularization=teacher,
-        teacher_offload=(split, strategy) == ("uneven", "ddp"), **LIMITS, **given,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **limits, **given,
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(

@@ -14,6 +14,7 @@ from pgpo_lightning.losses.divergence import (
     entropy,
     forward_kl,
     generalised_jsd,
+    greedy_cross_entropy,
     reverse_kl,
     softened_reverse_kl,
     student_top_k,
@@ -26,6 +27,8 @@ CHUNKS = [1, 5, 23, None]
 
 
 def named(a, b, which):
+    if which.greedy:
+        return greedy_cross_entropy(a, b)
     if which.softening is not None:
         return softened_reverse_kl(a, b, which.softening)
     if which.entry_clip is not None:
@@ -57,6 +60,7 @@ KINDS = [
 
 
 KINDS += [*CLIPPED, Divergence(1.0, softening=Softening(0.5, 25.0)), Divergence(1.0, softening=Softening())]
+KINDS += [Divergence(0.0, greedy=True)]
 LOSSES = {
     "weighted divergence": lambda t, c: c * t.divergence,
     "capped ratio": lambda t, c: c * (t.log_p_student.detach() + 2).exp().clamp(max=2) * t.divergence,

@@ -215,8 +215,8 @@ def test_a_folder_without_a_model_or_tokenizer_is_refused(tmp_path):
     ("settings", "message"),
     [
         (
-            {"regularization": "frozen"},
-            "no `teacher.regularization` with `teacher.model`.*but got frozen. Set it to null",
+            {"regularization": "ema"},
+            "no `teacher.regularization` with `teacher.model`.*but got ema. Set it to frozen",
         ),
         ({"update_rate": 0.1}, "no `teacher.update_rate` with the external teacher"),
         ({"preflight": True}, "no `teacher.preflight` with `teacher.model`"),
@@ -244,5 +244,6 @@ def test_a_module_whose_default_is_another_teacher_takes_it(tmp_path):
     module.configure_model()
     assert module.teacher.external
     assert module.objective.teaching.config.settled()["regularization"] == "external"
+    assert TeacherConfig("frozen", model="toy").settled()["regularization"] == "external"
     assert TeacherConfig().settled()["regularization"] == "ema"
     assert not tiny_sdpo().teacher.external
