@@ -34,6 +34,7 @@ GROUPS = {
         "feedback_template",
         "demonstration_source",
         "reprompt_without_context",
+        "demonstration_column",
     ),
     "divergence": (
         "full_logit_distillation",

@@ -25,6 +25,7 @@ CURVES = (
     "context/numbers",
     "context/other",
     "context/other-feedback",
+    "context/template",
     "context/sibling",
     "context/wrong",
     "critic/score/mean",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pgpo_lightning.teachers.context_kinds import KINDS
-from pgpo_lightning.teachers.reprompt import RepromptBuilder, check_template
+from pgpo_lightning.teachers.reprompt import COLUMN, RepromptBuilder, check_template
 
 CONTROLS = tuple(kind for kind in KINDS if kind != "other-feedback")
 """Controls change the demonstration of `sibling`, which has no feedback."""
@@ -20,9 +20,10 @@ DEFAULT_CONTROLS = ("answer", "wrong", "other")
 PLAIN = "{prompt}{solution}{feedback}"
 """The template that adds nothing to the prompt."""
 
-_NO_DEMONSTRATION = {"demonstration_source": "none", "demonstration_choice": "shared"}
+_NO_DEMONSTRATION = {"demonstration_source": "none", "demonstration_choice": "shared", "demonstration_column": None}
 _OWN = {"demonstration_source": "own", "demonstration_choice": "shared", "dont_reprompt_on_self_success": False}
-_SIBLING = {"demonstration_source": "siblings"}
+_OWN |= {"demonstration_column": None}
+_SIBLING = {"demonstration_source": "siblings", "demonstration_column": None}
 _FEEDBACK = {"include_environment_feedback": True, "reprompt_without_context": False}
 _NO_FEEDBACK = {"include_environment_feedback": False, "reprompt_without_context": False}
 _TEMPLATE_ALONE = _NO_DEMONSTRATION | {"include_environment_feedback": False, "reprompt_without_context": True}
@@ -128,6 +129,11 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {field.name: settings[field.name] for field in fields(RepromptBuilder)}
     demonstration, feedback = kept["demonstration_source"] != "none", kept["include_environment_feedback"]
     idle: list[str] = []
+    if kept["demonstration_source"] == "column":
+        kept["demonstration_column"] = kept["demonstration_column"] or COLUMN
+        idle += ["dont_reprompt_on_self_success", "demonstration_choice"]
+    else:
+        idle += ["demonstration_column"]
     if not demonstration:
         idle += ["solution_template", "dont_reprompt_on_self_success", "demonstration_choice"]
         idle += ["remove_thinking_from_demonstration"]

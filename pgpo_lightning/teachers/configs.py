@@ -141,11 +141,14 @@ class RepromptConfig(ConfigGroup):
         solution_template: What goes into {solution}; placeholder {successful_previous_attempt}.
         feedback_template: What goes into {feedback}; placeholder {feedback_raw}.
         demonstration_source: Whose successes are shown: ``siblings``, as above; ``own``, a response's own text if it is right
-            (set `dont_reprompt_on_self_success` false); ``none``, feedback alone.
+            (set `dont_reprompt_on_self_success` false); ``column``, a worked solution in the data, to every response;
+            ``none``, feedback alone.
         reprompt_without_context: Give a teacher also to rollouts with neither demonstration nor feedback; it reads the reprompt
             template with both left empty, so that the context is the template itself, or nothing.
         contexts: Give batches other kinds of contexts in turn, for controls whose answer is known; null for the above in every
             batch.
+        demonstration_column: Column of the data with the worked solutions, as the student would write them, thinking included.
+            Null for ``solution``.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -163,6 +166,7 @@ class RepromptConfig(ConfigGroup):
     demonstration_source: DemonstrationSource = "siblings"
     reprompt_without_context: bool = False
     contexts: ContextMixture | None = None
+    demonstration_column: Text | None = None
 
     @property
     def adds_nothing(self) -> bool:

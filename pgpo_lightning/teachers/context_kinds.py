@@ -19,8 +19,11 @@ from pgpo_lightning.core.settings import Count, Filled, checked
 from pgpo_lightning.core.types import Question, Rollout, Sample
 from pgpo_lightning.rewards.grade import Verifier, grade
 
-ContextKind = Literal["sibling", "answer", "first-step", "numbers", "contradiction", "wrong", "other", "other-feedback"]
-"""`sibling`: the context as configured. The others: see :data:`KINDS`."""
+ContextKind = Literal[
+    "sibling", "answer", "first-step", "numbers", "contradiction", "wrong", "other", "other-feedback", "template"
+]
+"""`sibling`: the context as configured. `template`: the same responses have a teacher, which reads the template alone. For the
+others see :data:`KINDS`."""
 
 _STEP = re.compile(r"\n|;|[.!?](?=\s)")
 """The end of a step in a worked solution: a line, a clause or a sentence."""
@@ -39,7 +42,8 @@ class ContextMixture(ConfigGroup):
         kinds: Which kinds, each once: ``sibling`` (as configured), ``answer`` (a success without its steps), ``first-step`` (a
             success cut off after its first step), ``numbers`` (a success with other numbers), ``contradiction`` (a success
             followed by a failure), ``wrong`` (a failure in place of a success), ``other`` (the next question's success),
-            ``other-feedback`` (another response's feedback in place of one's own).
+            ``other-feedback`` (another response's feedback in place of one's own), ``template`` (the template alone, for the
+            responses that would have a context).
         block: Batches of one kind that follow each other.
 
     Raises:
@@ -171,16 +175,16 @@ def read_by_teacher(
     verifier: Verifier,
     answer: Callable[[Rollout], str] | None = None,
 ) -> list[Sample]:
-    """Return what the teacher's prompts are made from: copies in the same order, or for `sibling` the samples themselves.
+    """Return what the teacher's prompts are made from: copies in order, or the samples themselves for `sibling`, `template`.
 
     Args:
-        kind: `sibling`, or a key of :data:`KINDS`.
+        kind: `sibling`, `template`, or a key of :data:`KINDS`.
         samples: Whole groups of equal size.
         threshold: Rewards of at least this count as success.
         verifier: Judges parts of responses.
         answer: Returns the text of a response without thinking, which the kinds then change; null leaves thinking in.
     """
-    if kind == "sibling":
+    if kind in ("sibling", "template"):
         return samples
     if answer is not None:
         samples = [Sample(replace(sample.rollout, text=answer(sample.rollout)), sample.verdict) for sample in samples]

@@ -3,10 +3,10 @@
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from pgpo_lightning.core.types import Message, Rollout, Sample
+from pgpo_lightning.core.types import Message, Question, Rollout, Sample
 from pgpo_lightning.rollout.thinking import remove_thinking
 
 REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
@@ -50,7 +50,10 @@ def check_template(field: str, template: str, placeholders: tuple[str, ...]) -> 
 
 
 DemonstrationChoice = Literal["shared", "independent"]
-DemonstrationSource = Literal["siblings", "own", "none"]
+DemonstrationSource = Literal["siblings", "own", "column", "none"]
+
+COLUMN = "solution"
+"""Default of `reprompt.demonstration_column`."""
 
 
 @dataclass
@@ -72,6 +75,7 @@ class RepromptBuilder:
     feedback_template: str
     demonstration_source: DemonstrationSource = "siblings"
     reprompt_without_context: bool = False
+    demonstration_column: str | None = None
 
     def __post_init__(self) -> None:
         """Check that the settings are consistent.
@@ -85,6 +89,11 @@ class RepromptBuilder:
                 "Expected `reprompt.dont_reprompt_on_self_success` false with `reprompt.demonstration_source` own, "
                 "which shows a response its "
                 "own text, but got true."
+            )
+        if self.demonstration_column is not None and source != "column":
+            raise ValueError(
+                "Expected `reprompt.demonstration_source` column with `reprompt.demonstration_column`, which would have no "
+                f"effect, but got {source}."
             )
         if source != "siblings" and self.demonstration_choice != "shared":
             raise ValueError(
@@ -111,6 +120,7 @@ class RepromptBuilder:
         text: Callable[[list[int]], str],
         rng: random.Random,
         answer: Callable[[Rollout], str] = lambda rollout: remove_thinking(rollout.text),
+        shows: bool = True,
     ) -> dict[str, float]:
         """Set the reprompt of every sample, or none if there is neither a demonstration nor feedback.
 
@@ -127,6 +137,7 @@ class RepromptBuilder:
             text: Converts token ids to text.
             rng: Source of the choice.
             answer: Returns the text of a response without thinking.
+            shows: Whether the context is shown. If not, the same samples get a reprompt, with the template alone.
 
         Returns:
             Fractions of samples and groups under the metric names of the reference.
@@ -146,6 +157,8 @@ class RepromptBuilder:
         for sample in samples:
             candidates = self._candidates(sample, groups.get(sample.rollout.question.index, []))
             shown = [texts[id(other)] for other in candidates if texts[id(other)].strip()]
+            if self.demonstration_source == "column":
+                shown = self._solution(sample, tokens, answer)
             demonstration = None
             if shown:
                 demonstration = shown[0] if self.demonstration_choice == "shared" else rng.choice(shown)
@@ -157,9 +170,11 @@ class RepromptBuilder:
             count["feedback_used"] += feedback is not None
             if demonstration is None and feedback is None and not self.reprompt_without_context:
                 continue
+            if not shows:
+                demonstration = feedback = None
             key = (sample.rollout.question.index, demonstration, feedback)
             if key not in fitted:  # samples with the same context have the same prompt
-                fitted[key] = self.fit(sample, demonstration, feedback, encode, tokens, text)
+                fitted[key] = self.fit(sample, demonstration, feedback, encode, tokens, text, bare=not shows)
             sample.reprompt_ids, sample.reprompt, trimmed = fitted[key]
             count["trimmed"] += trimmed
             count["dropped"] += sample.reprompt_ids is None
@@ -178,11 +193,24 @@ class RepromptBuilder:
 
     def _candidates(self, sample: Sample, successes: list[Sample]) -> list[Sample]:
         """Return the successes of a sample's group whose text may be its demonstration."""
-        if self.demonstration_source == "none":
+        if self.demonstration_source in ("none", "column"):
             return []
         if self.demonstration_source == "own":
             return [other for other in successes if other is sample]
         return [other for other in successes if other is not sample or not self.dont_reprompt_on_self_success]
+
+    def solution(self, question: Question) -> str | None:
+        """Return the worked solution of a question, thinking included; ``None`` if its row has none."""
+        text = question.columns.get(self.demonstration_column or COLUMN)
+        return text if isinstance(text, str) and text.strip() else None
+
+    def _solution(
+        self, sample: Sample, tokens: Callable[[str], list[int]], answer: Callable[[Rollout], str]
+    ) -> list[str]:
+        found = self.solution(sample.rollout.question)
+        if found is not None and self.remove_thinking_from_demonstration:
+            found = answer(replace(sample.rollout, text=found, response_ids=tokens(found)))
+        return [] if found is None or not found.strip() else [found]
 
     def _feedback(self, sample: Sample) -> str | None:
         if not self.include_environment_feedback:
@@ -214,15 +242,18 @@ class RepromptBuilder:
         encode: Callable[[list[Message]], list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
+        bare: bool = False,
     ) -> tuple[list[int] | None, str | None, bool]:
         """Encode the reprompt. Truncate first the demonstration, then the feedback, at the end until it fits.
+
+        With `bare`, a reprompt without either is the template alone, as with `reprompt.reprompt_without_context`.
 
         Returns:
             Token ids and text of the reprompt, ``None`` if nothing fits, and whether it was truncated.
         """
         parts = {"demonstration": demonstration, "feedback": feedback}
         left: dict[str, list[int]] = {}
-        while any(parts.values()) or self.reprompt_without_context:
+        while any(parts.values()) or self.reprompt_without_context or bare:
             messages = self.messages(sample, parts["demonstration"], parts["feedback"])
             ids = encode(messages)
             if (excess := len(ids) - self.max_reprompt_len) <= 0:

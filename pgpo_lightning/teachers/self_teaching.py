@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import PreTrainedModel
 
-from pgpo_lightning.core.types import Sample
+from pgpo_lightning.core.types import Question, Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.models.loading import fingerprint
 from pgpo_lightning.rewards.grade import Verifier
@@ -18,7 +18,7 @@ from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
 from pgpo_lightning.teachers.context_kinds import read_by_teacher
 from pgpo_lightning.teachers.external import load_external
 from pgpo_lightning.teachers.frozen import FrozenTeacher
-from pgpo_lightning.teachers.reprompt import RepromptBuilder, fill
+from pgpo_lightning.teachers.reprompt import COLUMN, RepromptBuilder, fill
 
 
 class SelfTeaching:
@@ -53,7 +53,7 @@ class SelfTeaching:
         kinds = () if reprompt.contexts is None else reprompt.contexts.kinds
         if verifier is None and "answer" in kinds:
             raise ValueError("Expected a `verifier` for `reprompt.contexts.kinds` with answer, but got none.")
-        if reprompt.demonstration_source != "siblings" and set(kinds) - {"sibling", "other-feedback"}:
+        if reprompt.demonstration_source != "siblings" and set(kinds) - {"sibling", "other-feedback", "template"}:
             raise ValueError(
                 f"Expected `reprompt.demonstration_source` siblings with `reprompt.contexts.kinds` {', '.join(kinds)}, which "
                 f"change the demonstration, but got {reprompt.demonstration_source}."
@@ -72,7 +72,8 @@ class SelfTeaching:
                 f"Expected `reprompt.max_reprompt_len` to exceed `max_prompt_length` ({max_prompt_length}), because the teacher "
                 f"sees the question and more, but got {reprompt.max_reprompt_len}."
             )
-        alone = num_generations == 1 and reprompt.dont_reprompt_on_self_success
+        siblings = reprompt.demonstration_source != "column"
+        alone = num_generations == 1 and reprompt.dont_reprompt_on_self_success and siblings
         if alone and not reprompt.include_environment_feedback and not reprompt.reprompt_without_context:
             raise ValueError(
                 "Expected `num_generations` to be at least 2 without `reprompt.include_environment_feedback`, but got 1: no "
@@ -85,6 +86,22 @@ class SelfTeaching:
         self.verifier = verifier
         self.start: str | None = None
         """Fingerprint of the weights that the teacher keeps outside of checkpoints, if it does."""
+
+    def check_questions(self, questions: list[Question]) -> None:
+        """Check that there is a worked solution to show, where the data are to have them.
+
+        Raises:
+            ValueError: If no question has one; names the column.
+        """
+        if self.builder.demonstration_source != "column" or not questions:
+            return
+        if not any(self.builder.solution(question) for question in questions):
+            there = ", ".join(questions[0].columns) or "none"
+            raise ValueError(
+                "Expected `reprompt.demonstration_column` to name a column with worked solutions as text, but no training "
+                f"question has one in `{self.builder.demonstration_column or COLUMN}`. The columns beside prompt and answer: "
+                f"{there}."
+            )
 
     def check_template(self) -> None:
         """Check that the reprompt leaves room for a question.
@@ -143,12 +160,12 @@ class SelfTeaching:
         encoder = self.encoder
         teacher.observe(samples)
         scalars: dict[str, float] = {}
-        read = samples
+        read, shows = samples, True
         if self.contexts is not None:
             kind = self.contexts.kind(seed, step)
-            read = self.read(kind, samples)
+            read, shows = self.read(kind, samples), kind != "template"
             scalars |= {f"context/{each}": float(each == kind) for each in self.contexts.kinds}
-        scalars |= self.builder.attach(read, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer)
+        scalars |= self.builder.attach(read, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer, shows)
         for sample, source in zip(samples, read, strict=True):
             sample.reprompt_ids, sample.reprompt = source.reprompt_ids, source.reprompt
         empty = not any(gather(any(sample.reprompt_ids is not None for sample in samples)))

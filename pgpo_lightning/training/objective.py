@@ -128,10 +128,12 @@ class Objective(ABC):
         """
         return {}
 
-    # What only some objectives have.
-
-    def check_questions(self, questions: list[Any]) -> None:  # noqa: B027
+    def check_questions(self, questions: list[Any]) -> None:
         """Look at the training questions before anything is sampled."""
+        if self.teaching is not None:
+            self.teaching.check_questions(questions)
+
+    # What only some objectives have.
 
     def check_length(self, count_batches: Callable[[], float]) -> None:  # noqa: B027
         """Raise if the objective does not know what to do for the batches of the run.

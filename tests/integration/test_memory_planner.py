@@ -65,6 +65,8 @@ TEACHERS = {
     "restart-and-freeze": "restart",
     "rlsd": "restart",
     "cepo": "live",
+    "opcd": "frozen",
+    "opsd": "frozen",
     "opd": "external",
     "tgpo": "external",
 }

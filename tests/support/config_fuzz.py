@@ -29,6 +29,8 @@ BASES = {
     "rlsd": ["ablations/rlsd.yaml"],
     "cepo": ["ablations/cepo.yaml"],
     "opd": ["ablations/opd.yaml"],
+    "opsd": ["ablations/opsd.yaml"],
+    "placebo": ["ablations/placebo-template.yaml"],
     "tgpo": ["ablations/tgpo.yaml"],
     "srpo": ["ablations/srpo.yaml"],
     "i-sdpo": ["ablations/i-sdpo.yaml"],

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgpo_lightning.core.types import Rollout, Sample, Verdict
+from pgpo_lightning.data.toy import questions as toy
 from pgpo_lightning.data.toy import solution
 from pgpo_lightning.modules import GRPO, RLSD, SDPO, SRPO
 from pgpo_lightning.rewards import BoxedAnswer
@@ -182,6 +183,32 @@ def test_a_module_shows_the_kind_of_its_step(module_class):
     assert mixed["sibling"] == plain
     assert [text is None for text in mixed["first-step"]] == [text is None for text in plain]
     assert all("end" not in text for text in mixed["first-step"] if text is not None)
+
+
+@pytest.mark.parametrize("module_class", [SDPO, SRPO, RLSD])
+def test_the_template_alone_is_read_for_the_responses_that_would_have_a_context(module_class):
+    plain, _, samples = reprompts(None, module_class)
+    bare, scalars, _ = reprompts(("template",), module_class)
+    assert scalars["context/template"] == 1.0
+    assert [text is None for text in bare] == [text is None for text in plain]
+    asked = [sample.rollout.question.prompt + "\n\nCorrectly solve the original question." for sample in samples]
+    assert [text for text in bare if text is not None] == [
+        text for text, other in zip(asked, plain, strict=True) if other is not None
+    ]
+
+
+def test_a_solution_in_the_data_is_looked_for_before_anything_is_sampled():
+    module = tiny_sdpo(demonstration_source="column", num_generations=1)
+    module.objective.check_questions([question(0)] * 2 + toy("train")[:1])
+    with pytest.raises(
+        ValueError, match=r"`reprompt.demonstration_column` .* in `worked`. .*: domain, a, b, c, solution"
+    ):
+        tiny_sdpo(demonstration_source="column", demonstration_column="worked").objective.check_questions(
+            toy("train")[:2]
+        )
+    with pytest.raises(ValueError, match=r"`reprompt.demonstration_source` siblings with .* other"):
+        tiny_sdpo(**{"reprompt.contexts": ContextMixture(("other",))}, demonstration_source="column")
+    tiny_sdpo(**{"reprompt.contexts": ContextMixture(("template",))}, demonstration_source="column")
 
 
 def test_a_module_without_a_teacher_has_no_contexts():

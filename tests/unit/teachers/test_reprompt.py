@@ -253,9 +253,32 @@ def test_rows_left_without_context_join_only_if_asked_for():
     assert [r.reprompt for r in rows] == ["Place?" + END, "Place?" + SOLUTION + "first" + END]
 
 
+@pytest.mark.parametrize("column", ["solution", "worked"])
+def test_a_column_is_shown_to_every_response(column):
+    asked = {"columns": {column: "<think> so </think>1+1=2"}}
+    rows = [row("1+1=3", **asked), row("1+1=2", reward=1.0, **asked), row("2", reward=1.0, index=1), row("3", index=1)]
+    named = {} if column == "solution" else {"demonstration_column": column}
+    scalars = attach(rows, demonstration_source="column", **named)
+    assert [r.reprompt for r in rows] == ["Place?" + SOLUTION + "1+1=2" + END] * 2 + [None] * 2
+    assert scalars["self_distillation/success_sample_fraction"] == 0.5
+    attach(rows, demonstration_source="column", remove_thinking_from_demonstration=False, **named)
+    assert rows[0].reprompt == "Place?" + SOLUTION + "<think> so </think>1+1=2" + END
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"solution": " "}, {"solution": None}, {"solution": 2}, {"solution": "<think> so"}]
+)
+def test_a_row_without_a_solution_has_its_feedback_alone(columns):
+    rows = [row("1+1=3", feedback="wrong.", columns=columns), row("1+1=2", reward=1.0, columns=columns)]
+    attach(rows, demonstration_source="column")
+    assert [r.reprompt for r in rows] == ["Place?" + FEEDBACK + "wrong." + END, None]
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
+        ({"demonstration_column": "solution"}, "demonstration_source"),
+        ({"demonstration_source": "column", "demonstration_choice": "independent"}, "demonstration_choice"),
         ({"demonstration_source": "own"}, "dont_reprompt_on_self_success"),
         ({"demonstration_source": "none", "demonstration_choice": "independent"}, "demonstration_choice"),
         ({"demonstration_source": "none", "include_environment_feedback": False}, "reprompt_without_context"),
