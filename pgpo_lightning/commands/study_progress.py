@@ -14,7 +14,13 @@ from pgpo_lightning.monitoring.configurations import configurations
 from pgpo_lightning.monitoring.run_folder import State
 from pgpo_lightning.studies.spec import PlannedRun, Settings, leaves
 
-FREE = ("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary", "ckpt_path")
+FREE = (
+    "trainer.default_root_dir",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "ckpt_path",
+    "model.init_args.evaluation.base_answers",
+)
 """Settings in which a run may differ from the study, in addition to those of `summary` and `checkpoint`."""
 
 

@@ -144,7 +144,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.tokenizer = self.student.load_tokenizer()
         self.encoder = PromptEncoder(self.tokenizer, model_config.enable_thinking)
         self.actor = Actor(self.engine, verifier, self.tokenizer, self.encoder, max_prompt_length, reward)
-        self.evaluator = Evaluator(evaluation, max_response_length, reward.success_threshold, self.encoder)
+        self.evaluator = Evaluator(evaluation, max_response_length, reward.success_threshold, self.encoder, self.actor)
 
         self.steps = 0  # batches trained on; unlike Lightning's global_step it counts skipped optimizer steps too
         self.steps_without_signal = 0  # optimizer steps left out because no sample of any rank was in the loss
@@ -304,8 +304,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         """Log the scores and write the answers; see :meth:`Evaluator.finish`."""
         SIGNALS.agree()
         self.actor.count_verifier_errors()
-        described = {"model": self.student.name, "seed": self.seed}
-        scores = self.evaluator.finish(self.trainer, self.steps, described)
+        scores = self.evaluator.finish(self.trainer, self.steps, {"model": self.student.name, "seed": self.seed})
         if self.trainer.sanity_checking:  # Lightning throws away what is logged here: the score of the base model
             for logger in self.trainer.loggers:
                 logger.log_metrics(scores, step=0)

@@ -39,6 +39,8 @@ class Engine(ABC):
 
     Attributes:
         has_weights: Whether the engine holds a copy of the student's weights. It takes whole weights only, no adapter.
+        repeats: Set by a class, not inherited: whether responses depend on the arguments of :meth:`generate` alone, bit for bit,
+            whatever was sampled before. Needed for `evaluation.base_answers`.
     """
 
     has_weights = False

@@ -30,6 +30,8 @@ class TransformersEngine(Engine):
             for keys and values.
     """
 
+    repeats = True
+
     def __init__(self, max_sequences: Count | None = None) -> None:
         self.max_sequences = max_sequences
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -32,6 +32,9 @@ PLACEHOLDER = re.compile(r"\{run:(?P<arm>[^:{}]+)(?P<next>:next)?\}|\{seed\}")
 OWN = ("seed_everything", "trainer.default_root_dir", "ckpt_path", "checkpoint.dirpath", "config")
 """Settings that the study sets itself."""
 
+BASE_ANSWERS = "base-answers"
+"""Folder of the shared answers of the base model, within that of the study."""
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -45,6 +48,7 @@ class PlannedRun:
         settings: Changes to the config files.
         folder: Output folder.
         needs: Names of the runs whose records it reads.
+        base_answers: Folder of its `evaluation.base_answers`, unless its own settings have one.
     """
 
     condition: str
@@ -54,6 +58,7 @@ class PlannedRun:
     settings: Settings
     folder: Path
     needs: tuple[str, ...] = ()
+    base_answers: Path | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +72,10 @@ class PlannedRun:
 
     def arguments(self, *more: str) -> list[str]:
         """Return the arguments of ``pgpo`` for this run. They need no file besides the base."""
-        configs = [*self.base, *([json.dumps(self.settings)] if self.settings else [])]
+        evaluation = {} if self.base_answers is None else {"base_answers": str(self.base_answers)}
+        shared: Settings = {"model": {"init_args": {"evaluation": evaluation}}} if evaluation else {}
+        settings = merged(shared, self.settings)
+        configs = [*self.base, *([json.dumps(settings)] if settings else [])]
         options = [word for config in configs for word in ("--config", config)]
         seed, folder = ["--seed_everything", str(self.seed)], ["--trainer.default_root_dir", str(self.folder)]
         return ["fit", *options, *seed, *folder, *more]
@@ -96,6 +104,9 @@ class StudySpec:
             :class:`pgpo_lightning.studies.sequential.SequentialPlan`.
         processes: Number of runs at the same time.
         keep_checkpoints: Keep the checkpoints of finished runs.
+        base_evaluation: ``shared`` evaluates the base model once for all runs that have the same seed, model, prompts and
+            sampling (`evaluation.base_answers`). It is the default, because scores, answers and all later steps are bit for bit
+            those of ``own``, with which every run evaluates it. Modules without `evaluation` need ``own``.
 
     Raises:
         ValueError: If a setting is missing, contradicts another or is out of range; names it.
@@ -113,6 +124,7 @@ class StudySpec:
     sequential: SequentialPlan | None = None
     processes: Count = 1
     keep_checkpoints: bool = True
+    base_evaluation: Literal["shared", "own"] = "shared"
 
     def __post_init__(self) -> None:
         for condition, names in self.only.items():
@@ -195,7 +207,8 @@ class StudySpec:
 
         settings = filled(merged(self.settings, self.conditions[condition], self.arms[arm]))
         folder = self.folder / _name(condition, arm, seed)
-        return PlannedRun(condition, arm, seed, self.base, settings, folder, tuple(needs))
+        shared = self.folder / BASE_ANSWERS if self.base_evaluation == "shared" else None
+        return PlannedRun(condition, arm, seed, self.base, settings, folder, tuple(needs), shared)
 
 
 def read_study(path: str | Path) -> StudySpec:

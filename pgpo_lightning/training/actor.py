@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from pgpo_lightning.rewards.grade import Verifier, check_question
 from pgpo_lightning.rollout.checks import check_rollouts
 from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling
 from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.training.base_answers import BaseAnswers
 from pgpo_lightning.training.configs import RewardConfig
 
 
@@ -48,6 +50,7 @@ class Actor:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.max_prompt_length = max_prompt_length
         self.reward = reward
+        self.base_answers: BaseAnswers | None = None
         self.verifier_errors = 0
         """Responses that the verifier failed on, of all ranks and up to the last step or evaluation."""
         self._new_verifier_errors = 0  # of this rank, since then
@@ -86,9 +89,12 @@ class Actor:
         # Under sharded weights what fails before the first forward pass would leave the other ranks in it.
         with together() if placement.sharded else nullcontext():
             prompts = [self._encoded(question) for question in questions]
+        generate, kept = self.generate, self.base_answers
+        if kept is not None and kept.covers(step) and not placement.sharded:
+            generate = partial(kept.generate, self.generate)
         try:
             with placement.generation(), SIGNALS.section(all_ranks):
-                rollouts = self.generate(model, questions, prompts, n, sampling)
+                rollouts = generate(model, questions, prompts, n, sampling)
         except NotFiniteError as error:
             raise NotFiniteError(f"At step {step}: {error}") from error
         check_rollouts(rollouts, questions, n, type(self.engine).__name__)

@@ -25,6 +25,10 @@ class EvaluationConfig(ConfigGroup):
         solution_column: Column of the data with a worked solution of each held-out question, as the student would write it,
             thinking included. Evaluations then also give the exact probability of this text and its end token, at temperature 1
             and without top-p: a score without sampling noise. Null for none.
+        base_answers: Folder in which runs share the answers of the model before its first step. A run reads them where weights,
+            prompts, batches, sampling, seeds, precision, versions and machine are the same, else it samples and writes them. No
+            score changes. Ignored with several devices, and with engines other than TransformersEngine. Null for sampling in
+            every run.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -34,6 +38,7 @@ class EvaluationConfig(ConfigGroup):
     temperature: Temperature = 0.6
     top_p: Nucleus = 0.95
     solution_column: Text | None = None
+    base_answers: Text | None = None
 
 
 @partial(checked, prefix="update.")

@@ -21,6 +21,8 @@ from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.rollout.checks import check_kind
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.prompts import PromptEncoder
+from pgpo_lightning.training.actor import Actor
+from pgpo_lightning.training.base_answers import BaseAnswers
 from pgpo_lightning.training.configs import EvaluationConfig
 from pgpo_lightning.training.held_out import WITH_ERRORS, HeldOut, result_line, score, score_name
 from pgpo_lightning.training.solutions import LogProbs, WorkedSolutions
@@ -38,16 +40,25 @@ class Evaluator:
         max_response_length: Longest response in tokens.
         success_threshold: Rewards of at least this pass.
         encoder: Encodes prompts as for sampling.
+        actor: Samples the answers.
     """
 
     def __init__(
-        self, config: EvaluationConfig, max_response_length: int, success_threshold: float, encoder: PromptEncoder
+        self,
+        config: EvaluationConfig,
+        max_response_length: int,
+        success_threshold: float,
+        encoder: PromptEncoder,
+        actor: Actor,
     ) -> None:
         self.config = config
         column = config.solution_column
         self.solutions = None if column is None else WorkedSolutions(column, encoder, max_response_length)
         self.sampling = Sampling(max_response_length, config.temperature, config.top_p)
         self.success_threshold = success_threshold
+        if config.base_answers is not None:
+            actor.base_answers = BaseAnswers(config.base_answers, actor.engine, actor.tokenizer)
+        self.base_answers = actor.base_answers
         self.in_step = False
         """Whether ranks have equally many batches of the evaluation that is under way."""
         self.held_out: HeldOut | None = None
@@ -73,6 +84,8 @@ class Evaluator:
                 each other after every batch.
         """
         self._results = []
+        if self.base_answers is not None:
+            self.base_answers.start()
         self.in_step = len({str(each) for each in gather(batches)}) == 1
 
     def answer(
@@ -163,6 +176,8 @@ class Evaluator:
         Returns:
             The scores and their standard errors, under the names of their curves.
         """
+        if self.base_answers is not None:
+            self.base_answers.stop()
         commands: dict[TrainerFn | None, str] = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}
         command = commands.get(trainer.state.fn)
         log_dir = trainer.log_dir  # a collective: every rank has to ask

@@ -42,7 +42,7 @@ def test_a_study_is_every_arm_under_every_condition_with_every_seed(tmp_path):
 
 
 def test_the_arguments_need_no_other_file_than_the_base(tmp_path):
-    run = spec(tmp_path, seeds=[7]).runs()[1]
+    run = spec(tmp_path, seeds=[7], base_evaluation="own").runs()[1]
     words = run.arguments("--ckpt_path", "last")
     assert words[:4] == ["fit", "--config", str(tmp_path / "base.yaml"), "--config"]
     assert json.loads(words[4]) == {"multiplier": MULTIPLIER}
@@ -50,7 +50,21 @@ def test_the_arguments_need_no_other_file_than_the_base(tmp_path):
         *("--seed_everything", "7", "--trainer.default_root_dir", "runs/study/base/pgpo-8/seed=7"),
         *("--ckpt_path", "last"),
     ]
-    assert spec(tmp_path, arms={"as-it-is": None}).runs()[0].arguments().count("--config") == 1
+    own = spec(tmp_path, arms={"as-it-is": None}, base_evaluation="own")
+    assert own.runs()[0].arguments().count("--config") == 1
+
+
+def test_runs_share_the_evaluation_of_the_base_model(tmp_path):
+    """Arms that set it themselves keep what they set; `settings`, by which a started run is known, do not have it."""
+    own = {"model.init_args.evaluation": {"base_answers": None, "samples": 3}}
+    runs = spec(tmp_path, arms={"sdpo": {"multiplier": None}, "own": own}).runs()
+    shared = {"model": {"init_args": {"evaluation": {"base_answers": "runs/study/base-answers"}}}}
+    assert json.loads(runs[0].arguments()[4]) == shared | {"multiplier": None}
+    assert runs[0].settings == {"multiplier": None}
+    assert json.loads(runs[1].arguments()[4])["model"]["init_args"]["evaluation"] == {
+        "base_answers": None,
+        "samples": 3,
+    }
 
 
 def test_dots_and_nested_mappings_mean_the_same_and_later_layers_come_first():
@@ -111,6 +125,7 @@ def test_placeholders_become_folders_and_runs_wait_for_them(tmp_path):
         ({"settings": {"a": datetime.date(2026, 1, 2)}}, "texts, numbers, lists and mappings, but .*date"),
         ({"processes": "two"}, "`processes` to be a whole number, but got 'two'"),
         ({"keep_checkpoints": 1}, "`keep_checkpoints` to be true or false, but got 1"),
+        ({"base_evaluation": "both"}, "`base_evaluation` to be one of shared, own, but got 'both'"),
         ({"arms": {}}, "`arms` to map names"),
         ({"arms": {"a/b": {}}}, r"names in `arms`.*'a/b'"),
         ({"arms": {0.5: {}}}, r"in quotes.*0\.5"),
