@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # it imports torch, which is not needed to read records of runs
     from pgpo_lightning.core.types import Question
@@ -45,5 +45,7 @@ def training_sha256(questions: "Iterable[Question]") -> str:
 
 
 def _beside(question: "Question") -> str:
-    text = json.dumps([question.privileged_context, question.columns], default=str, sort_keys=True)
+    parts: list[Any] = [question.privileged_context, question.other_columns()]
+    parts += [] if question.tools is None else [question.tools]
+    text = json.dumps(parts, default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -50,7 +50,7 @@ SEEN_BY_EFFECT = {
     "data": {
         "batch_size", "limit_train", "train", "validation", "test", "dataset", "dataset_config", "train_split",
         "validation_split", "test_split", "prompt_column", "answer_column", "system_column", "privileged_context_column",
-        "prompt_suffix", "path", "domain", "domains", "hard", "seed",
+        "tools_column", "prompt_suffix", "path", "domain", "domains", "hard", "seed",
     },
     "multiplier": {"run"},  # its record is in the multiplier's own state
     "trainer": set(),

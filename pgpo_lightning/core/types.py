@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-Message = dict[str, str]
-"""One chat turn: ``{"role": ..., "content": ...}``."""
+Message = dict[str, Any]
+"""One chat turn: ``{"role": ..., "content": ...}``, texts; with tools perhaps ``tool_calls``, ``name`` and the like."""
 
 
 @dataclass
@@ -21,7 +21,9 @@ class Question:
             of every rollout for which the verifier returns none.
         index: Position in its split; identifies the question in metrics and per-question results.
         source: Origin of the row (``file:line``), for error messages.
-        columns: All other columns of the row, for verifiers that need them.
+        columns: The columns of the row beside the prompt, for verifiers that need them.
+        tools: JSON schemas of the tools that the chat template shows, if there are any.
+        repeated: Names in `columns` whose values are fields above.
     """
 
     prompt: str | list[Message]
@@ -31,6 +33,12 @@ class Question:
     index: int = 0
     source: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    repeated: tuple[str, ...] = ()
+
+    def other_columns(self) -> dict[str, Any]:
+        """Return the columns whose values are in no other field."""
+        return {name: value for name, value in self.columns.items() if name not in self.repeated}
 
     def messages(self) -> list[Message]:
         """Return the conversation that the student answers, as chat messages."""

@@ -1,37 +1,45 @@
-"""Questions from files (JSON, JSON Lines, parquet) or from a data set of the Hugging Face Hub."""
+"""Questions from files (JSON, JSON Lines, parquet), from a ``datasets.Dataset``, or from a data set of the Hugging Face Hub."""
 
-from typing import Any
+from dataclasses import replace
+from os import PathLike
+from typing import Any, TypeAlias
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.core.settings import Text, checked
+from pgpo_lightning.core.texts import shown
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.questions import SPLITS, QuestionData
-from pgpo_lightning.data.rows import Columns, RawRow, read_rows
+from pgpo_lightning.data.rows import Columns, RawRow, check_rows, read_rows
+
+Table: TypeAlias = Any
+"""A ``datasets.Dataset``. The package takes a second to import, so it is not named here."""
 
 
 @checked
 class FileQuestions(QuestionData):
     r"""Questions from your own files or from the Hub.
 
-    A row needs a prompt and an answer; all columns without a role here are handed to the verifier. The train split is
-    either a file or a split of ``dataset``; so is each of the others. Without validation data, the test data is used
-    for validation.
+    A row needs a prompt; all its other columns are handed to the verifier. The train split is either a file or a split of
+    ``dataset``; so is each of the others. Without validation data, the test data is used for validation.
 
     Args:
-        train: Path of the training file: ``.jsonl``, ``.json`` (array or JSON Lines) or ``.parquet``.
-        validation: Path of the validation file.
-        test: Path of the test file.
+        train: Path of the training file: ``.jsonl``, ``.json`` (array or JSON Lines) or ``.parquet``. From Python also a
+            ``datasets.Dataset``.
+        validation: Path of the validation file, likewise.
+        test: Path of the test file, likewise.
         dataset: Data set on the Hugging Face Hub, instead of ``train``.
         dataset_config: Its configuration, if it has several.
         train_split: Its split for training.
         validation_split: Its split for validation, if any.
         test_split: Its split for testing, if any.
         prompt_column: Column with the user's text, or with chat messages that end with a user turn.
-        answer_column: Column with the gold answer.
+        answer_column: Column with the gold answer. Null, or no column ``answer`` in any row, for none: then the verifier must not
+            need one.
         system_column: Column with a system message; rows without one have none.
         privileged_context_column: Column with text that only the self-teacher may see; it may be missing.
+        tools_column: Column with the tools that the chat template shows: a list of JSON schemas, or its text; it may be missing.
         prompt_suffix: Text that is appended to the last user turn as it is, such as
             ``"\n\nPut the final answer in \\boxed{}."``.
         **kwargs: Batch sizes, seed and limits, see :class:`QuestionData`.
@@ -42,39 +50,43 @@ class FileQuestions(QuestionData):
 
     def __init__(
         self,
-        train: Text | None = None,
-        validation: Text | None = None,
-        test: Text | None = None,
+        train: Text | Table | None = None,
+        validation: Text | Table | None = None,
+        test: Text | Table | None = None,
         dataset: Text | None = None,
         dataset_config: Text | None = None,
         train_split: Text = "train",
         validation_split: Text | None = None,
         test_split: Text | None = None,
         prompt_column: Text = "prompt",
-        answer_column: Text = "answer",
+        answer_column: Text | None = "answer",
         system_column: Text = "system",
         privileged_context_column: Text = "privileged_context",
+        tools_column: Text = "tools",
         prompt_suffix: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.files = {"train": train, "validation": validation, "test": test}
+        self.files: dict[str, Any] = {"train": train, "validation": validation, "test": test}
+        for split, given in self.files.items():
+            if given is not None and not isinstance(given, (str, PathLike)):
+                _check_table(split, given)
         self.hub_splits = {"validation": validation_split, "test": test_split}
-        if dataset is None and not any(self.files.values()):
+        if dataset is None and all(given is None for given in self.files.values()):
             raise ValueError("Expected a data file (`train`, `validation`, `test`) or a `dataset`, but got none.")
         if dataset is None and any(self.hub_splits.values()):
             raise ValueError("Expected `dataset` beside `validation_split` or `test_split`, but got none.")
         if dataset is not None:
             self.hub_splits["train"] = train_split
         for split in SPLITS:
-            if self.files[split] and self.hub_splits.get(split):
+            if self.files[split] is not None and self.hub_splits.get(split):
                 raise ValueError(
-                    f"Expected the {split} split from one place, but got the file {self.files[split]} and the split "
+                    f"Expected the {split} split from one place, but got {_shown(self.files[split])} and the split "
                     f"`{self.hub_splits[split]}` of `dataset` {dataset}. Remove one of them."
                 )
         self.dataset = dataset
         self.dataset_config = dataset_config
-        self.columns = Columns(prompt_column, answer_column, system_column, privileged_context_column)
+        self.columns = Columns(prompt_column, answer_column, system_column, privileged_context_column, tools_column)
         self.prompt_suffix = prompt_suffix
 
     def load(self, split: str) -> list[Question]:
@@ -82,14 +94,23 @@ class FileQuestions(QuestionData):
         if split == "validation" and not self._has(split) and self._has("test"):
             rank_zero_info("No validation data is named: the test data is used for validation.")
             split = "test"
-        return [self.columns.to_question(row, source, self.prompt_suffix) for source, row in self._rows(split)]
+        rows, columns = self._rows(split), self.columns
+        if rows and columns.answer == "answer" and not any("answer" in row for _, row in rows):
+            rank_zero_info(f"No row of the {split} split has a column `answer`: every `question.answer` is null.")
+            columns = replace(columns, answer=None)
+        return [columns.to_question(row, source, self.prompt_suffix) for source, row in rows]
 
     def _has(self, split: str) -> bool:
-        return bool(self.files[split] or self.hub_splits.get(split))
+        return bool(self.files[split] is not None or self.hub_splits.get(split))
 
     def _rows(self, split: str) -> list[RawRow]:
-        if file := self.files[split]:
-            return read_rows(file)
+        given = self.files[split]
+        if isinstance(given, (str, PathLike)):
+            return read_rows(str(given))
+        if given is not None:
+            rows: list[RawRow] = [(f"{split}[{number}]", row) for number, row in enumerate(given)]
+            check_rows(rows)
+            return rows
         if hub_split := self.hub_splits.get(split):
             import datasets  # here, because it takes a second
 
@@ -99,3 +120,23 @@ class FileQuestions(QuestionData):
                 raise ValueError(f"Expected at least one row in {self.dataset} [{hub_split}], but it is empty.")
             return [(f"{self.dataset}[{hub_split}]:{number}", row) for number, row in enumerate(table, start=1)]
         return []
+
+
+def _check_table(split: str, given: Any) -> None:
+    """Raise unless a split is a table of rows, as ``datasets.Dataset`` is."""
+    names = getattr(given, "column_names", None)
+    if isinstance(names, list) and hasattr(given, "__len__"):
+        if len(given) == 0:
+            raise ValueError(f"Expected at least one row in `{split}`, but the data set is empty.")
+        return
+    mend = ""
+    if isinstance(names, dict):
+        mend = f" Give one of its splits, {', '.join(map(str, names))}."
+    elif names is not None:
+        mend = " Load it without streaming."
+    got = shown(given, longest=100) if names is None else type(given).__name__  # a data set is shown in many lines
+    raise ValueError(f"Expected `{split}` to be the path of a file or a datasets.Dataset, but got {got}.{mend}")
+
+
+def _shown(given: Any) -> str:
+    return f"the file {given}" if isinstance(given, (str, PathLike)) else "a data set"

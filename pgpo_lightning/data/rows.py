@@ -49,13 +49,22 @@ def read_rows(path: str | Path) -> list[RawRow]:
     rows = readers[path.suffix](path)
     if not rows:
         raise ValueError(f"Expected at least one row in {path}, but it is empty.")
+    check_rows(rows)
+    return rows
+
+
+def check_rows(rows: list[RawRow]) -> None:
+    """Raise if a row is no mapping, or has a value that cannot be tokenized or written to a file.
+
+    Raises:
+        ValueError: Names the row and the column.
+    """
     for source, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"Expected a JSON object (column: value) at {source}, but got {_typed(row)}.")
         for column, value in row.items():
             check_value(value, f"column {_named(column)} of {source}")
             check_value(column, f"the name of column {_named(column)} of {source}")
-    return rows
 
 
 def _read_json(path: Path) -> list[RawRow]:
@@ -173,19 +182,21 @@ def _as_python(column: pyarrow.ChunkedArray, where: str) -> list[Any]:
 
 @dataclass
 class Columns:
-    """The columns of a row with a meaning; all others become ``Question.columns``.
+    """The columns of a row with a meaning. All but the prompt are in ``Question.columns`` too.
 
     Args:
         prompt: The user's text, or chat messages that end with a user turn.
-        answer: The gold answer.
+        answer: The gold answer; null for none.
         system: System message.
         privileged_context: Text that only the self-teacher may see.
+        tools: JSON schemas of tools, as a list or as a text.
     """
 
     prompt: str = "prompt"
-    answer: str = "answer"
+    answer: str | None = "answer"
     system: str = "system"
     privileged_context: str = "privileged_context"
+    tools: str = "tools"
 
     def to_question(self, row: dict[str, Any], source: str, prompt_suffix: str = "") -> Question:
         """Turn a row into a question.
@@ -200,6 +211,8 @@ class Columns:
         """
         for argument in ("prompt", "answer"):
             column = getattr(self, argument)
+            if column is None:
+                continue
             value = row.get(column)
             if _is_missing(value):
                 found = f"it is {value!r}" if column in row else "there is no such column"
@@ -214,15 +227,32 @@ class Columns:
                 f"Expected one system message at {source}, but there is one in the column `{self.system}` and one in "
                 f"the messages of `{self.prompt}`. Remove one of them, or set `system_column` to another name."
             )
-        named = (self.prompt, self.answer, self.system, self.privileged_context)
+        named = [self.system, self.privileged_context, self.tools, *([] if self.answer is None else [self.answer])]
         return Question(
             prompt=prompt,
-            answer=row[self.answer],
+            answer=None if self.answer is None else row[self.answer],
             system=system,
             privileged_context=self._text(row, self.privileged_context, source),
             source=source,
-            columns={name: value for name, value in row.items() if name not in named},
+            columns={name: value for name, value in row.items() if name != self.prompt},
+            tools=self._tools(row.get(self.tools), source),
+            repeated=tuple(name for name in row if name in named and name != self.prompt),
         )
+
+    def _tools(self, value: Any, source: str) -> list[dict[str, Any]] | None:
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"Expected JSON in column `{self.tools}` of {source}, but got: {error}.") from error
+        if _is_missing(value):
+            return None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise ValueError(
+                f"Expected a list of JSON schemas in column `{self.tools}` of {source}, but got {_typed(value)}. Correct "
+                "the row, or set `tools_column` to another name."
+            )
+        return [without_nulls(tool) for tool in value]
 
     def _prompt(self, value: Any, source: str, suffix: str) -> str | list[Message]:
         if isinstance(value, str):
@@ -232,9 +262,15 @@ class Columns:
             raise ValueError(f"Expected a text or a list of chat messages {where}, but got {_typed(value)}.")
         for message in value:
             turn = message if isinstance(message, dict) else {}
+            if _calls_tools(turn) and turn.get("content") is None:
+                continue
             if not (isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
                 raise ValueError(
                     f"Expected chat messages with the texts `role` and `content` {where}, but got {_typed(message)}."
+                )
+            if turn.get("tool_calls") and not _calls_tools(turn):
+                raise ValueError(
+                    f"Expected `tool_calls` to be a list of objects in an assistant turn {where}, but got {_typed(message)}."
                 )
             if not turn["content"].strip() and not turn.get("tool_calls"):
                 raise ValueError(
@@ -243,7 +279,12 @@ class Columns:
         if value[-1]["role"] != "user":
             raise ValueError(f"Expected a user turn at the end {where}, but got the role `{value[-1]['role']}`.")
         # Parquet fills keys that a message does not have (such as `name`) with None.
-        turns = [{key: text for key, text in message.items() if text is not None} for message in value]
+        turns = [
+            {"content": "", **without_nulls(message)}
+            if _calls_tools(message)
+            else {key: text for key, text in message.items() if text is not None}
+            for message in value
+        ]
         turns[-1]["content"] += suffix
         return turns
 
@@ -252,6 +293,25 @@ class Columns:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"Expected a text in column `{column}` of {source}, but got {_typed(value)}.")
         return value if value and value.strip() else None
+
+
+def _calls_tools(turn: dict[str, Any]) -> bool:
+    """Whether a turn is an assistant's with tool calls."""
+    calls = turn.get("tool_calls")
+    well_formed = isinstance(calls, list) and bool(calls) and all(isinstance(call, dict) for call in calls)
+    return turn.get("role") == "assistant" and well_formed
+
+
+def without_nulls(value: Any) -> Any:
+    """Return nested data without the keys that are null: parquet gives all objects of a column the same keys.
+
+    Example:
+        >>> without_nulls({"name": "add", "arguments": {"a": 1, "of another call": None}})
+        {'name': 'add', 'arguments': {'a': 1}}
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _is_missing(value: Any) -> bool:

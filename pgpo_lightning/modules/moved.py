@@ -12,6 +12,7 @@ GROUPS = {
         "revision",
         "trust_remote_code",
         "gradient_checkpointing",
+        "chat_template_kwargs",
     ),
     "update": (
         "max_grad_norm",

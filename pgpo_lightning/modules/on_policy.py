@@ -142,7 +142,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.placement: Placement = Replicated()
         self.student = Student(model, model_config, lora, quantization)
         self.tokenizer = self.student.load_tokenizer()
-        self.encoder = PromptEncoder(self.tokenizer, model_config.enable_thinking)
+        self.encoder = PromptEncoder(self.tokenizer, model_config.enable_thinking, model_config.chat_template_kwargs)
         self.actor = Actor(self.engine, verifier, self.tokenizer, self.encoder, max_prompt_length, reward)
         self.evaluator = Evaluator(evaluation, max_response_length, reward.success_threshold, self.encoder, self.actor)
 

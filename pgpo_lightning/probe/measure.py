@@ -82,7 +82,7 @@ class Prober:
         self.chunks = [questions[start : start + chunk] for start in range(0, len(questions), chunk)]
         self.joint_sha256 = joint_sha256(map(question_sha256, questions))  # as in records of runs
         content = json.dumps(
-            [[q.index, q.messages(), q.answer, q.privileged_context, q.columns] for q in questions], default=str
+            [[q.index, q.messages(), q.answer, q.privileged_context, q.other_columns()] for q in questions], default=str
         )
         self.settings = {
             **settings,

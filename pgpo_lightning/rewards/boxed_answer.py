@@ -77,7 +77,8 @@ def _gold(question: Question) -> str:
     if not text:
         raise ValueError(
             f"Expected {where(question)} to have a gold answer, a text or a finite number, but got "
-            f"{type(gold).__name__} {shown(gold)}. Correct the row, or use a `verifier` that can grade it."
+            f"{type(gold).__name__} {shown(gold)}. Correct the row, set `answer_column`, or use a "
+            "`verifier` that can grade it."
         )
     return text
 

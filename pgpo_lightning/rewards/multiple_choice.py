@@ -57,8 +57,8 @@ class MultipleChoice:
         gold = question.answer
         if not isinstance(gold, str) or len(gold) != 1 or gold not in self.options:
             raise ValueError(
-                f"Expected the answer of {where(question)} to be in {self.options!r}, but got {shown(gold)}. Correct the row, or "
-                "set the `options` of MultipleChoice."
+                f"Expected the answer of {where(question)} to be in {self.options!r}, but got {shown(gold)}. Correct the row, "
+                "or set `answer_column` of the data or the `options` of MultipleChoice."
             )
 
     def __call__(self, question: Question, response: str) -> Verdict:

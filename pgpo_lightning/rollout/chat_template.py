@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedTokenizerBase
@@ -26,19 +26,22 @@ _ROOM = 1 << 30  # additional memory of the process (bytes)
 _LONGEST = 1_000_000  # maximum characters of the result
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
+def check_chat_template(
+    tokenizer: PreTrainedTokenizerBase, enable_thinking: bool, more: dict[str, Any] | None = None
+) -> None:
     """Render one short question within limits of time and memory, and check the result.
 
     Args:
         tokenizer: A tokenizer. Without a chat template there is nothing to check.
         enable_thinking: Passed to the template.
+        more: Passed to the template too.
 
     Raises:
         MisconfigurationException: If the template does not end, raises, or omits the question; names the tokenizer.
     """
     if tokenizer.chat_template is None:
         return
-    if problem := _problem(_Template(tokenizer, enable_thinking)):
+    if problem := _problem(_Template(tokenizer, enable_thinking, more or {})):
         raise MisconfigurationException(
             f"Expected the chat template of `{tokenizer.name_or_path}` to render a question, but {problem}. Correct "
             "`chat_template` in its folder, or set `model.model_config.tokenizer` to one with another template."
@@ -48,9 +51,9 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, enable_thinking: boo
 class _Template:
     """A template with its inputs. Equal templates compare equal, so each is checked once per process."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
-        self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
-        self.key = (str(tokenizer.chat_template), str(tokenizer.special_tokens_map), enable_thinking)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool, more: dict[str, Any]) -> None:
+        self.tokenizer, self.enable_thinking, self.more = tokenizer, enable_thinking, more
+        self.key = (str(tokenizer.chat_template), str(tokenizer.special_tokens_map), enable_thinking, repr(more))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Template) and self.key == other.key
@@ -61,7 +64,7 @@ class _Template:
     def render(self) -> str:
         turns = [{"role": "user", "content": QUESTION}]
         text = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False, enable_thinking=self.enable_thinking
+            turns, add_generation_prompt=True, tokenize=False, enable_thinking=self.enable_thinking, **self.more
         )
         return cast("str", text)
 

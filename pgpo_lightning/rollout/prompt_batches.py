@@ -11,7 +11,10 @@ AT_ONCE = 256
 
 
 def encode_together(
-    tokenizer: PreTrainedTokenizerBase, questions: list[Question], enable_thinking: bool
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Question],
+    enable_thinking: bool,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[int]] | None:
     """Return the token ids of the questions' conversations, without a tokenizer's prefix; the same as one by one.
 
@@ -22,16 +25,18 @@ def encode_together(
         tokenizer: The policy's tokenizer.
         questions: What is asked.
         enable_thinking: Passed to the chat template.
+        template_kwargs: Passed to the chat template too.
 
     Returns:
         The token ids of each question. ``None`` where one by one is needed: for a tokenizer in Python or with methods of its
-        own, for a question that fails, and for a prompt about whose length the tokenizer would warn.
+        own, for questions with tools, for a question that fails, and for a prompt about whose length the tokenizer would warn.
     """
-    if not _is_plain(tokenizer):
+    if not _is_plain(tokenizer) or any(question.tools for question in questions):
         return None
     templated, most = tokenizer.chat_template is not None, tokenizer.model_max_length
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]  # of TokenizersBackend
     options: Any = {"add_generation_prompt": True, "enable_thinking": enable_thinking, "tokenize": False}
+    options |= template_kwargs or {}
     try:
         conversations = [question.messages() for question in questions]
         if not all(turns and all(isinstance(turn, dict) for turn in turns) for turns in conversations):

@@ -22,14 +22,26 @@ class PromptEncoder:
     Args:
         tokenizer: The policy's tokenizer.
         enable_thinking: Passed to the chat template, which may ignore it. If false, Qwen3's opens an empty think block.
+        template_kwargs: Passed to the chat template too.
 
     Raises:
         MisconfigurationException: If the chat template cannot be used; see
             :func:`~pgpo_lightning.rollout.chat_template.check_chat_template`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool) -> None:
-        check_chat_template(tokenizer, enable_thinking)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        enable_thinking: bool,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.template_kwargs = template_kwargs or {}
+        if self.template_kwargs and tokenizer.chat_template is None:
+            raise MisconfigurationException(
+                f"Expected a tokenizer with a chat template for `model_config.chat_template_kwargs`, but "
+                f"`{tokenizer.name_or_path}` has none. Remove the setting."
+            )
+        check_chat_template(tokenizer, enable_thinking, self.template_kwargs)
         self.tokenizer = tokenizer
         self.enable_thinking = enable_thinking
         self.thinking = Thinking(tokenizer)
@@ -37,7 +49,7 @@ class PromptEncoder:
         """Number of token ids with an embedding; ``None`` until the model is loaded."""
         self._highest = (-1, "")
         self._prefix = _prefix(tokenizer)
-        self._system_checked = False
+        self._system_checked = self._tools_checked = False
         if self.messages([{"role": "user", "content": QUESTION}])[-1:] == [tokenizer.eos_token_id]:
             warnings.warn(
                 f"The chat template of `{tokenizer.name_or_path}` ends a prompt with the end-of-sequence token "
@@ -52,7 +64,7 @@ class PromptEncoder:
         """
         for start in range(0, len(questions), AT_ONCE):
             part = questions[start : start + AT_ONCE]
-            together = encode_together(self.tokenizer, part, self.enable_thinking)
+            together = encode_together(self.tokenizer, part, self.enable_thinking, self.template_kwargs)
             for i, question in enumerate(part):
                 yield self.question(question, together[i] if together else None)
 
@@ -74,10 +86,12 @@ class PromptEncoder:
                 f"list of messages, but `{self.tokenizer.name_or_path}` has none. Give prompts as text, or set "
                 "`model.model_config.tokenizer` to one with a template."
             )
-        ids = self.messages(question.messages(), where) if ids is None else self._complete(ids, where)
+        tools = question.tools
+        ids = self.messages(question.messages(), where, tools) if ids is None else self._complete(ids, where)
+        self._check_tools(question, ids, where)
         if question.system and not self._system_checked:
             self._system_checked = True
-            if ids == self.messages(question.messages()[1:], where):
+            if ids == self.messages(question.messages()[1:], where, question.tools):
                 warnings.warn(
                     f"The chat template of `{self.tokenizer.name_or_path}` omits the system message of {where}, so the model "
                     "does not see it. Put it into the prompt, or set `model.model_config.tokenizer` to one with "
@@ -86,12 +100,34 @@ class PromptEncoder:
                 )
         return ids
 
-    def messages(self, messages: list[Message], where: str = "a prompt") -> list[int]:
+    def _check_tools(self, question: Question, ids: list[int], where: str) -> None:
+        """Raise if the chat template omits the tools or the tool calls of the first question that has any."""
+        messages = question.messages()
+        calls = any(message.get("tool_calls") for message in messages)
+        if self._tools_checked or not (question.tools or calls):
+            return
+        bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        for what, there, without in (
+            ("tools", question.tools, (messages, None)),
+            ("tool calls", calls, (bare, question.tools)),
+        ):
+            if there and (self.tokenizer.chat_template is None or ids == self.messages(without[0], where, without[1])):
+                raise MisconfigurationException(
+                    f"Expected a chat template that shows the {what} of {where}, but that of `{self.tokenizer.name_or_path}` "
+                    f"omits them. Set `model.model_config.tokenizer` to one with another template, or remove the {what} from "
+                    "the data (another `data.tools_column` ignores the column)."
+                )
+        self._tools_checked = True
+
+    def messages(
+        self, messages: list[Message], where: str = "a prompt", tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the assistant's answer.
 
         Args:
             messages: The conversation.
             where: Its source, for error messages.
+            tools: JSON schemas of tools, for the chat template.
 
         Raises:
             MisconfigurationException: If the chat template raises, or a token has no embedding.
@@ -106,6 +142,8 @@ class PromptEncoder:
                 tokenize=True,
                 return_dict=True,
                 enable_thinking=self.enable_thinking,
+                tools=tools,  # type: ignore[arg-type]  # a list is invariant
+                **self.template_kwargs,
             )
             ids: list[int] = encoding["input_ids"]
         except Exception as error:  # templates are programs

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pgpo_lightning.core.types import Message, Question, Rollout, Sample
 from pgpo_lightning.rollout.thinking import remove_thinking
@@ -115,7 +115,7 @@ class RepromptBuilder:
     def attach(
         self,
         samples: list[Sample],
-        encode: Callable[[list[Message]], list[int]],
+        encode: Callable[..., list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
         rng: random.Random,
@@ -132,7 +132,7 @@ class RepromptBuilder:
 
         Args:
             samples: All samples of the step, whole groups; changed in place.
-            encode: Converts chat messages to prompt token ids.
+            encode: Converts chat messages to prompt token ids. Questions with tools give them as `tools`.
             tokens: Converts text to token ids, without special tokens.
             text: Converts token ids to text.
             rng: Source of the choice.
@@ -239,7 +239,7 @@ class RepromptBuilder:
         sample: Sample,
         demonstration: str | None,
         feedback: str | None,
-        encode: Callable[[list[Message]], list[int]],
+        encode: Callable[..., list[int]],
         tokens: Callable[[str], list[int]],
         text: Callable[[list[int]], str],
         bare: bool = False,
@@ -252,10 +252,12 @@ class RepromptBuilder:
             Token ids and text of the reprompt, ``None`` if nothing fits, and whether it was truncated.
         """
         parts = {"demonstration": demonstration, "feedback": feedback}
+        tools = sample.rollout.question.tools
+        given: dict[str, Any] = {} if tools is None else {"tools": tools}
         left: dict[str, list[int]] = {}
         while any(parts.values()) or self.reprompt_without_context or bare:
             messages = self.messages(sample, parts["demonstration"], parts["feedback"])
-            ids = encode(messages)
+            ids = encode(messages, **given)
             if (excess := len(ids) - self.max_reprompt_len) <= 0:
                 return ids, messages[-1]["content"], bool(left)
             if not any(parts.values()):

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from pgpo_lightning.core.run_settings import ConfigGroup
 from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Temperature, Text, checked
 from pgpo_lightning.models.loading import Dtype
+
+_OF_THE_ENCODER = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
 
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
@@ -85,6 +90,7 @@ class ModelConfig(ConfigGroup):
     Args:
         tokenizer: Folder, Hub id or object; by default the model's.
         enable_thinking: Thinking mode of the chat template.
+        chat_template_kwargs: Other arguments of the chat template, for student and teacher.
         dtype: Type of the weights; keep float32 for mixed precision.
         attn_implementation: As in transformers.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -102,6 +108,20 @@ class ModelConfig(ConfigGroup):
     gradient_checkpointing: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that no argument of the chat template is set elsewhere."""
+        for name in self.chat_template_kwargs or {}:
+            if name == "enable_thinking":
+                raise ValueError(
+                    "Expected no enable_thinking in `model_config.chat_template_kwargs`. Set `model_config.enable_thinking`."
+                )
+            if name in _OF_THE_ENCODER:
+                raise ValueError(
+                    f"Expected arguments of the chat template in `model_config.chat_template_kwargs`, but got {name}, which "
+                    "is set for every prompt. Remove it."
+                )
 
 
 @partial(checked, prefix="mismatch.")

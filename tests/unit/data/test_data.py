@@ -1,5 +1,6 @@
 """Data modules: rows become questions or clear errors, splits become batches."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,9 @@ class Numbers(QuestionData):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "array.json"])
 def test_formats_give_the_same_questions(tmp_path, name):
     path = write(tmp_path / name, ROWS, array=name == "array.json")
-    assert load(train=path) == [
+    given = load(train=path)
+    assert all(question.columns["answer"] == question.answer for question in given)
+    assert [dataclasses.replace(question, columns=question.other_columns(), repeated=()) for question in given] == [
         Question("1+1?", "2", "Be brief.", None, 0, f"{path}:1", {"level": 3}),
         Question("Zwei\u2028drei?", "5", None, "Add.", 1, f"{path}:2", {"level": 1}),
         Question("0+0?", "0", None, None, 2, f"{path}:3", {"level": 0}),
@@ -75,7 +78,8 @@ def test_column_names(tmp_path):
         privileged_context_column="hint",
     )
     assert (question.prompt, question.answer, question.system, question.privileged_context) == tuple(row.values())[:4]
-    assert question.columns == {"prompt": "other"}
+    assert question.columns == {"a": 2, "s": "Be brief.", "hint": "Add.", "prompt": "other"}
+    assert question.other_columns() == {"prompt": "other"}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -202,7 +206,10 @@ def test_hub_data_set(monkeypatch):
     with pytest.raises(ValueError, match=r"at least one row in x/y \[dev\], but it is empty"):
         load(dataset="x/y", dataset_config="main", validation_split="dev")
     assert calls == [("x/y", "main", "train"), ("x/y", "main", "dev")]
-    assert load(dataset="x/y") == [Question("1+1?", "2", "Be brief.", None, 0, "x/y[train]:1", {"level": 3})]
+    columns = {name: value for name, value in ROWS[0].items() if name != "prompt"}
+    repeated = ("answer", "system", "privileged_context")
+    wanted = Question("1+1?", "2", "Be brief.", None, 0, "x/y[train]:1", columns, repeated=repeated)
+    assert load(dataset="x/y") == [wanted]
 
 
 def test_test_data_serves_as_validation_data(tmp_path):

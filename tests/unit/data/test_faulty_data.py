@@ -97,7 +97,7 @@ def test_parquet_columns(tmp_path):
     folder = tmp_path / "lr=1"
     folder.mkdir()
     pyarrow.parquet.write_table(pa.table({"prompt": ["a"], "answer": ["1"]}), folder / "a.parquet")
-    assert load(folder / "a.parquet")[0].columns == {}
+    assert load(folder / "a.parquet")[0].columns == {"answer": "1"}
 
 
 @pytest.mark.parametrize(
