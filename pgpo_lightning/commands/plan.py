@@ -124,6 +124,7 @@ class PlanCommand(BuildCommand):
             keep=self._get(self.config, "checkpoint").keep,
             external=_external(module),
             contrasted=module.objective.contrasted,
+            reference=module.objective.has_reference,
         )
 
 

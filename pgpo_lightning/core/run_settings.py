@@ -44,7 +44,7 @@ SEEN_BY_EFFECT = {
     # The weights are those of the checkpoint. Adapters, and a base or teacher's model that is not in it, are compared by
     # fingerprints. A seed of null is that of the checkpoint.
     "model": {
-        "teacher.model", "teacher.revision",
+        "teacher.model", "teacher.revision", "update.lr_scheduler_type", "update.warmup_steps",
         "model", "model_config.revision", "model_config.tokenizer", "optimizer", "scheduler", "lora", "quantization", "seed"},
     # `data.questions` is the hash of the training questions; the size of a batch is compared over all devices.
     "data": {

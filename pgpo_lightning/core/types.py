@@ -99,6 +99,8 @@ class Sample:
         weight: Factor of the row's loss; 0 takes the row out of it.
         old_log_probs: Log-probabilities of the response under the policy before the first of several updates on one
             batch, shape ``(len(response_ids),)``; ``None`` means that the current policy is the sampling policy.
+        reference_log_probs: Log-probabilities of the response under the initial model, for a KL divergence from it, of the same
+            shape; ``None`` without one.
         teacher_hidden: The teacher's hidden states of the response, ``(len(response_ids), D)``, while they are to be used again.
         contrast_ids: Token ids of a second prompt of the teacher, with which the first is compared (CEPO), or ``None``.
         contrast_log_probs: The teacher's log-probabilities of the response after it (nats), ``(len(response_ids),)``, while they
@@ -115,6 +117,7 @@ class Sample:
     advantage: float = 0.0
     weight: float = 1.0
     old_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
     teacher_hidden: Tensor | None = None
     contrast_ids: list[int] | None = None
     contrast_log_probs: Tensor | None = None

@@ -59,6 +59,27 @@ def clipped_policy_loss(
     return loss
 
 
+def kl_estimate(log_p: Tensor, reference: Tensor) -> Tensor:
+    """Return the k3 estimate of KL(policy || reference) at sampled tokens: ``r - log r - 1`` with ``r = reference / policy``.
+
+    It is never negative, and unbiased for tokens of the policy (Schulman, *Approximating KL divergence*, 2020; GRPO,
+    arXiv 2402.03300, Eq. 4). As a loss its gradient is ``1 - r`` times that of `log_p`.
+
+    Args:
+        log_p: Log-probabilities of the sampled tokens (nats) with gradient, shape ``(N,)``.
+        reference: The same under the reference, shape ``(N,)``.
+
+    Returns:
+        Nats, shape ``(N,)``. Beyond 20 nats the difference is clipped, so that exp() stays finite.
+
+    Example:
+        >>> kl_estimate(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
+        tensor([0.1931])
+    """
+    log_ratio = (reference - log_p).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
 def credited_advantages(advantages: Tensor, log_ratio: Tensor, mixing: float, bound: float) -> Tensor:
     """Return advantages per token (RLSD, CEPO): the response's, larger where the teacher's evidence has the same sign.
 

@@ -77,6 +77,7 @@ class RunSpec:
         external: The teacher's model, for an external one. Its type is that of the teacher in `compute`.
         contrasted: Whether the teacher reads two prompts for every response (CEPO). Its second pass takes less memory than the
             first, because it comes before the student's.
+        reference: Whether there is a frozen copy of the initial weights, or adapter, for a KL divergence from it.
     """
 
     config: PretrainedConfig
@@ -104,6 +105,7 @@ class RunSpec:
     keep: int | None = 1
     external: External | None = None
     contrasted: bool = False
+    reference: bool = False
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -161,7 +163,8 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     counted = count(run.config)
     teachers = TEACHERS[run.teacher]
     external = run.external
-    own = None if "own" not in teachers or (run.adapters is not None and external is None) else counted
+    owned = "own" in teachers or run.reference
+    own = None if not owned or (run.adapters is not None and external is None) else counted
     own = own if external is None else external.count()
     compute = run.compute
     shapes: list[tuple[int, ...]] = list(counted.shapes)
@@ -254,7 +257,7 @@ def _standing(
         parts = standing_bytes(counted.total, trainable, 0, state, run.compute, run.sharding, gradient=kind.itemsize)
         adapters = -(-trainable * kind.itemsize // run.sharding.shards)
         parts["weights"] += adapters
-        second = "own" in TEACHERS[run.teacher]  # adapter, fp32
+        second = "own" in TEACHERS[run.teacher] or run.reference  # adapter, fp32
         parts["teacher"] = -(-trainable * 4 // run.sharding.shards) if second else 0
     if run.external is not None:
         parts["teacher"] = -(-run.external.weight_bytes(run.compute.teacher) // run.sharding.shards)
@@ -266,7 +269,7 @@ def _saving(
 ) -> Saving:
     teacher = torch.float32 if run.adapters is not None else run.compute.teacher
     copied = run.adapters is not None and run.external is None
-    saved = "own" in TEACHERS[run.teacher] if copied else run.teacher in MOVING
+    saved = "own" in TEACHERS[run.teacher] or run.reference if copied else run.teacher in MOVING
     return saving(
         weights=trainable * kind.itemsize,
         teacher=trainable * teacher.itemsize * saved,
@@ -314,6 +317,8 @@ def _flops(
     moving = run.teacher in ("live", "trust-region")
     tokens = sum(layout.tokens for layout, _ in ways)
     again = 2 * other.head * tokens * (1 + teachers) * run.contrasted  # the heads of the second pass
+    once = run.updates * (sum(flops.forward(width, layout) for layout, _ in ways) + 2 * width.head * tokens)
+    reference = {"reference forward": once} if run.reference else {}
     return {
         "rollouts": flops.prefill(width, prompts) + flops.decoding(width, prompts, [row.length for row in rows]),
         "student forward": times * sum(flops.forward(width, layout) for layout, _ in ways),
@@ -332,4 +337,5 @@ def _flops(
             for layout, _ in ways
         )
         + (times if moving else run.updates) * again,
+        **reference,
     }

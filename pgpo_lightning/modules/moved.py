@@ -21,6 +21,8 @@ GROUPS = {
         "micro_batch_tokens",
         "loss_agg_mode",
         "max_skipped_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
     ),
     "mismatch": ("max_sampler_gap", "importance_weight_cap"),
     "reprompt": (
@@ -45,7 +47,14 @@ GROUPS = {
         "softening",
         "alpha",
     ),
-    "policy_gradient": ("norm_adv_by_std_in_grpo", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "std"),
+    "policy_gradient": (
+        "norm_adv_by_std_in_grpo",
+        "clip_ratio_low",
+        "clip_ratio_high",
+        "clip_ratio_c",
+        "std",
+        "kl_to_reference",
+    ),
     "injection": (
         "ties",
         "demonstration_advantage",

@@ -131,7 +131,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.num_generations = num_generations
         self.max_response_length = max_response_length
         self.training_sampling = Sampling(max_response_length, temperature)
-        self.optimization = Optimization(optimizer, scheduler)
+        self.optimization = Optimization(optimizer, scheduler, update)
         self.lora = lora
         self.update, self.mismatch, self.reward = update, mismatch, reward
         self.run_seed = RunSeed(seed)
@@ -353,9 +353,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
             self.model = self.student.load(self.encoder, self.engine, divergence, *longest, self.seed)
             if self.lora is not None:
                 keep_adapter_only(self)
-        if self.teacher is None and self.training_run and teaching is not None:
-            self.teacher = teaching.make(self.model, self.student.loading, sum(longest))
-            if teaching.config.offload:  # DDP looks after the weights on its device
+        if self.teacher is None and self.training_run:
+            self.teacher = self.objective.make_teacher(self.model, self.student.loading, sum(longest))
+            if teaching and self.teacher and teaching.config.offload:  # DDP looks after the weights on its device
                 tensors = (*self.teacher.named_parameters(), *self.teacher.named_buffers())
                 self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
         if self._trainer is not None and start_up.is_sharded(self.trainer) and not self.placement.sharded:
@@ -378,7 +378,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule; the module itself steps the schedule, once per batch."""
-        return self.optimization.build(self.model, self.placement.sharded, self.resumed)
+        return self.optimization.build(self.model, self.placement.sharded, self.resumed, self._trainer)
 
     def on_fit_start(self) -> None:
         """Check the size of the batches and, if the objective asks for it, their number."""

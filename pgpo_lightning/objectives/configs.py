@@ -90,6 +90,8 @@ class PolicyGradientConfig(ConfigGroup):
         clip_ratio_low: Clip range below 1. Without effect on the first of several updates, where the ratio is 1.
         clip_ratio_high: Clip range above 1.
         clip_ratio_c: Dual clip; null for none.
+        kl_to_reference: Coefficient of the KL divergence from the model that the run started from (GRPO, Eq. 3; beta in TRL). It
+            needs a frozen copy of the weights, or with `lora` of the adapter alone, and one more forward pass. 0 for none.
 
     Raises:
         ValueError: If a setting is out of range or contradicts another; names the field.
@@ -100,6 +102,7 @@ class PolicyGradientConfig(ConfigGroup):
     clip_ratio_low: Fraction = 0.2
     clip_ratio_high: NonNegative = 0.28
     clip_ratio_c: Positive | None = 3.0
+    kl_to_reference: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         """Check the settings against each other."""
@@ -108,6 +111,23 @@ class PolicyGradientConfig(ConfigGroup):
                 "Expected `policy_gradient.clip_ratio_c` to exceed 1 + `policy_gradient.clip_ratio_high`, but got "
                 f"{self.clip_ratio_c}."
             )
+
+
+def check_no_reference(config: PolicyGradientConfig, why: str) -> None:
+    """Raise if a KL divergence from a reference is wanted where there is none.
+
+    Args:
+        config: The settings.
+        why: The objective, and why it has no reference.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    if config.kl_to_reference:
+        raise ValueError(
+            f"Expected `policy_gradient.kl_to_reference` 0 with {why}, but got {config.kl_to_reference}. Set it to 0, or "
+            "use GRPO."
+        )
 
 
 @partial(checked, prefix="injection.")

@@ -5,7 +5,7 @@ from torch import Tensor
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.objectives.configs import PolicyGradientConfig
+from pgpo_lightning.objectives.configs import PolicyGradientConfig, check_no_reference
 from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
 from pgpo_lightning.teachers.self_teaching import SelfTeaching
 from pgpo_lightning.training.mini_batches import TokenInputs
@@ -41,6 +41,7 @@ class GuidedPolicyGradient(PolicyGradientObjective):
         updates: int = 1,
     ) -> None:
         super().__init__(config, num_generations=num_generations, updates=updates)
+        check_no_reference(self.config, "TGPO, which has a teacher")
         self.teaching = teaching
         self.guidance, self.guidance_steps = guidance, guidance_steps
         self.current_guidance = guidance

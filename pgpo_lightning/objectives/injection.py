@@ -22,7 +22,7 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.losses.policy_gradient import replaced_index, shaped_probability
-from pgpo_lightning.objectives.configs import InjectionConfig, PolicyGradientConfig
+from pgpo_lightning.objectives.configs import InjectionConfig, PolicyGradientConfig, check_no_reference
 from pgpo_lightning.objectives.demonstrations import Demonstration, Demonstrations, Verify
 from pgpo_lightning.objectives.gates import Decision, Gate, Group
 from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
@@ -96,6 +96,7 @@ class InjectedPolicyGradient(PolicyGradientObjective):
         updates: int = 1,
     ) -> None:
         super().__init__(config, num_generations=num_generations, updates=updates, divide_by_std=True)
+        check_no_reference(self.config, "HAPO, whose demonstrations the policy did not sample")
         self.demonstrations, self.gate, self.verify = demonstrations, gate, verify
         self.injection = injection or InjectionConfig()
         self.success_threshold = success_threshold

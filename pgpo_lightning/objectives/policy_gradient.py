@@ -1,14 +1,24 @@
 """Clipped policy gradients: GRPO's, and RLSD's, whose advantages a self-teacher spreads over the tokens of a response."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.losses.policy_gradient import clipped_policy_loss, credited_advantages, group_advantages
-from pgpo_lightning.objectives.configs import PolicyGradientConfig
+from pgpo_lightning.losses.policy_gradient import (
+    clipped_policy_loss,
+    credited_advantages,
+    group_advantages,
+    kl_estimate,
+)
+from pgpo_lightning.objectives.configs import PolicyGradientConfig, check_no_reference
+from pgpo_lightning.teachers.base import Teacher
+from pgpo_lightning.teachers.build import make_teacher
 from pgpo_lightning.teachers.self_teaching import SelfTeaching
 from pgpo_lightning.training.mini_batches import TokenInputs
 from pgpo_lightning.training.objective import Objective, Preparation, Route, split_taught
@@ -16,6 +26,9 @@ from pgpo_lightning.training.objective import Objective, Preparation, Route, spl
 
 class PolicyGradientObjective(Objective):
     """GRPO: each response is reinforced by its reward's distance from the mean of its group.
+
+    With `policy_gradient.kl_to_reference` every token also has that multiple of the KL estimate to the initial model in its loss,
+    in responses without an advantage too. Like the rest of the loss it gets the importance weight of its token.
 
     Args:
         config: Advantages and clipping.
@@ -60,13 +73,32 @@ class PolicyGradientObjective(Objective):
             sampled = [sample for sample in samples if self.in_loss(sample) and not sample.demonstration]
             for sample, log_probs in given.learner.log_probs(sampled, samples):
                 sample.old_log_probs = log_probs.cpu()
+        scalars = self._compare_with_reference(samples, given) if self.has_reference else {}
         groups = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
         everyone = torch.cat(gather(advantages))
-        return {"critic/advantages/std": everyone.std().item(), "critic/informative_groups": groups}
+        return scalars | {"critic/advantages/std": everyone.std().item(), "critic/informative_groups": groups}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss has a KL divergence from the initial model."""
+        return self.config.kl_to_reference > 0
+
+    def make_teacher(self, student: PreTrainedModel, loading: dict[str, Any], longest: int) -> Teacher | None:
+        """Return the reference, if there is one: the student's weights, or its adapter, as they are now."""
+        reference = make_teacher("frozen", student, 0.0) if self.has_reference else None
+        return reference or super().make_teacher(student, loading, longest)
+
+    def _compare_with_reference(self, samples: list[Sample], given: Preparation) -> dict[str, float]:
+        """Give every sample its log-probabilities under the reference."""
+        estimates = []
+        for sample, log_probs in given.learner.log_probs(samples, samples, of_teacher=True):
+            sample.reference_log_probs = log_probs.cpu()
+            estimates.append(kl_estimate(sample.rollout.log_probs, sample.reference_log_probs))
+        return {"actor/kl_loss": torch.cat(estimates).mean().item()}
 
     def in_loss(self, sample: Sample) -> bool:
-        """Whether the sample has an advantage: without one it has no gradient either."""
-        return sample.advantage != 0
+        """Whether the sample has an advantage, or there is a reference: without both it has no gradient."""
+        return sample.advantage != 0 or self.has_reference
 
     def routes(self, samples: list[Sample]) -> list[Route]:
         """Return one route, without a teacher."""
@@ -78,7 +110,10 @@ class PolicyGradientObjective(Objective):
 
     def token_loss(self, tokens: TokenStatistics, given: TokenInputs) -> Tensor:
         """Return the clipped policy-gradient loss of every token, shape ``(n,)``."""
-        return self.clipped(tokens, given, given.advantage)
+        loss = self.clipped(tokens, given, given.advantage)
+        if given.reference is None:
+            return loss
+        return loss + self.config.kl_to_reference * kl_estimate(tokens.log_p_student, given.reference)
 
     def clipped(self, tokens: TokenStatistics, given: TokenInputs, advantages: Tensor) -> Tensor:
         """Return the clipped loss of every token for these advantages, shape ``(n,)`` each."""
@@ -116,6 +151,7 @@ class CreditedPolicyGradient(PolicyGradientObjective):
         updates: int = 1,
     ) -> None:
         super().__init__(config, num_generations=num_generations, updates=updates)
+        check_no_reference(self.config, "RLSD, which has a self-teacher")
         self.teaching = teaching
         self.mixing, self.mixing_steps, self.evidence_clip = mixing, mixing_steps, evidence_clip
         self.current_mixing = mixing

@@ -6,6 +6,7 @@ Sample-Routed Policy Optimisation (SRPO, arXiv 2604.02288) decides for each resp
 from typing import Literal
 
 from pgpo_lightning.core.types import Sample
+from pgpo_lightning.objectives.configs import check_no_reference
 from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
 from pgpo_lightning.training.objective import Objective, Preparation, Route, split_taught
@@ -40,6 +41,7 @@ class RoutedObjective(Objective):
                 "Expected `reprompt.include_environment_feedback` true with `route` group, whose distilled questions have no "
                 "success to show to the teacher, but got false. Set it, and give questions a `privileged_context` or feedback."
             )
+        check_no_reference(policy_gradient.config, "SRPO, which has a self-teacher")
         self.distillation, self.policy_gradient, self.route = distillation, policy_gradient, route
         self.teaching = distillation.teaching
         self.divergence = distillation.divergence

@@ -15,6 +15,7 @@ _OF_THE_ENCODER = {
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
 
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 LossAggregation = Literal["seq-mean-token-mean", "token-mean"]
 
 
@@ -64,9 +65,12 @@ class UpdateConfig(ConfigGroup):
             rollouts without a loss count as zero, as in SDPO's code. ``token-mean``: mean over all tokens in the loss of the
             optimizer step. Both are over all ranks and micro-batches.
         max_skipped_steps: Optimizer steps in a row that may be skipped because the loss or the gradient is not finite.
+        lr_scheduler_type: Schedule of the learning rate, by its name in transformers: ``constant``, ``constant_with_warmup``,
+            ``linear`` or ``cosine`` (both fall to 0 at the end of the run). Null for that of `scheduler`, if any.
+        warmup_steps: Batches over which the rate rises linearly from 0. As in transformers, the first has the rate 0.
 
     Raises:
-        ValueError: If a setting is out of range; names the field.
+        ValueError: If a setting is out of range or contradicts another; names the field.
     """
 
     max_grad_norm: Annotated[float, Range(least=1e-6, most=1e6)] | None = 1.0
@@ -75,6 +79,21 @@ class UpdateConfig(ConfigGroup):
     micro_batch_tokens: Count = 16384
     loss_agg_mode: LossAggregation = "seq-mean-token-mean"
     max_skipped_steps: Natural = 5
+    lr_scheduler_type: ScheduleName | None = None
+    warmup_steps: Natural = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings of the schedule against each other."""
+        kind = self.lr_scheduler_type
+        if self.warmup_steps and kind in (None, "constant"):
+            raise ValueError(
+                "Expected `update.lr_scheduler_type` constant_with_warmup, linear or cosine with `update.warmup_steps` "
+                f"{self.warmup_steps}, but got {kind or 'null'}, which has no warm-up."
+            )
+        if kind == "constant_with_warmup" and not self.warmup_steps:
+            raise ValueError(
+                "Expected `update.warmup_steps` of at least 1 with `update.lr_scheduler_type` constant_with_warmup, but got 0."
+            )
 
     @property
     def steps_per_batch(self) -> int:

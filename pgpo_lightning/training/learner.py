@@ -273,7 +273,7 @@ class Learner:
 
     @torch.no_grad()
     def log_probs(
-        self, samples: list[Sample], batch: list[Sample], temperature: float | None = None
+        self, samples: list[Sample], batch: list[Sample], temperature: float | None = None, of_teacher: bool = False
     ) -> list[tuple[Sample, Tensor]]:
         """Return samples with the log-probabilities of their response tokens under the student as it is now, without dropout.
 
@@ -283,6 +283,7 @@ class Learner:
             samples: Whose responses; there may be none.
             batch: All samples of this rank.
             temperature: Logits are divided by it; null for that of the rollouts.
+            of_teacher: Of the teacher in place of the student, after the student's prompt.
 
         Returns:
             Every sample with a tensor of shape ``(len(response_ids),)``, in nats.
@@ -292,13 +293,17 @@ class Learner:
             return found
         with evaluating(self.model):
             for group in self.passes(samples, batch, student_prompt):
-                parts = self.placement.run(partial(self._log_probs, group.samples, temperature or self.temperature))
+                parts = self.placement.run(
+                    partial(self._log_probs, group.samples, temperature or self.temperature, of_teacher)
+                )
                 found += zip(group.samples, parts, strict=True) if group.counts else ()
         return found
 
-    def _log_probs(self, samples: list[Sample], temperature: float) -> tuple[Tensor, ...]:
+    def _log_probs(self, samples: list[Sample], temperature: float, of_teacher: bool) -> tuple[Tensor, ...]:
         sequences = self.pack([(sample.rollout.prompt_ids, sample.rollout.response_ids) for sample in samples])
-        tokens = linear_statistics(source(self.model, sequences), [], sequences.targets, temperature=temperature)
+        teacher = self.teacher if of_teacher else None
+        states = source(self.model, sequences) if teacher is None else teacher.sources(self.model, sequences)[0]
+        tokens = linear_statistics(states, [], sequences.targets, temperature=temperature)
         return tokens.log_p_student.split(sequences.lengths.tolist())
 
     def passes(

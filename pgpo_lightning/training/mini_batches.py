@@ -171,6 +171,7 @@ class TokenInputs:
         demonstration: Whether the token belongs to a demonstration, bool; ``None`` if none does. `sampler` and `old` are
             undefined there.
         contrast: Log-probability under the teacher after its second prompt (nats); ``None`` on routes that are not contrasted.
+        reference: Log-probability under the initial model (nats); ``None`` without a KL divergence from it.
     """
 
     sampler: Tensor
@@ -180,6 +181,7 @@ class TokenInputs:
     taught: bool
     demonstration: Tensor | None = None
     contrast: Tensor | None = None
+    reference: Tensor | None = None
 
     @classmethod
     def from_samples(cls, samples: list[Sample], lengths: Tensor, scale: float, by_sequence: bool) -> "TokenInputs":
@@ -207,22 +209,25 @@ class TokenInputs:
             weight = torch.tensor([sample.weight for sample in samples], dtype=torch.float32, device=device)
             coefficient = coefficient * weight
         advantage = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32, device=device)
-        old = demonstration = None
+        old = demonstration = reference = None
+        if all(sample.reference_log_probs is not None for sample in samples):
+            known = [sample.reference_log_probs for sample in samples if sample.reference_log_probs is not None]
+            reference = torch.cat(known).to(device)
         if any(sample.old_log_probs is not None for sample in samples):
             old = torch.cat([_old_log_probs(sample) for sample in samples]).to(device)
         if any(sample.demonstration for sample in samples):
             demonstration = per_token(torch.tensor([sample.demonstration for sample in samples], device=device))
         taught = samples[0].reprompt_ids is not None
-        return cls(sampler, per_token(coefficient), per_token(advantage), old, taught, demonstration)
+        return cls(
+            sampler, per_token(coefficient), per_token(advantage), old, taught, demonstration, reference=reference
+        )
 
     def __getitem__(self, part: slice) -> "TokenInputs":
         """Return the inputs of some of the tokens."""
-        old, given, contrast = (
-            None if values is None else values[part] for values in (self.old, self.demonstration, self.contrast)
-        )
-        return TokenInputs(
-            self.sampler[part], self.coefficient[part], self.advantage[part], old, self.taught, given, contrast
-        )
+        known = (self.old, self.demonstration, self.contrast, self.reference)
+        old, given, contrast, reference = (None if values is None else values[part] for values in known)
+        inputs = (self.sampler[part], self.coefficient[part], self.advantage[part])
+        return TokenInputs(*inputs, old, self.taught, given, contrast, reference)
 
     def old_log_probs(self, tokens: TokenStatistics) -> Tensor:
         """Return log-probabilities under the policy that the batch was sampled from, computed by the trainer, ``(N,)``."""

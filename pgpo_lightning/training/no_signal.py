@@ -71,6 +71,37 @@ def explain(
     return f"{numbers}. {_cause(seen, right, cut, siblings, has_teacher, shows_feedback)}{probe}"
 
 
+def explain_failures(seen: Outcomes, steps: int, threshold: float, limit: int, shows_feedback: bool) -> str:
+    """Return a description of several steps without a success: what the teacher lacks, and what to change.
+
+    Args:
+        seen: The rollouts of the last of them, of all ranks.
+        steps: Batches in a row without a success.
+        threshold: Rewards of at least this value are successes.
+        limit: `max_response_length` (tokens).
+        shows_feedback: Whether the teacher's prompt contains feedback if there is any.
+
+    Example:
+        >>> seen = Outcomes([0, 0], [0.0, 0.3], [False] * 2, [False] * 2, [False] * 2)
+        >>> explain_failures(seen, 10, 0.5, 64, True).partition(": ")[0]
+        'No rollout of the last 10 steps reached `reward.success_threshold` (0.5; rewards of this step 0 to 0.3)'
+    """
+    low, high, cut = min(seen.reward), max(seen.reward), sum(seen.cut_off) / len(seen.cut_off)
+    feedback = shows_feedback and any(seen.feedback)
+    mends = ["take easier questions"]
+    if high > low:
+        mends.insert(0, f"lower the threshold to at most {high:g}, if that reward is a success")
+    if cut >= 0.5:
+        mends.append(f"raise `max_response_length` ({cut:.0%} were cut off at {limit} tokens)")
+    if not feedback:
+        mends.append("give feedback, from the verifier or as `privileged_context`")
+    learns = "feedback alone" if feedback else "nothing"
+    return (
+        f"No rollout of the last {steps} steps reached `reward.success_threshold` ({threshold:g}; rewards of this step {low:g} "
+        f"to {high:g}): there is no demonstration, so the teacher reads {learns}. What helps: {'; '.join(mends)}."
+    )
+
+
 def _cause(seen: Outcomes, right: int, cut: int, siblings: int, has_teacher: bool, shows_feedback: bool) -> str:
     count = len(seen.reward)
     no_feedback = has_teacher and not any(seen.feedback)

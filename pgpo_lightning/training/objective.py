@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.divergence import Divergence
@@ -93,6 +94,21 @@ class Objective(ABC):
 
     teaching: SelfTeaching | None = None
     """The self-teacher, if the objective has one."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the teacher is no self-teacher but the initial model, for a KL divergence from it."""
+        return False
+
+    def make_teacher(self, student: PreTrainedModel, loading: dict[str, Any], longest: int) -> Teacher | None:
+        """Return the teacher, made from the student's weights (or its adapter) as they are now; null for none.
+
+        Args:
+            student: The model that is trained.
+            loading: See :meth:`SelfTeaching.make`.
+            longest: See :meth:`SelfTeaching.make`.
+        """
+        return None if self.teaching is None else self.teaching.make(student, loading, longest)
 
     @abstractmethod
     def prepare(self, samples: list[Sample], given: Preparation) -> dict[str, float]:

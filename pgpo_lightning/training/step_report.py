@@ -13,10 +13,13 @@ from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.training.actor import Actor
-from pgpo_lightning.training.no_signal import Outcomes, explain
+from pgpo_lightning.training.no_signal import Outcomes, explain, explain_failures
 from pgpo_lightning.training.objective import Objective
 from pgpo_lightning.training.preflight import less_certain
 from pgpo_lightning.training.step_log import loss_scalars, rollout_scalars
+
+STEPS_WITHOUT_SUCCESS = 10
+"""Batches in a row without a success after which there is a warning, and again after as many more."""
 
 
 class Timer:
@@ -52,6 +55,8 @@ class StepReporter:
         self.objective, self.actor = objective, actor
         self.num_generations, self.max_response_length = num_generations, max_response_length
         self.threshold = actor.reward.success_threshold
+        self.steps_without_success = 0
+        """Batches in a row without a success, of all ranks, since the run was started."""
 
     def scalars(
         self,
@@ -87,6 +92,7 @@ class StepReporter:
         found["rollout/verifier_errors"] = float(self.actor.verifier_errors)
         if memory is not None:
             found["perf/max_memory_allocated_gb"] = max(each[2] or 0.0 for each in shared)
+        self._warn_of_failures(samples, found["critic/score/success"])
         return found
 
     def progress_bar(self, scalars: dict[str, float], statistics: StepStatistics) -> dict[str, float]:
@@ -97,6 +103,27 @@ class StepReporter:
         if "lr/multiplier" in scalars:
             bar["rho"] = scalars["lr/multiplier"]
         return bar
+
+    def _warn_of_failures(self, samples: list[Sample], success: float) -> None:
+        """Warn when no rollout has succeeded for some steps, if the teacher shows successes. All ranks have to call it.
+
+        Args:
+            samples: This rank's samples of the step.
+            success: Share of successes, of all ranks.
+        """
+        self.steps_without_success = 0 if success > 0 else self.steps_without_success + 1
+        teaching, count = self.objective.teaching, self.steps_without_success
+        if (
+            teaching is None
+            or teaching.builder.demonstration_source == "none"
+            or not count
+            or count % STEPS_WITHOUT_SUCCESS
+        ):
+            return
+        seen = Outcomes.join(gather(Outcomes.from_samples(samples)))
+        feedback = teaching.builder.include_environment_feedback
+        why = explain_failures(seen, count, self.threshold, self.max_response_length, feedback)
+        rank_zero_warn(why)
 
     def warn_of_missing_signal(self, missed: list[list[Sample]], step: int, total: int) -> None:
         """Warn when an optimizer step is left out for the first time, and every tenth time.

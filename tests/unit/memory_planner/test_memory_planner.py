@@ -11,6 +11,7 @@ from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.memory import Need, Sharding, gathered_bytes, standing_bytes
 from pgpo_lightning.memory_planner.optimizers import optimizer_need, state_bytes
 from pgpo_lightning.memory_planner.parameters import configuration, count
+from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
 from pgpo_lightning.memory_planner.rollouts import roomy_tokens
 from pgpo_lightning.memory_planner.workload import Layout, Lengths, group
 from pgpo_lightning.models.loading import load_model
@@ -237,3 +238,25 @@ def test_peaks_with_a_teacher_of_another_size_are_a_plane_over_both_numbers_of_l
     assert both["hidden"] > run(sized(5), sized(5))["hidden"]
     names = [name for name in both if name.startswith("teacher forward")]
     assert max(both[name] for name in names) > max(run(sized(5), sized(5))[name] for name in names)
+
+
+@pytest.mark.parametrize("adapters", [None, Adapters(4, ("q_proj",), torch.float32)], ids=["weights", "adapter"])
+def test_a_reference_takes_its_weights_and_one_forward_pass(adapters):
+    config = tiny_model().config
+    lengths = Lengths(prompt=20, reprompt=40, response=16, spread=0.0, longest=16)
+    given = {
+        "config": config,
+        "compute": Compute(),
+        "teacher": "none",
+        "lengths": lengths,
+        "questions": 2,
+        "samples": 4,
+    }
+    given |= {"optimizer": torch.optim.AdamW, "longest_response": 16, "device": "cpu", "adapters": adapters}
+    without, plan = plan_memory(RunSpec(**given)), plan_memory(RunSpec(**given, reference=True))
+    copied = plan.count.total if adapters is None else plan.trainable
+    assert plan.need.standing["teacher"] - without.need.standing["teacher"] == 4 * copied
+    assert plan.need.phases == without.need.phases
+    head = 2 * plan.count.head * plan.tokens["response tokens"]
+    assert plan.flops.pop("reference forward") == plan.flops["student forward"] + head
+    assert plan.flops == without.flops
