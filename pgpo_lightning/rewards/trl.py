@@ -5,6 +5,7 @@ The calling convention is that of TRL 1.x (`GRPOTrainer`, `SDPOTrainer`): ``func
 """
 
 import asyncio
+import importlib
 import inspect
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pgpo_lightning.core.settings import checked
+from pgpo_lightning.core.settings import Text, checked
 from pgpo_lightning.core.types import Question, Rollout, Verdict
 from pgpo_lightning.rewards.event_loop import run_coroutine
 from pgpo_lightning.rewards.grade import where
@@ -39,23 +40,24 @@ class TRLReward:
     ``rewards/<name>/mean``. What counts as a success is decided by the sum: see `reward.success_threshold`.
 
     Args:
-        funcs: A reward function, or several, by their import paths.
+        funcs: A reward function, or several, by their import paths. An object with ``__call__`` has one too.
         weights: Weight of each function; null for 1 each.
 
     Raises:
-        ValueError: If there is no function, another number of weights, or a reward model.
+        ValueError: If there is no function, another number of weights, a reward model, or nothing at an import path.
     """
 
     def __init__(
-        self, funcs: Callable[..., Any] | list[Callable[..., Any]], weights: list[float] | None = None
+        self, funcs: Text | Callable[..., Any] | list[Text | Callable[..., Any]], weights: list[float] | None = None
     ) -> None:
-        self.funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-        if not self.funcs:
+        given = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        if not given:
             raise ValueError("Expected at least one function in `funcs`, but got none.")
-        if weights is not None and len(weights) != len(self.funcs):
+        if weights is not None and len(weights) != len(given):
             raise ValueError(
-                f"Expected one of `weights` for each of {len(self.funcs)} functions in `funcs`, but got {len(weights)}."
+                f"Expected one of `weights` for each of {len(given)} functions in `funcs`, but got {len(weights)}."
             )
+        self.funcs = [_imported(func) if isinstance(func, str) else func for func in given]
         for func in self.funcs:
             if isinstance(func, torch.nn.Module):
                 raise ValueError(
@@ -183,6 +185,20 @@ class TRLReward:
                     f"{len(table[place])}"
                 )
         return table
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    """Return what an import path names. Not left to the command line, which writes no path of an object to ``config.yaml``."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"Expected the import path of a function in `funcs`, such as my_rewards.accuracy, but got {path}: {error}."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"Expected a function at {path} in `funcs`, but it is of the class {type(found).__name__}.")
+    return found
 
 
 def _failure(name: str, error: Exception) -> RuntimeError:

@@ -28,6 +28,16 @@ async def brevity(prompts, completions, completion_ids, trainer_state, **kwargs)
     assert len(prompts) == len(kwargs["level"]) == 16 and prompts[0][-1]["role"] == "user"
     assert trainer_state.global_step in (0, 1)
     return [None if level == 0 else 1 / len(ids) for ids, level in zip(completion_ids, kwargs["level"], strict=True)]
+
+
+class Ended:
+    __name__ = "ended"
+
+    def __call__(self, completions, **kwargs):
+        return [0.0] * len(completions)
+
+
+ended = Ended()
 """
 
 
@@ -54,13 +64,18 @@ def test_they_run_unchanged(tmp_path, rows):
     model = settings["model"]["init_args"]
     model["verifier"] = {
         "class_path": "pgpo_lightning.TRLReward",
-        "init_args": {"funcs": ["my_rewards.accuracy", "my_rewards.brevity"], "weights": [1.0, 0.5]},
+        "init_args": {
+            "funcs": ["my_rewards.accuracy", "my_rewards.brevity", "my_rewards.ended"],
+            "weights": [1.0, 0.5, 1.0],
+        },
     }
     del model["scheduler"]
     model["update"] = {"lr_scheduler_type": "cosine", "warmup_steps": 1}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     result = program(tmp_path, "fit", "--config", path)
     assert result.returncode == 0, result.stderr
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]["verifier"]
+    assert written["init_args"] == model["verifier"]["init_args"]
     curves = {
         name: [value for _, value in sorted(points.items())] for name, points in read_scalars(tmp_path / "run").items()
     }
@@ -69,6 +84,7 @@ def test_they_run_unchanged(tmp_path, rows):
     )
     assert len(accuracy) == len(brevity) == len(curves["rewards/boxed"]) == 2
     assert all(0 < value < 1 for value in brevity)
+    assert curves["rewards/ended/mean"] == [0, 0]
     for step in range(2):  # brevity has a reward for some of the responses alone
         assert accuracy[step] < score[step] < accuracy[step] + 0.5 * brevity[step]
     assert curves["self_distillation/feedback_available_fraction"] == [1, 1]

@@ -119,6 +119,11 @@ def test_metrics_become_curves():
     assert [v.curves for v in found] == [{"measured/mean": 1.0, "agreement": 0.25}] * 2
 
 
+def test_import_paths():
+    assert TRLReward(["math.hypot", length]).funcs == [math.hypot, length]
+    assert TRLReward("math.hypot").names == ["hypot"]
+
+
 def test_names_are_those_of_trl():
     class Judge:
         def __call__(self, completions, **kwargs):
@@ -190,7 +195,11 @@ def test_a_text_without_token_ids():
         (([],), "Expected at least one function in `funcs`"),
         (([length], [1.0, 2.0]), "Expected one of `weights` for each of 1 functions in `funcs`, but got 2"),
         ((torch.nn.Linear(1, 1),), "Expected functions in `funcs`, but got the model Linear"),
-        (("length",), "Expected `funcs` to be a callable"),
+        (("length",), "Expected the import path of a function in `funcs`, .*but got length"),
+        (("math.nothing",), "import path of a function in `funcs`, .*but got math.nothing: module 'math' has no"),
+        ((["Qwen/Qwen3-0.6B"],), "import path of a function in `funcs`, .*but got Qwen"),
+        (("math.pi",), "Expected a function at math.pi in `funcs`, but it is of the class float"),
+        ((3,), "Expected `funcs` to be .*, but got 3"),
         ((length, [math.nan]), r"Expected `weights\[0\]` to be finite"),
     ],
 )
