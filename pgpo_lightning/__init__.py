@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         StepSizeMultiplier,
     )
     from pgpo_lightning.core.types import Question, Rollout, Verdict
-    from pgpo_lightning.data import FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
+    from pgpo_lightning.data import CodeQuestions, FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
     from pgpo_lightning.losses.information import information
     from pgpo_lightning.losses.step_statistics import StepStatistics
     from pgpo_lightning.losses.token_weights import TokenWeights
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     )
     from pgpo_lightning.objectives.distillation import DistillationObjective
     from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
-    from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
+    from pgpo_lightning.rewards import BoxedAnswer, CodeExecution, MultipleChoice, ToolUse, TRLReward
     from pgpo_lightning.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
     from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
     from pgpo_lightning.teachers.self_teaching import SelfTeaching
@@ -80,6 +80,8 @@ __all__ = [
     "AdaptiveInformationMultiplier",
     "BoxedAnswer",
     "CentredMultiplier",
+    "CodeExecution",
+    "CodeQuestions",
     "CollapseGuard",
     "ConstantMultiplier",
     "DistillationObjective",
@@ -129,6 +131,7 @@ __all__ = [
     "TRLReward",
     "TeacherConfig",
     "TokenWeights",
+    "ToolUse",
     "ToyArithmetic",
     "TransformersEngine",
     "UpdateConfig",
@@ -145,7 +148,7 @@ _HOMES = {
         "ResumeCheckpoint ShuffledMultiplier StabilityMonitor ProgressPrinter StepSizeMultiplier RunSummary"
     ),
     "core.types": "Question Rollout Verdict",
-    "data": "FileQuestions QuestionData SciKnowEval ToyArithmetic",
+    "data": "CodeQuestions FileQuestions QuestionData SciKnowEval ToyArithmetic",
     "losses.information": "information",
     "losses.step_statistics": "StepStatistics",
     "losses.token_weights": "TokenWeights",
@@ -155,7 +158,7 @@ _HOMES = {
     "objectives.configs": "DivergenceConfig EvidenceConfig InjectionConfig PolicyGradientConfig",
     "objectives.distillation": "DistillationObjective",
     "objectives.policy_gradient": "PolicyGradientObjective",
-    "rewards": "BoxedAnswer MultipleChoice TRLReward",
+    "rewards": "BoxedAnswer CodeExecution MultipleChoice ToolUse TRLReward",
     "rollout": "Engine Sampling TransformersEngine VLLMEngine",
     "teachers.configs": "RepromptConfig TeacherConfig",
     "teachers.self_teaching": "SelfTeaching",

@@ -22,7 +22,7 @@ from pgpo_lightning.modules import OPD, SDPO, TGPO, OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.objectives.demonstrations import Demonstrations
 from pgpo_lightning.objectives.gates import Gate, Threshold
-from pgpo_lightning.rewards import BoxedAnswer, MultipleChoice, TRLReward
+from pgpo_lightning.rewards import BoxedAnswer, CodeExecution, MultipleChoice, ToolUse, TRLReward
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.studies.comparisons import Design
 from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
@@ -64,6 +64,8 @@ def classes():
     named = {cls for cls in named if issubclass(cls, FAMILIES) and cls.__module__.startswith("pgpo_lightning")}
     found = {cls for cls in named if not cls.__name__.startswith("_")} | {
         BoxedAnswer,
+        CodeExecution,
+        ToolUse,
         Design,
         MultipleChoice,
         TRLReward,
