@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pgpo_lightning.callbacks.step_size import StepSizeMultiplier
 from pgpo_lightning.core.files import write_json
 from pgpo_lightning.core.settings import Natural, checked
+from pgpo_lightning.core.texts import counted
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.distributed.stopping import Stopped
@@ -170,7 +171,7 @@ def before_after(summary: dict[str, Any]) -> str:
     """Return a table of the scores before and after training, with standard errors clustered by question."""
     columns = [name for name in ("base", "best", "final" if summary["final"] else "last") if summary[name]]
     if not columns:
-        return f"{summary['steps']} steps, no evaluation"
+        return f"{counted(summary['steps'], 'step')}, no evaluation"
     rows = [name for name in summary[columns[-1]] if name not in ("step", "of", "standard_error")]
     looks = f"best of {summary['best']['of']}" if summary["best"] else ""
     titles = [f"{looks if name == 'best' else name} @{summary[name]['step']}" for name in columns]
@@ -180,11 +181,13 @@ def before_after(summary: dict[str, Any]) -> str:
     lines.append("± standard error, clustered by question; the best of several is biased upwards")
     if not summary["final"]:
         lines.append(f"no evaluation after step {summary['last']['step']}: see `trainer.val_check_interval`")
-    lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
+    lines.append(f"{counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s")
     if rho := summary["multiplier"]:
         lines[-1] += f", multiplier {rho['mean']:.3f} ± {rho['std']:.3f}"
     if summary["steps_without_signal"]:
-        lines[-1] += f", {summary['steps_without_signal']} optimizer steps skipped: no rollout was in the loss"
+        lines[-1] += (
+            f", {counted(summary['steps_without_signal'], 'optimizer step')} skipped: no rollout was in the loss"
+        )
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ import jsonargparse
 
 from pgpo_lightning.checkpoints.finding import look
 from pgpo_lightning.checkpoints.single_file import remove
+from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.commands.run_processes import RunProcess, RunServer, SeparateProcesses, Starter
 from pgpo_lightning.commands.study_progress import State, changed, expected_settings, state
 from pgpo_lightning.core.settings import Count, Text, checked
@@ -89,6 +90,7 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--dry_run", action=action, nargs="?", help="Print the commands and run nothing; for a cluster."
     )
+    brief(parser, ["ablate", *args])
     ablate(**parser.parse_args([re.sub("^--dry-run", "--dry_run", word) for word in args]).as_dict())
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from pgpo_lightning.checkpoints.finding import newest_checkpoint
 from pgpo_lightning.checkpoints.sharded import read_shards
 from pgpo_lightning.checkpoints.single_file import read_file
+from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.models.loading import resolve_model
 from pgpo_lightning.models.lora import merged, write_adapter
 
@@ -97,4 +98,6 @@ def main(args: list[str]) -> None:
     Args:
         args: Without the program's name and `export`.
     """
-    jsonargparse.auto_cli(export, args=args, prog="pgpo export", as_positional=True)
+    parser = jsonargparse.ArgumentParser(prog="pgpo export", description=(export.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(export, as_group=False, as_positional=True)
+    export(**brief(parser, ["export", *args]).parse_args(args).as_dict())

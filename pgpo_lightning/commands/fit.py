@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -23,11 +23,13 @@ from pgpo_lightning.callbacks import (
     StepSizeMultiplier,
 )
 from pgpo_lightning.checkpoints.finding import resolve
+from pgpo_lightning.commands.help import TRAINER_DEFAULTS
+from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.commands.trainer_settings import check_trainer
+from pgpo_lightning.core.texts import counted
 from pgpo_lightning.data import QuestionData
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.modules import OnPolicyModule
-from pgpo_lightning.modules.moved import with_new_places
 from pgpo_lightning.monitoring.configurations import CONFIG, RESUMED, configurations, without_checkpoint
 from pgpo_lightning.monitoring.run_folder import Lock, clear, finished_steps, has_steps, state
 from pgpo_lightning.training.held_out import summary_line
@@ -65,6 +67,7 @@ class PGPOCommand(LightningCLI):
     """LightningCLI with the arguments `multiplier`, `checkpoint` and `summary`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self._words = sys.argv[1:] if args is None else args
         super().__init__(
             model_class=OnPolicyModule,
             datamodule_class=QuestionData,
@@ -73,20 +76,17 @@ class PGPOCommand(LightningCLI):
             save_config_callback=_SaveConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": -1},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             args=args,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Return a parser that says of a setting that stands in a group where it is."""
-        parser = super().init_parser(**kwargs)
-        refuse = parser.error
+        """Return a parser that reports a mistake in a few lines."""
+        return brief(super().init_parser(**kwargs), self._words, self._parser_of_command)
 
-        def error(message: str, ex: Exception | None = None) -> NoReturn:
-            refuse(with_new_places(message), ex)
-
-        parser.error = error  # type: ignore[method-assign]  # Lightning fixes the class of the parser
-        return parser
+    def _parser_of_command(self) -> LightningArgumentParser | None:
+        named = [word for word in self._words if word in getattr(self, "_subcommand_parsers", {})]
+        return self._subcommand_parsers[named[0]] if named else None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -200,7 +200,8 @@ class PGPOCommand(LightningCLI):
         if progress == "finished" and given == OR_NEW:
             steps, limit = finished_steps(folder), self.trainer.max_steps
             if limit == -1 or steps >= limit:
-                print(f"Nothing to do: the run in {folder} has made all of its {steps} steps.")
+                made = "its only step" if steps == 1 else f"all of its {steps} steps"
+                print(f"Nothing to do: the run in {folder} has made {made}.")
                 return False
         if given == OR_NEW:
             config["ckpt_path"] = given = "last" if progress in ("started", "finished") else None
@@ -222,7 +223,13 @@ class PGPOCommand(LightningCLI):
         return True
 
     def before_fit(self) -> None:
-        """Find the checkpoint that ``--ckpt_path`` means."""
+        """Find the checkpoint that ``--ckpt_path`` means, and print what `max_steps` counts where a batch has several steps."""
+        each, limit = self.model.update.steps_per_batch, self.trainer.max_steps
+        if self.subcommand == "fit" and each > 1 and limit > 0:
+            batches = counted(-(-limit // each), "batch", "batches")
+            print(
+                f"trainer.max_steps counts optimizer steps: {limit} are {batches}, because `update` makes {each} of each."
+            )
         config = self.config_init[self.subcommand]
         if wanted := config.get("ckpt_path"):
             checkpoint = next(c for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jsonargparse
 
+from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.core.settings import PositiveFraction, Seed, Text, checked
 from pgpo_lightning.monitoring.collapse_rules import CollapseRules, When
 from pgpo_lightning.monitoring.run_record import load_runs
@@ -62,5 +63,6 @@ def main(args: list[str]) -> None:
     # jsonargparse makes no list of positional words by itself.
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders, records or .jsonl files of finished runs")
     parser.add_function_arguments(guard, skip={"runs"})
+    brief(parser, ["guard", *args])
     instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
     guard(**vars(instantiate(parser.parse_args(args))))

@@ -53,12 +53,22 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     elif words[0] in OWN_COMMANDS:
         importlib.import_module(f"pgpo_lightning.commands.{words[0]}").main(words[1:])
+    elif wants_help(words):
+        importlib.import_module("pgpo_lightning.commands.help").show(words)
     else:
         importlib.import_module("pgpo_lightning.commands.fit").PGPOCommand(None if args is None else words)
 
 
+def wants_help(words: list[str]) -> bool:
+    """Return whether a command line of fit, validate or test asks for help."""
+    return words[:1] in (["fit"], ["validate"], ["test"]) and bool({"-h", "--help"} & set(words[1:]))
+
+
 def program() -> None:
-    """Run the command line as a program: user errors are printed as one line, others leave a traceback in the run's folder."""
+    """Run the command line as a program.
+
+    User errors are printed as a short message, with exit status 2. Others leave a traceback in the run's folder, with status 1.
+    """
     try:
         _to_its_end()
     except KeyboardInterrupt:
@@ -72,9 +82,13 @@ def program() -> None:
             sys.exit(141)  # as a shell reports a program that SIGPIPE has ended
         if os.environ.get("PGPO_TRACEBACK"):
             raise
-        from pgpo_lightning.core.errors import error_report
+        from pgpo_lightning.core.errors import USER_ERROR, error_report, is_user_error
 
-        sys.exit(error_report(error, getattr(error, "run_folder", None)))
+        text = error_report(error, getattr(error, "run_folder", None))
+        if is_user_error(error):
+            print(text, file=sys.stderr)
+            sys.exit(USER_ERROR)
+        sys.exit(text)
 
 
 def _to_its_end() -> None:

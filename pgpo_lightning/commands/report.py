@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import jsonargparse
 
+from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 from pgpo_lightning.core.settings import Positive, Range, Text, checked
 from pgpo_lightning.monitoring.run_record import holds_many, load_runs, write_runs
@@ -116,7 +117,7 @@ def main(args: list[str]) -> None:
     # jsonargparse makes no list of positional words by itself.
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders, records or .jsonl files of finished runs")
     parser.add_function_arguments(report, skip={"runs"})
-    report(**vars(parser.parse_args(args)))
+    report(**vars(brief(parser, ["report", *args]).parse_args(args)))
 
 
 def _names(names: Sequence[str] | str) -> tuple[str, ...]:

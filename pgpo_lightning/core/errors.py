@@ -1,4 +1,4 @@
-"""User errors are printed as one line; every other error leaves a traceback in a file, for a bug report.
+"""User errors are printed as a short message; every other error leaves a traceback in a file, for a bug report.
 
 An error is a user error because of where it was raised, not of its type alone: a ``ValueError`` of a check of this package
 concerns a setting or a file, but one from within a training step is a bug.
@@ -33,6 +33,11 @@ MACHINE = {
 }  # fmt: skip
 """Disk full, permission denied and so on: user errors wherever they are raised."""
 OPENING = MACHINE | {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
+
+USER_ERROR = 2
+"""Exit status of the program after a user error. After any other error it is 1."""
+MOST_LINES = 6
+"""Longest message of a user error, in lines."""
 
 
 class UserError(ValueError):
@@ -114,7 +119,9 @@ def error_report(error: BaseException, folder: Path | None) -> str:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
     prefix = f"error (rank {rank})" if rank else "error"
     if is_user_error(error):
-        return f"{prefix}: {one_line(error)}\n(PGPO_TRACEBACK=1 shows where)"
+        lines = one_line(error).splitlines()
+        lines = [*lines[: MOST_LINES - 2], "..."] if len(lines) >= MOST_LINES else lines
+        return "\n".join([f"{prefix}: {lines[0]}", *lines[1:], "(PGPO_TRACEBACK=1 shows where)"])
     name = (
         type(error).__name__
         if type(error).__module__ == "builtins"

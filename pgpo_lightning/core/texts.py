@@ -43,6 +43,21 @@ def shown(value: Any, text: Callable[[Any], str] = repr, longest: int = 500) -> 
     return shown_text if len(shown_text) <= longest else f"{shown_text[:longest]}... ({len(shown_text)} characters)"
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Return a number of things in words.
+
+    Args:
+        number: How many.
+        one: Name of one.
+        several: Name of several; by default with an `s`.
+
+    Example:
+        >>> counted(1, "step"), counted(2, "step"), counted(2, "batch", "batches")
+        ('1 step', '2 steps', '2 batches')
+    """
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def json_line(value: Any) -> str:
     """Return any value as one line of strict JSON, for answers that people and programs read later.
 

@@ -19,7 +19,7 @@ class Quantization:
 
     Args:
         bits: 4 or 8. With 8 bits activations are quantised too (LLM.int8). With 4 bits products are computed in
-        `model_config.dtype`.
+            `model_config.dtype`.
         bnb_4bit_quant_type: ``nf4`` or ``fp4``, with 4 bits only; null for nf4.
         bnb_4bit_use_double_quant: Quantise the quantisation constants too, with 4 bits only.
 

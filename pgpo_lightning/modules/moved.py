@@ -1,6 +1,5 @@
 """Settings that stand in a group now: where."""
 
-import re
 from collections.abc import Iterable
 
 GROUPS = {
@@ -96,20 +95,3 @@ def check_moved(names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name in MOVED and name not in known and MOVED[name].split(".")[0] in known:
             raise ValueError(f"Expected `{MOVED[name]}`, where `{name}` stands now, but got `{name}`. Write it there.")
-
-
-def with_new_places(message: str) -> str:
-    """Return what a parser says of options that it does not accept, with the places of those that stand in a group now.
-
-    Example:
-        >>> print(with_new_places("Option 'eval_samples' is not accepted"))
-        Option 'eval_samples' is not accepted
-        Expected `model.evaluation.samples`, where `eval_samples` stands now. Write it there.
-    """
-    refused = dict.fromkeys(re.findall(r"[Oo]ption '(?:\w+\.)*(\w+)'", message))
-    lines = [
-        f"Expected `model.{MOVED[name]}`, where `{name}` stands now. Write it there."
-        for name in refused
-        if name in MOVED
-    ]
-    return "\n".join([message, *lines])

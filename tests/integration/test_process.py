@@ -166,7 +166,7 @@ def test_a_second_run_is_kept_out_and_leaves_nothing(tmp_path):
         ["pgpo", "fit", "--config", config(folder, steps=1), "--ckpt_path", "last-or-new"], tmp_path / "log"
     )
     process.join()
-    assert process.exitcode == 1
+    assert process.exitcode == 2
     assert f"but {folder} is in use by process {os.getpid()} on " in (tmp_path / "log").read_text()
     assert [path.name for path in folder.iterdir()] == [LOCK]
     lock.release()

@@ -1,0 +1,117 @@
+"""The help of fit, validate and test: settings of the module and the multiplier first, Lightning's Trainer last.
+
+It is read from the sources, so that it imports neither torch, transformers nor Lightning. `--model.help NAME` is the parser's own
+help of a class, also of one outside this package.
+"""
+
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from pgpo_lightning import _HOMES
+from pgpo_lightning.commands.source import Documented, Source, documented, find, public_class
+
+WIDTH = 120
+MODULES = [name for name in _HOMES["modules"].split() if name != "OnPolicyModule"]
+DATA = [name for name in _HOMES["data"].split() if name != "QuestionData"]
+MULTIPLIERS = [
+    name for name in _HOMES["callbacks"].split() if name.endswith("Multiplier") and name != "StepSizeMultiplier"
+]
+
+TRAINER_DEFAULTS = {"log_every_n_steps": 1, "num_sanity_val_steps": -1}
+"""Where our defaults are not Lightning's."""
+
+GENERAL = (
+    (
+        "-c, --config NAME_OR_FILE",
+        "A configuration; several are read in this order. `pgpo configs` lists the shipped ones.",
+    ),
+    ("--print_config", "Print the whole configuration and exit; `--print_config=comments` with the texts below."),
+    ("--seed_everything int = 0", "Seed of every random choice of the run."),
+    (
+        "--ckpt_path last | last-or-new | FILE",
+        "Where to go on from; `last-or-new` starts a run if there is no checkpoint.",
+    ),
+)
+
+
+def text(words: list[str]) -> str:
+    """Return the help of a command.
+
+    Args:
+        words: The command line, whose `--model`, `--multiplier` and `--data` choose the classes that are shown.
+    """
+    return "\n".join(_lines(words)) + "\n"
+
+
+def show(words: list[str]) -> None:
+    """Print the help of a command, and end the program.
+
+    Args:
+        words: See :func:`text`.
+
+    Raises:
+        SystemExit: With status 0.
+    """
+    print(text(words), end="")
+    sys.exit(0)
+
+
+def _lines(words: list[str]) -> Iterator[str]:
+    yield f"pgpo {words[0]} --config NAME_OR_FILE [--SETTING VALUE ...], for example"
+    yield "  pgpo fit --config quickstart --trainer.max_steps 10 --trainer.default_root_dir runs/mine"
+    yield ""
+    for option, what in GENERAL:
+        yield from _entry(option, what)
+    yield from _part(words, "model", "SDPO", MODULES)
+    yield from _part(words, "multiplier", "InformationMultiplier", [*MULTIPLIERS, "null"])
+    yield from _part(words, "data", "FileQuestions", DATA)
+    yield from _section("The checkpoints of a run", "checkpoint", _class("ResumeCheckpoint"))
+    yield from _section("The summary of a run", "summary", _class("RunSummary"))
+    trainer = find("Trainer", "lightning.pytorch.trainer.trainer")
+    if trainer is not None:
+        yield from _section("Lightning's Trainer", "trainer", trainer, TRAINER_DEFAULTS)
+
+
+def _part(words: list[str], part: str, default: str, others: list[str]) -> Iterator[str]:
+    given = [after for word, after in zip(words, [*words[1:], ""], strict=False) if word == f"--{part}"]
+    given += [word.partition("=")[2] for word in words if word.startswith(f"--{part}=")]
+    name = given[-1] if given else default
+    found = public_class(name)
+    if found is None:
+        yield from ("", f"--{part} {name}: its settings are shown by `pgpo fit --{part}.help {name}`.")
+        return
+    yield from (
+        "",
+        *_wrapped(f"--{part} {name}, or {', '.join(one for one in others if one != name)}, or a class of your own", ""),
+    )
+    yield from _wrapped(f"`pgpo fit --{part}.help CLASS` shows the settings of a class, also of your own.", "")
+    for one in documented(found):
+        yield from _setting(part, one)
+
+
+def _section(title: str, prefix: str, cls: Source, ours: dict[str, int] | None = None) -> Iterator[str]:
+    yield from ("", title)
+    for one in documented(cls):
+        yield from _setting(prefix, one._replace(default=str(ours[one.name])) if ours and one.name in ours else one)
+
+
+def _setting(prefix: str, one: Documented) -> Iterator[str]:
+    default = " (required)" if one.default is None else f" = {one.default}" if one.default else ""
+    yield from _entry(f"--{prefix}.{one.name} {one.kind}{default}", one.text)
+
+
+def _entry(option: str, what: str) -> Iterator[str]:
+    yield from _wrapped(option, "  ")
+    yield from _wrapped(what, " " * 8)
+
+
+def _wrapped(line: str, indent: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _class(name: str) -> Source:
+    found = public_class(name)
+    if found is None:
+        raise LookupError(f"Expected a public class, but got {name}.")
+    return found

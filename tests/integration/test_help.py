@@ -1,0 +1,91 @@
+"""Help is complete, starts with what a user changes, and does not wait for torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pgpo_lightning import GRPO, SDPO, InformationMultiplier
+from pgpo_lightning.commands.building import ParseCommand
+from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.commands.help import text
+from pgpo_lightning.commands.settings_of import settings_of
+from pgpo_lightning.commands.source import documented, public_class
+from tests.support import CONFIGS
+
+LIGHT = (["--help"], ["--version"], ["configs"], ["report", "--help"], ["guard", "--help"], ["fit", "--help"])
+
+
+def shown(help_text, prefix):
+    """Names of the settings below a prefix."""
+    words = (line.split()[0] for line in help_text.splitlines() if line.startswith(f"  --{prefix}."))
+    return {word.removeprefix(f"--{prefix}.") for word in words}
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = f"""import sys
+from pgpo_lightning.commands.main import main
+for words in {LIGHT!r}:
+    try:
+        main(words)
+    except SystemExit as end:
+        assert not end.code, words
+    print("LOADED", words, {{"torch", "transformers", "lightning"}} & set(sys.modules))"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
+    )
+    loaded = [line for line in result.stdout.splitlines() if line.startswith("LOADED")]
+    assert len(loaded) == len(LIGHT)
+    assert all(line.endswith(" set()") for line in loaded), loaded
+    commands = {line.split()[0] for line in result.stdout.splitlines() if line and line[0].isalpha()}
+    assert commands >= {*PGPOCommand.subcommands(), "plan", "export", "ablate", "report"}
+
+
+def test_help_lists_what_the_parser_takes():
+    told = text(["fit", "--help"])
+    parser = ParseCommand(["fit", "--config", str(CONFIGS / "quickstart.yaml")])._subcommand_parsers["fit"]
+    options = {word.removeprefix("--") for word in parser._option_string_actions if word.startswith("--")}
+    for prefix in ("trainer", "checkpoint", "summary"):
+        taken = {option.removeprefix(f"{prefix}.") for option in options if option.startswith(f"{prefix}.")}
+        assert shown(told, prefix) == {name for name in taken if not name.endswith((".help", "+"))}
+    for prefix, cls in (("model", SDPO), ("multiplier", InformationMultiplier)):
+        known = {name for name, setting in settings_of(cls).items() if not setting.computed_from}
+        assert known <= shown(told, prefix)
+    places = [
+        told.index(f"  --{name} ") for name in ("model.num_generations", "multiplier.sensitivity", "trainer.max_steps")
+    ]
+    assert places == sorted(places)
+    assert told.index("\n  --trainer.") > told.index("--summary.picture ")
+
+
+def test_help_has_texts_kinds_and_defaults():
+    entries = {one.name: one for one in documented(public_class("SDPO"))}
+    assert entries["num_generations"][1:] == ("int at least 1", "8", "Rollouts per question.")
+    assert entries["verifier"].default is None
+    assert entries["update.loss_agg_mode"].kind == "seq-mean-token-mean | token-mean"
+    assert entries["update.max_grad_norm"].kind == "float in [1e-06, 1000000] | null"
+    assert entries["update.num_iterations"].default == "1"
+    assert [one.name for one in entries.values() if not one.text] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "has", "lacks"),
+    [
+        (["--model", "GRPO"], "--model.policy_gradient.clip_ratio_low ", "--model.teacher "),
+        (["--multiplier=ConstantMultiplier"], "--multiplier.value ", "--multiplier.sensitivity "),
+        (["--data", "ToyArithmetic"], "--data.batch_size ", "--data.train "),
+        (["--model", "mine.Own"], "shown by `pgpo fit --model.help mine.Own`", "--model.num_generations "),
+    ],
+)
+def test_help_is_of_the_classes_on_the_command_line(words, has, lacks):
+    told = text(["fit", *words, "--help"])
+    assert has in told
+    assert lacks not in told
+
+
+def test_the_parsers_own_help_of_a_class_is_there(capsys):
+    with pytest.raises(SystemExit) as end:
+        PGPOCommand(["fit", "--model.help", "GRPO"])
+    assert not end.value.code
+    assert "--model.num_generations" in capsys.readouterr().out
+    assert "policy_gradient" in settings_of(GRPO)
