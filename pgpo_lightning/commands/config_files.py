@@ -1,6 +1,10 @@
-"""Checks of configuration files before they are parsed: aliases that loop or fill the memory, and keys that occur twice."""
+"""Configuration files before they are parsed: aliases that loop or fill the memory, keys that occur twice, a user's own code."""
 
 import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -20,11 +24,42 @@ def check_config_files(words: list[str]) -> None:
     Raises:
         ValueError: If one is no regular file, too large, no UTF-8, expands without end, or has a key twice.
     """
+    for path in _files(words):
+        _check(path)
+
+
+def find_own_code(words: list[str]) -> None:
+    """Make the code importable that a configuration names and that lies beside it or in a folder above.
+
+    A configuration of an earlier run, such as ``runs/x/config.yaml``, can then be used from any folder. Only modules are looked
+    for that are neither in the working folder nor installed. Python searches the folder last, so that it hides nothing.
+
+    Args:
+        words: Of the command line.
+    """
+    for path in _files(words):
+        for name in sorted(set(_MODULE.findall(path.read_text(encoding="utf-8")))):
+            if find_spec(name) is None and (folder := _folder_with(name, path.resolve().parent)) is not None:
+                sys.path.append(str(folder))
+
+
+_MODULE = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)+(?![\w/:-])")
+"""The first part of what may be an import path."""
+
+
+def _folder_with(module: str, below: Path) -> Path | None:
+    for folder in (below, *below.parents):
+        if (folder / f"{module}.py").is_file() or (folder / module / "__init__.py").is_file():
+            return folder
+    return None
+
+
+def _files(words: list[str]) -> Iterator[Path]:
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name = following if word in ("--config", "-c") else word.removeprefix("--config=")
         # Not `Path.exists`, which raises for settings given as JSON that are longer than a file name may be.
         if name != word and os.path.exists(name):
-            _check(Path(name))
+            yield Path(name)
 
 
 def _check(path: Path) -> None:

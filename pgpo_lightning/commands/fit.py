@@ -123,6 +123,9 @@ class PGPOCommand(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "fit":
             check_trainer(config)
+        every = config.get("val_check_interval")
+        if isinstance(every, int) and not isinstance(every, bool) and config.get("check_val_every_n_epoch") == 1:
+            kwargs["check_val_every_n_epoch"] = None  # a whole number is of batches, whatever the length of an epoch
         folder = config.get("default_root_dir") or "runs/unnamed"
         if config.get("logger") is None:
             # Validation and test are not logged: in the folder of a run they would become part of its log.

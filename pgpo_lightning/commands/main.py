@@ -6,7 +6,7 @@ import shlex
 import sys
 from importlib.metadata import version
 
-from pgpo_lightning.commands.config_files import check_config_files
+from pgpo_lightning.commands.config_files import check_config_files, find_own_code
 from pgpo_lightning.commands.configs import resolved
 from pgpo_lightning.commands.quiet import quiet
 from pgpo_lightning.distributed.stopping import Stopped
@@ -42,6 +42,7 @@ def main(args: list[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())
     words = resolved(sys.argv[1:] if args is None else args)
     check_config_files(words)
+    find_own_code(words)
     if args is None:
         sys.argv[1:] = words  # where LightningCLI reads them
     if words[:1] in (["-h"], ["--help"]):

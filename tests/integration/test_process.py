@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.commands.main import main, program
 from pgpo_lightning.core.errors import UserError, as_user_error, error_report, is_user_error
+from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.monitoring.run_folder import LOCK, Lock
 from tests.support import ROOT
 from tests.support.helpers import config
@@ -170,6 +173,47 @@ def test_a_second_run_is_kept_out_and_leaves_nothing(tmp_path):
     assert f"but {folder} is in use by process {os.getpid()} on " in (tmp_path / "log").read_text()
     assert [path.name for path in folder.iterdir()] == [LOCK]
     lock.release()
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_block_its_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    settings = config(folder, steps=1)
+    command = ["fit", "--config", settings, "--trainer.num_sanity_val_steps", "0", "--trainer.limit_val_batches", "0"]
+    for _ in range(2):
+        with pytest.raises(MisconfigurationException, match="512 positions"):
+            main([*command, "--model.max_response_length", "500"])
+    main(command)
+    assert "ended before its first step: started anew" in capsys.readouterr().out
+    assert len(list(folder.glob("events.out*"))) == 1
+    assert "max_response_length: 24" in (folder / "config.yaml").read_text()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="--ckpt_path last"):
+        main(command)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_own_code_is_found_beside_a_configuration_and_above_it(tmp_path, monkeypatch, capsys):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (project / "runs" / "x").mkdir(parents=True)
+    (project / "rewards_of_a_project.py").write_text("def check(question, response):\n    return 1.0\n")
+    settings = Path(config(project / "runs" / "x" / "config", model={"verifier": "rewards_of_a_project.check"}))
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr("sys.path", [each for each in sys.path if each])
+    before = len(sys.path)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(settings), "--print_config"])
+    assert not end.value.code
+    assert "verifier: rewards_of_a_project.check" in capsys.readouterr().out
+    assert str(project) in sys.path[before:], "last, so that it hides nothing"
+    assert not {str(settings.parent), str(project / "runs")} & set(sys.path), "no folder without such a module"
+
+
+def test_a_whole_number_of_val_check_interval_counts_steps_over_epochs(tmp_path):
+    folder = tmp_path / "run"  # epochs of 3 steps
+    settings = config(folder, steps=4)
+    main(["fit", "--config", settings, "--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "4"])
+    assert list(read_scalars(folder)["val/avg@2"]) == [0, 4]
 
 
 def test_one_command_starts_continues_and_ends(tmp_path, capsys):
