@@ -77,11 +77,11 @@ def test_a_resumed_run_is_the_same_run(tmp_path, teacher, module, settings):
         path.write_text(yaml.safe_dump(content))
         return str(path)
 
-    main(["fit", "--config", written("whole", 4)])
+    main(["fit", "--config", written("whole", 6)])
     main(["fit", "--config", written("parts", 2)])
-    main(["fit", "--config", written("parts", 4), "--ckpt_path", "last"])
+    main(["fit", "--config", written("parts", 6), "--ckpt_path", "last"])
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     names = [name for name in final(tmp_path / "whole")["state_dict"] if name.startswith("teacher.")]
     assert names == ["teacher._extra_state"]
     with pytest.raises(MisconfigurationException, match=r"`teacher.model` to be the teacher that the run began with"):
-        main(["fit", "--config", written("parts", 6), "--ckpt_path", "last", "--model.teacher.model", "toy"])
+        main(["fit", "--config", written("parts", 8), "--ckpt_path", "last", "--model.teacher.model", "toy"])
