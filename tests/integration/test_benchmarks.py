@@ -161,3 +161,16 @@ def test_a_whole_large_step(program, tmp_path, capsys):
         assert plan["parameters"] > 0
     table = capsys.readouterr().out
     assert all(f"\n{part}\n" in table for part in ("plan", "rollouts", "update"))
+
+
+def test_steps_with_unequal_lengths(program, tmp_path):
+    unequal = program("unequal")
+    shape = unequal.Shape(2, (20, 40), (4, 12), 1024, 32, 1)
+    unequal.write_model(tmp_path, shape)
+    prompts = json.loads((tmp_path / "prompts.json").read_text())
+    assert len(prompts) == 2
+    assert len(prompts[0][0]["content"]) < len(prompts[1][0]["content"])
+    found = unequal.measure("ours", tmp_path, shape, "top100", 2)
+    assert found["step"] == pytest.approx(found["generation"] + found["update"], abs=0.01)
+    assert min(found["generation"], found["update"], found["in_loss"]) > 0
+    assert 2 < found["length"] < 10, "most responses end before the limit of 12 tokens"
