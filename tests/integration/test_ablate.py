@@ -344,7 +344,7 @@ def test_shipped_studies_are_accepted(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load((ROOT / "configs" / "studies" / f"{name}.yaml").read_text())
     condition = dict([next(iter(content["conditions"].items()))])
-    smaller = content | {"folder": str(tmp_path / "runs"), "seeds": 2, "conditions": condition}
+    smaller = content | {"folder": str(tmp_path / "runs"), "seeds": 2, "conditions": condition, "predictions": []}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(smaller))
     main(["ablate", "--config", str(tmp_path / "study.yaml"), "--dry_run"])
     assert capsys.readouterr().out.count("\npgpo fit") == len(content["arms"]) * 2
