@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from pgpo_lightning.core.settings import Text, checked
+from pgpo_lightning.core.settings import checked
+from pgpo_lightning.core.texts import shown
 from pgpo_lightning.core.types import Question, Rollout, Verdict
 from pgpo_lightning.rewards.event_loop import run_coroutine
 from pgpo_lightning.rewards.grade import where
@@ -47,12 +48,15 @@ class TRLReward:
         ValueError: If there is no function, another number of weights, a reward model, or nothing at an import path.
     """
 
-    def __init__(
-        self, funcs: Text | Callable[..., Any] | list[Text | Callable[..., Any]], weights: list[float] | None = None
-    ) -> None:
+    def __init__(self, funcs: Any, weights: list[float] | None = None) -> None:
         given = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
         if not given:
             raise ValueError("Expected at least one function in `funcs`, but got none.")
+        for func in given:
+            if not (isinstance(func, str) or callable(func)):
+                raise ValueError(
+                    f"Expected `funcs` to be functions or their import paths, but got {shown(func, longest=100)}."
+                )
         if weights is not None and len(weights) != len(given):
             raise ValueError(
                 f"Expected one of `weights` for each of {len(given)} functions in `funcs`, but got {len(weights)}."
@@ -188,7 +192,7 @@ class TRLReward:
 
 
 def _imported(path: str) -> Callable[..., Any]:
-    """Return what an import path names. Not left to the command line, which writes no path of an object to ``config.yaml``."""
+    """Return what an import path names. Not left to the command line, which would write no path to ``config.yaml``."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -199,7 +199,7 @@ def test_a_text_without_token_ids():
         (("math.nothing",), "import path of a function in `funcs`, .*but got math.nothing: module 'math' has no"),
         ((["Qwen/Qwen3-0.6B"],), "import path of a function in `funcs`, .*but got Qwen"),
         (("math.pi",), "Expected a function at math.pi in `funcs`, but it is of the class float"),
-        ((3,), "Expected `funcs` to be .*, but got 3"),
+        ((3,), "Expected `funcs` to be functions or their import paths, but got 3"),
         ((length, [math.nan]), r"Expected `weights\[0\]` to be finite"),
     ],
 )
