@@ -92,7 +92,7 @@ class StepReporter:
         found["rollout/verifier_errors"] = float(self.actor.verifier_errors)
         if memory is not None:
             found["perf/max_memory_allocated_gb"] = max(each[2] or 0.0 for each in shared)
-        self._warn_of_failures(samples, found["critic/score/success"])
+        self._warn_of_failures(samples, found["critic/score/success"], explained=not len(statistics))
         return found
 
     def progress_bar(self, scalars: dict[str, float], statistics: StepStatistics) -> dict[str, float]:
@@ -104,17 +104,19 @@ class StepReporter:
             bar["rho"] = scalars["lr/multiplier"]
         return bar
 
-    def _warn_of_failures(self, samples: list[Sample], success: float) -> None:
+    def _warn_of_failures(self, samples: list[Sample], success: float, explained: bool = False) -> None:
         """Warn when no rollout has succeeded for some steps, if the teacher shows successes. All ranks have to call it.
 
         Args:
             samples: This rank's samples of the step.
             success: Share of successes, of all ranks.
+            explained: Whether nothing is in the loss, which :meth:`warn_of_missing_signal` explains.
         """
         self.steps_without_success = 0 if success > 0 else self.steps_without_success + 1
         teaching, count = self.objective.teaching, self.steps_without_success
         if (
-            teaching is None
+            explained
+            or teaching is None
             or teaching.builder.demonstration_source == "none"
             or not count
             or count % STEPS_WITHOUT_SUCCESS

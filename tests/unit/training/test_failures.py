@@ -63,6 +63,14 @@ def test_it_says_what_helps(settings, outcome, wanted, unwanted):
     assert not any(part in text for part in unwanted), text
 
 
+def test_a_step_without_any_loss_is_explained_elsewhere():
+    made = reporter()
+    for _ in range(STEPS_WITHOUT_SUCCESS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made._warn_of_failures(random_rows(4), 0.0, explained=True)
+
+
 @pytest.mark.parametrize("settings", [{"teaching": False}, {"source": "none"}])
 def test_without_demonstrations_there_is_no_warning(settings):
     assert not any(told(reporter(**settings), [0.0] * 20))
