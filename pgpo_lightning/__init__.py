@@ -43,12 +43,14 @@ if TYPE_CHECKING:
     from pgpo_lightning.losses.token_weights import TokenWeights
     from pgpo_lightning.models.lora import LoRA
     from pgpo_lightning.models.quantization import Quantization
-    from pgpo_lightning.modules import CEPO, GRPO, HAPO, OPD, RLSD, SDPO, SRPO, TGPO, OnPolicyModule
+    from pgpo_lightning.modules import CEPO, DRIFT, GRPO, HAPO, OPD, RLSD, SDPO, SRPO, TGPO, OnPolicyModule
     from pgpo_lightning.objectives.configs import (
+        DifficultyConfig,
         DivergenceConfig,
         EvidenceConfig,
         InjectionConfig,
         PolicyGradientConfig,
+        RhythmConfig,
     )
     from pgpo_lightning.objectives.distillation import DistillationObjective
     from pgpo_lightning.objectives.policy_gradient import PolicyGradientObjective
@@ -70,6 +72,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CEPO",
+    "DRIFT",
     "GRPO",
     "HAPO",
     "OPD",
@@ -84,6 +87,7 @@ __all__ = [
     "CodeQuestions",
     "CollapseGuard",
     "ConstantMultiplier",
+    "DifficultyConfig",
     "DistillationObjective",
     "DivergenceConfig",
     "EffectiveSampleSizeMultiplier",
@@ -118,6 +122,7 @@ __all__ = [
     "RepromptConfig",
     "ResumeCheckpoint",
     "RewardConfig",
+    "RhythmConfig",
     "Rollout",
     "Route",
     "RunSummary",
@@ -154,8 +159,8 @@ _HOMES = {
     "losses.token_weights": "TokenWeights",
     "models.lora": "LoRA",
     "models.quantization": "Quantization",
-    "modules": "CEPO GRPO HAPO OPD RLSD SDPO SRPO TGPO OnPolicyModule",
-    "objectives.configs": "DivergenceConfig EvidenceConfig InjectionConfig PolicyGradientConfig",
+    "modules": "CEPO DRIFT GRPO HAPO OPD RLSD SDPO SRPO TGPO OnPolicyModule",
+    "objectives.configs": "DifficultyConfig DivergenceConfig EvidenceConfig InjectionConfig PolicyGradientConfig RhythmConfig",
     "objectives.distillation": "DistillationObjective",
     "objectives.policy_gradient": "PolicyGradientObjective",
     "rewards": "BoxedAnswer CodeExecution MultipleChoice ToolUse TRLReward",

@@ -35,7 +35,7 @@ QUESTIONS = 128
 _UPDATE = (
     *("optimizer", "scheduler", "update", "mismatch", "evaluation", "num_generations", "temperature", "seed"),
     *("divergence", "teacher", "token_weights", "question_weight_exponent", "policy_gradient"),
-    *("mixing", "mixing_steps", "evidence_clip", "evidence"),
+    *("mixing", "mixing_steps", "evidence_clip", "evidence", "difficulty", "rhythm"),
 )
 """Settings of a module that the probe's rollouts do not depend on, or that the probe sets itself.
 

@@ -105,8 +105,8 @@ class Sample:
         contrast_ids: Token ids of a second prompt of the teacher, with which the first is compared (CEPO), or ``None``.
         contrast_log_probs: The teacher's log-probabilities of the response after it (nats), ``(len(response_ids),)``, while they
             are to be used again.
-        demonstration: Whether the response was given, not sampled (HAPO). It then has no log-probabilities under a sampler, and
-            `advantage` is the weight of its loss.
+        demonstration: Whether the response was given, not sampled now (HAPO, DRIFT). It then has no log-probabilities under a
+            sampler, and in HAPO `advantage` is the weight of its loss.
         replaced_by: The row that the loss has in this one's place, if any. What is reported is this one.
     """
 

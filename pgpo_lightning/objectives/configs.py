@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 from pgpo_lightning.core.run_settings import ConfigGroup
-from pgpo_lightning.core.settings import Count, Fraction, Natural, NonNegative, Positive, checked
+from pgpo_lightning.core.settings import AtLeastOne, Count, Fraction, Natural, NonNegative, Positive, checked
 from pgpo_lightning.losses.divergence import Divergence, Softening
 from pgpo_lightning.losses.policy_gradient import TieBreak
 from pgpo_lightning.teachers.contrast import Shown
@@ -180,3 +180,69 @@ class EvidenceConfig(ConfigGroup):
     clip: Fraction = 0.5
     shown: Shown = "answer"
     without_wrong_answer: Literal["rlsd", "grpo"] = "rlsd"
+
+
+@partial(checked, prefix="difficulty.")
+@dataclass(frozen=True)
+class DifficultyConfig(ConfigGroup):
+    """Which questions are learnt from in which way, and when (DRIFT, arXiv 2606.30345).
+
+    Args:
+        decay: Weight of the past in the moving average of a question's success rate, a.
+        easy: Questions whose average is above it are easy.
+        hard: Questions whose average is below it are hard.
+        easy_weight: Weight of successes on easy questions, gamma; that of medium ones is 1.
+        hard_weight: Weight of successes on hard questions.
+        warmup_steps: Batches of the first stage, in which every response with a teacher is distilled and the teacher is shown the
+            success of which the student was least certain. In the second stage it is shown the shortest.
+        buffer_size: Successes kept for each question; 0 for no buffer.
+        buffer_after: Visits to a question before a group without success gets one of them in the place of a rollout.
+
+    Raises:
+        ValueError: If a setting is out of range or contradicts another; names the field.
+    """
+
+    decay: Fraction = 0.5
+    easy: Fraction = 0.8
+    hard: Fraction = 0.2
+    easy_weight: NonNegative = 0.5
+    hard_weight: NonNegative = 0.0
+    warmup_steps: Natural = 10
+    buffer_size: Natural = 3
+    buffer_after: Count = 1
+
+    def __post_init__(self) -> None:
+        """Check the settings against each other."""
+        if self.hard > self.easy:
+            raise ValueError(
+                f"Expected `difficulty.hard` to be at most `difficulty.easy` ({self.easy}), but got {self.hard}."
+            )
+        if self.buffer_size == 0 and self.buffer_after != 1:
+            raise ValueError(
+                "Expected no `difficulty.buffer_after` with `difficulty.buffer_size` 0: it would have no effect."
+            )
+
+
+@partial(checked, prefix="rhythm.")
+@dataclass(frozen=True)
+class RhythmConfig(ConfigGroup):
+    """Factors of token advantages in successes on medium questions (DRIFT, arXiv 2606.30345; `losses/rhythm.py`).
+
+    Args:
+        strength: beta; 0 for GRPO's advantages, without a teacher's pass over successes.
+        sensitivity: tau, how fast the bonus grows with log S - log T.
+        maximum: B_max, its largest value plus 1.
+        sharpness: a, how sharp the gate is.
+        gain: lambda, how high the gate is.
+        bound: Largest distance of the gate from 1.
+
+    Raises:
+        ValueError: If a setting is out of range; names the field.
+    """
+
+    strength: NonNegative = 1.0
+    sensitivity: NonNegative = 1.0
+    maximum: AtLeastOne = 2.0
+    sharpness: NonNegative = 1.0
+    gain: NonNegative = 1.0
+    bound: Fraction = 0.5

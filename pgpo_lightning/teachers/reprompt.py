@@ -121,6 +121,7 @@ class RepromptBuilder:
         rng: random.Random,
         answer: Callable[[Rollout], str] = lambda rollout: remove_thinking(rollout.text),
         shows: bool = True,
+        order: Callable[[list[Sample]], None] | None = None,
     ) -> dict[str, float]:
         """Set the reprompt of every sample, or none if there is neither a demonstration nor feedback.
 
@@ -138,6 +139,7 @@ class RepromptBuilder:
             rng: Source of the choice.
             answer: Returns the text of a response without thinking.
             shows: Whether the context is shown. If not, the same samples get a reprompt, with the template alone.
+            order: Sorts the successes of a group in place, the demonstration first; null for a random order.
 
         Returns:
             Fractions of samples and groups under the metric names of the reference.
@@ -148,7 +150,7 @@ class RepromptBuilder:
                 groups.setdefault(sample.rollout.question.index, []).append(sample)
         texts: dict[int, str] = {}
         for successes in groups.values():
-            rng.shuffle(successes)
+            (order or rng.shuffle)(successes)
             for sample in successes:
                 without = self.remove_thinking_from_demonstration
                 texts[id(sample)] = answer(sample.rollout) if without else sample.rollout.text

@@ -1,6 +1,7 @@
 """The teacher of one run (SDPO, arXiv 2601.20802): its settings, its prompts, and the making of its weights."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -143,7 +144,14 @@ class SelfTeaching:
         return teacher
 
     def attach(
-        self, samples: list[Sample], teacher: Teacher, rng: random.Random, *, seed: int = 0, step: int = 0
+        self,
+        samples: list[Sample],
+        teacher: Teacher,
+        rng: random.Random,
+        *,
+        seed: int = 0,
+        step: int = 0,
+        order: Callable[[list[Sample]], None] | None = None,
     ) -> dict[str, float]:
         """Give every sample that has a demonstration or feedback its teacher's prompt, in place.
 
@@ -153,6 +161,7 @@ class SelfTeaching:
             rng: Source of the choice of demonstrations.
             seed: Of the run; with `step` it decides the kind of context, if there are several.
             step: Batches trained on so far.
+            order: Sorts the successes of a group, the demonstration first; null for a random order.
 
         Returns:
             Scalars to log.
@@ -165,7 +174,9 @@ class SelfTeaching:
             kind = self.contexts.kind(seed, step)
             read, shows = self.read(kind, samples), kind != "template"
             scalars |= {f"context/{each}": float(each == kind) for each in self.contexts.kinds}
-        scalars |= self.builder.attach(read, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer, shows)
+        scalars |= self.builder.attach(
+            read, encoder.messages, encoder.tokens, encoder.text, rng, encoder.answer, shows, order
+        )
         for sample, source in zip(samples, read, strict=True):
             sample.reprompt_ids, sample.reprompt = source.reprompt_ids, source.reprompt
         empty = not any(gather(any(sample.reprompt_ids is not None for sample in samples)))

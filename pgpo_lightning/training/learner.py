@@ -82,8 +82,6 @@ class Learner:
         """Optimizer steps that were skipped because loss or gradient were not finite."""
         self.skipped_in_a_row = 0
 
-    # --------------------------------------------------------------------------------------------------- gradients
-
     def accumulate(
         self,
         samples: list[Sample],
@@ -175,9 +173,13 @@ class Learner:
 
         student = source(self.model, sequences)
         teacher = self.teacher_sources(samples) if route.taught else []
-        if token_weights is not None and token_weights.unit == "sequence":
+        by_response = None if token_weights is None or token_weights.unit == "token" else token_weights
+        if by_response is not None or route.factors is not None:
             tokens = linear_statistics(student, teacher, sequences.targets, divergence, self.temperature)
-            loss = weighted(tokens, slice(None)) @ token_weights.weights(tokens, sequences.lengths)
+            if route.factors is not None:
+                given = replace(given, advantage=given.advantage * route.factors(tokens, sequences.lengths))
+            losses = weighted(tokens, slice(None))
+            loss = losses.sum() if by_response is None else losses @ by_response.weights(tokens, sequences.lengths)
             tokens = TokenStatistics(*(values.detach() for values in tokens))
         else:
             loss, tokens = linear_distillation(
@@ -269,8 +271,6 @@ class Learner:
         self.model.zero_grad()
         return found
 
-    # ------------------------------------------------------------------------------------------------------ passes
-
     @torch.no_grad()
     def log_probs(
         self, samples: list[Sample], batch: list[Sample], temperature: float | None = None, of_teacher: bool = False
@@ -337,8 +337,6 @@ class Learner:
     def prompt_sharing(self) -> PromptSharing:
         """Whether equal prompts are computed once. Under sharded weights no rank may decide that for itself."""
         return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
-
-    # ------------------------------------------------------------------------------------------------------ weights
 
     def apply(
         self,

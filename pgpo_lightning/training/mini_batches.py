@@ -168,8 +168,8 @@ class TokenInputs:
         advantage: Advantage of its response.
         old: Log-probability under the policy before the first of several updates (nats); ``None`` where that is the current one.
         taught: Whether the samples have a teacher's prompt. Samples with and without one are never in the same pass.
-        demonstration: Whether the token belongs to a demonstration, bool; ``None`` if none does. `sampler` and `old` are
-            undefined there.
+        demonstration: Whether the token belongs to a demonstration, bool; ``None`` if none does. There `sampler` is undefined,
+            and `old` too unless the objective sets it.
         contrast: Log-probability under the teacher after its second prompt (nats); ``None`` on routes that are not contrasted.
         reference: Log-probability under the initial model (nats); ``None`` without a KL divergence from it.
     """
@@ -235,7 +235,9 @@ class TokenInputs:
 
 
 def _old_log_probs(sample: Sample) -> Tensor:
-    log_probs = sample.rollout.log_probs if sample.demonstration else sample.old_log_probs
+    log_probs = sample.old_log_probs
+    if log_probs is None and sample.demonstration:
+        log_probs = sample.rollout.log_probs
     if log_probs is None:
         raise ValueError("Expected `old_log_probs` of all samples of a forward pass, but some have none.")
     return log_probs

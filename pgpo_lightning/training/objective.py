@@ -40,6 +40,8 @@ class Route:
         samples: In the loss; there may be none.
         token_loss: The loss of their tokens.
         taught: Whether the teacher runs over them too.
+        factors: Factors of the token advantages that depend on whole responses, from statistics and lengths to ``(N,)``, without
+            gradient; the loss then costs two more products with each head.
         contrasted: Whether it also gives the log-probabilities of the responses after a second prompt, `Sample.contrast_ids`.
     """
 
@@ -47,6 +49,7 @@ class Route:
     token_loss: TokenLoss
     taught: bool = False
     contrasted: bool = False
+    factors: Callable[[TokenStatistics, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

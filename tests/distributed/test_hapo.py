@@ -1,4 +1,4 @@
-"""HAPO with two processes is HAPO with one."""
+"""HAPO and DRIFT with two processes are what they are with one."""
 
 import os
 import subprocess
@@ -10,10 +10,13 @@ import torch
 from tests.support import hapo_worker
 
 
-def test_two_processes_are_one(tmp_path):
-    hapo_worker.main(str(tmp_path / "one"), 1)
+@pytest.mark.parametrize(
+    ("method", "curve"), [("hapo", "hapo/injected_groups"), ("drift", "drift/replaced_groups")], ids=["hapo", "drift"]
+)
+def test_two_processes_are_one(tmp_path, method, curve):
+    hapo_worker.main(str(tmp_path / "one"), 1, method)
     subprocess.run(
-        [sys.executable, "-m", "tests.support.hapo_worker", str(tmp_path / "two"), "2"],
+        [sys.executable, "-m", "tests.support.hapo_worker", str(tmp_path / "two"), "2", method],
         check=True,
         timeout=580,
         capture_output=True,
@@ -25,6 +28,6 @@ def test_two_processes_are_one(tmp_path):
     assert torch.equal(two[0]["weights"], two[1]["weights"])
     torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=1e-4, atol=1e-6)
     assert not torch.equal(one["weights"], one["start"])
-    assert one["scalars"][-1]["hapo/injected_groups"] > 0
+    assert one["scalars"][-1][curve] > 0
     for mine, theirs in zip(one["scalars"], two[0]["scalars"], strict=True):
         assert theirs == pytest.approx(mine, rel=1e-5)

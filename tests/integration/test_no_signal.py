@@ -16,7 +16,7 @@ from pgpo_lightning.callbacks import (
     ReplayedMultiplier,
 )
 from pgpo_lightning.callbacks.run_summary import before_after, summarise
-from pgpo_lightning.modules import CEPO, GRPO, HAPO, RLSD, SDPO, SRPO
+from pgpo_lightning.modules import CEPO, DRIFT, GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.training.no_signal import Outcomes, explain
 from tests.support.helpers import LIMITS, TOKENIZER, build, loader, questions, tiny_model, trainer
@@ -57,7 +57,7 @@ def made(base, empty, updates=1, **settings):
     limits = {
         name: value
         for name, value in LIMITS.items()
-        if name != "max_reprompt_len" or issubclass(base, SDPO | SRPO | RLSD | CEPO)
+        if name != "max_reprompt_len" or issubclass(base, SDPO | SRPO | RLSD | CEPO | DRIFT)
     }
     module = build(type(f"Watched{base.__name__}", (Watched, base), {}),
         tiny_model(), verifier, tokenizer=TOKENIZER, num_generations=4, updates_per_batch=updates,

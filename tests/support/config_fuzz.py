@@ -27,6 +27,7 @@ BASES = {
     "hapo": ["hapo.yaml"],
     "lora": ["lora.yaml"],
     "rlsd": ["ablations/rlsd.yaml"],
+    "drift": ["ablations/drift.yaml"],
     "cepo": ["ablations/cepo.yaml"],
     "opd": ["ablations/opd.yaml"],
     "opsd": ["ablations/opsd.yaml"],

@@ -1,6 +1,6 @@
-"""Trains HAPO under DDP on rollouts that depend on question and step alone; run by test_hapo.py.
+"""Trains HAPO or DRIFT under DDP on rollouts that depend on question and step alone; run by test_hapo.py.
 
-Usage: python -m tests.support.hapo_worker OUTPUT RANKS
+Usage: python -m tests.support.hapo_worker OUTPUT RANKS METHOD
 """
 
 import random
@@ -10,7 +10,8 @@ import lightning as L
 import torch
 
 from pgpo_lightning.core.types import Rollout
-from pgpo_lightning.modules import HAPO
+from pgpo_lightning.modules import DRIFT, HAPO
+from pgpo_lightning.objectives.configs import DifficultyConfig
 from pgpo_lightning.objectives.demonstrations import SuccessBuffer
 from pgpo_lightning.objectives.gates import ConfidenceGate, ProgressThreshold
 from tests.support.helpers import TOKENIZER, build, loader, questions, tiny_model
@@ -22,7 +23,7 @@ def by_reward_in_the_text(question, response):
     return float(response.endswith("1"))
 
 
-class FixedRollouts(HAPO):
+class FixedRollouts:
     def training_step(self, batch, batch_idx):
         share = BATCH // self.trainer.world_size
         start = self.steps % 2 * BATCH + self.global_rank * share
@@ -41,16 +42,42 @@ class FixedRollouts(HAPO):
         return rollouts
 
     def on_train_batch_end(self, *_):
-        self.seen.append({name: v for name, v in self.scalars.items() if name.startswith(("hapo", "actor"))})
+        self.seen.append({name: v for name, v in self.scalars.items() if name.startswith(("hapo", "drift", "actor"))})
 
 
-def main(output, ranks):
+class FixedHAPO(FixedRollouts, HAPO):
+    def state(self):
+        gate, kept = self.gate.state_dict(), self.demonstrations.state_dict()["kept"]
+        seen = {question: gate["seen"][question] for question in sorted(gate["seen"])}
+        return {"threshold": gate["threshold"], "seen": seen, "kept": readable(kept)}
+
+
+class FixedDRIFT(FixedRollouts, DRIFT):
+    def state(self):
+        state = self.objective.state_dict()
+        return {"seen": dict(sorted(state["rates"]["seen"].items())), "kept": readable(state["buffer"]["kept"])}
+
+
+def readable(kept):
+    return {question: [ids.tolist() for ids, _ in kept[question]] for question in sorted(kept)}
+
+
+SETTINGS = {
+    "hapo": {
+        "gate": ConfidenceGate(ProgressThreshold(slope=1.0), memory=0.5),
+        "demonstrations": SuccessBuffer(size=2),
+        "gradient_parts_every_n_steps": 3,
+    },
+    "drift": {"difficulty": DifficultyConfig(warmup_steps=1, hard=0.1, buffer_size=2), "max_reprompt_len": 160},
+}
+
+
+def main(output, ranks, method="hapo"):
     torch.set_num_threads(1)
-    module = build(FixedRollouts,
+    module = build(FixedHAPO if method == "hapo" else FixedDRIFT,
         tiny_model(), by_reward_in_the_text, tokenizer=TOKENIZER, num_generations=4, max_prompt_length=64,
         max_response_length=32, loss_agg_mode="token-mean", is_clip=None, max_sampler_gap=None, micro_batch_tokens=150,
-        gate=ConfidenceGate(ProgressThreshold(slope=1.0), memory=0.5), demonstrations=SuccessBuffer(size=2),
-        gradient_parts_every_n_steps=3, optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **SETTINGS[method],
     )  # fmt: skip
     module.seen = []
     start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
@@ -60,13 +87,9 @@ def main(output, ranks):
     )  # fmt: skip
     trainer.fit(module, loader(range(4 * ranks), 1))
     weights = torch.cat([p.detach().flatten() for p in module.model.parameters()])
-    gate, kept = module.gate.state_dict(), module.demonstrations.state_dict()["kept"]
-    kept = {question: [ids.tolist() for ids, _ in kept[question]] for question in sorted(kept)}
-    seen = {question: gate["seen"][question] for question in sorted(gate["seen"])}
-    state = {"threshold": gate["threshold"], "seen": seen, "kept": kept}
-    saved = {"start": start, "weights": weights, "state": state, "scalars": module.seen}
+    saved = {"start": start, "weights": weights, "state": module.state(), "scalars": module.seen}
     torch.save(saved, f"{output}.{trainer.global_rank}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -12,6 +12,13 @@ from tests.support.helpers import MODULES, TOKENIZER, build, half_right, loader,
 COMMON = list(inspect.signature(OnPolicyModule.__init__).parameters.values())[1:]
 
 
+class Anything:
+    """An argument whatever is asked of it."""
+
+    def __getattr__(self, name):
+        return self
+
+
 class Passed(Exception):  # noqa: N818  (it is no error)
     """Ends an ``__init__`` where it has passed its arguments on."""
 
@@ -23,7 +30,7 @@ def test_every_common_argument_has_the_common_default_and_arrives_under_its_own_
 
     parameters = inspect.signature(module.__init__).parameters
     assert [parameters[parameter.name] for parameter in COMMON] == COMMON
-    given = {name: object() for name in parameters if name != "self"}
+    given = {name: Anything() for name in parameters if name != "self"}
     monkeypatch.setattr(OnPolicyModule, "__init__", passed)
     with pytest.raises(Passed) as arrived:
         inspect.unwrap(module.__init__)(module.__new__(module), **given)
