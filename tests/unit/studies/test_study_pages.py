@@ -2,6 +2,7 @@
 
 import pytest
 
+from pgpo_lightning.studies.collapse_shares import collapsed_share
 from pgpo_lightning.studies.decisions import estimate
 from pgpo_lightning.studies.predictions import seen
 from pgpo_lightning.studies.stopping import decide_to_stop
@@ -41,8 +42,8 @@ def test_rows_of_the_lowest_rate(name):
 
 def test_every_interval_of_the_findings_is_known():
     quoted = of_report("findings") | {"0.019 [0.003, 0.035]"}  # what PGPO ends below SDPO, without its sign
-    for name, file in (("low", "low/runs.jsonl.xz"), ("premise", "premise/runs.jsonl.xz")):
-        quoted |= known(groups(file, study(name)))
+    for name in ("low", "premise", "collapse"):
+        quoted |= known(groups(f"{name}/runs.jsonl.xz", study(name)))
     for name, file in (("toy", "findings/runs.jsonl"), ("toy", "findings/low.jsonl")):
         quoted |= known(groups(file, study(name)))
     for prediction in study("premise").predictions:
@@ -167,3 +168,35 @@ def test_records_are_whole_and_so_many_predictions_held(file, names, inside):
     assert made == planned or names == ["low"]
     found = [*groups(file, study(names[0])).values()]
     assert sum(seen(one, found)["in_predicted"] for name in names for one in study(name).predictions) == inside
+
+
+COLLAPSE = {
+    ("survives", "sdpo"): "2e-4 | SDPO",
+    ("survives", "pgpo-8"): "2e-4 | PGPO alpha 8",
+    ("survives", "constant-8"): "2e-4 | its constant",
+    ("survives", "random-8"): "2e-4 | its random",
+    ("survives", "pgpo-relative"): "2e-4 | relative, alpha 8",
+    ("survives", "constant-relative"): "2e-4 | its constant",
+    ("survives", "random-relative"): "2e-4 | its random",
+    ("lost", "sdpo"): "5e-4 | SDPO",
+    ("lost", "pgpo-8"): "5e-4 | PGPO alpha 8",
+    ("lost", "constant-8"): "5e-4 | its constant",
+    ("lost", "pgpo-certainty"): "5e-4 | teacher-certainty, alpha 16",
+    ("lost", "constant-certainty"): "5e-4 | its constant",
+    ("lost", "random-certainty"): "5e-4 | its random",
+}
+
+
+@pytest.mark.parametrize(("condition", "name"), COLLAPSE)
+def test_rows_of_the_collapse(condition, name):
+    spec = study("collapse")
+    arms = groups("collapse/runs.jsonl.xz", spec)[condition].arms
+    arm, kind, suffix = arms[name], *name.partition("-")[::2]
+    share = collapsed_share(arm, "final")
+    lost = f"{share['count']} of {len(arm.seeds)} [{share['low']:.2f}, {share['high']:.2f}]"
+    over = f"{difference(arms[f'pgpo-{suffix}'], arm)} " if kind in ("constant", "random") else ""
+    row = (
+        f"| {COLLAPSE[condition, name]} | {arm.doses.mean():.2f} | {lost} | {arm.tables['final'].mean():.3f} | {over}|"
+    )
+    assert row in page("findings.md")
+    assert {(condition, each) for condition in spec.conditions for each in spec.arms_of(condition)} == set(COLLAPSE)
