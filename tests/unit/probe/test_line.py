@@ -1,16 +1,11 @@
 """The line from gaps to gains: closed forms and published points."""
 
-import re
-
 import numpy as np
 import pytest
 from scipy.stats import linregress
 from scipy.stats import t as student_t
 
 from pgpo_lightning.probe.line import fit, lines, reliability
-from tests.support import ROOT
-
-PAGE = ROOT / "docs" / "probe.md"
 
 PUBLISHED = {  # read off the figures of arXiv 2605.30070; slope (the paper's: 1.492, .663, 1.508), LOO RMSE, LOO R2 and R2
     "Qwen3-8B": (
@@ -105,17 +100,3 @@ def test_intervals_are_those_of_least_squares(level):
     assert slope == pytest.approx((expected.slope - half * expected.stderr, expected.slope + half * expected.stderr))
     away = half * expected.intercept_stderr
     assert intercept == pytest.approx((expected.intercept - away, expected.intercept + away))
-
-
-def test_the_pages_interval_follows_from_its_table():
-    """Contexts of docs/probe.md: net gap, gain."""
-    rows = re.findall(
-        r"^\| [\w+]+ \| ([+-]?[\d.]+)(?: ± [\d.]+)? \| [+-]?[\d.]+ \| ([+-][\d.]+) ±",
-        PAGE.read_text(),
-        flags=re.MULTILINE,
-    )
-    line = fit(*np.array(rows, dtype=float).T)
-    assert line.n == 7
-    assert line.slope == pytest.approx(0.904, abs=5e-3)
-    low, high = line.intervals()[1]
-    assert f"b in [{low:.2f}, {high:.2f}] over other contexts" in PAGE.read_text()
