@@ -79,10 +79,11 @@ def points(paths: list[Path], gaps: Path | None, scale: Scale) -> list[Point]:
     groups: dict[tuple[str, str, Path, str], list[RunRecord]] = defaultdict(list)
     probes: dict[Path, dict[str, Any]] = {}
     for file in files:
+        runs = load_runs([file])
         source = _probe_of(file, gaps)
         if source not in probes:
             probes[source] = read_probe(source)
-        for run in load_runs([file]):
+        for run in runs:
             groups[run.study, run.arm, source, _context_of(run, file, probes[source], source)].append(run)
     several = len({study for study, *_ in groups}) > 1
     return [

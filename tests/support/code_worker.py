@@ -55,4 +55,5 @@ def main(namespaces: bool) -> None:
         worker.wait()
 
 
-main(sys.argv[1] == "1")
+if __name__ == "__main__":
+    main(sys.argv[1] == "1")

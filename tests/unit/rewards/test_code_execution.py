@@ -208,6 +208,8 @@ def test_faulty_arguments_name_the_test():
     verifier = CodeExecution()
     with pytest.raises(ValueError, match="to name the function that its tests call"):
         verifier.check_question(asked(["1"], ["1"], "functional"))
-    with pytest.raises(ValueError, match=r"Expected test 2 of question 3 of train\.json:4 to have JSON"):
+    with pytest.raises(
+        ValueError, match=r"Expected test 2 of question 3 of train\.json:4 to have arguments and a value in JSON"
+    ):
         verifier.check_question(functional(["1", "x"], ["1", "1"]))
     verifier.check_question(Question("x", "a name", columns={"tests": json.dumps(RECORD)}))
