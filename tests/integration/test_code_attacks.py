@@ -11,6 +11,7 @@ import pytest
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.rewards import CodeExecution
 from pgpo_lightning.rewards.code import pool
+from tests.support import ROOT
 from tests.support.attacks import ATTACKS, ONE
 from tests.support.programs import asked, fenced, run
 
@@ -59,15 +60,16 @@ except OSError as error:
     assert processes() == before
 
 
-def test_what_a_program_sees_of_the_machine():
+def test_what_a_program_sees_of_the_machine(tmp_path):
     if not private():
         pytest.skip("needs namespaces")
-    code = """
+    (tmp_path / "secret").touch()
+    code = f"""
 import glob, os, socket
 def tried(action):
     try: return str(action())
     except OSError as e: return 'gone' if isinstance(e, ProcessLookupError) else 'refused'
-print(glob.glob('/tmp') + glob.glob('/etc/passwd') + glob.glob('/proc/*') + glob.glob('/dev/shm') + os.listdir('.'))
+print(glob.glob({str(tmp_path)!r}) + glob.glob('/etc/passwd') + glob.glob('/proc/*') + glob.glob('/dev/shm') + os.listdir('.'))
 print(os.getpid(), os.getuid() == 0, len(os.environ) < 12)
 print(tried(lambda: socket.create_connection(('127.0.0.1', 22), 1)))
 print(tried(lambda: os.kill(-1, 9)))
@@ -113,7 +115,7 @@ def test_programs_never_run_as_root():
 @pytest.mark.parametrize("namespaces", [True, False])
 def test_another_user_needs_no_rights(namespaces, tmp_path):
     """The worker as a user without rights: in a user namespace, or with limits alone."""
-    script = Path(__file__).parents[2] / "support" / "code_worker.py"
+    script = ROOT / "tests" / "support" / "code_worker.py"
     python = next((each for each in ("/usr/bin/python3", sys.executable) if _usable(each)), None)
     if os.geteuid() != 0 or python is None:
         pytest.skip("needs root, and a Python 3.11 that others can run")
