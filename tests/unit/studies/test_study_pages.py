@@ -90,11 +90,9 @@ def test_rows_of_the_rivals(name):
 
 
 def test_every_interval_of_the_rivals_is_known():
-    spec = study("rivals")
-    quoted = known(groups("rivals/runs.jsonl.xz", spec))
-    for prediction in spec.predictions:
-        low, high = prediction.interval
-        quoted.add(f"{prediction.value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    quoted = set()
+    for name in ("rivals", "systems"):
+        quoted |= known(groups(f"{name}/runs.jsonl.xz", study(name)))
     assert unknown(page("rivals.md"), quoted) == []
 
 
@@ -159,6 +157,8 @@ def test_every_interval_of_hapo_is_known():
         ("rivals/runs.jsonl.xz", ["rivals"], 10),
         ("hapo/runs.jsonl.xz", ["hapo", "hapo-rare"], 7),
         ("low/runs.jsonl.xz", ["low"], 3),
+        ("collapse/runs.jsonl.xz", ["collapse"], 6),
+        ("systems/runs.jsonl.xz", ["systems"], 11),
     ],
 )
 def test_records_are_whole_and_so_many_predictions_held(file, names, inside):
@@ -200,3 +200,41 @@ def test_rows_of_the_collapse(condition, name):
     )
     assert row in page("findings.md")
     assert {(condition, each) for condition in spec.conditions for each in spec.arms_of(condition)} == set(COLLAPSE)
+
+
+SYSTEMS = {
+    "sdpo": "SDPO",
+    "pgpo-1": "PGPO alpha 1",
+    "grpo": "GRPO",
+    "srpo": "SRPO",
+    "i-sdpo": "I-SDPO",
+    "cepo": "CEPO",
+    "drift": "DRIFT",
+    "column": "SDPO on reference solutions",
+    "opsd": "OPSD",
+    "sdft": "SDFT",
+    "opcd": "OPCD",
+    "placebo-other": "another question's solution",
+    "placebo-template": "the template alone",
+    "own-feedback": "the attempt's own feedback",
+    "placebo-feedback": "another attempt's feedback",
+    "opd": "OPD (outside teacher)",
+    "tgpo": "TGPO (outside teacher)",
+}
+
+
+def system_row(found, name):
+    """The row of an arm: at each rate its final score, the difference to SDPO, and the lost runs at the higher one."""
+    cells = [SYSTEMS[name]]
+    for rate in ("lr=5e-5", "lr=1e-4"):
+        arms = found[rate].arms
+        gain = "" if name == "sdpo" else difference(arms[name], arms["sdpo"])
+        cells += [f"{arms[name].tables['final'].mean():.3f}", gain]
+    lost = arms[name].collapsed
+    cells.append(f"{sum(step is not None for step in lost)}/{len(lost)}")
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_rows_of_the_remaining_systems(name):
+    assert system_row(groups("systems/runs.jsonl.xz", study("systems")), name) in page("rivals.md")
