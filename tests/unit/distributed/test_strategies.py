@@ -9,13 +9,11 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
     Strategy,
 )
 
 from pgpo_lightning.models.lora import LoRA
 from pgpo_lightning.modules import SDPO
-from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, tiny_model, tiny_sdpo
 
 
@@ -50,24 +48,13 @@ def test_tensor_parallelism_is_refused():
         module.setup("fit")
 
 
-class OwnWeights(TransformersEngine):
-    has_weights = True
-
-
-@pytest.mark.parametrize(
-    ("settings", "sharded", "message"),
-    [
-        ({"lora": LoRA()}, True, "no `lora` with sharded weights, but got ModelParallelStrategy"),
-        ({"engine": OwnWeights()}, True, "no sharded weights with OwnWeights"),
-        ({"engine": OwnWeights(), "lora": LoRA()}, False, "no `lora` with OwnWeights"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(settings, sharded, message):
+def test_an_adapter_with_sharded_weights_is_refused():
     pytest.importorskip("peft")
-    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, **LIMITS | settings)
-    strategy = ModelParallelStrategy() if sharded else SingleDeviceStrategy("cpu")
-    if sharded:
-        strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
+    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, lora=LoRA(), **LIMITS)
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
     module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(
+        MisconfigurationException, match="no `lora` with sharded weights, but got ModelParallelStrategy"
+    ):
         module.setup("fit")

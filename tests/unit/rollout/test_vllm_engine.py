@@ -254,12 +254,13 @@ def test_the_order_of_things():
     class Told(vllm_engine.Sampler):
         max_model_len = 64
         wake = lambda self: calls.append("wake")  # noqa: E731
+        wake_cache = lambda self: calls.append("wake cache")  # noqa: E731
         sleep = lambda self: calls.append("sleep")  # noqa: E731
 
         def load(self, model):
             calls.append("load")
 
-        def complete(self, prompts, seeds, n, sampling, ends):
+        def complete(self, prompts, n, sampling, ends, seed):
             calls.append("complete")
             return [[vllm_engine.Completion([EOS], [-1.0])] * n for _ in prompts]
 
@@ -267,7 +268,16 @@ def test_the_order_of_things():
     engine.sampler = Told()
     ask(engine, model)
     ask(engine, model)
-    assert calls == ["wake", "load", "complete", "sleep", "wake", "complete", "sleep"]
+    first, second = ["wake", "load", "wake cache", "complete", "sleep"], ["wake", "wake cache", "complete", "sleep"]
+    assert calls == first + second
+    del calls[:]
+    with engine.session(model):
+        ask(engine, model)
+        ask(engine, model)
+    assert calls == ["wake", "wake cache", "complete", "complete", "sleep"]
+    with pytest.raises(KeyError), engine.session(model):
+        raise KeyError
+    assert calls[-1] == "sleep"
 
 
 def test_what_vllm_cannot_do(server):

@@ -1,0 +1,52 @@
+"""Every rank streams the whole model's weights out of a sharded one, and no rank waits for one that failed."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pgpo_lightning.rollout.weight_sync import stream_weights
+from tests.support.helpers import tiny_model
+from tests.support.processes import finish, start_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    finish(
+        *start_ranks(["tests.support.stream_worker", folder / "found"], folder / "log", 2),
+        log=folder / "log",
+        seconds=120,
+    )
+    found = [torch.load(folder / f"found.{rank}", weights_only=True) for rank in range(2)]
+    return [*found, load_file(folder / "written" / "model.safetensors")]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_stream_is_that_of_the_whole_model(ranks, precision, dtype):
+    expected = dict(stream_weights(tiny_model(), dtype))
+    for found in ranks[:2]:
+        streamed = found[f"{precision} {dtype}"]
+        assert [*streamed] == [*expected]
+        for name, tensor in expected.items():
+            assert streamed[name].dtype == tensor.dtype
+            assert torch.equal(streamed[name], tensor), name
+
+
+def test_a_reader_that_fails_on_one_rank(ranks):
+    assert all(found["failed"] for found in ranks[:2])
+
+
+def test_all_ranks_see_a_change_of_one_rank(ranks):
+    first, second, _ = ranks
+    assert first["sums"] == second["sums"]
+    before, after = first["sums"]
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+
+
+def test_the_first_rank_writes_what_all_gathered(ranks):
+    written = ranks[2]
+    expected = dict(stream_weights(tiny_model(), torch.bfloat16))
+    assert {*written} == {*expected}
+    moved = {name for name, tensor in written.items() if not torch.equal(tensor, expected[name])}
+    assert moved == {"model.norm.weight"}

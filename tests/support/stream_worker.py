@@ -1,0 +1,62 @@
+"""Weights of a model that FSDP2 shards, streamed whole to every rank; run by test_weight_sync.py.
+
+Usage: python -m tests.support.stream_worker OUTPUT, once per rank.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.distributed.fsdp import FullySharded
+from pgpo_lightning.rollout.weight_sync import checksum, drained, stream_weights, write_weights
+from tests.support.helpers import tiny_model
+
+
+def sharded(precision):
+    model = tiny_model()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    return model, FullySharded(model, None, mesh, SimpleNamespace(precision=precision))
+
+
+def main(output):
+    dist.init_process_group("gloo")
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        model, placement = sharded(precision)
+        placement.run(lambda model=model: model(torch.arange(6, 18).unsqueeze(0)).logits)  # FSDP2 is at work
+        for dtype in (None, torch.bfloat16):
+            found[f"{precision} {dtype}"] = dict(stream_weights(model, dtype))
+
+    if dist.get_rank() == 1:  # reads two tensors and fails; the other still gets all
+
+        def read():
+            with drained(stream_weights(model)) as stream:
+                next(stream), next(stream)
+                raise KeyError
+
+        try:
+            read()
+        except KeyError:
+            found["failed"] = True
+    else:
+        found["failed"] = len([*stream_weights(model)]) == len(model.state_dict())
+    assert gather(dist.get_rank()) == [0, 1]
+
+    sums = [checksum(model)]
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            model.model.norm.weight.to_local()[0] += 1
+    sums.append(checksum(model))
+    found["sums"] = sums
+    write_weights(model, output.parent / "written", torch.bfloat16)
+    torch.save(found, f"{output}.{dist.get_rank()}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    main(Path(sys.argv[1]))

@@ -1,0 +1,120 @@
+"""vLLM in this process as far as it goes without vLLM; with it, see tests/vllm."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from pgpo_lightning.core.types import Question
+from pgpo_lightning.rollout import vllm_engine, vllm_local
+from pgpo_lightning.rollout.engine import Sampling
+from pgpo_lightning.rollout.vllm_engine import VLLMEngine
+from pgpo_lightning.rollout.vllm_local import LocalSampler, RankGroup
+from tests.support.helpers import TOKENIZER, tiny_model
+
+EOS = TOKENIZER.eos_token_id
+
+
+class Recorder:
+    """Stands for `vllm.LLM`: answers every request with the end token, and records the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags}")
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def collective_rpc(self, method, kwargs):
+        names = [name for name, _ in kwargs["weights_iterator"]]
+        self.calls.append(f"{method} {len(names)}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+        return True
+
+    def generate(self, requests, params, use_tqdm):
+        self.calls.append(
+            f"generate {len(requests)} seeds {[each.seed for each in params]} drawn {torch.rand(1).item():.6f}"
+        )
+        output = SimpleNamespace(token_ids=[EOS], logprobs=[{EOS: SimpleNamespace(logprob=-0.5)}])
+        return [SimpleNamespace(outputs=[output] * params[0].n) for _ in requests]
+
+
+@pytest.fixture
+def sampler():
+    made = object.__new__(LocalSampler)
+    made.params = lambda **settings: SimpleNamespace(**settings)
+    made.group, made.in_workers, made.dozes, made.asleep = RankGroup(1), False, True, False
+    made.dtype, made.llm, made.max_model_len = torch.bfloat16, Recorder(), 64
+    return made
+
+
+def engine_with(sampler, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+    engine = VLLMEngine(enable_sleep_mode=True)
+    engine.sampler = sampler
+    return engine
+
+
+def ask(engine, model, seed=0, **sampling):
+    torch.manual_seed(seed)
+    return engine.generate(model, TOKENIZER, [Question("?", "1", index=0)], [[7, 8]], 2, Sampling(8, **sampling))
+
+
+def test_memory_is_taken_and_released_in_an_order_in_which_it_suffices(sampler, monkeypatch):
+    """Weights, then the stream into them, then keys and values; asleep it has neither, so the next session streams again."""
+    engine, model = engine_with(sampler, monkeypatch), tiny_model()
+    ask(engine, model)
+    ask(engine, model)
+    tensors = len(model.state_dict())
+    first = [f"reload_weights {tensors}", "reset", "reset", "generate", "sleep 2"]
+    again = [
+        "wake ['weights']",
+        f"reload_weights {tensors}",
+        "reset",
+        "wake ['kv_cache']",
+        "reset",
+        "generate",
+        "sleep 2",
+    ]
+    assert [call.split(" 1 seeds")[0] for call in sampler.llm.calls] == first + again
+
+
+def test_one_seed_of_the_call_in_training_and_one_a_question_in_evaluation(sampler, monkeypatch):
+    engine, model = engine_with(sampler, monkeypatch), tiny_model()
+    for seed in (0, 0, 1):
+        ask(engine, model, seed=seed)
+    first, same, other = (call for call in sampler.llm.calls if call.startswith("generate"))
+    assert "seeds [None]" in first
+    assert first == same != other
+    ask(engine, model, seeds=[2**62 + 5])
+    assert "seeds [5]" in sampler.llm.calls[-2]
+
+
+def test_ranks_that_share_a_copy_ask_it_the_same(monkeypatch):
+    everyone = [(["a"], 10), (["b", "c"], 11), (["d"], 12), ([], 13)]
+    monkeypatch.setattr(vllm_local, "gather", lambda local: everyone)
+    found = []
+    for rank, (items, seed) in enumerate(everyone):
+        monkeypatch.setattr(vllm_local.dist, "get_rank", lambda rank=rank: rank)
+        joined, shared_seed, own = RankGroup(2).joined(items, seed)
+        assert joined[own] == items
+        found.append((joined, shared_seed))
+    assert found == [(["a", "b", "c"], 10)] * 2 + [(["d"], 12)] * 2
+
+
+def test_an_evaluation_that_would_leave_a_rank_waiting_is_refused(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+    own, shared = VLLMEngine(), VLLMEngine(tensor_parallel_size=2)
+    own.check_evaluation([3, 2])
+    own.check_evaluation([0])
+    with pytest.raises(MisconfigurationException, match=r"a batch on every rank with VLLMEngine .* have \[1, 0\]"):
+        own.check_evaluation([1, 0])
+    shared.check_evaluation([2, 2])
+    with pytest.raises(MisconfigurationException, match=r"as many batches on every rank, .* have \[2, 1\]"):
+        shared.check_evaluation([2, 1])
+    VLLMEngine(server="http://a").check_evaluation([1, 0])
