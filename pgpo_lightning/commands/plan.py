@@ -124,6 +124,7 @@ class PlanCommand(BuildCommand):
             keep=self._get(self.config, "checkpoint").keep,
             external=_external(module),
             contrasted=module.objective.contrasted,
+            recomputes_logits=module.objective.recomputes_logits,
             reference=module.objective.has_reference,
         )
 

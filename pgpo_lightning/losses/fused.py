@@ -1,7 +1,7 @@
 """The loss and its gradient from hidden states in one pass, without holding the logits of more than one chunk of tokens.
 
 Every objective here has a closed form for its gradient in the logits. So the gradient is computed while the chunk's logits are in
-memory, and turned into gradients of hidden states and head at once: eight matrix products of N x V x D, none recomputed.
+memory, and turned into gradients of hidden states and head at once: four matrix products of N x V x D, none recomputed.
 This works because the loss is ``sum_i c_i loss_i`` with coefficients ``c_i`` that carry no gradient. The coefficients may depend
 on the token's own statistics (importance weights, clipping), because the objective is called between the two halves of a chunk:
 after the statistics, before the gradient.
@@ -108,7 +108,7 @@ def linear_statistics(
     """Return statistics of which `divergence`, `log_p_student` and `entropy_student` can be differentiated.
 
     It serves losses that are not pointwise, for example with a weight that depends on the whole sequence. The backward pass
-    computes the logits again: 12 instead of 8 matrix products of N x V x D. Memory is the same, less the two gradients that
+    computes the logits again: six instead of four matrix products of N x V x D. Memory is the same, less the two gradients that
     :func:`linear_distillation` keeps. The arguments are described there.
     """
     chunks = _Chunks(student.head, teacher, targets, which, temperature, chunk_rows, compiled)

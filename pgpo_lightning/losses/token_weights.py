@@ -23,7 +23,7 @@ class TokenWeights:
     """Weights of tokens or responses within a step.
 
     Args:
-        unit: ``token``: I of each token. ``sequence``: the mean of I over the response, which costs two more products with each
+        unit: ``token``: I of each token. ``sequence``: the mean of I over the response, which costs one more product with each
             head.
         sensitivity: How fast the weight grows with I; 0 gives equal weights.
         maximum: Upper bound of a weight before the division by the mean, at least 1. Its reciprocal is the lower bound. Null for

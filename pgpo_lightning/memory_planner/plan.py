@@ -77,6 +77,7 @@ class RunSpec:
         external: The teacher's model, for an external one. Its type is that of the teacher in `compute`.
         contrasted: Whether the teacher reads two prompts for every response (CEPO). Its second pass takes less memory than the
             first, because it comes before the student's.
+        recomputes_logits: Whether the loss depends on whole responses (DRIFT, weights of responses). All responses count as such.
         reference: Whether there is a frozen copy of the initial weights, or adapter, for a KL divergence from it.
     """
 
@@ -105,6 +106,7 @@ class RunSpec:
     keep: int | None = 1
     external: External | None = None
     contrasted: bool = False
+    recomputes_logits: bool = False
     reference: bool = False
 
     def __post_init__(self) -> None:
@@ -317,6 +319,7 @@ def _flops(
     moving = run.teacher in ("live", "trust-region")
     tokens = sum(layout.tokens for layout, _ in ways)
     again = 2 * other.head * tokens * (1 + teachers) * run.contrasted  # the heads of the second pass
+    repeated = 2 * (width.head + other.head * teachers) * tokens * run.recomputes_logits
     once = run.updates * (sum(flops.forward(width, layout) for layout, _ in ways) + 2 * width.head * tokens)
     reference = {"reference forward": once} if run.reference else {}
     return {
@@ -336,6 +339,7 @@ def _flops(
             + 2 * (other.head - width.head) * layout.tokens * min(teachers, 1)
             for layout, _ in ways
         )
-        + (times if moving else run.updates) * again,
+        + (times if moving else run.updates) * again
+        + times * repeated,
         **reference,
     }

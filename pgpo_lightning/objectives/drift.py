@@ -98,6 +98,11 @@ class DifficultyRouted(Objective):
                 sample.old_log_probs = None  # SDPO's importance weight is that of the policy as it is now
         return scalars | self._observe(samples, learned, groups, classes)
 
+    @property
+    def recomputes_logits(self) -> bool:
+        """See :attr:`Objective.recomputes_logits`: the factors of a token depend on its response."""
+        return self.rhythm.strength > 0
+
     def _succeeded(self, sample: Sample) -> bool:
         return sample.verdict.reward >= self.teaching.builder.success_reward_threshold
 

@@ -41,7 +41,7 @@ class Route:
         token_loss: The loss of their tokens.
         taught: Whether the teacher runs over them too.
         factors: Factors of the token advantages that depend on whole responses, from statistics and lengths to ``(N,)``, without
-            gradient; the loss then costs two more products with each head.
+            gradient; the loss then costs one more product with each head of student and teacher.
         contrasted: Whether it also gives the log-probabilities of the responses after a second prompt, `Sample.contrast_ids`.
     """
 
@@ -97,6 +97,11 @@ class Objective(ABC):
 
     teaching: SelfTeaching | None = None
     """The self-teacher, if the objective has one."""
+
+    @property
+    def recomputes_logits(self) -> bool:
+        """Whether a loss depends on whole responses, so that the backward pass computes the logits a second time."""
+        return self.token_weights is not None and self.token_weights.unit == "sequence"
 
     @property
     def has_reference(self) -> bool:
