@@ -71,7 +71,9 @@ class TeacherConfig(ConfigGroup):
             ("gate", self.gate, ("gated",)),
         ):
             if value is not None and self.kind not in kinds:
-                raise ValueError(f"Expected no `teacher.{name}` with the {self.kind} teacher: it would have no effect.")
+                raise ValueError(
+                    f"Expected no `teacher.{name}` with the {self.kind} teacher: it would have no effect. Set it to null."
+                )
         if self.offload and self.kind == "live":
             raise ValueError(
                 "Expected no `teacher.offload` with a teacher that has no weights but the student's. Set it to false."

@@ -29,6 +29,7 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("routed", "fsdp2", "gated"),
         ("contrasted", "ddp", "live"),
         ("contrasted", "fsdp2", "trust-region"),
+        ("difficulty", "fsdp2", "ema"),
         ("uneven", "ddp", "external"),
         ("uneven", "fsdp2", "external"),
         ("guided", "ddp", "external"),

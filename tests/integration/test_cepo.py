@@ -1,4 +1,4 @@
-"""Runs of CEPO: resumed, with a multiplier, with an adapter."""
+"""A run of CEPO: resumed, with a multiplier."""
 
 import math
 
@@ -31,13 +31,3 @@ def test_a_resumed_run_is_the_whole_one_and_the_multiplier_reads_its_teacher(tmp
     assert contrasted[4:] == [0.0, 0.0]
     assert len(set(found["lr/multiplier"])) == 6  # also where the evidence has no weight any more
     assert all(math.isfinite(value) for value in found["information/mean"])
-
-
-def test_an_adapter_is_trained_with_itself_as_the_teacher(tmp_path):
-    folder = tmp_path / "run"
-    adapter = {"lora": {"r": 4, "lora_alpha": 8}}
-    main(["fit", "--config", config(folder, steps=2, module="CEPO", model=SETTINGS | adapter, multiplier=PGPO)])
-    found = curves(folder)
-    assert min(found["self_distillation/contrasted_fraction"]) > 0
-    assert min(found["actor/grad_norm"]) > 0
-    assert min(found["lr/multiplier"]) != 1

@@ -1,4 +1,4 @@
-"""Runs of DRIFT: resumed across its stages, with a multiplier and a replayed success; and with an adapter."""
+"""A run of DRIFT: resumed across its stages, with a multiplier and a replayed success."""
 
 import torch
 
@@ -35,10 +35,3 @@ def test_a_resumed_run_is_the_whole_one(tmp_path):
     assert all(isinstance(visits, int) for _, visits in state["rates"]["seen"].values())
     assert any(visits == 2 for _, visits in state["rates"]["seen"].values())
     assert all(ids.dtype == torch.int32 for kept in state["buffer"]["kept"].values() for ids, _ in kept)
-
-
-def test_an_adapter_is_trained(tmp_path):
-    folder = tmp_path / "run"
-    adapter = {"lora": {"r": 4, "lora_alpha": 8}}
-    main(["fit", "--config", config(folder, steps=2, module="DRIFT", model=SETTINGS | adapter, multiplier=PGPO)])
-    assert max(curves(folder)["actor/grad_norm"]) > 0

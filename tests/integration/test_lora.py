@@ -10,9 +10,13 @@ from transformers import AutoModelForCausalLM
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.models.lora import adapter
 from pgpo_lightning.models.quantization import Quantization
-from pgpo_lightning.modules import GRPO, SDPO
+from pgpo_lightning.modules import CEPO, DRIFT, GRPO, OPD, SDPO, SRPO, TGPO
+from pgpo_lightning.objectives.configs import DifficultyConfig
+from pgpo_lightning.teachers.configs import TeacherConfig
 from tests.support.adapters import base_weights, load, logits, lora, matrices
+from tests.support.external import LARGER, saved
 from tests.support.helpers import (
+    GRPO_LIMITS,
     LIMITS,
     TOKENIZER,
     build,
@@ -46,12 +50,25 @@ def final(folder, steps=3):
     return torch.load(folder / "checkpoints" / f"step={steps:06d}.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("method", ["sdpo", "grpo"])
+METHODS = {
+    "SDPO": (SDPO, {}),
+    "GRPO": (GRPO, {}),
+    "CEPO": (CEPO, {}),
+    "DRIFT": (DRIFT, {"difficulty": DifficultyConfig(warmup_steps=1)}),
+    "I-SDPO": (SRPO, {"route": "group"}),
+    "OPD": (OPD, {}),
+    "TGPO": (TGPO, {"guidance": 0.5}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_only_the_adapter_is_trained(tmp_path, method):
+    kind, changes = METHODS[method]
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), "num_generations": 4, "seed": 1}
-    limits = LIMITS if method == "sdpo" else {key: LIMITS[key] for key in LIMITS if key != "max_reprompt_len"}
-    kind = SDPO if method == "sdpo" else GRPO
-    module = build(kind, tiny_model(), half_right, tokenizer=TOKENIZER, lora=lora(), **limits, **settings)
+    limits = LIMITS if kind not in (GRPO, OPD, TGPO) else GRPO_LIMITS
+    if kind in (OPD, TGPO):
+        settings["teacher"] = TeacherConfig(model=saved(tmp_path, **LARGER))
+    module = build(kind, tiny_model(), half_right, tokenizer=TOKENIZER, lora=lora(), **limits, **settings, **changes)
     module.configure_model()
     base, start = base_weights(module.model), matrices(module.model)
     fitting = trainer(tmp_path, max_steps=2)
@@ -63,6 +80,7 @@ def test_only_the_adapter_is_trained(tmp_path, method):
     assert not any(torch.equal(moved[name], start[name]) for name in moved)
     trained = [p for group in fitting.optimizers[0].param_groups for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in adapter(module.model).values()}
+    assert {id(p) for p in module.parameters() if p.requires_grad} == {id(p) for p in trained}
 
 
 def assert_same(a, b, where=""):

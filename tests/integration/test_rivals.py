@@ -1,19 +1,23 @@
-"""Short runs of SRPO and RLSD."""
+"""Short runs of SRPO, I-SDPO and RLSD."""
 
 import pytest
 import torch
 
+from pgpo_lightning.commands.main import main
 from pgpo_lightning.modules import RLSD, SRPO
+from pgpo_lightning.monitoring.curves import read_scalars
 from tests.support.helpers import (
     LIMITS,
     TOKENIZER,
     build,
+    config,
     half_right,
     loader,
     questions,
     tiny_model,
     trainer,
 )
+from tests.support.runs import assert_same_run
 
 
 def test_a_routed_run_distils_failures_with_a_teacher_only(tmp_path):
@@ -46,3 +50,26 @@ def test_rlsd_forgets_the_teacher_and_copies_the_student(tmp_path):
 def same(module):
     pairs = zip(module.model.parameters(), module.teacher.model.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_resumed_run_with_routes_by_question_is_the_whole_one(tmp_path):
+    """I-SDPO: questions without a success are distilled from feedback, before the cut and after it."""
+    settings = {
+        "route": "group",
+        "verifier": {"class_path": "pgpo_lightning.rewards.BoxedAnswer", "init_args": {"feedback": True}},
+        "loss_agg_mode": "token-mean",
+        "token_weights": {"unit": "token", "signal": "teacher-certainty", "sensitivity": 1.0, "maximum": None},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
+        "num_generations": 2,
+    }
+    pgpo = {"class_path": "InformationMultiplier", "init_args": {"sensitivity": 5.0, "rho_min": None, "rho_max": 5.0}}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(["fit", "--config", config(whole, module="SRPO", model=settings, multiplier=pgpo)])
+    main(["fit", "--config", config(cut, steps=3, module="SRPO", model=settings, multiplier=pgpo)])
+    main(["fit", "--config", config(cut, module="SRPO", model=settings, multiplier=pgpo), "--ckpt_path", "last"])
+    assert_same_run(whole, cut)
+    curves = {tag: list(points.values()) for tag, points in read_scalars(whole).items()}
+    routed = curves["self_distillation/routed_fraction"]
+    assert max(routed[:3]) > 0
+    assert 0 < max(routed[3:]) < 1
+    assert len(set(curves["lr/multiplier"])) > 3

@@ -1,4 +1,4 @@
-"""Trains HAPO or DRIFT under DDP on rollouts that depend on question and step alone; run by test_hapo.py.
+"""Trains HAPO, DRIFT or I-SDPO under DDP on rollouts that depend on question and step alone; run by test_hapo.py.
 
 Usage: python -m tests.support.hapo_worker OUTPUT RANKS METHOD
 """
@@ -10,7 +10,8 @@ import lightning as L
 import torch
 
 from pgpo_lightning.core.types import Rollout
-from pgpo_lightning.modules import DRIFT, HAPO
+from pgpo_lightning.losses.token_weights import TokenWeights
+from pgpo_lightning.modules import DRIFT, HAPO, SRPO
 from pgpo_lightning.objectives.configs import DifficultyConfig
 from pgpo_lightning.objectives.demonstrations import SuccessBuffer
 from pgpo_lightning.objectives.gates import ConfidenceGate, ProgressThreshold
@@ -19,8 +20,11 @@ from tests.support.helpers import TOKENIZER, build, loader, questions, tiny_mode
 BATCH = 4
 
 
+SHOWN = ("hapo", "drift", "actor", "self_distillation/routed_fraction")
+
+
 def by_reward_in_the_text(question, response):
-    return float(response.endswith("1"))
+    return float(response.endswith("1")), f"The response has {len(response)} characters."
 
 
 class FixedRollouts:
@@ -42,7 +46,7 @@ class FixedRollouts:
         return rollouts
 
     def on_train_batch_end(self, *_):
-        self.seen.append({name: v for name, v in self.scalars.items() if name.startswith(("hapo", "drift", "actor"))})
+        self.seen.append({name: v for name, v in self.scalars.items() if name.startswith(SHOWN)})
 
 
 class FixedHAPO(FixedRollouts, HAPO):
@@ -58,6 +62,11 @@ class FixedDRIFT(FixedRollouts, DRIFT):
         return {"seen": dict(sorted(state["rates"]["seen"].items())), "kept": readable(state["buffer"]["kept"])}
 
 
+class FixedISDPO(FixedRollouts, SRPO):
+    def state(self):
+        return {}
+
+
 def readable(kept):
     return {question: [ids.tolist() for ids, _ in kept[question]] for question in sorted(kept)}
 
@@ -68,13 +77,18 @@ SETTINGS = {
         "demonstrations": SuccessBuffer(size=2),
         "gradient_parts_every_n_steps": 3,
     },
+    "i-sdpo": {
+        "route": "group",
+        "max_reprompt_len": 160,
+        "token_weights": TokenWeights("token", 1.0, None, "teacher-certainty"),
+    },
     "drift": {"difficulty": DifficultyConfig(warmup_steps=1, hard=0.1, buffer_size=2), "max_reprompt_len": 160},
 }
 
 
 def main(output, ranks, method="hapo"):
     torch.set_num_threads(1)
-    module = build(FixedHAPO if method == "hapo" else FixedDRIFT,
+    module = build({"hapo": FixedHAPO, "drift": FixedDRIFT, "i-sdpo": FixedISDPO}[method],
         tiny_model(), by_reward_in_the_text, tokenizer=TOKENIZER, num_generations=4, max_prompt_length=64,
         max_response_length=32, loss_agg_mode="token-mean", is_clip=None, max_sampler_gap=None, micro_batch_tokens=150,
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2), **SETTINGS[method],

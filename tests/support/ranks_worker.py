@@ -4,9 +4,10 @@ Usage: python -m tests.support.ranks_worker OUTPUT RANKS SPLIT STRATEGY TEACHER 
 
 SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a
 teacher at all), `routed` (likewise, but the rows without are reinforced, and the others share the step by the teacher's
-certainty), `guided` (TGPO: likewise, without weights), `contrasted` (CEPO; rank 1 has no row with two prompts) or `updates` (two
-optimizer steps per batch, each on half of the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external`
-is the model in the folder `teacher` beside OUTPUT.
+certainty), `guided` (TGPO: likewise, without weights), `contrasted` (CEPO; rank 1 has no row with two prompts), `difficulty`
+(DRIFT; rank 1 has no row with a teacher, and so none with factors) or `updates` (two optimizer steps per batch, each on half of
+the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external` is the model in the folder `teacher` beside
+OUTPUT.
 """
 
 import sys
@@ -20,7 +21,7 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
-from pgpo_lightning.modules import CEPO, SDPO, SRPO, TGPO
+from pgpo_lightning.modules import CEPO, DRIFT, SDPO, SRPO, TGPO
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.mini_batches import mini_batches
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, random_rows, tiny_model
@@ -37,10 +38,12 @@ def rows_of(step, split):
     rows = random_rows(ROWS, seed=step)
     masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "contrasted": [3, 7],
               "updates": [4, 6]}  # fmt: skip
-    masked["guided"] = masked["routed"]
+    masked["guided"], masked["difficulty"] = masked["routed"], masked["one-sided"]
     for i in masked[split]:
         rows[i].reprompt_ids = None
         rows[i].advantage = 0.75 if i % 2 else -0.25
+    if split == "difficulty":  # 0 and 2 are distilled, 1 and 3 have factors, 5 and 7 have none, 4 and 6 no loss
+        rows[1].advantage = rows[3].advantage = 0.75
     if split == "contrasted":
         for i, (row, other) in enumerate(zip(rows, random_rows(ROWS, seed=step + 100), strict=True)):
             row.advantage = 0.75 if i % 2 else -0.25
@@ -81,11 +84,17 @@ class FixedCEPO(Fixed, CEPO):
     pass
 
 
+class FixedDRIFT(Fixed, DRIFT):
+    def configure_model(self):
+        super().configure_model()
+        self.objective.warming_up = False
+
+
 class FixedTGPO(Fixed, TGPO):
     pass
 
 
-MODULES = {"routed": FixedSRPO, "guided": FixedTGPO, "contrasted": FixedCEPO}
+MODULES = {"routed": FixedSRPO, "guided": FixedTGPO, "contrasted": FixedCEPO, "difficulty": FixedDRIFT}
 
 
 def main():

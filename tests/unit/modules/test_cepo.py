@@ -11,7 +11,9 @@ from pgpo_lightning.losses.fused import TokenStatistics, linear_statistics
 from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.modules import CEPO, GRPO, RLSD
 from pgpo_lightning.objectives.configs import EvidenceConfig
+from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.mini_batches import TokenInputs
+from tests.support.external import LARGER, saved
 from tests.support.formulas import alone, assert_gradients, capped, log_distributions
 from tests.support.helpers import (
     GRPO_LIMITS,
@@ -52,6 +54,20 @@ def test_cepo_is_grpo_with_advantages_credited_by_the_contrast(mode):
     module = alone(CEPO, evidence=EvidenceConfig(mixing=0.8, mixing_steps=10), loss_agg_mode=mode)
     module.objective.current_mixing = module.objective.mixing_at(4)
     assert module.objective.current_mixing == pytest.approx(0.8 * 0.6)
+    assert_formula(module, 0.48, mode)
+
+
+@pytest.mark.parametrize("sizes", [{}, LARGER], ids=["the student's size", "another size"])
+def test_another_model_reads_both_answers(tmp_path, sizes):
+    """T+ and T- are that model; where there is no wrong answer its evidence is log T - log S, as an own teacher's."""
+    teacher = TeacherConfig(model=saved(tmp_path, **sizes))
+    module = build(CEPO, tiny_model().double(), half_right, tokenizer=TOKENIZER, teacher=teacher, **LIMITS)
+    module.configure_model()
+    assert_formula(module.double(), 0.5, "seq-mean-token-mean")
+    assert module.teacher.external
+
+
+def assert_formula(module, mixing, mode):
     rows = contrasted_rows()
     inside = []
 
@@ -66,7 +82,7 @@ def test_cepo_is_grpo_with_advantages_credited_by_the_contrast(mode):
                 delta = log_t[at] - log_s[at].detach()
             factor = (math.copysign(1, row.advantage) * delta).exp()
             inside.append(((factor > 0.5) & (factor < 1.5) & (factor != 1)).sum())
-            advantage = row.advantage * (0.52 + 0.48 * factor.clamp(0.5, 1.5))
+            advantage = row.advantage * (1 - mixing + mixing * factor.clamp(0.5, 1.5))
             loss = -advantage * (log_s[at] - log_s[at].detach()).exp() * capped(module, row, log_s, at)
             total = total + (loss.mean() / len(rows) if mode != "token-mean" else loss.sum())
         return total / (sum(row.length for row in rows) if mode == "token-mean" else 1)

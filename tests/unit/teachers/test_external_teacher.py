@@ -218,7 +218,11 @@ def test_a_folder_without_a_model_or_tokenizer_is_refused(tmp_path):
             {"regularization": "ema"},
             "no `teacher.regularization` with `teacher.model`.*but got ema. Set it to frozen",
         ),
-        ({"update_rate": 0.1}, "no `teacher.update_rate` with the external teacher"),
+        (
+            {"regularization": "live"},  # CEPO's default
+            "no `teacher.regularization` with `teacher.model`.*but got live. Set it to frozen",
+        ),
+        ({"update_rate": 0.1}, "no `teacher.update_rate` with the external teacher: .* Set it to null"),
         ({"preflight": True}, "no `teacher.preflight` with `teacher.model`"),
         ({"offload": True, "quantization": Quantization()}, "only one of `teacher.offload` and `teacher.quantization`"),
         ({"dtype": "float64"}, "`teacher.dtype` to be"),
