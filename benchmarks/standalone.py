@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.loading import load_tokenizer, recompute_activations
-from pgpo_lightning.models.soundness import shares_prompts
+from pgpo_lightning.models.soundness import packings
 from pgpo_lightning.objectives.configs import DivergenceConfig
 from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.rollout import transformers_engine as rollout
@@ -121,7 +121,7 @@ class Standalone:
             update,
             teacher=self.teacher,
             pad_token_id=self.tokenizer.pad_token_id,
-            shares_prompts=shares_prompts(model, longest),
+            packings=packings(model, longest, update.padding_free),
         )
         self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         self._watch(model, "student_forward")

@@ -109,6 +109,7 @@ class PlanCommand(BuildCommand):
             longest_response=module.max_response_length,
             at_once=engine.max_sequences if isinstance(engine, TransformersEngine) else None,
             micro_batch_tokens=module.update.micro_batch_tokens,
+            padding_free=_padding_free(module),
             updates=module.update.updates_per_batch,
             passes=module.update.num_iterations,
             top_k=divergence is not None and divergence.partial(config.get_text_config().vocab_size),
@@ -127,6 +128,12 @@ class PlanCommand(BuildCommand):
             recomputes_logits=module.objective.recomputes_logits,
             reference=module.objective.has_reference,
         )
+
+
+def _padding_free(module: OnPolicyModule) -> bool:
+    setting = module.update.padding_free
+    attention = module.student.config.attn_implementation or ""
+    return attention.startswith("flash_attention") if setting is None else setting
 
 
 def _demonstration(module: OnPolicyModule, tokens: int | None) -> int | None:

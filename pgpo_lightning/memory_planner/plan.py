@@ -29,7 +29,7 @@ from pgpo_lightning.memory_planner.optimizers import OptimizerNeed, optimizer_ne
 from pgpo_lightning.memory_planner.parameters import Count, count
 from pgpo_lightning.memory_planner.saving import MOVING, Saving, saving
 from pgpo_lightning.memory_planner.workload import Layout, Lengths, group, with_demonstrations
-from pgpo_lightning.models.packing import PromptSharing
+from pgpo_lightning.models.packing import Packing, PromptSharing
 
 TEACHERS = {
     "ema": ["own"],
@@ -61,6 +61,7 @@ class RunSpec:
         longest_response: Maximum tokens of a response.
         at_once: Maximum number of responses decoded at the same time; None for all.
         micro_batch_tokens: Maximum padded tokens of a forward pass.
+        padding_free: Whether sequences are concatenated in one row.
         updates: Optimizer steps per pass over a batch.
         passes: Passes over a batch.
         top_k: Whether the divergence is over the most probable tokens only.
@@ -91,6 +92,7 @@ class RunSpec:
     longest_response: int
     at_once: int | None = None
     micro_batch_tokens: int = 16384
+    padding_free: bool = False
     updates: int = 1
     passes: int = 1
     top_k: bool = False
@@ -113,13 +115,19 @@ class RunSpec:
         one_of(tuple(TEACHERS), teacher=self.teacher)
 
     @property
-    def prompt_sharing(self) -> PromptSharing:
-        """Prompt sharing of the module, derived from the configuration."""
-        configs = [self.config] + ([] if self.external is None else [self.external.config])
-        layers = [layer for config in configs for layer in DynamicCache(config=config).layers]
-        if self.compute.checkpointing or not all(type(layer) is DynamicLayer for layer in layers):
-            return "never"
-        return "always" if self.sharding.kind == "fsdp" else "if-cheaper"
+    def packings(self) -> tuple[Packing, Packing]:
+        """Layouts of student and teacher in the module, derived from the configuration."""
+        shared: PromptSharing = "always" if self.sharding.kind == "fsdp" else "if-cheaper"
+        theirs = self.config if self.external is None else self.external.config
+        shares = [
+            all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+            for config in (self.config, theirs)
+        ]
+        student = shares[0] and not self.compute.checkpointing
+        return (
+            Packing(shared if student else "never", self.padding_free),
+            Packing(shared if shares[1] else "never", self.padding_free),
+        )
 
 
 @dataclass
@@ -184,7 +192,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
     mini_batch = learned[: -(-len(learned) // run.updates)]
     sharded = run.sharding.kind == "fsdp"
-    batches = group(mini_batch, run.micro_batch_tokens, run.prompt_sharing, bool(teachers), sharded)
+    batches = group(mini_batch, run.micro_batch_tokens, run.packings, bool(teachers), sharded)
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
     gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)

@@ -1,13 +1,14 @@
 """What one device works on in a step: rows of assumed lengths, grouped and laid out by the code that will do it."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from pgpo_lightning.core.settings import Count, Decay, checked
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
-from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
+from pgpo_lightning.models.packing import Packing, Sequences, SharedSequences
 from pgpo_lightning.training.mini_batches import micro_batches
 
 Packed = Sequences | SharedSequences
@@ -87,6 +88,7 @@ class Layout:
         prompts: Number of shared prompts; 0 if every row contains its prompt.
         prompt: Padded tokens of a shared prompt.
         tokens: Response tokens with a loss, N.
+        squares: Sum of the squared lengths of sequences that are concatenated in one row; 0 if there are none.
     """
 
     rows: int
@@ -94,13 +96,14 @@ class Layout:
     prompts: int
     prompt: int
     tokens: int
+    squares: int = 0
 
     @classmethod
     def of(cls, packed: Packed) -> "Layout":
         """Return the shape of packed sequences."""
         if isinstance(packed, Sequences):
             rows, width = packed.input_ids.shape
-            return cls(rows, width, 0, 0, packed.targets.numel())
+            return cls(rows, width, 0, 0, packed.targets.numel(), _squares(packed))
         (rows, width), (prompts, prompt) = packed.responses.shape, packed.prompts.shape
         return cls(rows, width, prompts, prompt, packed.targets.numel())
 
@@ -111,8 +114,15 @@ class Layout:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of query and key that attention multiplies, including masked ones."""
-        return self.rows * self.width * (self.width + self.prompt) + self.prompts * self.prompt**2
+        """Number of pairs of query and key that attention multiplies, masked ones included; none between concatenated rows."""
+        return self.squares or self.rows * self.width * (self.width + self.prompt) + self.prompts * self.prompt**2
+
+
+def _squares(packed: Sequences) -> int:
+    if packed.position_ids is None:
+        return 0
+    starts = [*(packed.position_ids[0] == 0).nonzero().flatten().tolist(), packed.position_ids.size(1)]
+    return sum((stop - start) ** 2 for start, stop in pairwise(starts))
 
 
 @dataclass(frozen=True)
@@ -130,14 +140,14 @@ class MicroBatch:
 
 
 def group(
-    rows: list[Sample], budget: int, prompt_sharing: PromptSharing, with_teacher: bool, sharded: bool = False
+    rows: list[Sample], budget: int, packings: tuple[Packing, Packing], with_teacher: bool, sharded: bool = False
 ) -> list[MicroBatch]:
     """Split rows into micro-batches as the module does, and pack them.
 
     Args:
         rows: Rows of one optimizer step on one device.
         budget: `update.micro_batch_tokens`.
-        prompt_sharing: When equal prompts are computed once.
+        packings: Layouts of student and teacher.
         with_teacher: Whether there is a teacher with its own prompts.
         sharded: Whether weights are gathered for every pass.
     """
@@ -150,11 +160,11 @@ def group(
 
     def pack(part: list[Sample], which: int) -> Packed:
         pairs = [(contexts(row)[which], row.rollout.response_ids) for row in part]
-        return Sequences.pack(pairs, 0, torch.device("cpu"), prompt_sharing)
+        return Sequences.pack(pairs, 0, torch.device("cpu"), packings[which])
 
     by_lengths: dict[Any, MicroBatch] = {}  # micro-batches of equal lengths have equal layouts
     batches = []
-    for part in micro_batches(rows, budget, contexts, prompt_sharing, sharded):
+    for part in micro_batches(rows, budget, contexts, packings, sharded):
         prompts: dict[tuple[int, ...], int] = {}
         key = tuple(
             (row.length, *((prompts.setdefault(tuple(ids), len(prompts)), len(ids)) for ids in contexts(row)))

@@ -12,21 +12,36 @@ PromptSharing = Literal["never", "if-cheaper", "always"]
 """Whether equal prompts are computed once per forward pass: never, where that needs fewer padded tokens, or always."""
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How the sequences of a model are laid out.
+
+    Attributes:
+        prompt_sharing: Whether equal prompts are computed once.
+        padding_free: Whether sequences that hold their own prompts are concatenated in one row in place of padded.
+    """
+
+    prompt_sharing: PromptSharing = "never"
+    padding_free: bool = False
+
+
 @dataclass
 class PaddedTokens:
     """Counts the padded tokens of one forward pass as sequences are added to it.
 
     Attributes:
-        prompt_sharing: Whether equal prompts are computed once.
+        packing: The layouts to choose from.
         sequences: Sequences so far.
+        real: Tokens of all prompts with their responses.
         longest: Tokens of the longest prompt with its response.
         longest_prompt: Tokens of the longest prompt.
         longest_response: Tokens of the longest response.
         prompts: The different prompts so far.
     """
 
-    prompt_sharing: PromptSharing
+    packing: Packing
     sequences: int = 0
+    real: int = 0
     longest: int = 0
     longest_prompt: int = 0
     longest_response: int = 0
@@ -42,8 +57,9 @@ class PaddedTokens:
             response: Tokens of its response.
         """
         return PaddedTokens(
-            self.prompt_sharing,
+            self.packing,
             self.sequences + 1,
+            self.real + len(prompt) + response,
             max(self.longest, len(prompt) + response),
             max(self.longest_prompt, len(prompt)),
             max(self.longest_response, response),
@@ -63,8 +79,9 @@ class PaddedTokens:
             responses: Tokens of their responses.
         """
         return PaddedTokens(
-            self.prompt_sharing,
+            self.packing,
             self.sequences + len(prompts),
+            self.real + sum(map(len, prompts)) + sum(responses),
             max(self.longest, *(len(prompt) + response for prompt, response in zip(prompts, responses, strict=True))),
             max(self.longest_prompt, *map(len, prompts)),
             max(self.longest_response, *responses),
@@ -74,7 +91,7 @@ class PaddedTokens:
     @property
     def unshared(self) -> int:
         """Padded tokens if every sequence holds its own prompt."""
-        return self.sequences * self.longest
+        return self.real if self.packing.padding_free else self.sequences * self.longest
 
     def tokens(self, new_prompt: tuple[int, ...] | None = None) -> int:
         """Return the padded tokens of the layout that would be used.
@@ -82,25 +99,28 @@ class PaddedTokens:
         Args:
             new_prompt: The prompt of the newest sequence, if it is not in the set yet.
         """
-        if self.prompt_sharing == "never":
+        if self.packing.prompt_sharing == "never":
             return self.unshared
         prompts = len(self.prompts) + (new_prompt is not None and new_prompt not in self.prompts)
         shared = prompts * self.longest_prompt + self.sequences * max(1, self.longest_response - 1)
-        return shared if self.prompt_sharing == "always" else min(self.unshared, shared)
+        return shared if self.packing.prompt_sharing == "always" else min(self.unshared, shared)
 
 
 @dataclass
 class Sequences:
-    """Prompts with their responses, padded on the right, and the positions of the responses.
+    """Prompts with their responses, padded on the right or concatenated, and the positions of the responses.
 
-    Padding on the right needs no attention mask: in a causal model no real token attends to what follows it.
+    Padding on the right needs no attention mask: in a causal model no real token attends to what follows it. In a concatenated
+    row the position ids of every sequence start at 0. By them transformers tells sequences apart: flash attention computes each
+    by itself, other attention gets a mask of all pairs of tokens.
 
     Attributes:
-        input_ids: Shape ``(sequences, longest)``, int64.
+        input_ids: Shape ``(sequences, longest)``, or ``(1, tokens)`` if concatenated; int64.
         row: Row of every response token in `input_ids`, shape ``(N,)``.
         position: For every response token, the position whose output predicts it, shape ``(N,)``.
         targets: The response tokens, one sequence after the other, shape ``(N,)``.
         lengths: Response tokens of each sequence, shape ``(sequences,)``.
+        position_ids: Position of every token in its sequence, shape ``(1, tokens)``; ``None`` if padded.
     """
 
     input_ids: Tensor
@@ -108,6 +128,7 @@ class Sequences:
     position: Tensor
     targets: Tensor
     lengths: Tensor
+    position_ids: Tensor | None = None
 
     @classmethod
     def pack(
@@ -115,7 +136,7 @@ class Sequences:
         pairs: list[tuple[list[int], list[int]]],
         pad_id: int,
         device: torch.device,
-        prompt_sharing: PromptSharing = "never",
+        packing: Packing = Packing(),
     ) -> "PackedSequences":
         """Lay out (prompt, response) pairs of token ids.
 
@@ -123,21 +144,29 @@ class Sequences:
             pairs: At least one pair. Prompts and responses are not empty.
             pad_id: Any valid token id.
             device: Device of the tensors.
-            prompt_sharing: Whether equal prompts are computed once. If so, the model runs twice: on prompts and on responses.
+            packing: The layouts to choose from. With shared prompts the model runs twice: on prompts and on responses.
         """
-        if prompt_sharing == "always":
+        if packing.prompt_sharing == "always":
             return SharedSequences.pack_shared(pairs, pad_id, device)
-        if prompt_sharing == "if-cheaper":
-            load = PaddedTokens(prompt_sharing)
+        if packing.prompt_sharing == "if-cheaper":
+            load = PaddedTokens(packing)
             for prompt, response in pairs:
                 load = load.plus(tuple(prompt), len(response)).keep(tuple(prompt))
             if load.tokens() < load.unshared:
                 return SharedSequences.pack_shared(pairs, pad_id, device)
-        ids = _padded([[*prompt, *response] for prompt, response in pairs], pad_id)
+        sequences = [[*prompt, *response] for prompt, response in pairs]
         row, position = _response_positions(pairs, [len(prompt) - 1 for prompt, _ in pairs])
         targets = torch.tensor([token for _, response in pairs for token in response])
         lengths = torch.tensor([len(response) for _, response in pairs])
-        return cls(*(part.to(device) for part in (ids, row, position, targets, lengths)))
+        if packing.padding_free:
+            sizes = torch.tensor([len(sequence) for sequence in sequences])
+            starts = sizes.cumsum(0) - sizes
+            ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+            position_ids = torch.arange(ids.size(1)) - starts.repeat_interleave(sizes)
+            parts = [ids, torch.zeros_like(row), position + starts[row], targets, lengths, position_ids.unsqueeze(0)]
+        else:
+            parts = [_padded(sequences, pad_id), row, position, targets, lengths]
+        return cls(*(part.to(device) for part in parts))
 
     def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
         """Return the hidden states that predict the response tokens, ``(N, D)``.
@@ -146,7 +175,8 @@ class Sequences:
             decoder: The submodule that computes hidden states, or a function with its signature.
             config: Configuration of its model.
         """
-        return decoder(input_ids=self.input_ids, use_cache=False).last_hidden_state[self.row, self.position]
+        given = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return decoder(input_ids=self.input_ids, use_cache=False, **given).last_hidden_state[self.row, self.position]
 
 
 @dataclass

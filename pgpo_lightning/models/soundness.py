@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from pgpo_lightning.models.decoding import WAYS, Way
 from pgpo_lightning.models.lm_head import damaged, source
 from pgpo_lightning.models.loading import evaluating, fp32_by_default, known_tokens, positions
-from pgpo_lightning.models.packing import PackedSequences, Sequences, SharedSequences
+from pgpo_lightning.models.packing import PackedSequences, Packing, Sequences, SharedSequences
 
 Pairs = list[tuple[list[int], list[int]]]
 """Prompts and responses, as token ids."""
@@ -60,18 +60,19 @@ def check_padding(model: PreTrainedModel, longest: int) -> None:
     )
 
 
-def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST) -> bool:
+def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST, trained: bool = True) -> bool:
     """Return whether prompts can be computed once and their keys and values shared by several responses, found by trial.
 
     It is not possible with a cache that drops tokens (sliding windows), a recurrent state (Mamba), or local attention that counts
-    positions in the cache (GPT-Neo). Nor is it with gradient checkpointing, for which transformers drops the cache. The trial
+    positions in the cache (GPT-Neo). Nor is it while gradients are checkpointed, when transformers drops the cache. The trial
     runs in evaluation mode, as the teacher does, and in training mode, as the student does, unless that mode is random.
 
     Args:
         model: Student or teacher.
         longest: Maximum tokens of prompt and response together in this run.
+        trained: Whether it is run in training mode too.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if trained and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return False
     if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
         return False
@@ -79,8 +80,55 @@ def shares_prompts(model: PreTrainedModel, longest: int = _LONGEST) -> bool:
         spans = _spans(model.config, longest)
         if any(span > _room(model) for span in spans):
             return False
-        modes = (True, False) if model.training and not _random(model) else (False,)
-        return not any(_failure(model, longest, _shared, training) for training in modes)
+        return not any(_failure(model, longest, _shared, training) for training in _modes(model, trained))
+
+
+def concatenates(model: PreTrainedModel, longest: int = _LONGEST) -> str:
+    """Return why sequences cannot be concatenated in one row, or an empty text; found by trial.
+
+    It is not possible with a recurrent state (Mamba, linear attention) or a convolution over neighbours, which run on from one
+    sequence into the next.
+
+    Args:
+        model: Student or teacher.
+        longest: Maximum tokens of prompt and response together in this run.
+    """
+    with _comparable(model):
+        if any(span > _room(model) for span in _spans(model.config, longest)):
+            return "its local attention is too long for a trial"
+        found = (_failure(model, longest, _concatenated, training) for training in _modes(model, trained=True))
+        return next(filter(None, found), "")
+
+
+def packings(model: PreTrainedModel, longest: int, padding_free: bool | None) -> tuple[Packing, Packing]:
+    """Return the layouts in which a model computes the same: in training, and as its own teacher in evaluation mode.
+
+    Args:
+        model: Student.
+        longest: Maximum tokens of prompt and response together in this run.
+        padding_free: Whether sequences are concatenated. Null: where attention computes each by itself (flash attention) and the
+            model allows it.
+
+    Raises:
+        MisconfigurationException: If they should be concatenated and the model does not allow it.
+    """
+    free = padding_free
+    if padding_free or (padding_free is None and str(model.config._attn_implementation).startswith("flash_attention")):
+        reason = concatenates(model, longest)
+        if reason and padding_free:
+            raise MisconfigurationException(
+                f"Expected sequences of {type(model).__name__} to have the same log-probabilities alone and in one row, but "
+                f"{reason}. Set `update.padding_free` to false."
+            )
+        free = not reason
+    shares = shares_prompts(model, longest)
+    shares_untrained = shares or shares_prompts(model, longest, trained=False)
+    student, teacher = (Packing("if-cheaper" if each else "never", bool(free)) for each in (shares, shares_untrained))
+    return student, teacher
+
+
+def _modes(model: PreTrainedModel, trained: bool) -> tuple[bool, ...]:
+    return (True, False) if trained and model.training and not _random(model) else (False,)
 
 
 def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
@@ -137,6 +185,11 @@ def _padded(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
 
 def _shared(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
     return _log_probs(model, SharedSequences.pack_shared(pairs, 0, next(model.parameters()).device))
+
+
+def _concatenated(model: PreTrainedModel, pairs: Pairs) -> list[Tensor]:
+    packing = Packing(padding_free=True)
+    return _log_probs(model, Sequences.pack(pairs, 0, next(model.parameters()).device, packing))
 
 
 def _log_probs(model: PreTrainedModel, sequences: PackedSequences) -> list[Tensor]:

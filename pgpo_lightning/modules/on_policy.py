@@ -350,7 +350,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
         teaching, longest = self.objective.teaching, (self.longest_prompt, self.max_response_length)
         if self.model is None:
             divergence = self.objective.divergence
-            self.model = self.student.load(self.encoder, self.engine, divergence, *longest, self.seed)
+            self.model = self.student.load(
+                self.encoder, self.engine, divergence, *longest, self.update.padding_free, self.seed
+            )
             if self.lora is not None:
                 keep_adapter_only(self)
         if self.teacher is None and self.training_run:
@@ -372,7 +374,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
                 temperature=self.training_sampling.temperature,
                 importance_weight_cap=self.mismatch.importance_weight_cap,
                 pad_token_id=self.tokenizer.pad_token_id,
-                shares_prompts=self.student.shares_prompts and getattr(self.teacher, "shares_prompts", True),
+                packings=(self.student.packings[0], getattr(self.teacher, "packing", None) or self.student.packings[1]),
             )
         self.learner.teacher, self.learner.placement = self.teacher, self.placement
 

@@ -14,7 +14,7 @@ from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.offload import DeviceCopy
-from pgpo_lightning.models.packing import PackedSequences
+from pgpo_lightning.models.packing import PackedSequences, Packing
 
 TeacherRegularization = Literal["ema", "frozen", "live", "trust-region", "restart", "gated"]
 TeacherKind = TeacherRegularization | Literal["external"]
@@ -28,12 +28,12 @@ class Teacher(nn.Module):
         moves_with_student: Whether every optimizer step of the student changes the teacher's predictions. If not, the teacher has
             a `model` of its own, which changes in :meth:`update` only.
         external: Whether the weights are another model's, so that teacher and student differ from the start.
-        shares_prompts: Whether its model computes the same with equal prompts computed once, where the student's does.
+        packing: Layout of its sequences; ``None`` for that of the student in evaluation mode.
     """
 
     moves_with_student = False
     external = False
-    shares_prompts = True
+    packing: Packing | None = None
 
     @abstractmethod
     def sources(self, student: PreTrainedModel, sequences: PackedSequences) -> list[Source]:

@@ -13,7 +13,7 @@ from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.lm_head import check_head
 from pgpo_lightning.models.loading import load_model, load_tokenizer, positions
 from pgpo_lightning.models.packing import PackedSequences
-from pgpo_lightning.models.soundness import check_padding, shares_prompts
+from pgpo_lightning.models.soundness import check_padding, packings
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.teachers.frozen import FrozenTeacher
 
@@ -47,7 +47,7 @@ class ExternalTeacher(FrozenTeacher):
         check_padding(model.eval(), longest)
         super().__init__(model, offload, copies=False)
         self.rows, self.keeps_dtype = rows, keeps_dtype
-        self.shares_prompts = shares_prompts(model, longest)
+        self.packing = packings(model, longest, None)[1]
 
     def own(self, sequences: PackedSequences, weight: float = 1.0) -> Source:
         """See :meth:`OwnWeights.own`."""

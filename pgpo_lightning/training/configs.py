@@ -61,6 +61,9 @@ class UpdateConfig(ConfigGroup):
             within a batch is run in the first pass only.
         micro_batch_tokens: Maximum padded tokens per forward pass; shared prompts are counted and computed once. Passes are
             smaller where lengths differ and that saves padding.
+        padding_free: Concatenate sequences in one row in place of padding them, where prompts are not shared. Null: if
+            `model_config.attn_implementation` is flash attention, which computes each by itself, and the model allows it. Other
+            attention then masks all pairs of tokens of a pass, which is slower than padding.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step;
             rollouts without a loss count as zero, as in SDPO's code. ``token-mean``: mean over all tokens in the loss of the
             optimizer step. Both are over all ranks and micro-batches.
@@ -77,6 +80,7 @@ class UpdateConfig(ConfigGroup):
     updates_per_batch: Count = 1
     num_iterations: Count = 1
     micro_batch_tokens: Count = 16384
+    padding_free: bool | None = None
     loss_agg_mode: LossAggregation = "seq-mean-token-mean"
     max_skipped_steps: Natural = 5
     lr_scheduler_type: ScheduleName | None = None

@@ -17,7 +17,7 @@ from pgpo_lightning.losses.fused import Source, TokenStatistics, linear_distilla
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.models.lm_head import head, source
 from pgpo_lightning.models.loading import evaluating
-from pgpo_lightning.models.packing import PromptSharing, Sequences, SharedSequences
+from pgpo_lightning.models.packing import PackedSequences, Packing, Sequences
 from pgpo_lightning.teachers.base import Teacher
 from pgpo_lightning.training.configs import UpdateConfig
 from pgpo_lightning.training.mini_batches import Pass, TokenInputs, micro_batches, prompts_of, student_prompt
@@ -52,7 +52,7 @@ class Learner:
         temperature: Logits of student and teacher are divided by it: the temperature that the rollouts were sampled at.
         importance_weight_cap: Upper bound of a token's importance weight, trainer over sampler; null for no weight.
         pad_token_id: Any valid token id.
-        shares_prompts: Whether the model may compute equal prompts once.
+        packings: Layouts of the student's sequences and of the teacher's.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Learner:
         temperature: float = 1.0,
         importance_weight_cap: float | None = 2.0,
         pad_token_id: int = 0,
-        shares_prompts: bool = False,
+        packings: tuple[Packing, Packing] = (Packing(), Packing()),
     ) -> None:
         self.model = model
         self.objective = objective
@@ -76,7 +76,7 @@ class Learner:
         self.temperature = temperature
         self.importance_weight_cap = importance_weight_cap
         self.pad_token_id = pad_token_id
-        self.shares_prompts = shares_prompts
+        self._packings = packings
         self.rates = ScaledRates()
         self.skipped = 0
         """Optimizer steps that were skipped because loss or gradient were not finite."""
@@ -221,7 +221,7 @@ class Learner:
         if keeps and len(known) == len(samples):
             return [Source(torch.cat(known), teacher.head(self.model))]
         pairs = [(s.reprompt_ids, s.rollout.response_ids) for s in samples if s.reprompt_ids is not None]
-        sources = teacher.sources(self.model, self.pack(pairs))
+        sources = teacher.sources(self.model, self.pack(pairs, for_teacher=True))
         if keeps:
             hidden = sources[0].hidden.split([sample.length for sample in samples])
             for sample, states in zip(samples, hidden, strict=True):
@@ -243,7 +243,8 @@ class Learner:
         known = [sample.contrast_log_probs for sample in samples if sample.contrast_log_probs is not None]
         if self.teacher is None or (self._keeps_teacher and len(known) == len(samples)):
             return torch.cat(known)
-        sequences = self.pack([(s.contrast_ids, s.rollout.response_ids) for s in samples if s.contrast_ids is not None])
+        pairs = [(s.contrast_ids, s.rollout.response_ids) for s in samples if s.contrast_ids is not None]
+        sequences = self.pack(pairs, for_teacher=True)
         sources = self.teacher.sources(self.model, sequences)
         # With the student's head, if it fits, products have the precision of the first pass, and equal prompts give no evidence.
         first, own = sources[0], head(self.model)
@@ -324,19 +325,25 @@ class Learner:
             contrasted: Whether its teacher has a second prompt.
         """
         budget, sharded = self.update.micro_batch_tokens, self.placement.sharded
-        groups = micro_batches(samples, budget, contexts or prompts_of, self.prompt_sharing, sharded)
+        groups = micro_batches(samples, budget, contexts or prompts_of, self.packings, sharded)
         passes = [Pass(group, counts=True) for group in groups]
         wanted = max(gather(len(passes))) if self.placement.sharded else 1
         return passes + [Pass([batch[0].stand_in(taught, contrasted)], counts=False)] * (max(1, wanted) - len(passes))
 
-    def pack(self, pairs: list[tuple[list[int], list[int]]]) -> Sequences | SharedSequences:
+    def pack(self, pairs: list[tuple[list[int], list[int]]], for_teacher: bool = False) -> PackedSequences:
         """Lay out (prompt, response) pairs on the model's device."""
-        return Sequences.pack(pairs, self.pad_token_id, self.model.device, self.prompt_sharing)
+        return Sequences.pack(pairs, self.pad_token_id, self.model.device, self.packings[for_teacher])
 
     @property
-    def prompt_sharing(self) -> PromptSharing:
-        """Whether equal prompts are computed once. Under sharded weights no rank may decide that for itself."""
-        return "never" if not self.shares_prompts else "always" if self.placement.sharded else "if-cheaper"
+    def packings(self) -> tuple[Packing, Packing]:
+        """Layouts of student and teacher. Under sharded weights no rank may decide alone to run a model twice."""
+        if not self.placement.sharded:
+            return self._packings
+        student, teacher = (
+            packing if packing.prompt_sharing == "never" else replace(packing, prompt_sharing="always")
+            for packing in self._packings
+        )
+        return student, teacher
 
     def apply(
         self,

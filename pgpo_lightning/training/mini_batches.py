@@ -1,6 +1,6 @@
 """Samples to mini-batches and micro-batches, and what the loss knows about their tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
-from pgpo_lightning.models.packing import PaddedTokens, PromptSharing
+from pgpo_lightning.models.packing import Packing, PaddedTokens
 
 _PASS_TOKENS = 128
 """What a forward and backward pass costs in addition to its tokens, in tokens: operations are started, gradients summed."""
@@ -59,7 +59,7 @@ def micro_batches(
     samples: list[Sample],
     token_budget: int,
     contexts: Callable[[Sample], list[list[int]]],
-    prompt_sharing: PromptSharing,
+    packings: Sequence[Packing],
     sharded: bool = False,
 ) -> list[list[Sample]]:
     """Group samples so that no forward pass has more than `token_budget` padded tokens.
@@ -72,7 +72,7 @@ def micro_batches(
         samples: Samples of one optimizer step, in any order.
         token_budget: Maximum padded tokens of one forward pass. A single longer sample is a group of its own.
         contexts: The prompts that precede a sample's response: the student's, and the teacher's if there is one.
-        prompt_sharing: Whether equal prompts are computed once.
+        packings: Layouts of the student's sequences, and of the teacher's, whose prompts are all after the first.
         sharded: Whether weights are gathered for every pass.
 
     Returns:
@@ -83,6 +83,9 @@ def micro_batches(
     def length(sample: Sample) -> int:
         return max(map(len, prompts[id(sample)])) + sample.length
 
+    def empty(own: list[tuple[int, ...]]) -> list[PaddedTokens]:
+        return [PaddedTokens(packing) for packing in _for_prompts(packings, len(own))]
+
     def fill(ordered: list[Sample]) -> tuple[int, list[list[Sample]]]:
         groups: list[list[Sample]] = []
         total, counts = 0, list[PaddedTokens]()
@@ -92,13 +95,14 @@ def micro_batches(
             if not groups or max(count.tokens(prompt) for count, prompt in zip(more, own, strict=True)) > token_budget:
                 total += sum(count.tokens() for count in counts)
                 groups.append([])
-                more = [PaddedTokens(prompt_sharing).plus(prompt, sample.length) for prompt in own]
+                more = [count.plus(prompt, sample.length) for count, prompt in zip(empty(own), own, strict=True)]
             groups[-1].append(sample)
             counts = [count.keep(prompt) for count, prompt in zip(more, own, strict=True)]
         return total + sum(count.tokens() for count in counts), groups
 
     orders = [sorted(samples, key=length, reverse=True)]
-    if prompt_sharing != "never":
+    shares = any(packing.prompt_sharing != "never" for packing in packings)
+    if shares:
         longest: dict[tuple[int, ...], int] = {}
         for sample in samples:
             key = prompts[id(sample)][0]
@@ -109,28 +113,34 @@ def micro_batches(
         orders.append(by_prompt)
     full = [fill(ordered) for ordered in orders]
     padded, groups = min(full, key=lambda found: found[0])
-    if padded <= _PADDED * _real_tokens(prompts, samples, prompt_sharing):
+    if padded <= _PADDED * _real_tokens(prompts, samples, packings):
         return groups
-    if prompt_sharing != "never":  # where prompts are shared, what is left to pad are responses
+    if shares:  # where prompts are shared, what is left to pad are responses
         full.append(fill(sorted(samples, key=lambda sample: (sample.length, length(sample)), reverse=True)))
     pass_cost = _SHARDED_PASS_TOKENS if sharded else _PASS_TOKENS
-    divided = [[_divided(group, prompts, prompt_sharing, pass_cost) for group in groups] for _, groups in full]
+    divided = [[_divided(group, prompts, packings, pass_cost) for group in groups] for _, groups in full]
     best = min(divided, key=lambda parts: sum(cost for cost, _ in parts))
     found = [part for _, parts in best for part in parts]
     return [part for _, part in sorted(found, key=lambda part: part[0], reverse=True)]
 
 
-def _real_tokens(prompts: dict[int, list[tuple[int, ...]]], samples: list[Sample], sharing: PromptSharing) -> int:
+def _for_prompts(packings: Sequence[Packing], prompts: int) -> list[Packing]:
+    """Return the layouts of the passes on a sample's prompts: the first is the student's, all others are the teacher's."""
+    return [packings[min(which, len(packings) - 1)] for which in range(prompts)]
+
+
+def _real_tokens(prompts: dict[int, list[tuple[int, ...]]], samples: list[Sample], packings: Sequence[Packing]) -> int:
     """Return the tokens of all passes together if there were no padding, each shared prompt counted once."""
     total = 0
-    for which in range(max(map(len, prompts.values()), default=0)):
+    for which, packing in enumerate(_for_prompts(packings, max(map(len, prompts.values()), default=0))):
         own = [prompts[id(sample)][which] for sample in samples]
-        total += sum(map(len, own if sharing == "never" else set(own))) + sum(sample.length for sample in samples)
+        counted = own if packing.prompt_sharing == "never" else set(own)
+        total += sum(map(len, counted)) + sum(sample.length for sample in samples)
     return total
 
 
 def _divided(
-    group: list[Sample], prompts: dict[int, list[tuple[int, ...]]], sharing: PromptSharing, pass_cost: int
+    group: list[Sample], prompts: dict[int, list[tuple[int, ...]]], packings: Sequence[Packing], pass_cost: int
 ) -> tuple[int, list[tuple[int, list[Sample]]]]:
     """Divide a group at the places that cost least, by dynamic programming over at most 32 places.
 
@@ -141,7 +151,7 @@ def _divided(
     blocks = [group[i : i + size] for i in range(0, len(group), size)]
     best: list[tuple[int, int, int]] = [(0, 0, 0)]  # of the first j blocks: cost, start and load of the last part
     for stop in range(1, len(blocks) + 1):
-        counts = [PaddedTokens(sharing) for _ in prompts[id(group[0])]]
+        counts = [PaddedTokens(packing) for packing in _for_prompts(packings, len(prompts[id(group[0])]))]
         options = []
         for start in reversed(range(stop)):
             for which, count in enumerate(counts):

@@ -16,8 +16,9 @@ from pgpo_lightning.models.loading import (
     recompute_activations,
 )
 from pgpo_lightning.models.lora import LoRA, add_adapter, check_identity, identity
+from pgpo_lightning.models.packing import Packing
 from pgpo_lightning.models.quantization import Quantization
-from pgpo_lightning.models.soundness import check_padding, shares_prompts
+from pgpo_lightning.models.soundness import check_padding, packings
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.training.configs import ModelConfig
@@ -35,7 +36,7 @@ class Student:
 
     Attributes:
         identity: Identity of the model under an adapter, for checkpoints; null without one.
-        shares_prompts: Whether it computes the same with equal prompts computed once.
+        packings: Layouts of its sequences, and of those that it teaches itself.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Student:
     ) -> None:
         self.given, self.config, self.lora, self.quantization = given, config, lora, quantization
         self.identity: dict[str, Any] | None = None
-        self.shares_prompts = False
+        self.packings = (Packing(), Packing())
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -81,6 +82,7 @@ class Student:
         divergence: Divergence | None,
         longest_prompt: int,
         max_response_length: int,
+        padding_free: bool | None,
         seed: int,
     ) -> PreTrainedModel:
         """Load the model, add the adapter, and check what it computes in every layout that it will be run in.
@@ -91,6 +93,7 @@ class Student:
             divergence: Divergence of the objective.
             longest_prompt: Most prompt tokens of any forward pass.
             max_response_length: Longest response in tokens.
+            padding_free: See :class:`~pgpo_lightning.training.configs.UpdateConfig`.
             seed: Seed of a fresh adapter.
 
         Raises:
@@ -110,7 +113,7 @@ class Student:
         model.train()
         longest = longest_prompt + max_response_length
         check_padding(model, longest)
-        self.shares_prompts = shares_prompts(model, longest)
+        self.packings = packings(model, longest, padding_free)
         engine.prepare(model, longest)
         return model
 

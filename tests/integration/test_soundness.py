@@ -37,5 +37,5 @@ def test_a_hybrid_is_trained_and_evaluated(name, settings, tmp_path):
     assert max(gaps) < 1e-4
     moved = [key for key, value in module.model.state_dict().items() if not torch.equal(value, before[key])]
     assert any("mixer" in key or "linear_attn" in key for key in moved)
-    assert not module.learner.shares_prompts
+    assert {packing.prompt_sharing for packing in module.learner.packings} == {"never"}
     assert "val/avg@2" in run.callback_metrics

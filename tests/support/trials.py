@@ -31,10 +31,10 @@ def identity(model, longest):
 
 
 def _once(trial):
-    def tried(model, longest):
-        key = (trial, identity(model, longest))
+    def tried(model, longest, *more):
+        key = (trial, identity(model, longest), more)
         if key[1] is None or key not in _passed:
-            _passed[key] = trial(model, longest)
+            _passed[key] = trial(model, longest, *more)
         return _passed[key]
 
     return tried
@@ -53,5 +53,5 @@ def _way_to_sample(model, longest):
 
 def try_each_model_once():
     """From now on, where a module loads its student and an engine samples. A failure is tried again."""
-    student.check_padding, student.shares_prompts = _once(soundness.check_padding), _once(soundness.shares_prompts)
+    student.check_padding, student.packings = _once(soundness.check_padding), _once(soundness.packings)
     transformers_engine.way_to_sample = _way_to_sample

@@ -15,6 +15,7 @@ from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
 from pgpo_lightning.memory_planner.rollouts import roomy_tokens
 from pgpo_lightning.memory_planner.workload import Layout, Lengths, group
 from pgpo_lightning.models.loading import load_model
+from pgpo_lightning.models.packing import Packing
 from pgpo_lightning.models.quantization import Quantization
 from tests.support.architectures import tiny_config
 from tests.support.external import saved
@@ -154,19 +155,19 @@ def test_rows_have_the_lengths_that_were_asked_for():
 
 def test_groups_are_those_of_the_module():
     rows = Lengths(10, 20, 30).rows(4, 4)
-    batches = group(rows, 200, prompt_sharing="if-cheaper", with_teacher=True)
+    batches = group(rows, 200, packings=(Packing("if-cheaper"),) * 2, with_teacher=True)
     assert sum(Layout.of(batch.student).rows for batch in batches) == 16
     layout = Layout.of(batches[0].teacher)
     assert layout.padded <= 200
     assert layout.prompts > 0
-    assert Layout.of(group(rows, 200, prompt_sharing="never", with_teacher=False)[0].student) == Layout(
+    assert Layout.of(group(rows, 200, packings=(Packing(), Packing()), with_teacher=False)[0].student) == Layout(
         5, 40, 0, 0, 150
     )
 
 
 def test_peaks_are_straight_lines_in_the_number_of_layers():
     config = Qwen3Config(**SMALL, tie_word_embeddings=False)
-    batch = group(Lengths(12, 20, 16).rows(2, 3), 4096, prompt_sharing="if-cheaper", with_teacher=True)[0]
+    batch = group(Lengths(12, 20, 16).rows(2, 3), 4096, packings=(Packing("if-cheaper"),) * 2, with_teacher=True)[0]
 
     def run(few):
         return update_peaks(few, Compute(), batch.student, [("own", batch.teacher)], 0, accumulating=True)
@@ -226,7 +227,7 @@ def test_bytes_of_another_models_weights_are_those_of_the_loaded_ones(tmp_path, 
 def test_peaks_with_a_teacher_of_another_size_are_a_plane_over_both_numbers_of_layers():
     def run(config, teacher):
         rows = Lengths(8, 30, 12).rows(2, 2)
-        batch = group(rows, 10_000, "if-cheaper", with_teacher=True)[0]
+        batch = group(rows, 10_000, (Packing("if-cheaper"),) * 2, with_teacher=True)[0]
         return update_peaks(config, Compute(), batch.student, [("own", batch.teacher)], 1000, True, teacher)
 
     def sized(layers, **sizes):

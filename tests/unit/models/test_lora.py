@@ -73,8 +73,8 @@ def test_scale_and_layers_are_those_of_the_settings(settings):
 def test_gradient_checkpointing_gives_the_same_gradients_of_frozen_weights():
     rows = random_rows(3)
     plain, recomputed = (tiny_sdpo(lora=lora(), gradient_checkpointing=on) for on in (False, True))
-    assert plain.learner.shares_prompts
-    assert not recomputed.learner.shares_prompts
+    assert [packing.prompt_sharing for packing in plain.learner.packings] == ["if-cheaper", "if-cheaper"]
+    assert [packing.prompt_sharing for packing in recomputed.learner.packings] == ["never", "if-cheaper"]
     for module in (plain, recomputed):
         disturb(module.model)
     teachers = lambda: recomputed.learner.teacher_sources(rows)  # noqa: E731  (in evaluation mode, before the student's recomputation)

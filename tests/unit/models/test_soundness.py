@@ -11,8 +11,8 @@ from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.models.decoding import WAYS, Way
 from pgpo_lightning.models.lm_head import check_head, source
-from pgpo_lightning.models.packing import Sequences
-from pgpo_lightning.models.soundness import check_padding, shares_prompts, way_to_sample
+from pgpo_lightning.models.packing import Packing, Sequences
+from pgpo_lightning.models.soundness import check_padding, concatenates, shares_prompts, way_to_sample
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
@@ -31,9 +31,9 @@ def own(model, prompt, response):
     return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)]
 
 
-def trained(model, pairs, share):
+def trained(model, pairs, packing):
     """Log-probabilities as training takes them."""
-    packed = Sequences.pack(pairs, 0, CPU, share)
+    packed = Sequences.pack(pairs, 0, CPU, packing)
     with torch.no_grad():
         made = source(model, packed)
         log_p = made.head(made.hidden).log_softmax(-1)
@@ -63,9 +63,11 @@ def compare(model, tolerance=2e-4):
     """Return how much the log-probabilities of the product differ at most from the model's own, by layout (nats)."""
     pairs = pairs_of((40, 9), (3, 12), (40, 5), (19, 1), (7, 8), (40, 9))
     right = [own(model, *pair) for pair in pairs]
-    found = {"padded": trained(model, pairs, "never")}
+    found = {"padded": trained(model, pairs, Packing())}
     if shares_prompts(model):
-        found["shared"] = trained(model, pairs, "always")
+        found["shared"] = trained(model, pairs, Packing("always"))
+    if not concatenates(model):
+        found["concatenated"] = trained(model, pairs, Packing(padding_free=True))
     gaps = {
         name: max((a - b).abs().max().item() for a, b in zip(made, right, strict=True)) for name, made in found.items()
     }
@@ -93,7 +95,7 @@ def test_padding_and_prompts_longer_than_what_a_kernel_takes_at_once(name):
     model = tiny(name, **({"mamba_chunk_size": 64} if name == "bamba" else {}))
     pairs = pairs_of((150, 9), (3, 12), (64, 5), (65, 80))
     right = [own(model, *pair) for pair in pairs]
-    for made, expected in zip(trained(model, pairs, "never"), right, strict=True):
+    for made, expected in zip(trained(model, pairs, Packing()), right, strict=True):
         torch.testing.assert_close(made, expected, rtol=0, atol=2e-4)
     assert way_to_sample(model, 300) == WAYS[0]
     for rollout in sampled(model, lengths=(150, 3, 64, 70), n=2):
@@ -141,7 +143,8 @@ def test_local_attention_that_counts_places_in_the_cache_shares_nothing(window, 
     if scale == 4.0:  # what it would have been
         pairs = pairs_of((window + 140, 40), (window // 2, 40))
         gaps = [
-            (a - own(model, *pair)).abs().max() for a, pair in zip(trained(model, pairs, "always"), pairs, strict=True)
+            (a - own(model, *pair)).abs().max()
+            for a, pair in zip(trained(model, pairs, Packing("always")), pairs, strict=True)
         ]
         assert max(gaps) > 0.1
     if window == 256:  # no sequence of a run that is shorter than its window meets it

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
-from pgpo_lightning.models.packing import PaddedTokens, Sequences, SharedSequences
+from pgpo_lightning.models.packing import Packing, PaddedTokens, Sequences, SharedSequences
 from pgpo_lightning.training.mini_batches import micro_batches, mini_batches
 
 
@@ -35,33 +35,42 @@ def contexts(sample):
     return own if sample.reprompt_ids is None else [*own, sample.reprompt_ids]
 
 
-def largest(group, sharing):
+PACKINGS = [
+    Packing(),
+    Packing("if-cheaper"),
+    Packing("always"),
+    Packing(padding_free=True),
+    Packing("if-cheaper", True),
+]
+
+
+def largest(group, packing):
     """Tokens of the largest forward pass over a group, counted in the tensors that the model gets."""
     sizes = []
     for prompts in zip(*map(contexts, group), strict=True):
         pairs = [(prompt, sample.rollout.response_ids) for prompt, sample in zip(prompts, group, strict=True)]
-        packed = Sequences.pack(pairs, 0, torch.device("cpu"), sharing)
+        packed = Sequences.pack(pairs, 0, torch.device("cpu"), packing)
         shared = isinstance(packed, SharedSequences)
         sizes.append(packed.prompts.numel() + packed.responses.numel() if shared else packed.input_ids.numel())
     return max(sizes)
 
 
-@pytest.mark.parametrize("sharing", ["never", "if-cheaper", "always"])
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @given(samples=st.booleans().flatmap(batches), budget=st.integers(1, 200))
-def test_micro_batches_are_a_partition_within_the_budget(sharing, samples, budget):
-    groups = micro_batches(samples, budget, contexts, sharing)
+def test_micro_batches_are_a_partition_within_the_budget(packing, samples, budget):
+    groups = micro_batches(samples, budget, contexts, [packing])
     assert Counter(id(sample) for group in groups for sample in group) == Counter(map(id, samples))
     assert all(groups)
-    assert all(len(group) == 1 or largest(group, sharing) <= budget for group in groups)
+    assert all(len(group) == 1 or largest(group, packing) <= budget for group in groups)
     if budget == 200 and len(groups) == 1:
-        assert largest(samples, sharing) <= budget or len(samples) == 1
+        assert largest(samples, packing) <= budget or len(samples) == 1
 
 
 @given(samples=batches(taught=True), budget=st.integers(20, 200), more=st.integers(1, 200))
 def test_a_larger_budget_never_needs_more_passes(samples, budget, more):
     """Without shared prompts, where samples are taken by length, and with passes that cost more than any padding here."""
     more_room, less_room = (
-        micro_batches(samples, room, contexts, "never", sharded=True) for room in (budget + more, budget)
+        micro_batches(samples, room, contexts, [Packing()], sharded=True) for room in (budget + more, budget)
     )
     assert len(more_room) <= len(less_room)
 
@@ -71,7 +80,7 @@ def cost(groups, sharing, a_pass=128):
     counts = 0
     for group in groups:
         for prompts in zip(*map(contexts, group), strict=True):
-            count = PaddedTokens(sharing)
+            count = PaddedTokens(Packing(sharing))
             for prompt, one in zip(map(tuple, prompts), group, strict=True):
                 count = count.plus(prompt, one.length).keep(prompt)
             counts += count.tokens()
@@ -82,13 +91,13 @@ def cost(groups, sharing, a_pass=128):
 @given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40))
 def test_divided_passes_are_never_dearer_than_full_ones(sharing, lengths):
     samples = [sample(i // 4, [i // 4] * 30, [7] * length) for i, length in enumerate(lengths)]
-    groups = micro_batches(samples, 10**6, contexts, sharing)
+    groups = micro_batches(samples, 10**6, contexts, [Packing(sharing)])
     assert Counter(id(one) for group in groups for one in group) == Counter(map(id, samples))
     assert cost(groups, sharing) <= cost([samples], sharing)
     sizes = [max(len(one.rollout.prompt_ids) + one.length for one in group) * len(group) for group in groups]
     if sharing == "never":
         assert sizes == sorted(sizes, reverse=True), "the largest pass is the first"
-    assert micro_batches(samples[:1] * 3, 10**6, contexts, sharing) == [samples[:1] * 3]
+    assert micro_batches(samples[:1] * 3, 10**6, contexts, [Packing(sharing)]) == [samples[:1] * 3]
 
 
 @pytest.mark.parametrize("sharing", ["never", "if-cheaper"])
@@ -97,19 +106,21 @@ def test_padding_is_small_whatever_the_lengths_and_equal_lengths_stay_together(s
     lengths = torch.empty(256).exponential_(1 / 200, generator=generator).long().clamp(1, 1024).tolist()
     samples = [sample(i // 8, [i // 8] * 40, [7] * length) for i, length in enumerate(lengths)]
     real = 256 * 40 + sum(lengths)
-    few = micro_batches(samples, 10**6, contexts, sharing)
+    few = micro_batches(samples, 10**6, contexts, [Packing(sharing)])
     assert cost([samples], sharing, 0) > 3.5 * real, "in one pass"
     assert cost(few, sharing, 0) < 1.25 * real
     assert len(few) < 40
     nearly = [sample(i // 8, [i // 8] * 40, [7] * (90 + i % 16)) for i in range(256)]
-    assert len(micro_batches(nearly, 10**6, contexts, sharing)) == 1
+    assert len(micro_batches(nearly, 10**6, contexts, [Packing(sharing)])) == 1
 
 
 @given(lengths=st.lists(st.integers(1, 600), min_size=2, max_size=20, unique=True), seed=st.integers(0, 99))
 def test_micro_batches_do_not_depend_on_the_order_of_the_samples(lengths, seed):
     samples = [sample(i // 4, [i // 4] * 30, [7] * length) for i, length in enumerate(lengths)]
     mixed = [samples[i] for i in torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))]
-    groups, again = ([list(map(id, g)) for g in micro_batches(x, 2000, contexts, "never")] for x in (samples, mixed))
+    groups, again = (
+        [list(map(id, g)) for g in micro_batches(x, 2000, contexts, [Packing()])] for x in (samples, mixed)
+    )
     assert groups == again
 
 
