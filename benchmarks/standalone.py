@@ -14,9 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
+from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.loading import load_tokenizer, recompute_activations
-from pgpo_lightning.models.soundness import packings
 from pgpo_lightning.objectives.configs import DivergenceConfig
 from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.rollout import transformers_engine as rollout

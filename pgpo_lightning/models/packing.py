@@ -1,7 +1,7 @@
 """Layouts of prompts with responses for one forward pass: the one place where padding is decided."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,10 @@ class Packing:
 
     prompt_sharing: PromptSharing = "never"
     padding_free: bool = False
+
+    def on_all_ranks(self) -> "Packing":
+        """Return the layouts for sharded weights, with which all ranks run a model equally often."""
+        return self if self.prompt_sharing == "never" else replace(self, prompt_sharing="always")
 
 
 @dataclass

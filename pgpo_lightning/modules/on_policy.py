@@ -349,10 +349,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
         """Load the model, make the teacher, and shard both if the strategy says so; each once."""
         teaching, longest = self.objective.teaching, (self.longest_prompt, self.max_response_length)
         if self.model is None:
-            divergence = self.objective.divergence
-            self.model = self.student.load(
-                self.encoder, self.engine, divergence, *longest, self.update.padding_free, self.seed
-            )
+            divergence, free = self.objective.divergence, self.update.padding_free
+            self.model = self.student.load(self.encoder, self.engine, divergence, *longest, free, self.seed)
             if self.lora is not None:
                 keep_adapter_only(self)
         if self.teacher is None and self.training_run:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.losses.logits import Head, Source
+from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import check_head
 from pgpo_lightning.models.loading import load_model, load_tokenizer, positions
 from pgpo_lightning.models.packing import PackedSequences
-from pgpo_lightning.models.soundness import check_padding, packings
+from pgpo_lightning.models.soundness import check_padding
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.teachers.frozen import FrozenTeacher
 

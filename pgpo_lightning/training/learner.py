@@ -337,13 +337,8 @@ class Learner:
     @property
     def packings(self) -> tuple[Packing, Packing]:
         """Layouts of student and teacher. Under sharded weights no rank may decide alone to run a model twice."""
-        if not self.placement.sharded:
-            return self._packings
-        student, teacher = (
-            packing if packing.prompt_sharing == "never" else replace(packing, prompt_sharing="always")
-            for packing in self._packings
-        )
-        return student, teacher
+        student, teacher = self._packings
+        return (student.on_all_ranks(), teacher.on_all_ranks()) if self.placement.sharded else self._packings
 
     def apply(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.losses.divergence import Divergence
+from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import check_head
 from pgpo_lightning.models.loading import (
     architecture,
@@ -18,7 +19,7 @@ from pgpo_lightning.models.loading import (
 from pgpo_lightning.models.lora import LoRA, add_adapter, check_identity, identity
 from pgpo_lightning.models.packing import Packing
 from pgpo_lightning.models.quantization import Quantization
-from pgpo_lightning.models.soundness import check_padding, packings
+from pgpo_lightning.models.soundness import check_padding
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.training.configs import ModelConfig

@@ -7,7 +7,7 @@ import hashlib
 
 import torch
 
-from pgpo_lightning.models import soundness
+from pgpo_lightning.models import layouts, soundness
 from pgpo_lightning.rollout import transformers_engine
 from pgpo_lightning.training import student
 
@@ -53,5 +53,5 @@ def _way_to_sample(model, longest):
 
 def try_each_model_once():
     """From now on, where a module loads its student and an engine samples. A failure is tried again."""
-    student.check_padding, student.packings = _once(soundness.check_padding), _once(soundness.packings)
+    student.check_padding, student.packings = _once(soundness.check_padding), _once(layouts.packings)
     transformers_engine.way_to_sample = _way_to_sample

@@ -9,12 +9,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.models import soundness
+from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.models.loading import (
     recompute_activations,
 )
 from pgpo_lightning.models.packing import Packing, Sequences, SharedSequences
-from pgpo_lightning.models.soundness import concatenates, packings, shares_prompts
+from pgpo_lightning.models.soundness import concatenates, shares_prompts
 from pgpo_lightning.training.mini_batches import micro_batches
 from tests.support.architectures import tiny
 from tests.support.helpers import random_rows
