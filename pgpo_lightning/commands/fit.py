@@ -24,6 +24,7 @@ from pgpo_lightning.callbacks import (
 )
 from pgpo_lightning.checkpoints.finding import resolve
 from pgpo_lightning.commands.help import TRAINER_DEFAULTS
+from pgpo_lightning.commands.loggers import LateLoggers, in_folder, without_logs_of_training
 from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.commands.trainer_settings import check_trainer
 from pgpo_lightning.core.texts import counted
@@ -31,7 +32,7 @@ from pgpo_lightning.data import QuestionData
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.monitoring.configurations import CONFIG, RESUMED, configurations, without_checkpoint
-from pgpo_lightning.monitoring.run_folder import Lock, clear, finished_steps, has_steps, state
+from pgpo_lightning.monitoring.run_folder import Lock, clear, finished_steps, folder_of, has_steps, state
 from pgpo_lightning.training.held_out import summary_line
 
 OR_NEW = "last-or-new"
@@ -39,27 +40,26 @@ OR_NEW = "last-or-new"
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration into the folder of the log, which :meth:`PGPOCommand.open_folder` has checked.
+    """Writes the resolved configuration into the folder of the run, which :meth:`PGPOCommand.open_folder` has checked.
 
     A resumed run leaves ``config.yaml`` as it is. If its own configuration differs from the last one, it writes
     ``config.resumed-at-step=N.yaml`` once its settings have been accepted.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.log_dir and not trainer.fast_dev_run:
-            taken = trainer.strategy.broadcast((Path(trainer.log_dir) / self.config_filename).exists())
+        if stage == "fit" and not trainer.fast_dev_run:
+            taken = trainer.strategy.broadcast((folder_of(trainer) / self.config_filename).exists())
             self.overwrite = True
             if not taken:
                 super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the configuration of a resumed run, if it differs."""
-        folder = trainer.log_dir  # a collective operation of all ranks
-        resumed = trainer.is_global_zero and trainer.ckpt_path and not (self.already_saved or trainer.fast_dev_run)
-        if resumed and folder:
+        folder = folder_of(trainer)  # a collective operation of all ranks
+        if trainer.is_global_zero and trainer.ckpt_path and not (self.already_saved or trainer.fast_dev_run):
             now = self.parser.dump(self.config, skip_none=False)
-            if without_checkpoint(now) != without_checkpoint(configurations(Path(folder))[-1].read_text("utf-8")):
-                path = Path(folder) / RESUMED.format(step=pl_module.steps)
+            if without_checkpoint(now) != without_checkpoint(configurations(folder)[-1].read_text("utf-8")):
+                path = folder / RESUMED.format(step=pl_module.steps)
                 path.write_text(now, encoding="utf-8")
 
 
@@ -118,19 +118,30 @@ class PGPOCommand(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep the settings: Lightning would let those in a checkpoint override configuration and flags."""
 
+    def before_instantiate_classes(self) -> None:
+        """Let loggers write into the folder of the run; `config.yaml` keeps what was given, for use in another folder."""
+        self._given = self.config
+        self.config = self.config.clone()
+        in_folder(self._get(self.config, "trainer.logger"), self._folder(self._get(self.config, "trainer")))
+
+    @staticmethod
+    def _folder(config: Any) -> Path:
+        return Path(config.get("default_root_dir") or "runs/unnamed")
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Log training to TensorBoard in the folder of the run, and remove an absent multiplier."""
+        self.config = self._given
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "fit":
             check_trainer(config)
         every = config.get("val_check_interval")
         if isinstance(every, int) and not isinstance(every, bool) and config.get("check_val_every_n_epoch") == 1:
             kwargs["check_val_every_n_epoch"] = None  # a whole number is of batches, whatever the length of an epoch
-        folder = config.get("default_root_dir") or "runs/unnamed"
+        folder, fits = self._folder(config), self.subcommand == "fit"
         if config.get("logger") is None:
-            # Validation and test are not logged: in the folder of a run they would become part of its log.
-            fits = self.subcommand == "fit"
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="") if fits else False
+        elif not fits:
+            kwargs["logger"] = without_logs_of_training(config["logger"], folder)
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()  # of loading weights
         callbacks = config.get("callbacks") or []
@@ -138,12 +149,17 @@ class PGPOCommand(LightningCLI):
         shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
         if shown and not sys.stdout.isatty() and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs["callbacks"] = [*callbacks, ProgressPrinter()]
-        trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        trainer = super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
+        trainer.run_folder = folder  # see `folder_of`
         callbacks = [callback for callback in trainer.callbacks if callback is not None]
         if not any(isinstance(callback, Interruption) for callback in callbacks):
             callbacks.append(Interruption(continues=self.config[self.subcommand].get("ckpt_path") == OR_NEW))
         if self.subcommand == "fit" and not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
             callbacks.insert(0, StabilityMonitor())  # before checkpoints, which save what it has seen
+        if fits:
+            late = LateLoggers(folder)
+            late.hold(trainer)
+            callbacks.insert(0, late)  # before callbacks that ask for a logger
         trainer.callbacks = callbacks
         endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_steps != -1)
         if isinstance(bar := trainer.progress_bar_callback, RichProgressBar) and endless:
@@ -155,8 +171,8 @@ class PGPOCommand(LightningCLI):
         folder, lock = None, None
         SIGNALS.listen()
         try:
-            if subcommand == "fit" and self.trainer.log_dir and not self.trainer.fast_dev_run:
-                folder = Path(self.trainer.log_dir)
+            if subcommand == "fit" and not self.trainer.fast_dev_run:
+                folder = folder_of(self.trainer)
                 if self.trainer.is_global_zero:
                     lock = Lock(folder)
                 try:

@@ -18,6 +18,7 @@ FREE = (
     "trainer.default_root_dir",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
+    "trainer.logger",
     "ckpt_path",
     "model.init_args.evaluation.base_answers",
 )
@@ -48,11 +49,11 @@ def expected_settings(runs: list[PlannedRun]) -> dict[str, Settings]:
                     f"Expected {run.condition}/{run.arm} to be accepted by `pgpo fit`, but {error}"
                 ) from None
             settings = yaml.safe_load(command.parser.dump(parsed, skip_none=False, skip_validation=True))["fit"]
-            for key in ("trainer.logger", "checkpoint.dirpath"):
-                if (value := _get(settings, key)) is not None:
-                    raise ValueError(
-                        f"Expected `{key}` to be null, so that {run.condition}/{run.arm} writes into its folder, but got {value}."
-                    )
+            if (value := _get(settings, "checkpoint.dirpath")) is not None:
+                raise ValueError(
+                    f"Expected `checkpoint.dirpath` to be null, so that {run.condition}/{run.arm} writes into its folder, but "
+                    f"got {value}."
+                )
             first[run.condition, run.arm] = run, settings
         # Runs of other seeds differ only in replaced placeholders; parsing each would take a fifth of a second.
         model, settings = first[run.condition, run.arm]

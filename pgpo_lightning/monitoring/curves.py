@@ -1,7 +1,8 @@
-"""Read the curves of a run from its TensorBoard log, and draw those that show whether it is stable."""
+"""The curves of a run: how to read a TensorBoard log, which curves belong together, and a picture of its stability."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 Scalars = dict[str, dict[int, float]]
 """Tag to step to value."""
@@ -19,23 +20,44 @@ PANELS: list[tuple[str, list[str]]] = [
 ]
 """The panels of ``stability.png`` and the tags in each; ``*`` stands for the number of samples."""
 
-LAYOUT = {
-    "stability": {
+INFORMATION = {
+    "I": ["Multiline", ["information/(mean|kl|log_ratio)"]],
+    "standard error of I": ["Multiline", ["information/standard_error"]],
+}
+MULTIPLIER = {
+    "multiplier": ["Multiline", ["lr/multiplier"]],
+    "learning rate": ["Multiline", ["lr/(base|effective)"]],
+}
+
+
+def layout(teacher: bool, multiplier: bool, demonstrations: bool) -> dict[str, Any]:
+    """Return TensorBoard's custom-scalars layout: the curves that belong together, as regular expressions of tags.
+
+    Args:
+        teacher: Whether the run has a teacher, so that it has its curves.
+        multiplier: Whether it has a multiplier.
+        demonstrations: Whether it may add demonstrations to groups (HAPO).
+    """
+    entropy = ["rollout/neg_log_prob", "actor/entropy", *(["self_distillation/teacher_entropy"] if teacher else [])]
+    stability = {
         "score": ["Multiline", ["critic/score/mean", "val/avg@.*", "val/pass@.*", "val/solution_probability"]],
-        "entropy": ["Multiline", ["rollout/neg_log_prob", "actor/entropy", "self_distillation/teacher_entropy"]],
-        "divergence": ["Multiline", ["self_distillation/divergence_(success|failure|bound)"]],
-        "objective": ["Multiline", ["self_distillation/objective"]],
+        "entropy": ["Multiline", entropy],
         "gradient norm": ["Multiline", ["actor/grad_norm"]],
-        "rows with a teacher": ["Multiline", ["self_distillation/(reprompt_sample|success_group)_fraction"]],
-        "groups with a demonstration": ["Multiline", ["hapo/(gate_open|injected_groups|all_failed)"]],
         "sampler against trainer": ["Multiline", ["rollout_corr/(gap|log_ratio.*)"]],
-    },
-    "information": {
-        "I": ["Multiline", ["information/(mean|kl|log_ratio)"]],
-        "standard error of I": ["Multiline", ["information/standard_error"]],
-        "multiplier": ["Multiline", ["lr/multiplier"]],
-        "learning rate": ["Multiline", ["lr/(base|effective)"]],
-    },
+    }
+    if teacher:
+        stability |= {
+            "divergence": ["Multiline", ["self_distillation/divergence_(success|failure|bound)"]],
+            "objective": ["Multiline", ["self_distillation/objective"]],
+            "rows with a teacher": ["Multiline", ["self_distillation/(reprompt_sample|success_group)_fraction"]],
+        }
+    if demonstrations:
+        stability["groups with a demonstration"] = ["Multiline", ["hapo/(gate_open|injected_groups|all_failed)"]]
+    information = (INFORMATION if teacher else {}) | (MULTIPLIER if multiplier else {})
+    return {"stability": stability} | ({"information": information} if information else {}) | LENGTHS_AND_SPEED
+
+
+LENGTHS_AND_SPEED = {
     "lengths": {
         "response": ["Multiline", ["response_length/(mean|max|min)", "val/length"]],
         "cut off": ["Multiline", ["response_length/clip_ratio", "val/cut_off"]],
@@ -46,7 +68,6 @@ LAYOUT = {
         "tokens per second": ["Multiline", ["perf/tokens_per_s"]],
     },
 }
-"""TensorBoard's custom-scalars layout: the curves that belong together, as regular expressions of tags."""
 
 
 def read_scalars(folder: str | Path) -> Scalars:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pgpo_lightning.checkpoints.finding import PATTERN
@@ -25,6 +27,9 @@ WRITTEN_EARLY = (
     "hparams.yaml",
     "events.out.tfevents.*",
     "metrics.csv",
+    "csv/version_*/metrics.csv",
+    "csv/version_*/hparams.yaml",
+    "rollouts/step=*.jsonl",
     "validation/step=*.jsonl",
     "validation/step=*.partial",
     "checkpoints/*.partial",
@@ -35,6 +40,19 @@ WRITTEN_EARLY = (
     "stability.png.*.partial",
 )
 """Files that a run writes into its folder before its first checkpoint, and at its end."""
+
+
+def folder_of(trainer: L.Trainer) -> Path:
+    """Return the folder of a run. A collective operation: all ranks have to call it.
+
+    It does not depend on the loggers of a run that `pgpo` has started. From Python it is the folder of the first
+    ``TensorBoardLogger`` or ``CSVLogger``, which Lightning numbers, such as ``lightning_logs/version_0``. Without one it is
+    `trainer.default_root_dir`.
+    """
+    chosen = getattr(trainer, "run_folder", None)
+    folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, CSVLogger))]
+    return Path(trainer.strategy.broadcast(chosen or next(iter(folders), trainer.default_root_dir)))
+
 
 State = Literal["new", "begun", "started", "finished"]
 
@@ -58,9 +76,10 @@ def state(folder: Path, checkpoints: Path | None = None) -> State:
 
 
 def has_steps(folder: Path) -> bool:
-    """Return whether the log of a run has a training step."""
-    steps = any(step > 0 for points in read_scalars(folder).values() for step in points)
-    return steps or (folder / "metrics.csv").exists()
+    """Return whether a run has left something of a training step."""
+    if any(any(folder.glob(pattern)) for pattern in ("rollouts/step=*.jsonl", "metrics.csv", "csv/*/metrics.csv")):
+        return True
+    return any(step > 0 for points in read_scalars(folder).values() for step in points)
 
 
 def written_early(folder: Path) -> Iterator[Path]:
@@ -73,7 +92,7 @@ def clear(folder: Path) -> None:
     """Remove the files that a run writes before its first checkpoint, and nothing else."""
     for path in list(written_early(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for inner in (folder / "validation", folder / "checkpoints"):
+    for inner in (folder / name for name in ("validation", "rollouts", "checkpoints")):
         if inner.is_dir() and not any(inner.iterdir()):
             inner.rmdir()
 

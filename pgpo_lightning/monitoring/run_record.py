@@ -212,7 +212,10 @@ def collect(folder: Path, scalars: Scalars, train: str | None = None, **known: A
     """
     kept = [tag for tag in sorted(scalars) if tag in CURVES or tag.startswith("val/")]
     questions, solutions, hashes = {}, {}, set()
+    evaluated = scalars.get(f"val/avg@{known.get('samples')}", {})
     for file in sorted((folder / "validation").glob("step=*.jsonl")):
+        if int(file.stem.removeprefix("step=")) not in evaluated:
+            continue  # of another run in this folder
         with file.open(encoding="utf-8") as lines:
             results = [json.loads(line) for line in lines]
         step = str(int(file.stem.removeprefix("step=")))

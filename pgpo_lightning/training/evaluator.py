@@ -18,6 +18,7 @@ from pgpo_lightning.core.seeding import derive_seed, seeded
 from pgpo_lightning.core.types import Question, Rollout, Verdict
 from pgpo_lightning.distributed.collectives import gather, on_first_rank, together
 from pgpo_lightning.models.loading import fp32_by_default
+from pgpo_lightning.monitoring.run_folder import folder_of
 from pgpo_lightning.rollout.checks import check_kind
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.prompts import PromptEncoder
@@ -63,6 +64,8 @@ class Evaluator:
         """Whether ranks have equally many batches of the evaluation that is under way."""
         self.held_out: HeldOut | None = None
         """The last evaluation."""
+        self.scores: dict[str, float] = {}
+        """Its scores and standard errors, under the names of their curves."""
         self.score_tag = ""
         """The curve of avg@k in the last evaluation."""
         self._results: list[tuple[int, bytes]] = []
@@ -166,7 +169,7 @@ class Evaluator:
     def finish(self, trainer: L.Trainer, step: int, described: dict[str, Any]) -> dict[str, float]:
         """Score all ranks' answers, write them, and keep the scores in :attr:`held_out`.
 
-        Answers of training's own validation are written to ``validation/step=<step>.jsonl`` in the folder of the log. Those of
+        Answers of training's own validation are written to ``validation/step=<step>.jsonl`` in the folder of the run. Those of
         ``Trainer.validate`` and ``Trainer.test`` are named ``validate/*`` and ``test/*`` and go to folders of these names, with a
         record (``.json``) of what was evaluated how. Under training's names the log of a run would hold them as its own.
 
@@ -182,9 +185,9 @@ class Evaluator:
             self.base_answers.stop()
         commands: dict[TrainerFn | None, str] = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}
         command = commands.get(trainer.state.fn)
-        log_dir = trainer.log_dir  # a collective: every rank has to ask
+        inside = folder_of(trainer)  # a collective: every rank has to ask
         trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set outside of Lightning's Trainer class
-        folder = None if log_dir is None or trial else Path(log_dir) / (command or "validation")
+        folder = None if trial else inside / (command or "validation")
         file = None if folder is None else folder / f"step={step:06d}.jsonl"
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         record = {"command": command, **described, "checkpoint": checkpoint, "step": step}
@@ -196,11 +199,12 @@ class Evaluator:
         prefix = command or "val"
         self.score_tag = f"{prefix}/{score_name('avg', k)}"
         scores = {f"{prefix}/{score_name(name, k)}": value for name, value in found.scores.items()}
-        return scores | {
+        self.scores = scores | {
             f"{prefix}_standard_error/{score_name(name, k)}": found.errors[name]
             for name in WITH_ERRORS
             if name in found.errors
         }
+        return self.scores
 
     def _write_record(self, record: dict[str, Any], found: HeldOut) -> Path:
         """Write what was evaluated how; return a name for the answers that no other evaluation has."""

@@ -320,7 +320,6 @@ def records(folder):
     [
         ({"arms": {"a": {"multiplier.sensitivty": 1}}}, r"low/a to be accepted by `pgpo fit`(.|\n)*sensitivty"),
         ({"arms": {"a": {"modle.init_args.alpha": 1}}}, r"low/a to be accepted by `pgpo fit`(.|\n)*modle"),
-        ({"arms": {"a": {"trainer.logger": False}}}, "`trainer.logger` to be null"),
         ({"settings": {"checkpoint": {"dirpath": "x"}}}, "`settings` not to set `checkpoint.dirpath`"),
         ({"sedes": 3}, "`sedes`"),
     ],

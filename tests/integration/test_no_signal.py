@@ -15,9 +15,9 @@ from pgpo_lightning.callbacks import (
     RandomMultiplier,
     ReplayedMultiplier,
 )
-from pgpo_lightning.callbacks.run_summary import before_after, summarise
 from pgpo_lightning.modules import CEPO, DRIFT, GRPO, HAPO, RLSD, SDPO, SRPO
 from pgpo_lightning.monitoring.run_record import RunRecord
+from pgpo_lightning.monitoring.summary import before_after, summarise
 from pgpo_lightning.training.no_signal import Outcomes, explain
 from tests.support.helpers import LIMITS, TOKENIZER, build, loader, questions, tiny_model, trainer
 from tests.support.runs import assert_same
