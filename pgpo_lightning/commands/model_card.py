@@ -1,5 +1,6 @@
 """The model card of an exported model: what it was trained from, on what and how, and how good it is."""
 
+import json
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +41,7 @@ def model_card(saved: dict[str, Any], checkpoint: Path, weights: str, adapter: b
     base = (settings.get("model") or {}).get("model")
     base = base if isinstance(base, str) else None
     data = settings.get("data") or {}
-    dataset = data.get("dataset") if isinstance(data.get("dataset"), str) else None
+    dataset = str(data.get("dataset") or "")
     multiplier = dict(settings.get("multiplier") or {})
     metadata = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
@@ -52,9 +53,9 @@ def model_card(saved: dict[str, Any], checkpoint: Path, weights: str, adapter: b
     config = run / CONFIG
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {run.name}: {about['module']}{' + PGPO' if _is_pgpo(multiplier) else ''}",
-        f"The {weights} of step {about['steps']} of a run of [pgpo-lightning](https://pypi.org/project/pgpo-lightning/).",
+        f"The {weights} of step {about['steps']} of a run of pgpo-lightning.",
         _table(_facts(saved, base, data, multiplier)),
-        "## Held-out scores\n\n" + _scores(saved, run),
+        "## Held-out scores\n\n" + _scores(saved, run, weights),
         _configuration(config),
         "## Versions\n\n" + _table({name: found for name in PACKAGES if (found := _version(name))}),
         "## Citation\n\n" + _citation(about["module"].lower()),
@@ -69,9 +70,8 @@ def _facts(saved: dict[str, Any], base: str | None, data: dict[str, Any], multip
     given = ", ".join(f"{name} {value}" for name, value in multiplier.items())
     sources = {name: data[name] for name in ("dataset", "train", "path", "domains") if data.get(name)}
     read = ", ".join(f"{name} {value}" for name, value in sources.items())
-    rho = next(
-        (s["history"] for s in saved.get("callbacks", {}).values() if isinstance(s, dict) and "history" in s), []
-    )
+    states = saved.get("callbacks", {}).values()
+    rho: list[float] = next((s["history"] for s in states if isinstance(s, dict) and "history" in s), [])
     return {
         "base model": base or "a model object; not recorded",
         "data": f"{data.get('class', 'not recorded').rpartition('.')[2]}{f' ({read})' if read else ''}",
@@ -84,8 +84,8 @@ def _facts(saved: dict[str, Any], base: str | None, data: dict[str, Any], multip
     }
 
 
-def _scores(saved: dict[str, Any], run: Path) -> str:
-    """Return the scores of the exported weights, and of the best and last evaluation until then."""
+def _scores(saved: dict[str, Any], run: Path, weights: str) -> str:
+    """Return the scores of the student before training, at the best evaluation until the checkpoint, and at the checkpoint."""
     states = saved.get("callbacks", {})
     curves = _curves((states.get("RunSummary") or {}).get("curves") or {})
     names = {int(m[1]) for tag in curves if (m := re.fullmatch(r"val/avg@(\d+)", tag))}
@@ -97,7 +97,7 @@ def _scores(saved: dict[str, Any], run: Path) -> str:
     for name, title in (
         ("base", "before training"),
         ("best", "best"),
-        ("final", "final, these weights"),
+        ("final", "final, these weights" if weights == "student" else "final, the student beside it"),
         ("last", "last"),
     ):
         found = summary[name]
@@ -105,9 +105,13 @@ def _scores(saved: dict[str, Any], run: Path) -> str:
             continue
         title += f" of {found['of']} evaluations" if name == "best" else ""
         rows.append([title, str(found["step"]), *(_score(found, score, k) for score in ("avg", "pass", "maj"))])
+    later = run / "summary.json"  # of a run that went on
+    end = json.loads(later.read_text(encoding="utf-8")).get("final") if later.is_file() else None
+    if end is not None and end["step"] > steps:
+        rows.append(["end of the run", str(end["step"]), *(_score(end, score, k) for score in ("avg", "pass", "maj"))])
     heads = ["evaluation", "step", f"avg@{k}", f"pass@{k}", f"maj@{k}"]
     lines = [heads, ["---"] * len(heads), *rows]
-    questions = _questions(run, int(rows[-1][1]))
+    questions = _questions(run, max(curves[f"val/avg@{k}"]))
     return (
         "\n".join(f"| {' | '.join(line)} |" for line in lines)
         + f"\n\n{k} samples per question{f', {questions} questions' if questions else ''}; ± standard error, clustered by "

@@ -98,6 +98,7 @@ def test_a_hub_id_becomes_the_base_model(run):
     assert (metadata["base_model"], metadata["datasets"]) == ("Qwen/Qwen3-0.6B", ["owner/questions"])
     assert metadata["library_name"] == "peft"
     assert "final, these weights | 1 |" in card
+    assert "end of the run | 2 |" in card
     saved["callbacks"], saved["pgpo_lightning"]["settings"] = {}, None
     bare = model_card(saved, path.parent.parent / "elsewhere" / "checkpoints" / path.name, "student", adapter=False)
     assert "The run was not evaluated." in bare

@@ -50,8 +50,15 @@ def offline(folder):
     return list(records_of(path.read_bytes())), path.parent / "files"
 
 
+def finished(folder, *words):
+    """Train, and end the W&B run, as the end of a process does."""
+    fit(folder, "--config", "loggers/wandb", "--trainer.logger.offline", "true", *words)
+    wandb.finish()
+    return folder
+
+
 def test_wandb_gets_curves_tables_and_the_picture(plain, tmp_path):
-    folder = fit(tmp_path / "mine", "--config", "loggers/wandb", "--trainer.logger.offline", "true")
+    folder = finished(tmp_path / "mine")
     assert left(folder) == plain
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["mine"]
     records, files = offline(folder)
@@ -80,7 +87,7 @@ def test_wandb_gets_curves_tables_and_the_picture(plain, tmp_path):
 
 def test_a_second_run_goes_into_its_own_folder_and_a_refused_one_nowhere(tmp_path):
     words = ["--config", "loggers/wandb", "--trainer.logger.offline", "true"]
-    first, second = (fit(tmp_path / name, *words) for name in ("a", "b"))
+    first, second = (finished(tmp_path / name) for name in ("a", "b"))
     assert (first / "run.json").exists()
     assert (second / "run.json").exists()
     with pytest.raises(FileExistsError, match="holds one"):

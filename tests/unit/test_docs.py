@@ -98,6 +98,13 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+def test_every_page_is_on_the_site():
+    """`make docs` builds it; pages of configs/ and benchmarks/ are added by its hooks."""
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.is_relative_to(ROOT / "docs")]
+    assert sorted(listed) == sorted([*pages, "configs.md", "benchmarks.md"])
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_pages_that_use_our_terms_link_the_glossary(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -144,6 +144,8 @@ def test_the_record_takes_what_studies_need_from_curves_and_answers(tmp_path):
     one = collect(folder, scalars, train="t", **known).data
     assert one == {"train": "t", "validation": joint_sha256(["a", "b"])}
     (folder / "validation" / "step=000004.jsonl").write_text(answers.read_text())
+    assert collect(folder, scalars, train="t", **known).questions.keys() == {"2"}, "answers of an earlier run there"
+    scalars["val/avg@4"] |= {4: 0.75, 6: 0.75}
     assert collect(folder, scalars, train="t", **known).data == one
     (folder / "validation" / "step=000006.jsonl").write_text(
         '{"avg": 0.5, "sha256": "a"}\n{"avg": 1.0, "sha256": "c"}\n'
