@@ -7,7 +7,7 @@ from pgpo_lightning.studies.comparisons import conditions
 from pgpo_lightning.studies.decisions import differences, estimate
 from pgpo_lightning.studies.predictions import seen
 from pgpo_lightning.studies.spec import read_study
-from tests.support import CONFIGS, ROOT
+from tests.support import CONFIGS, ROOT, committed
 
 PAGE = " ".join((ROOT / "docs" / "findings.md").read_text().split())
 QUOTED = [
@@ -58,9 +58,18 @@ def test_the_records_are_the_whole_study(study, records):
     assert len(records) == len(planned) == 330
 
 
-def test_what_was_predicted_and_seen(study, groups):
+@pytest.mark.parametrize(
+    ("name", "held", "sentence"),
+    [
+        ("premise", (15, 18), "Fifteen of eighteen lie where they were predicted"),
+        ("premise-crossed", (10, 10), "All ten lie where they were predicted"),
+    ],
+)
+def test_what_was_predicted_and_seen(name, held, sentence):
+    spec = committed.study(name)
+    groups = committed.groups(f"{name}/runs.jsonl.xz", spec)
     inside = []
-    for one in study.predictions:
+    for one in spec.predictions:
         found = seen(one, list(groups.values()))
         inside.append(found["in_predicted"])
         low, high = one.interval
@@ -70,8 +79,8 @@ def test_what_was_predicted_and_seen(study, groups):
         )
         assert row in PAGE
         assert found["seeds"] == 10
-    assert (sum(inside), len(inside)) == (15, 18)
-    assert "Fifteen of eighteen lie where they were predicted" in PAGE
+    assert (sum(inside), len(inside)) == held
+    assert sentence in PAGE
 
 
 @pytest.mark.parametrize(("condition", "arm", "against"), QUOTED)

@@ -42,11 +42,11 @@ def test_rows_of_the_lowest_rate(name):
 
 def test_every_interval_of_the_findings_is_known():
     quoted = of_report("findings") | {"0.019 [0.003, 0.035]"}  # what PGPO ends below SDPO, without its sign
-    for name in ("low", "premise", "collapse"):
+    for name in ("low", "premise", "premise-crossed", "collapse"):
         quoted |= known(groups(f"{name}/runs.jsonl.xz", study(name)))
     for name, file in (("toy", "findings/runs.jsonl"), ("toy", "findings/low.jsonl")):
         quoted |= known(groups(file, study(name)))
-    for prediction in study("premise").predictions:
+    for prediction in (*study("premise").predictions, *study("premise-crossed").predictions):
         low, high = prediction.interval
         quoted.add(f"{prediction.value:+.3f} [{low:+.3f}, {high:+.3f}]")
     assert unknown(page("findings.md"), quoted) == []
@@ -158,6 +158,7 @@ def test_every_interval_of_hapo_is_known():
         ("hapo/runs.jsonl.xz", ["hapo", "hapo-rare"], 7),
         ("low/runs.jsonl.xz", ["low"], 3),
         ("collapse/runs.jsonl.xz", ["collapse"], 6),
+        ("premise-crossed/runs.jsonl.xz", ["premise-crossed"], 10),
         ("systems/runs.jsonl.xz", ["systems"], 11),
     ],
 )
@@ -168,6 +169,38 @@ def test_records_are_whole_and_so_many_predictions_held(file, names, inside):
     assert made == planned or names == ["low"]
     found = [*groups(file, study(names[0])).values()]
     assert sum(seen(one, found)["in_predicted"] for name in names for one in study(name).predictions) == inside
+
+
+CROSSED = {
+    "pgpo-update": "PGPO on the update",
+    "constant-update": "constant of its dose",
+    "shuffled-update": "shuffled",
+    "replayed-update": "replayed from another seed",
+    "inverse-update": "inverse",
+    "oracle-update": "oracle on the update",
+    "pgpo-gradient": "PGPO on the gradient",
+    "shuffled-gradient": "shuffled",
+    "oracle-gradient": "oracle on the gradient",
+}
+
+
+def crossed_rows(found):
+    """The rows of every arm: in each condition its final score minus SDPO's, and its lost runs."""
+    crossed = [found[name].arms for name in ("beta0", "blocks", "beta0-blocks")]
+    base = [f"{arms['sdpo'].tables['final'].mean():.3f}" for arms in crossed]
+    rows = [f"| SDPO | {' | '.join(base)} |"]
+    for name, label in CROSSED.items():
+        cells = []
+        for arms in crossed:
+            lost = sum(step is not None for step in arms[name].collapsed)
+            cells.append(difference(arms[name], arms["sdpo"]) + (f", {lost} lost" if lost else ""))
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_rows_of_the_crossed_premise():
+    for row in crossed_rows(groups("premise-crossed/runs.jsonl.xz", study("premise-crossed"))):
+        assert row in page("findings.md")
 
 
 COLLAPSE = {
