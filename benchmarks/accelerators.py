@@ -1,11 +1,10 @@
-"""Parts that the programs for accelerators share: shapes, an 8-bit optimizer, a time limit, tables."""
+"""Parts that the programs for accelerators share: shapes, a time limit, tables."""
 
 import argparse
 import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +16,6 @@ QWEN3_8B = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 1228
 QWEN3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512}
-
-
-def eight_bit_adamw(device: str) -> tuple[str, Callable[[Any], torch.optim.Optimizer]]:
-    """Return bitsandbytes' optimizer, or torch's with a name that says why."""
-    torchs = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.01, fused=device == "cuda")
-    if device != "cuda":
-        return "torch AdamW", torchs
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except Exception as error:
-        return f"torch AdamW, as bitsandbytes cannot be imported ({summary(error)})", torchs
-    return "bitsandbytes AdamW8bit", partial(AdamW8bit, lr=1e-5, weight_decay=0.01)
 
 
 def summary(error: Exception) -> str:

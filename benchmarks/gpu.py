@@ -1,18 +1,17 @@
-"""The loss, a whole SDPO update and sampling at Qwen3-8B's shapes, random weights in bf16, on one accelerator.
+"""The loss at Qwen3-8B's shapes, random operands in bf16, on one accelerator. Whole steps: ``gpu_report.py``.
 
 From the root of the repository, in at most ten minutes; nothing has to be installed but torch, transformers and lightning::
 
     python -m benchmarks.gpu --json gpu.jsonl
     python -m benchmarks.gpu --tiny                # every part on a CPU, in less than a minute
 
-bitsandbytes (8-bit AdamW) and Liger-Kernel (``requirements-liger.txt``) are used where they are there. A part that fails is
+Liger-Kernel (``requirements-liger.txt``) is used where it is there. A part that fails is
 reported, and the next one runs; one for which less than its share of the budget is left is skipped. JSON lines are written as
 they are measured, tables at the end.
 
 Parts: `environment` (versions, rates of a large matrix product and of a copy), `check` (errors against autograd in float64 of
-the same operands), `loss` (time and memory beside the four matrix products and plain autograd), `update` (seconds of every part
-of SDPO's update, tokens per second, memory), `generation` (tokens per second), `sweep` (rows of logits at a time), `peers`
-(Liger-Kernel's losses).
+the same operands), `loss` (time and memory beside the four matrix products and plain autograd), `sweep` (rows of logits at a
+time), `peers` (Liger-Kernel's losses).
 """
 
 import argparse
@@ -20,7 +19,6 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import random
 import statistics
 import sys
 import time
@@ -36,7 +34,7 @@ import torch
 
 from benchmarks import loss as losses
 from benchmarks import measure
-from benchmarks.accelerators import QWEN3_8B, SMALL, eight_bit_adamw, free, print_tables, size, stopped_after, summary
+from benchmarks.accelerators import QWEN3_8B, SMALL, free, print_tables, size, stopped_after, summary
 from benchmarks.loss import Case
 from benchmarks.measure import Row
 
@@ -58,15 +56,6 @@ class Setup:
         chunk: What the package takes by itself.
         repeats: Rounds of timing.
         side: Side of the square matrices whose product gives the rate of matrix products.
-        rows: Rollouts of an update.
-        prompt: Tokens of the student's prompt.
-        reprompt: Tokens of the teacher's.
-        response: Tokens of a response, on average.
-        micro_batch_tokens: Most padded tokens of one forward pass.
-        student: Type of the student's weights.
-        questions: In generation.
-        samples: Responses to each of them.
-        new_tokens: Tokens of each response in generation.
     """
 
     device: str
@@ -78,15 +67,6 @@ class Setup:
     chunk: int = 1024
     repeats: int = 10
     side: int = 8192
-    rows: int = 32
-    prompt: int = 256
-    reprompt: int = 1280
-    response: int = 1024
-    micro_batch_tokens: int = 16384
-    student: torch.dtype = torch.bfloat16
-    questions: int = 8
-    samples: int = 8
-    new_tokens: int = 256
 
     def case(self, kind: str = "jsd", tokens: int | None = None) -> Case:
         """The loss at the model's shape."""
@@ -103,16 +83,7 @@ class Setup:
         return {"ours, compiled": partial(losses.ours, compiled=True), **eager} if self.compiled else eager
 
 
-TINY = {"tokens": 96, "check_tokens": 48, "chunks": (16, 64), "chunk": 32, "repeats": 2, "side": 128, "rows": 6}
-TINY |= {
-    "prompt": 8,
-    "reprompt": 16,
-    "response": 12,
-    "micro_batch_tokens": 96,
-    "questions": 2,
-    "samples": 2,
-    "new_tokens": 4,
-}
+TINY = {"tokens": 96, "check_tokens": 48, "chunks": (16, 64), "chunk": 32, "repeats": 2, "side": 128}
 
 
 def environment(setup: Setup) -> Iterator[Row]:
@@ -234,68 +205,10 @@ def compare(about: Row, floors: dict[str, Any], methods: dict[str, Any], setup: 
         yield about | {"method": name, "ms": 1e3 * statistics.median(seconds[name]), **ratios} | row
 
 
-def update(setup: Setup) -> Iterator[Row]:
-    """SDPO's update on given rollouts: the module's own gradients, optimizer step and moving teacher."""
-    from benchmarks.standalone import Standalone, random_qwen3, synthetic_rows
-    from pgpo_lightning.training.configs import UpdateConfig
-
-    name, optimizer = eight_bit_adamw(setup.device)
-    model = random_qwen3(setup.device, setup.student, **setup.shape)
-    body = sum(p.numel() for p in model.parameters()) - 2 * setup.shape["vocab_size"] * setup.shape["hidden_size"]
-    budget = UpdateConfig(micro_batch_tokens=setup.micro_batch_tokens)
-    policy = Standalone(model, optimizer, budget, gradient_checkpointing=True)
-    rows = synthetic_rows(setup.rows, setup.prompt, setup.reprompt, setup.response, setup.shape["vocab_size"])
-    new = sum(row.length for row in rows)
-    student, teacher = new + setup.rows * setup.prompt, new + setup.rows * setup.reprompt
-    operations = body * (6 * student + 2 * teacher) + 8 * new * setup.shape["vocab_size"] * setup.shape["hidden_size"]
-    about = {"optimizer": name, "student": str(setup.student).removeprefix("torch."), "rows": setup.rows}
-    about |= {"response_tokens": new, "student_tokens": student, "teacher_tokens": teacher}
-    for i in range(3):  # the first one compiles, and makes the optimizer's state
-        peak, value = measure.device_peak(partial(policy.step, rows), setup.device)
-        whole = sum(policy.seconds.values())
-        row = {"step": i, "loss": value, "seconds": whole, **{f"{part}_s": s for part, s in policy.seconds.items()}}
-        row |= {"response_tokens_per_s": new / whole, "tflops": operations / whole / 1e12}
-        row["peak_above_rest_gib"] = peak / 1024
-        if setup.device == "cuda":
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-            row["between_steps_gib"] = torch.cuda.memory_allocated() / GIB
-        yield about | row
-
-
-def generation(setup: Setup) -> Iterator[Row]:
-    """Sampling with the package's engine."""
-    from benchmarks.standalone import random_qwen3, token_ids
-    from pgpo_lightning.core.types import Question
-    from pgpo_lightning.models.loading import load_tokenizer
-    from pgpo_lightning.rollout.engine import Sampling
-    from pgpo_lightning.rollout.transformers_engine import TransformersEngine
-
-    model = random_qwen3(setup.device, torch.bfloat16, **setup.shape)
-    questions = [Question("?", "1", index=i) for i in range(setup.questions)]
-    rng = random.Random(0)
-    prompts = [token_ids(rng, setup.prompt, setup.shape["vocab_size"]) for _ in questions]
-    engine, tokenizer = TransformersEngine(), load_tokenizer("toy")
-
-    def sample(new_tokens: int) -> int:
-        sampling = Sampling(new_tokens)
-        rollouts = engine.generate(model, tokenizer, questions, prompts, setup.samples, sampling)
-        return sum(len(rollout.response_ids) for rollout in rollouts)
-
-    sample(2)
-    start = time.perf_counter()  # the rollouts are on the host, so nothing is left to wait for
-    peak, tokens = measure.device_peak(partial(sample, setup.new_tokens), setup.device)
-    seconds = time.perf_counter() - start
-    row = {"sequences": setup.questions * setup.samples, "prompt": setup.prompt, "tokens": tokens, "seconds": seconds}
-    row |= {"tokens_per_s": tokens / seconds, "ms_per_step": 1e3 * seconds / setup.new_tokens}
-    yield row | {"peak_above_weights_gib": peak / 1024}
-
-
 PARTS: dict[str, tuple[Callable[[Setup], Iterator[Row]], float]] = {  # with seconds below which it is not begun
     "environment": (environment, 5),
     "check": (check, 40),
     "loss": (loss, 40),
-    "update": (update, 60),
-    "generation": (generation, 30),
     "sweep": (sweep, 20),
     "peers": (peers, 60),
 }
@@ -333,11 +246,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="the loss compiled too; default: on cuda"
     )
-    parser.add_argument(
-        "--student", choices=("bfloat16", "float32"), help="type of the student's weights in the update"
-    )
-    for name in ("tokens", "repeats", "rows", "prompt", "reprompt", "response", "micro_batch_tokens", "questions",
-                 "samples", "new_tokens"):  # fmt: skip
+    for name in ("tokens", "repeats"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"by default {getattr(Setup, name)}")
     parser.add_argument(
         "--shape", type=size, nargs="+", default=[], metavar="NAME=SIZE", help="changes of the model's shape"
@@ -349,7 +258,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     setup = Setup(device, compiled, (SMALL if options.tiny else QWEN3_8B) | dict(options.shape))
     changes = {name: value for name, value in vars(options).items() if value is not None and name in asdict(setup)}
     changes.pop("shape")
-    changes |= {"device": device} | ({"student": getattr(torch, options.student)} if options.student else {})
+    changes |= {"device": device}
     # Every divergence and number of rows may be compiled anew; from the limit on (8) torch.compile would silently give up.
     torch._dynamo.config.recompile_limit = 64
     setup = replace(setup, **((TINY if options.tiny else {}) | changes))

@@ -1,4 +1,4 @@
-"""The command ``pgpo plan``: predict memory and compute of a configuration, without loading anything."""
+"""The command ``pgpo plan``: predict memory and seconds of a configuration, without loading anything."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,24 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.commands.building import BuildCommand
+from pgpo_lightning.commands.plan_evaluations import evaluated_at_once, evaluations_of
 from pgpo_lightning.core.settings import Count, Decay, Positive, check
 from pgpo_lightning.memory_planner.adapters import Adapters
+from pgpo_lightning.memory_planner.cards import CARDS, Assumptions, Rates, default_card, rates
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.memory import GIB, Sharding
 from pgpo_lightning.memory_planner.parameters import configuration, skeleton
 from pgpo_lightning.memory_planner.plan import AVERAGING, MemoryPlan, RunSpec, plan_memory
 from pgpo_lightning.memory_planner.plan_report import plan_content, plan_table
-from pgpo_lightning.memory_planner.workload import Lengths
+from pgpo_lightning.memory_planner.seconds import step_seconds
+from pgpo_lightning.memory_planner.seconds_report import beside, beside_table, seconds_content, seconds_table
+from pgpo_lightning.memory_planner.workload import EngineKind, Lengths
 from pgpo_lightning.modules import HAPO, OnPolicyModule
+from pgpo_lightning.monitoring.curves import read_scalars
+from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
+from pgpo_lightning.rollout.vllm_engine import VLLMEngine
 from pgpo_lightning.training.start_up import check_positions
 
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type of the weights, type of autocast
@@ -63,6 +70,21 @@ class PlanCommand(BuildCommand):
             default=0.0,
             help="Response lengths are mean * (1 ± spread).",
         )
+        parser.add_argument(
+            "--card",
+            type=str | None,
+            help=f"Card that seconds are predicted for: {', '.join(CARDS)}, or cpu with assume.tflops and assume.bandwidth; by "
+            "default the local GPU, else one with --memory, else h100.",
+        )
+        parser.add_class_arguments(Assumptions, "assume")
+        parser.add_argument(
+            "--questions", type=int | None, help="Held-out questions; by default the number that the data knows."
+        )
+        parser.add_argument(
+            "--measured",
+            type=str | None,
+            help="Folder of a finished run, such as runs/x/version_0, whose seconds are printed beside the predicted ones.",
+        )
 
     def adapt(self, model: Any) -> None:
         """Use a tokenizer that needs no download."""
@@ -97,7 +119,9 @@ class PlanCommand(BuildCommand):
         demonstration = _demonstration(module, self._get(self.config, "demonstration_tokens"))
         adapters = _adapters(module, str(trainer.precision))
         engine, teaching, divergence = module.engine, module.objective.teaching, module.objective.divergence
-        data = self.datamodule
+        data, sharding = self.datamodule, _sharding(trainer, device)
+        tests = evaluations_of(trainer, module, data, self._get(self.config, "questions"))
+        at_once = engine.max_sequences if isinstance(engine, TransformersEngine) else None
         return RunSpec(
             config=config,
             compute=compute,
@@ -107,17 +131,17 @@ class PlanCommand(BuildCommand):
             questions=data.batch_size,
             samples=module.num_generations,
             longest_response=module.max_response_length,
-            at_once=engine.max_sequences if isinstance(engine, TransformersEngine) else None,
+            at_once=at_once,
             micro_batch_tokens=module.update.micro_batch_tokens,
             padding_free=_padding_free(module),
             updates=module.update.updates_per_batch,
             passes=module.update.num_iterations,
             top_k=divergence is not None and divergence.partial(config.get_text_config().vocab_size),
             independent=teaching is not None and teaching.builder.demonstration_choice == "independent",
-            evaluated=0 if trainer.limit_val_batches == 0 else data.eval_batch_size * module.evaluator.config.samples,
+            evaluated=evaluated_at_once(tests, module.evaluator.config.samples, sharding.devices, at_once),
             eval_samples=module.evaluator.config.samples,
             nucleus=module.evaluator.config.top_p < 1,
-            sharding=_sharding(trainer, device),
+            sharding=sharding,
             device=device,
             adapters=adapters,
             offload=teaching is not None and teaching.config.offload,
@@ -127,7 +151,25 @@ class PlanCommand(BuildCommand):
             contrasted=module.objective.contrasted,
             recomputes_logits=module.objective.recomputes_logits,
             reference=module.objective.has_reference,
+            engine=_engine(engine),
+            evaluations=tests,
+            nodes=trainer.num_nodes,
         )
+
+    def rates(self, run: RunSpec) -> Rates | None:
+        """Return the rates of the card; None for a CPU without given rates."""
+        card, assumed = self._get(self.config, "card"), self._get(self.config_init, "assume")
+        if card is None and run.device == "cpu" and assumed.tflops is None:
+            return None
+        if card is None:
+            card = "cpu" if run.device == "cpu" else default_card(self._get(self.config, "memory"))
+        return rates(card, assumed, run.compute.narrow, run.nodes)
+
+
+def _engine(engine: Engine) -> EngineKind:
+    if isinstance(engine, VLLMEngine):
+        return "vllm" if engine.server is None else "vllm server"
+    return "transformers"
 
 
 def _padding_free(module: OnPolicyModule) -> bool:
@@ -251,12 +293,22 @@ def main(args: list[str]) -> MemoryPlan:
     """
     transformers_logging.set_verbosity_error()
     command = PlanCommand(args)
-    memory, path = (command._get(command.config, name) for name in ("memory", "json"))
+    memory, path, folder = (command._get(command.config, name) for name in ("memory", "json", "measured"))
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     check("memory", memory, Positive | None)
     plan = plan_memory(command.run())
     print(plan_table(plan, memory))
+    content = plan_content(plan, memory)
+    if (reached := command.rates(plan.run)) is not None:
+        found = step_seconds(plan.run, reached)
+        print(f"\n{seconds_table(found)}")
+        content["seconds"] = seconds_content(found)
+    if folder is not None:
+        if reached is None:
+            raise ValueError("Expected `assume.tflops` and `assume.bandwidth` with `measured` on a CPU, but got null.")
+        content["measured"] = rows = beside(found, read_scalars(Path(folder)))
+        print(f"\n{beside_table(rows, folder)}")
     if path is not None:
-        Path(path).write_text(json.dumps(plan_content(plan, memory), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return plan

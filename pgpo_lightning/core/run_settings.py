@@ -31,7 +31,7 @@ MAY_CHANGE = {
         # when a run is stopped, and the length of a step
         "update.max_grad_norm", "mismatch.max_sampler_gap", "update.max_skipped_steps", "reward.on_error",
         "evaluation.samples", "evaluation.temperature", "evaluation.top_p", "evaluation.solution_column",
-        "evaluation.base_answers",
+        "evaluation.base_answers", "evaluation.max_sequences",
         "model_config.trust_remote_code",
     },
     "data": {"eval_batch_size", "limit_val"},

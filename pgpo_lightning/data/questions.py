@@ -44,7 +44,8 @@ class QuestionData(Remembers, L.LightningDataModule):
 
     Args:
         batch_size: Training questions per device and optimizer step.
-        eval_batch_size: Validation and test questions per device and step.
+        eval_batch_size: Validation and test questions per device and call of the engine; null for all of a device. Then only
+            `max_sequences` of engine or evaluation limits how many are decoded at the same time.
         seed: Seed of the order of the training questions; null means the module's seed.
         limit_train: Use only this number of training questions, the first ones.
         limit_val: Use only this number of validation questions, the first ones. The test split is always complete.
@@ -56,7 +57,7 @@ class QuestionData(Remembers, L.LightningDataModule):
     def __init__(
         self,
         batch_size: Count = 32,
-        eval_batch_size: Count = 32,
+        eval_batch_size: Count | None = 32,
         seed: Seed | None = None,
         limit_train: Count | None = None,
         limit_val: Count | None = None,
@@ -78,6 +79,10 @@ class QuestionData(Remembers, L.LightningDataModule):
             split: ``"train"``, ``"validation"`` or ``"test"``.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `load(split)`.")
+
+    def held_out_questions(self) -> int | None:
+        """Return the number of validation questions if it is known before anything is loaded, for `pgpo plan`."""
+        return self.limits["validation"]
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that a stage needs, each of them once.
@@ -166,7 +171,7 @@ class QuestionData(Remembers, L.LightningDataModule):
 
     def _eval_dataloader(self, split: str) -> DataLoader | list[DataLoader]:
         questions: Any = self.questions[split]
-        return DataLoader(questions, self.eval_batch_size, collate_fn=list) if questions else []
+        return DataLoader(questions, self.eval_batch_size or len(questions), collate_fn=list) if questions else []
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the training questions, and the settings that it depends on."""

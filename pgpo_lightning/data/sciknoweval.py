@@ -95,6 +95,12 @@ class SciKnowEval(QuestionData):
         self.path = path
         self._hub: dict[str, list[Question]] | None = None
 
+    def held_out_questions(self) -> int | None:
+        """Return the number of validation questions: a tenth of the published rows, unless there are files."""
+        limit = self.limits["validation"]
+        rows = -(-ROWS[self.domain] // 10)
+        return limit if self.path is not None else rows if limit is None else min(limit, rows)
+
     def load(self, split: str) -> list[Question]:
         """Return the questions of one split; ``"validation"`` and ``"test"`` are the same."""
         name = "train" if split == "train" else "test"

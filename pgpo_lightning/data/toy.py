@@ -126,6 +126,10 @@ class ToyArithmetic(QuestionData):
         self.domains = domains
         self.hard = hard
 
+    def held_out_questions(self) -> int | None:
+        """Return the number of validation questions, which are computed and not read."""
+        return len(self.load("validation")[: self.limits["validation"]])
+
     def load(self, split: str) -> list[Question]:
         """Return the questions of ``split``: see ``questions``."""
         return questions(split, self.domains, self.hard)

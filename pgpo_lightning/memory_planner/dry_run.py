@@ -26,7 +26,7 @@ from pgpo_lightning.memory_planner.parameters import layers_of, with_layers
 from pgpo_lightning.memory_planner.workload import Packed
 from pgpo_lightning.models.decoding import Cached
 from pgpo_lightning.models.lm_head import decoder
-from pgpo_lightning.models.loading import recompute_activations
+from pgpo_lightning.models.loading import evaluating, recompute_activations
 
 Peaks = dict[str, int]
 
@@ -98,24 +98,27 @@ def update_peaks(
         Bytes by name: `activations` after the student's forward pass, `hidden` states of student and teacher for the loss, and
         the peaks `student forward`, `teacher forward`, `loss` and several of `backward`.
     """
-    with _fake(compute) as (counter, fake):
-        model = _model(config, compute.student, compute)
+    with fake(compute) as (counter, as_fake):
+        model = build(config, compute.student, compute)
         if accumulating:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
         plain = dataclasses.replace(compute, checkpointing=False, adapt=None)
-        own = _model(teacher_config or config, compute.teacher, plain).eval()
-        packed = fake(student)
-        packed_for_teachers = [(own if whose == "own" else model, fake(rows)) for whose, rows in teachers]
+        own = build(teacher_config or config, compute.teacher, plain).eval()
+        packed = as_fake(student)
+        packed_for_teachers = [(own if whose == "own" else model, as_fake(rows)) for whose, rows in teachers]
         marks = _Marks(model, counter)
-        with counter, _autocast(compute):
+        with counter, autocast(compute):
             marks.watch = "student forward"
             hidden = packed.hidden_states(decoder(model), model.config)
             marks.cut()
             peaks = {"activations": counter.live}
             marks.watch = "teacher forward"
-            with torch.no_grad():
+            with (
+                torch.no_grad(),
+                evaluating(model),
+            ):  # layers that recompute activations keep no cache of shared prompts
                 teacher_hidden = [
                     rows.hidden_states(decoder(which), which.config) for which, rows in packed_for_teachers
                 ]
@@ -144,9 +147,9 @@ def prefill_peaks(
         samples: Responses per prompt.
         new_tokens: Maximum tokens of a response.
     """
-    with _fake(compute) as (counter, _):
-        model = _model(config, compute.student, compute).eval()
-        with counter, _autocast(compute), torch.no_grad():
+    with fake(compute) as (counter, _):
+        model = build(config, compute.student, compute).eval()
+        with counter, autocast(compute), torch.no_grad():
             decoding = Cached(model, [[0] * n for n in prompts], samples, new_tokens)
         cache, logits = decoding.cache, decoding.logits
         layers: list[Any] = cache.layers  # of attention, see `count`
@@ -170,18 +173,13 @@ def decode_peaks(config: PretrainedConfig, compute: Compute, rows: int, length: 
         length: Tokens of prompt and response so far, the new one included.
         padded: Whether prompts have different lengths, which takes a mask.
     """
-    with _fake(compute) as (counter, _):
-        model = _model(config, compute.student, compute).eval()
+    with fake(compute) as (counter, _):
+        model = build(config, compute.student, compute).eval()
         ids, positions = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64)
         mask = torch.ones(rows, length, dtype=torch.int64) if padded else None
         cache = DynamicCache(config=model.config)
-        held = [_Held() for _ in cache.layers]
-        cache.layers = list(held)
-        with _autocast(compute), torch.no_grad():
-            # The model determines the type of keys and values, so it fills the cache with one token first.
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-            for layer in held:
-                layer.hold(rows, length)
+        with autocast(compute), torch.no_grad():
+            fill(model, cache, rows, length)
             with counter:
                 model(
                     input_ids=ids,
@@ -192,6 +190,22 @@ def decode_peaks(config: PretrainedConfig, compute: Compute, rows: int, length: 
                     logits_to_keep=1,
                 )
         return {"decode": counter.peak}
+
+
+def fill(model: PreTrainedModel, cache: DynamicCache, rows: int, length: int) -> None:
+    """Let a cache hold keys and values of all tokens but the newest one, and of that one as well.
+
+    Args:
+        model: Determines their type, so it runs one token first.
+        cache: New and empty.
+        rows: Responses.
+        length: Tokens of prompt and response so far, the newest included.
+    """
+    held = [_Held() for _ in cache.layers]
+    cache.layers = list(held)
+    model(input_ids=torch.zeros(rows, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    for layer in held:
+        layer.hold(rows, length)
 
 
 class _Held(DynamicLayer):
@@ -249,7 +263,8 @@ class _Marks:
             output.register_hook(lambda _: self.cut())
 
 
-def _model(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> PreTrainedModel:
+def build(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> PreTrainedModel:
+    """Return a model for a dry run, in training mode."""
     # Kernels that need a package or a GPU store the same as sdpa: the output and one number per query and head.
     attention = compute.attention if compute.attention in (None, "eager", "sdpa") else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -260,16 +275,18 @@ def _model(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> Pr
     return model.train()
 
 
-def _autocast(compute: Compute) -> Any:
+def autocast(compute: Compute) -> Any:
+    """Return the context in which products have the type that they have in a run."""
     # Without a cache of cast weights, as in Lightning: each product casts its own.
     return torch.autocast("cpu", compute.autocast or torch.bfloat16, compute.autocast is not None, cache_enabled=False)
 
 
 @contextmanager
-def _fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Packed]]]:
+def fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Packed]]]:
+    """Context in which tensors have no data: a counter of bytes, and a function from packed rows to such tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(packed: Packed) -> Packed:
+    def as_fake(packed: Packed) -> Packed:
         fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
         changes: dict[str, Any] = {name: mode.from_tensor(t) for name, t in fields.items() if isinstance(t, Tensor)}
         return dataclasses.replace(packed, **changes)
@@ -278,4 +295,4 @@ def _fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Pack
         # There is never more than one sequence in a row, but transformers cannot determine this without data.
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         stack.enter_context(mode)
-        yield LiveBytes(), fake
+        yield LiveBytes(), as_fake

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pgpo_lightning.memory_planner.counter import LiveBytes
+from pgpo_lightning.memory_planner.work import WorkCounter
 
 _SMALL = 2**16  # parameters up to this size are measured in their own size
 
@@ -24,6 +25,7 @@ class OptimizerNeed:
         per_parameter: Bytes of its state per parameter.
         passing: Bytes that exist only during a step.
         paged: Whether the state is in memory that the driver moves to the host when the device is full.
+        traffic: Bytes that a step reads and writes.
     """
 
     name: str
@@ -31,6 +33,7 @@ class OptimizerNeed:
     per_parameter: float
     passing: int
     paged: bool
+    traffic: int = 0
 
 
 def optimizer_need(
@@ -54,23 +57,25 @@ def optimizer_need(
     """
     counted = Counter(shapes)
     stand_ins = {shape: _stand_in(shape) for shape in counted}
-    state = 0.0
+    state = traffic = 0.0
     name, paged, at_once = "", False, False
     passing: dict[tuple[int, ...], float] = {}
     for shape in dict.fromkeys(stand_ins.values()):
-        name, paged, at_once, bytes_, temporary = _measure(make, shape, dtype, device)
+        name, paged, at_once, bytes_, temporary, moved = _measure(make, shape, dtype, device)
         passing[shape] = temporary
-        state += sum(
-            bytes_ * torch.Size(real).numel() / torch.Size(shape).numel() * times
+        times = sum(
+            torch.Size(real).numel() / torch.Size(shape).numel() * times
             for real, times in counted.items()
             if stand_ins[real] == shape
         )
+        state += bytes_ * times
+        traffic += moved * times
     needs = [
         passing[stand_ins[s]] * torch.Size(s).numel() / torch.Size(stand_ins[s]).numel() for s in counted.elements()
     ]
     total = sum(torch.Size(shape).numel() for shape in counted.elements())
     peak = sum(needs) if at_once else max(needs)
-    return OptimizerNeed(name, round(state), state / total, round(peak), paged)
+    return OptimizerNeed(name, round(state), state / total, round(peak), paged, round(traffic))
 
 
 def _stand_in(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -82,7 +87,7 @@ def _stand_in(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _measure(
     make: Callable[[Any], torch.optim.Optimizer], shape: tuple[int, ...], dtype: torch.dtype, device: str
-) -> tuple[str, bool, bool, int, int]:
+) -> tuple[str, bool, bool, int, int, float]:
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     try:
         optimizer = make([parameter])
@@ -96,14 +101,17 @@ def _measure(
                     group["foreach"] = True
             for _ in range(2):  # the first step creates the state
                 parameter.grad = torch.zeros_like(parameter)
-                with LiveBytes() as counter:
+                with LiveBytes() as counter, WorkCounter() as work:
                     optimizer.step()
     except Exception as error:
         raise ValueError(
             f"Expected `optimizer` to take a step on a small tensor on a CPU, by which its memory is measured, but got "
             f"{type(error).__name__}: {error}"
         ) from error
-    return name, bool(getattr(optimizer, "is_paged", False)), at_once, state_bytes(optimizer), counter.peak
+    state = state_bytes(optimizer)
+    # Kernels of other libraries are not seen: they read parameter, gradient and state, and write parameter and state.
+    moved = max(work.work.bytes, 3 * parameter.nbytes + 2 * state)
+    return name, bool(getattr(optimizer, "is_paged", False)), at_once, state, counter.peak, moved
 
 
 def _whole_list(optimizer: torch.optim.Optimizer, device: str) -> bool:

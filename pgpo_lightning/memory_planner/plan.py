@@ -28,7 +28,15 @@ from pgpo_lightning.memory_planner.memory import (
 from pgpo_lightning.memory_planner.optimizers import OptimizerNeed, optimizer_need
 from pgpo_lightning.memory_planner.parameters import Count, count
 from pgpo_lightning.memory_planner.saving import MOVING, Saving, saving
-from pgpo_lightning.memory_planner.workload import Layout, Lengths, group, with_demonstrations
+from pgpo_lightning.memory_planner.workload import (
+    EngineKind,
+    Evaluations,
+    Layout,
+    Lengths,
+    MicroBatch,
+    group,
+    with_demonstrations,
+)
 from pgpo_lightning.models.packing import Packing, PromptSharing
 
 TEACHERS = {
@@ -66,7 +74,7 @@ class RunSpec:
         passes: Passes over a batch.
         top_k: Whether the divergence is over the most probable tokens only.
         independent: Whether every row has its own teacher's prompt.
-        evaluated: Responses per step of an evaluation; 0 for no evaluation.
+        evaluated: Maximum responses decoded at the same time in an evaluation; 0 for no evaluation.
         eval_samples: Responses per question in an evaluation.
         nucleus: Whether `top_p` is below 1 in an evaluation.
         sharding: Distribution over devices.
@@ -80,6 +88,9 @@ class RunSpec:
             first, because it comes before the student's.
         recomputes_logits: Whether the loss depends on whole responses (DRIFT, weights of responses). All responses count as such.
         reference: Whether there is a frozen copy of the initial weights, or adapter, for a KL divergence from it.
+        engine: What samples.
+        evaluations: Questions of an evaluation and their number per step; None for no evaluation.
+        nodes: Number of machines.
     """
 
     config: PretrainedConfig
@@ -110,6 +121,9 @@ class RunSpec:
     contrasted: bool = False
     recomputes_logits: bool = False
     reference: bool = False
+    engine: EngineKind = "transformers"
+    evaluations: Evaluations | None = None
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
@@ -128,6 +142,21 @@ class RunSpec:
             Packing(shared if student else "never", self.padding_free),
             Packing(shared if shares[1] else "never", self.padding_free),
         )
+
+    def rows(self) -> list[Sample]:
+        """Return the sampled rows of a step of one device."""
+        return self.lengths.rows(self.questions, self.samples, self.independent)
+
+    def micro_batches(self, rows: list[Sample]) -> list[MicroBatch]:
+        """Return the micro-batches of one optimizer step of one device.
+
+        Args:
+            rows: The sampled rows of a step.
+        """
+        tokens, sharded = self.demonstration, self.sharding.kind == "fsdp"
+        learned = rows if tokens is None else with_demonstrations(rows, self.samples, tokens)
+        mini_batch = learned[: -(-len(learned) // self.updates)]
+        return group(mini_batch, self.micro_batch_tokens, self.packings, bool(TEACHERS[self.teacher]), sharded)
 
 
 @dataclass
@@ -188,11 +217,8 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     need = Need(_standing(run, counted, trainable, optimizer, kind, own))
     host = need.standing.pop("teacher") if run.offload else 0
 
-    rows = rows or run.lengths.rows(run.questions, run.samples, run.independent)
-    learned = rows if run.demonstration is None else with_demonstrations(rows, run.samples, run.demonstration)
-    mini_batch = learned[: -(-len(learned) // run.updates)]
-    sharded = run.sharding.kind == "fsdp"
-    batches = group(mini_batch, run.micro_batch_tokens, run.packings, bool(teachers), sharded)
+    rows = rows or run.rows()
+    batches = run.micro_batches(rows)
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
     gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)
@@ -203,9 +229,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     need.phases["rollouts"] = sampling | {"gathered weights": gathered["rollouts"]}
     need.absent["rollouts"] = ("gradients",)
     if run.evaluated:
-        n = run.evaluated if run.at_once is None else min(run.at_once, run.evaluated)
-        # Every response may reach the limit.
-        each = min(run.eval_samples, n)
+        n, each = run.evaluated, min(run.eval_samples, run.evaluated)  # every response may reach the limit
         prompts = [run.lengths.prompt] * (n // each)
         tested = Sampled(
             prompts, each, [run.longest_response] * (len(prompts) * each), run.longest_response, run.nucleus
@@ -247,7 +271,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
         optimizer,
         need,
         _tokens(rows, batches, 1 + run.contrasted),
-        _flops(run, counted, trainable, batches, rows, trains_head),
+        step_flops(run, counted, trainable, batches, rows),
         len(batches) * run.updates,
         {n: Layout.of(p) for n, p in (("student", largest.student), ("teacher", largest.teacher)) if p is not None},
         peaks,
@@ -314,9 +338,18 @@ def _tokens(rows: list[Sample], batches: list[Any], prompts: int) -> dict[str, i
     }
 
 
-def _flops(
-    run: RunSpec, counted: Count, trainable: int, batches: list[Any], rows: list[Sample], trains_head: bool
+def step_flops(
+    run: RunSpec, counted: Count, trainable: int, batches: list[MicroBatch], rows: list[Sample]
 ) -> dict[str, int]:
+    """Return the FLOPs of a step by phase.
+
+    Args:
+        run: The run.
+        counted: Parameters of its model.
+        trainable: Number of trained parameters.
+        batches: Micro-batches of one optimizer step.
+        rows: Sampled rows of the step.
+    """
     width = flops.Width.of(run.config, counted)
     other = width if run.external is None else flops.Width.of(run.external.config, run.external.count())
     teachers = len(TEACHERS[run.teacher])
@@ -343,7 +376,7 @@ def _flops(
         * sum(flops.forward(other, Layout.of(teacher)) for _, teacher in ways if teacher is not None),
         "loss": times
         * sum(
-            flops.loss(width, layout.tokens, teachers, trains_head)
+            flops.loss(width, layout.tokens, teachers, run.adapters is None)
             + 2 * (other.head - width.head) * layout.tokens * min(teachers, 1)
             for layout, _ in ways
         )

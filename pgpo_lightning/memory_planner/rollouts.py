@@ -1,6 +1,6 @@
 """Peak size of the cache of keys and values during rollouts."""
 
-_LOOK_EVERY = {"cpu": 1, "cuda": 16}
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> int:
@@ -19,7 +19,7 @@ def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> 
     active, room, highest = len(lengths), prompt, (tensors + 1) * len(lengths) * prompt
     held = room * active  # of one tensor
     for step in range(max(lengths)):
-        if step % _LOOK_EVERY[device] == _LOOK_EVERY[device] - 1:
+        if step % LOOK_EVERY[device] == LOOK_EVERY[device] - 1:
             going = sum(length > step + 1 for length in lengths)
             if going == 0:
                 break

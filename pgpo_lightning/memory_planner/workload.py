@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,8 @@ from pgpo_lightning.models.packing import Packing, Sequences, SharedSequences
 from pgpo_lightning.training.mini_batches import micro_batches
 
 Packed = Sequences | SharedSequences
+
+EngineKind = Literal["transformers", "vllm", "vllm server"]
 
 
 @checked
@@ -60,6 +62,23 @@ class Lengths:
             rollout = Rollout(Question("", None, index=question), prompt, ids, torch.zeros(len(ids)), "", True)
             rows.append(Sample(rollout, Verdict(0.0), reprompt))
         return rows
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of a run.
+
+    Attributes:
+        questions: Held-out questions, of all devices; None if unknown.
+        batch: Questions of one device in one call of the engine; None for all.
+        at_once: Maximum responses decoded at the same time; None for that of training.
+        per_step: Evaluations per training step, over the whole run; None if they are not counted in steps.
+    """
+
+    questions: int | None
+    batch: int | None = None
+    at_once: int | None = None
+    per_step: float | None = None
 
 
 def with_demonstrations(rows: list[Sample], samples: int, length: int) -> list[Sample]:

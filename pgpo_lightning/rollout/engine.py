@@ -45,9 +45,11 @@ class Engine(ABC):
             :func:`~pgpo_lightning.rollout.weight_sync.stream_weights`.
         repeats: Set by a class, not inherited: whether responses depend on the arguments of :meth:`generate` alone, bit for bit,
             whatever was sampled before. Needed for `evaluation.base_answers`.
+        max_sequences: Maximum responses decoded at the same time; null for all. Absent in an engine that decides itself.
     """
 
     has_weights = False
+    max_sequences: int | None
 
     def prepare(self, model: PreTrainedModel, longest: int) -> None:  # noqa: B027
         """Find out at start-up how the student can be sampled. Called before weights are sharded.
@@ -80,6 +82,25 @@ class Engine(ABC):
         Raises:
             MisconfigurationException: If it cannot; names the numbers.
         """
+
+    @contextmanager
+    def at_once(self, responses: int | None) -> Iterator[None]:
+        """Context in which at most so many responses are decoded at the same time, for an engine with `max_sequences`.
+
+        Args:
+            responses: Null for as many as usual.
+
+        Raises:
+            AttributeError: If the engine has no such setting.
+        """
+        if responses is None:
+            yield
+            return
+        usual, self.max_sequences = self.max_sequences, responses
+        try:
+            yield
+        finally:
+            self.max_sequences = usual
 
     @abstractmethod
     def generate(

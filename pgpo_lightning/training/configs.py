@@ -31,6 +31,8 @@ class EvaluationConfig(ConfigGroup):
         solution_column: Column of the data with a worked solution of each held-out question, as the student would write it,
             thinking included. Evaluations then also give the exact probability of this text and its end token, at temperature 1
             and without top-p: a score without sampling noise. Null for none.
+        max_sequences: Maximum responses decoded at the same time in an evaluation, for an engine with `max_sequences`. Null for
+            the engine's. Evaluations run no gradients, and their answers may be shorter, so more may fit.
         base_answers: Folder in which runs share the answers of the model before its first step. A run reads them where weights,
             prompts, batches, sampling, seeds, precision, versions and machine are the same, else it samples and writes them. No
             score changes. Ignored with several devices, and with engines other than TransformersEngine. Null for sampling in
@@ -44,6 +46,7 @@ class EvaluationConfig(ConfigGroup):
     temperature: Temperature = 0.6
     top_p: Nucleus = 0.95
     solution_column: Text | None = None
+    max_sequences: Count | None = None
     base_answers: Text | None = None
 
 

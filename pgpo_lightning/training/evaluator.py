@@ -42,6 +42,9 @@ class Evaluator:
         success_threshold: Rewards of at least this pass.
         encoder: Encodes prompts as for sampling.
         actor: Samples the answers.
+
+    Raises:
+        ValueError: If `evaluation.max_sequences` would have no effect.
     """
 
     def __init__(
@@ -60,6 +63,11 @@ class Evaluator:
         if config.base_answers is not None:
             actor.base_answers = BaseAnswers(config.base_answers, actor.engine, actor.tokenizer)
         self.base_answers, self.engine = actor.base_answers, actor.engine
+        if config.max_sequences is not None and not hasattr(actor.engine, "max_sequences"):
+            raise ValueError(
+                f"Expected no `evaluation.max_sequences` with {type(actor.engine).__name__}, which decides itself how many "
+                f"responses it decodes at the same time, but got {config.max_sequences}."
+            )
         self.in_step = False
         """Whether ranks have equally many batches of the evaluation that is under way."""
         self.held_out: HeldOut | None = None
@@ -122,7 +130,8 @@ class Evaluator:
         seeds = [derive_seed(seed, "evaluation", index) for index in indices]
         # What fails on one rank alone ends all of them.
         with together() if self.in_step else nullcontext(), fp32_by_default():
-            with seeded(seed, "evaluation", *indices):  # for an engine that does not know `seeds`
+            # Seeded for an engine that does not know `seeds`.
+            with seeded(seed, "evaluation", *indices), self.engine.at_once(self.config.max_sequences):
                 rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))
             exact = self.solutions and self.solutions.probabilities(questions, log_probs)
             for i, question in enumerate(questions):
@@ -152,7 +161,8 @@ class Evaluator:
         k = self.config.samples
         check_kind(questions)
         seeds = [derive_seed(seed, "evaluation", question.index) for question in questions]
-        with fp32_by_default(), seeded(seed, "evaluation", *[question.index for question in questions]):
+        indices, limit = [question.index for question in questions], self.config.max_sequences
+        with fp32_by_default(), seeded(seed, "evaluation", *indices), self.engine.at_once(limit):
             rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))
         return [
             {

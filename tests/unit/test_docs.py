@@ -24,9 +24,9 @@ PATH = re.compile(r"(?<![\w./{}~$=-])((?:[\w.+=-]+/)*[\w.+=-]+\.(?:py|yaml|md|js
 FOLDER = re.compile(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/(?:[\w-]+/)*)(?![\w.*{{<])")
 DOTTED = re.compile(r"(?<![\w./-])((?:pgpo_lightning|benchmarks)(?:\.[A-Za-z_]\w*)+)")
 WRITTEN_BY_RUNS = {
-    "calibration.md", "config.resumed-at-step=N.yaml", "config.yaml", "gpu.jsonl", "hparams.yaml", "large.jsonl", "mine.yaml",
-    "my.yaml", "estimator.md", "estimator.png", "momentum.md", "momentum.png", "report.md", "runs.jsonl", "sde.md", "sde.png",
-    "stability.png", "test.jsonl", "train.jsonl",
+    "calibration.md", "config.resumed-at-step=N.yaml", "config.yaml", "gpu.jsonl", "hparams.yaml", "mine.yaml",
+    "my.yaml", "estimator.md", "estimator.png", "momentum.md", "momentum.png", "report.jsonl", "report.md", "runs.jsonl",
+    "sde.md", "sde.png", "stability.png", "test.jsonl", "train.jsonl",
 }  # fmt: skip
 OF_OTHERS = {"teacher_sync.py", "trl/experimental/sdpo/sdpo_trainer.py"}  # TRL's
 
