@@ -7,8 +7,8 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from benchmarks.toy_base import BASE_MODEL, collate, solution_probabilities
-from benchmarks.toy_teacher import teach
+from benchmarks.toy_base import BASE_MODEL, solution_probabilities
+from benchmarks.toy_teacher import divergence, teach
 from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.data.toy import ToyArithmetic, questions
@@ -30,15 +30,6 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
-@torch.no_grad()
-def divergence(student, teacher):
-    """Mean KL(teacher||student) in nats at the tokens of worked solutions of held-out questions."""
-    batch = collate([(str(q.prompt), q.columns["solution"]) for q in HELD_OUT], load_tokenizer("toy"))
-    there = batch["labels"][:, 1:] >= 0
-    s, t = (model(input_ids=batch["input_ids"]).logits[:, :-1][there].log_softmax(-1) for model in (student, teacher))
-    return (t.exp() * (t - s)).sum(-1).mean().item()
-
-
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [(OPD, {}), (TGPO, {"guidance": 0.5})],
@@ -50,11 +41,11 @@ def test_the_student_approaches_the_teacher(tmp_path, teacher, cls, settings):
                    **settings)  # fmt: skip
     module.configure_model()
     theirs = load_model(teacher)
-    before = divergence(module.model.eval(), theirs)
+    before = divergence(module.model.eval(), theirs, HELD_OUT)
     module.model.train()
     multiplier = InformationMultiplier(sensitivity=1.0)
     trainer(tmp_path, max_steps=24, callbacks=[multiplier]).fit(module, ToyArithmetic(batch_size=16))
-    after = divergence(module.model.eval(), theirs)
+    after = divergence(module.model.eval(), theirs, HELD_OUT)
     module.model.save_pretrained(tmp_path / "student")
     load_tokenizer("toy").save_pretrained(tmp_path / "student")
     scores = [solution_probabilities(f, HELD_OUT).mean().item() for f in (BASE_MODEL, tmp_path / "student", teacher)]
