@@ -167,7 +167,11 @@ def _save_file(trainer: L.Trainer, path: Path) -> None:
 def validates_next(trainer: L.Trainer) -> bool:
     """Return whether an evaluation follows the batch that has just ended."""
     fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    loop = trainer.fit_loop.epoch_loop
+    if fetcher is None or not loop._should_check_val_fx(fetcher):
+        return False
+    loop.val_loop.setup_data()  # as the evaluation itself would begin; without it the number of batches may be unknown
+    return not loop.val_loop.skip
 
 
 def _save_shards(trainer: L.Trainer, path: Path) -> None:

@@ -91,6 +91,18 @@ def test_of_its_own_it_keeps_what_was_written_last(tmp_path):
     assert "step=000005.ckpt" not in names(checkpoints)
 
 
+def test_a_step_after_which_nothing_is_evaluated_is_saved_at_once(tmp_path):
+    """Lightning would evaluate after the fourth step, the end of an epoch, if there were held-out questions."""
+    seen = []
+
+    class Seen(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(names(tmp_path)[-1:])
+
+    fit(tmp_path, 5, [ResumeCheckpoint(every_n_train_steps=2, dirpath=str(tmp_path)), Seen()])
+    assert seen == [[], [], ["step=000002.ckpt"], ["step=000002.ckpt"], ["step=000004.ckpt"]]
+
+
 def test_another_runs_file_of_the_same_name_is_not_overwritten(tmp_path):
     first = fit(tmp_path, 1, [ResumeCheckpoint(1, dirpath=str(tmp_path / "shared"))])
     path = tmp_path / "shared" / "step=000001.ckpt"
