@@ -1,9 +1,15 @@
 """Commands that parse the arguments of `pgpo fit`, and run something else or nothing."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
+
 from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.models.loading import fp32_by_default
+from pgpo_lightning.training.start_up import check_combination
 
 
 class ParseCommand(PGPOCommand):
@@ -52,6 +58,7 @@ class BuildCommand(ParseCommand):
     """
 
     def __init__(self, args: list[str]) -> None:
+        self._fabric: L.Fabric | None = None
         super().__init__(["fit", *args])
 
     def _set_seed(self) -> None:
@@ -73,3 +80,18 @@ class BuildCommand(ParseCommand):
         self.model = self._get(self.config_init, "model")
         if self.model.run_seed.given is None:
             self.model.run_seed.given = self.seed
+
+    @contextmanager
+    def model_ready(self) -> Iterator[None]:
+        """Load the model once, without a teacher, on one device; context in which it can be sampled as in training."""
+        if self._fabric is None:
+            trainer = self.config[self.subcommand].trainer
+            precision: Any = trainer.precision or "32-true"
+            fabric = L.Fabric(accelerator=trainer.accelerator, devices=1, precision=precision)
+            check_combination(self.model.lora is not None, sharded=False)
+            self.model.training_run = False
+            self.model.configure_model()
+            fabric.setup_module(self.model)  # moves it to its device and precision
+            self._fabric = fabric
+        with self._fabric.autocast(), fp32_by_default():
+            yield

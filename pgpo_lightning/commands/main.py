@@ -11,7 +11,7 @@ from pgpo_lightning.commands.configs import resolved
 from pgpo_lightning.commands.quiet import quiet
 from pgpo_lightning.distributed.stopping import Stopped
 
-OWN_COMMANDS = ("configs", "export", "plan", "probe", "report", "ablate", "guard")
+OWN_COMMANDS = ("configs", "export", "plan", "probe", "report", "ablate", "guard", "discover")
 """Commands with a parser of their own; the others are LightningCLI's subcommands."""
 
 HELP = """pgpo COMMAND, pgpo COMMAND --help, and pgpo --version
@@ -24,6 +24,7 @@ probe      estimate how much each teacher context helps, before training
 export     write a checkpoint as a model folder for transformers
 ablate     run a study: arms x seeds x conditions
 report     compare the arms of a study
+discover   attempt single questions many times, by methods that learn meanwhile and others
 guard      measure how well the collapse rules detect collapsed runs
 configs    list the configurations that come with the package, and copy one
 """

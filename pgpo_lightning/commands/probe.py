@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonargparse
-import lightning as L
 import numpy as np
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -18,7 +17,6 @@ from pgpo_lightning.commands.building import BuildCommand
 from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
 from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Text, check, checked
 from pgpo_lightning.core.types import Question
-from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.probe.calibration import PROBE, Scale, arguments, bootstrap, points, read_probe
 from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, DEFAULT_CONTROLS, Context, contexts
@@ -28,7 +26,6 @@ from pgpo_lightning.probe.line import fit
 from pgpo_lightning.probe.measure import Prober
 from pgpo_lightning.probe.probe_report import calibration_content, calibration_report, probe_report, summary
 from pgpo_lightning.rollout.engine import Sampling
-from pgpo_lightning.training.start_up import check_combination
 
 QUESTIONS = 128
 
@@ -117,14 +114,7 @@ class ProbeCommand(BuildCommand):
         sampling = Sampling(module.max_response_length, temperature, config.top_p)
         chunk = min(self.datamodule.batch_size, len(questions))
         prober = Prober(module, questions, samples, sampling, chunk, module.seed, folder, settings)
-        fabric = L.Fabric(
-            accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision or "32-true"
-        )
-        check_combination(module.lora is not None, sharded=False)
-        module.training_run = False  # the teacher has the student's weights
-        module.configure_model()
-        fabric.setup_module(module)  # moves it to its device and precision
-        with fabric.autocast(), fp32_by_default():
+        with self.model_ready():  # the teacher has the student's weights
             content = measure(prober, wanted, settings | {"module": _relevant(config.model.init_args, reprompt=True)})
         save(content, folder)
         return content

@@ -225,20 +225,20 @@ def check_settings(recorded: dict[str, Any], settings: dict[str, Any], path: Pat
         ValueError: If not; names the file and the settings that differ.
     """
     if recorded != settings:
-        differ = _differing(recorded, settings)
+        differ = differing(recorded, settings)
         raise ValueError(
             f"Expected {path} to be made with the settings of this probe, but `{'`, `'.join(differ)}` differ. Choose another "
             "`--output`, or delete the folder that contains it."
         )
 
 
-def _differing(first: dict[str, Any], second: dict[str, Any], within: str = "") -> list[str]:
+def differing(first: dict[str, Any], second: dict[str, Any], within: str = "") -> list[str]:
     """Return the dotted names of the settings that differ."""
     found = []
     for name in sorted({*first, *second}):
         a, b = first.get(name), second.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differing(a, b, f"{within}{name}.")
+            found += differing(a, b, f"{within}{name}.")
         elif a != b:
             found.append(f"{within}{name}")
     return found

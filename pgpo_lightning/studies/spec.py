@@ -241,16 +241,17 @@ def read_study(path: str | Path) -> StudySpec:
         raise ValueError(f"Expected {path} to have `{'`, `'.join(missing)}`.")
     values = {key: value for key, value in content.items() if value is not None}
     for key in values.keys() & {"arms", "conditions"}:
-        values[key] = _named(key, values[key])
+        values[key] = named_settings(key, values[key])
     if "settings" in values:
-        values["settings"] = _allowed("`settings`", values["settings"])
+        values["settings"] = allowed("`settings`", values["settings"])
     if "design" in values:
         values["design"] = built(Design, "design", values["design"])
     values["predictions"] = read_predictions(values.get("predictions", []))
     values["sequential"] = read_plan(values.get("sequential"))
     check("folder", values["folder"], Text)
     return StudySpec(
-        **values | {"base": _base(values["base"]), "folder": Path(values["folder"]), "seeds": _seeds(values["seeds"])}
+        **values
+        | {"base": base_files(values["base"]), "folder": Path(values["folder"]), "seeds": seed_list(values["seeds"])}
     )
 
 
@@ -327,7 +328,8 @@ def _name(condition: str, arm: str, seed: int) -> str:
     return f"{condition}/{arm}/seed={seed}"
 
 
-def _named(key: str, values: Any) -> dict[str, Settings]:
+def named_settings(key: str, values: Any) -> dict[str, Settings]:
+    """Return settings by name, from the entry `key` of a file."""
     if not isinstance(values, dict) or not values:
         raise ValueError(f"Expected `{key}` to map names to settings, but got {values!r}.")
     for name in values:
@@ -336,17 +338,19 @@ def _named(key: str, values: Any) -> dict[str, Settings]:
                 f"Expected the names in `{key}` to consist of letters, digits and . = + - _, in quotes if they look like "
                 f"numbers, but got {name!r}."
             )
-    return {name: _allowed(f"`{key}.{name}`", settings) for name, settings in values.items()}
+    return {name: allowed(f"`{key}.{name}`", settings) for name, settings in values.items()}
 
 
-def _allowed(where: str, settings: Any) -> Settings:
+def allowed(where: str, settings: Any) -> Settings:
+    """Return nested settings, none of which a study sets itself."""
     result = nested(where, settings)
     if taken := [key for key, _ in leaves(result) if f"{key}.".startswith(tuple(f"{own}." for own in OWN))]:
         raise ValueError(f"Expected {where} not to set `{taken[0]}`, which the study sets itself.")
     return result
 
 
-def _base(value: Any) -> tuple[str, ...]:
+def base_files(value: Any) -> tuple[str, ...]:
+    """Return the files that `base` names."""
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise ValueError(f"Expected `base` to list config files, but got {value!r}.")
@@ -356,7 +360,8 @@ def _base(value: Any) -> tuple[str, ...]:
     return tuple(map(str, found))
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
+def seed_list(value: Any) -> tuple[int, ...]:
+    """Return the seeds of a study, which gives their number or a list."""
     if type(value) is int and value > MOST_SEEDS:
         raise ValueError(f"Expected `seeds` to be at most {MOST_SEEDS}, but got {shown(value)}.")
     seeds = list(range(value)) if type(value) is int else value

@@ -13,7 +13,15 @@ from pgpo_lightning.commands.settings_of import settings_of
 from pgpo_lightning.commands.source import documented, public_class
 from tests.support import CONFIGS
 
-LIGHT = (["--help"], ["--version"], ["configs"], ["report", "--help"], ["guard", "--help"], ["fit", "--help"])
+LIGHT = (
+    ["--help"],
+    ["--version"],
+    ["configs"],
+    ["report", "--help"],
+    ["guard", "--help"],
+    ["discover", "--help"],
+    ["fit", "--help"],
+)
 
 
 def shown(help_text, prefix):
