@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.commands.building import BuildCommand
 from pgpo_lightning.commands.plan_evaluations import evaluated_at_once, evaluations_of
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.core.settings import Count, Decay, Positive, check
 from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.cards import CARDS, Assumptions, Rates, default_card, rates
@@ -277,7 +278,7 @@ def _devices(devices: Any, device: str) -> int:
     if isinstance(devices, list):
         return len(devices)
     if devices in ("auto", -1, "-1"):
-        return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+        return max(1, torch.cuda.device_count()) if is_gpu(device) else 1
     if isinstance(devices, str) and "," in devices:
         return len(devices.split(","))
     count = int(devices) if str(devices).isdecimal() else devices

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused_backward import (
     BUFFERS,
@@ -37,7 +38,7 @@ _CPU_CHUNK_ROWS = 256
 _CPU_CHUNK_BYTES = 80 * 2**20
 _CHUNK_ROWS = 1024  # keeps the accumulation of the head's gradient compute-bound on current GPUs
 # Bytes of one fp32 block of rows in elementwise work. On a CPU it stays in the cache.
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}
+_BLOCK_BYTES, _CPU_BLOCK_BYTES = 2**26, 2**20
 
 
 Objective = Callable[[TokenStatistics, slice], Tensor]
@@ -90,7 +91,7 @@ def rows_at_once(device: str, vocabulary: int) -> tuple[int, int]:
         device: Type of the device.
         vocabulary: V. On a CPU more than 82,000 tokens reduce the chunk, because its logits would take most of the memory.
     """
-    block = max(1, _BLOCK_BYTES.get(device, 2**26) // (4 * vocabulary))
+    block = max(1, (_CPU_BLOCK_BYTES if device == "cpu" else _BLOCK_BYTES) // (4 * vocabulary))
     if device != "cpu":
         return _CHUNK_ROWS, block
     return max(block, min(_CPU_CHUNK_ROWS, _CPU_CHUNK_BYTES // (4 * vocabulary))), block
@@ -242,7 +243,7 @@ class _Chunks:
         statistics = TokenStatistics(*torch.full(shape, torch.nan, dtype=product.wide, device=device).unbind())
         d_hidden = torch.zeros(hidden.shape, dtype=product.wide, device=device) if wanted[0] else None
         d_head = torch.zeros(head_weight.shape, dtype=product.wide, device=device) if wanted[1] else None
-        fused = (device.type == "cuda" and _compiles(device.type)) if self.compiled is None else self.compiled
+        fused = (is_gpu(device) and _compiles(device.type)) if self.compiled is None else self.compiled
         chunk_rows, block = rows_at_once(device.type, vocabulary)
         chunk_rows = self.chunk_rows or chunk_rows
         block = min(block, chunk_rows, max(1, n))

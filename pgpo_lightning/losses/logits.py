@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgpo_lightning.core.devices import is_gpu
+
 
 @dataclass
 class Head:
@@ -58,7 +60,7 @@ class Product:
         self.narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         # Only CUDA multiplies narrow matrices into wide ones. Elsewhere the operands are rounded, then widened. So are operands
         # in fp16 on CUDA, because the gradient of a logit is unscaled here and would mostly underflow.
-        self.native = device == "cuda" and self.narrow == torch.bfloat16
+        self.native = is_gpu(device) and self.narrow == torch.bfloat16
         self.operand_type = self.narrow if self.native else self.wide
 
     def operand(self, matrix: Tensor) -> Tensor:

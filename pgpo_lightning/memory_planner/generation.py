@@ -13,9 +13,9 @@ from pgpo_lightning.memory_planner.cards import Rates
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.flops import Width
 from pgpo_lightning.memory_planner.passes import decode_work, prefill_work
-from pgpo_lightning.memory_planner.rollouts import LOOK_EVERY
 from pgpo_lightning.memory_planner.work import TokenWork, Work
 from pgpo_lightning.memory_planner.workload import EngineKind
+from pgpo_lightning.rollout.transformers_engine import look_every
 
 DRAW_LAUNCHES = 26
 """Operations of drawing a token for all responses and recording it; counted on a CPU."""
@@ -106,7 +106,7 @@ def padded_segments(batch: list[Group], device: str, limit: int) -> Iterator[Seg
     """
     prompt = max(group.prompt for group in batch)
     lengths = sorted(length for group in batch for length in group.lengths)
-    active, done, every = len(lengths), 0, LOOK_EVERY[device]
+    active, done, every = len(lengths), 0, look_every(device)
     for tokens in (*range(every, limit, every), limit):
         going = len(lengths) - bisect_right(lengths, tokens)
         if going > 0 and going > 0.75 * active:

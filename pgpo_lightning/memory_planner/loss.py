@@ -2,6 +2,7 @@
 
 import torch
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.losses.fused import rows_at_once
 from pgpo_lightning.losses.fused_backward import BUFFERS
 from pgpo_lightning.memory_planner.dry_run import Compute
@@ -47,7 +48,7 @@ def loss_bytes(
     chunk, block = rows_at_once(device, vocabulary)
     chunk = min(tokens, chunk)
     narrow = 2 if compute.narrow in (torch.bfloat16, torch.float16) else 4
-    native = device == "cuda" and narrow == 2
+    native = is_gpu(device) and narrow == 2
     kept = WIDE * (tokens * hidden + trains_head * vocabulary * hidden + 6 * tokens)
     heads = [(compute.student, hidden)] * max(1, teachers) + [(compute.teacher, teacher_hidden or hidden)] * min(
         teachers, 1
@@ -59,8 +60,8 @@ def loss_bytes(
     elif narrow == 2:  # the rounded gradient and its fp32 copy exist together
         logits = max(logits, WIDE * chunk * vocabulary * (1 + (teachers > 0)) + (2 + WIDE) * chunk * vocabulary)
     rows = chunk * hidden * (narrow if native else 2 * WIDE)  # a chunk's hidden states and their gradient
-    work = 0 if device == "cuda" else BUFFERS * min(block, chunk) * vocabulary * WIDE
-    work += 4 * WIDE * vocabulary * (chunk if device == "cuda" else min(block, chunk)) * top_k
+    work = 0 if is_gpu(device) else BUFFERS * min(block, chunk) * vocabulary * WIDE
+    work += 4 * WIDE * vocabulary * (chunk if is_gpu(device) else min(block, chunk)) * top_k
     return kept + operands + logits + rows + work
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.memory_planner.counter import LiveBytes
 from pgpo_lightning.memory_planner.work import WorkCounter
 
@@ -118,7 +119,7 @@ def _whole_list(optimizer: torch.optim.Optimizer, device: str) -> bool:
     group = optimizer.param_groups[0]
     if "foreach" not in group or group.get("fused"):
         return False
-    return group["foreach"] or (group["foreach"] is None and device == "cuda")
+    return group["foreach"] or (group["foreach"] is None and is_gpu(device))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -1,6 +1,6 @@
 """Peak size of the cache of keys and values during rollouts."""
 
-LOOK_EVERY = {"cpu": 1, "cuda": 16}
+from pgpo_lightning.rollout.transformers_engine import look_every
 
 
 def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> int:
@@ -17,9 +17,9 @@ def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> 
         device: On cuda, ended responses are removed only at every 16th step.
     """
     active, room, highest = len(lengths), prompt, (tensors + 1) * len(lengths) * prompt
-    held = room * active  # of one tensor
+    held, every = room * active, look_every(device)  # bytes of one tensor
     for step in range(max(lengths)):
-        if step % LOOK_EVERY[device] == LOOK_EVERY[device] - 1:
+        if step % every == every - 1:
             going = sum(length > step + 1 for length in lengths)
             if going == 0:
                 break

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pgpo_lightning.core.devices import is_gpu
+
 MOVING = ("ema", "restart", "gated")
 """Teachers whose weights are saved. Other teachers have the weights of the student, or those of the start of the run.
 
@@ -40,5 +42,5 @@ def saving(
         keep: Number of checkpoints that are kept; None for all.
     """
     size = weights + teacher + state
-    host = size if gathered else largest if device == "cuda" else 0
+    host = size if gathered else largest if is_gpu(device) else 0
     return Saving(size, host, None if keep is None else (keep + 1) * size)

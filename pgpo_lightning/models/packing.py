@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from pgpo_lightning.core.devices import moved
+
 PromptSharing = Literal["never", "if-cheaper", "always"]
 """Whether equal prompts are computed once per forward pass: never, where that needs fewer padded tokens, or always."""
 
@@ -170,7 +172,7 @@ class Sequences:
             parts = [ids, torch.zeros_like(row), position + starts[row], targets, lengths, position_ids.unsqueeze(0)]
         else:
             parts = [_padded(sequences, pad_id), row, position, targets, lengths]
-        return cls(*(part.to(device) for part in parts))
+        return cls(*moved(parts, device))
 
     def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
         """Return the hidden states that predict the response tokens, ``(N, D)``.
@@ -227,17 +229,12 @@ class SharedSequences:
         row, position = _response_positions(pairs, [0] * len(pairs))
         targets = torch.tensor([token for _, response in pairs for token in response])
         counts = torch.tensor([len(response) for _, response in pairs])
-        return cls(
-            prompts=prompts.to(device),
-            prompt_lengths=lengths.to(device),
-            owner=torch.tensor(owner).to(device),
-            responses=responses.to(device),
-            mask=None if mask is None else mask.to(device),
-            row=row.to(device),
-            position=position.to(device),
-            targets=targets.to(device),
-            lengths=counts.to(device),
-        )
+        parts = [prompts, lengths, torch.tensor(owner), responses, row, position, targets, counts]
+        if mask is None:
+            prompts, lengths, owners, responses, *rest = moved(parts, device)
+        else:
+            prompts, lengths, owners, responses, *rest, mask = moved([*parts, mask], device)
+        return cls(prompts, lengths, owners, responses, mask, *rest)
 
     def hidden_states(self, decoder: Callable[..., Any], config: PretrainedConfig) -> Tensor:
         """Return the hidden states that predict the response tokens, ``(N, D)``; see :meth:`Sequences.hidden_states`."""

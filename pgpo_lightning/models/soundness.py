@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.models.decoding import WAYS, Way
 from pgpo_lightning.models.lm_head import damaged, source
 from pgpo_lightning.models.loading import evaluating, fp32_by_default, known_tokens, positions
@@ -32,7 +33,7 @@ _WIDEN = 3_000_000_000
 """Maximum parameters of a 16-bit model that is compared in fp32, where a fault cannot be confused with rounding."""
 _LONGEST = 4096
 """Longest span that is tried (tokens)."""
-_WORK = {"cpu": 1e12, "cuda": 1e15}
+_WORK, _GPU_WORK = 1e12, 1e15
 """Maximum of parameters times padded tokens in one comparison, so that it takes seconds."""
 _ways: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Way]]" = weakref.WeakKeyDictionary()
 _SPANS = re.compile(r"window|chunk|local|block_size|max_distance|topk|budget|rel_extent|mem_len|stride")
@@ -319,7 +320,7 @@ def _room(model: PreTrainedModel) -> float:
     """Return the longest span that can be tried in seconds."""
     size = sum(parameter.numel() for parameter in model.parameters())
     rows = 24  # padded, of all trials and layouts
-    return min(_LONGEST, _WORK.get(next(model.parameters()).device.type, 1e14) / (rows * size))
+    return min(_LONGEST, (_GPU_WORK if is_gpu(next(model.parameters()).device) else _WORK) / (rows * size))
 
 
 def _warn_of_untried_lengths(model: PreTrainedModel, longest: int) -> None:
@@ -363,8 +364,10 @@ def _comparable(model: PreTrainedModel) -> Iterator[None]:
         tensors = (*model.parameters(), *model.buffers())
         narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
     device = next(model.parameters()).device
-    cuda, plain = [device] if device.type == "cuda" else [], torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), plain, torch.random.fork_rng(cuda), fp32_by_default():
+    gpu = [device] if is_gpu(device) else []
+    generators = torch.random.fork_rng(gpu, device_type=device.type if gpu else "cuda")
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), plain, generators, fp32_by_default():
         try:
             torch.set_float32_matmul_precision("highest")
             for tensor, _ in narrow:

@@ -265,9 +265,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.reported = self.reporter.scalars(samples, statistics, self.scalars, timer.seconds, self.device) | counts
         self.last_samples = samples
         step_report.log_to_loggers(self.trainer, self.reported, self.steps)
-        self.log_dict(self.reported, logger=False, batch_size=len(samples))  # for callbacks that monitor a metric
+        step_report.log(self, self.reported, logger=False, batch_size=len(samples))  # for callbacks that monitor it
         bar = self.reporter.progress_bar(self.reported, statistics)
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(samples))
+        step_report.log(self, bar, prog_bar=True, logger=False, batch_size=len(samples))
 
     def scale_rates(self, optimizer: Optimizer, factor: float) -> None:
         """Multiply all learning rates for the rest of the optimizer step that is under way; the step puts them back."""
@@ -309,8 +309,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics(scores, step=0)
             return
-        self.log_dict({**scores, "step": float(self.steps)})
-        self.log("score", scores[self.evaluator.score_tag], prog_bar=True, logger=False)
+        step_report.log(self, {**scores, "step": float(self.steps)})
+        step_report.log(self, {"score": scores[self.evaluator.score_tag]}, prog_bar=True, logger=False)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

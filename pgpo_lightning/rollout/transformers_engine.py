@@ -140,7 +140,7 @@ def _sample(
     active = torch.arange(total, device=device)  # responses that are still in the batch
     seeds = None if streams is None else torch.tensor(streams, device=device)
     ended = torch.zeros(total, dtype=torch.bool, device=device)
-    looked = 0
+    looked, every = 0, look_every(device.type)
     for step in range(sampling.max_tokens):
         logits = decoding.logits.float()  # (active, V)
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
@@ -151,34 +151,41 @@ def _sample(
         log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0.0)
         ended |= torch.isin(token, end_ids)
         last = step + 1 == sampling.max_tokens
-        if last or _looks(device, step):
-            _check_finite(log_probs, looked, step)
+        if last or step % every == every - 1:
+            # In one transfer, because the host waits for a GPU at each.
+            seen = torch.cat([ended, log_probs[looked : step + 1].isfinite().all().unsqueeze(0)]).cpu()
+            if not seen[-1]:
+                raise _not_finite(log_probs[looked : step + 1].cpu(), looked)
             looked = step + 1
-            going = (~ended).nonzero().squeeze(1)
+            going = (~seen[:-1]).nonzero().squeeze(1)
             if last or not len(going):
                 break
             if len(going) <= _WORTH_LEAVING * len(active):
+                going = going.to(device)
                 decoding.keep(going)
                 token, active, ended = token[going], active[going], ended[going]
         decoding.append(token)
     return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()
 
 
-def _looks(device: torch.device, step: int) -> bool:
-    """Return whether to check for ended responses at this step, which synchronises host and device."""
-    return device.type == "cpu" or step % _LOOK_EVERY == _LOOK_EVERY - 1
+def look_every(device: str) -> int:
+    """Return the tokens between two looks for ended responses. On a GPU the host waits for it at each.
+
+    Args:
+        device: Type of the device.
+    """
+    return 1 if device == "cpu" else _LOOK_EVERY
 
 
-def _check_finite(log_probs: Tensor, first: int, last: int) -> None:
-    """Raise :class:`NotFiniteError` if a token from step `first` to `last` was drawn from logits that are not finite."""
-    bad = ~log_probs[first : last + 1].isfinite()
-    if bad.any():
-        step = int(bad.any(1).nonzero()[0])
-        raise NotFiniteError(
-            f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
-            "NaN or infinity among them. Either weights are no longer finite (go back to a checkpoint, and lower the learning "
-            "rate), or float16 overflows: set `model_config.dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
-        )
+def _not_finite(log_probs: Tensor, first: int) -> NotFiniteError:
+    """Return the error for tokens from step `first` on, of which some were drawn from logits that are not finite."""
+    bad = ~log_probs.isfinite()
+    step = int(bad.any(1).nonzero()[0])
+    return NotFiniteError(
+        f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
+        "NaN or infinity among them. Either weights are no longer finite (go back to a checkpoint, and lower the learning "
+        "rate), or float16 overflows: set `model_config.dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
+    )
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:

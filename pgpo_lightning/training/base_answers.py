@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.core.errors import PACKAGES
 from pgpo_lightning.core.files import replacing
 from pgpo_lightning.core.run_settings import describe, tokenizer_identity
@@ -124,7 +125,7 @@ class BaseAnswers:
                 torch.backends.cpu.get_cpu_capability(),
                 torch.get_num_threads(),
             ],
-            "device": [str(device), torch.cuda.get_device_name(device) if kind == "cuda" else ""],
+            "device": [str(device), torch.cuda.get_device_name(device) if is_gpu(device) else ""],
             "precision": [
                 str(torch.get_default_dtype()),
                 str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "",

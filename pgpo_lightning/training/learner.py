@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.devices import moved
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import FullySharded, Placement, Replicated, full_tensor
@@ -187,8 +188,8 @@ class Learner:
             )
         values, weight = route.token_loss(tokens, given), self.importance_weight(tokens, given)
         device = self.model.device
-        rewards = torch.tensor([sample.verdict.reward for sample in samples], dtype=torch.float32, device=device)
-        questions = torch.tensor([sample.rollout.question.index for sample in samples], device=device)
+        judged = [[s.verdict.reward for s in samples], [s.rollout.question.index for s in samples]]
+        rewards, questions = moved([torch.tensor(values, dtype=torch.float32) for values in judged], device)
         statistics = StepStatistics.from_tokens(
             tokens, values, given.sampler, weight, sequences.lengths, rewards, questions, bool(teacher)
         )

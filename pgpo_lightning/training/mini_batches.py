@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgpo_lightning.core.devices import moved
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.fused import TokenStatistics
 from pgpo_lightning.models.packing import Packing, PaddedTokens
@@ -207,7 +208,16 @@ class TokenInputs:
             ValueError: If only some of the samples have `old_log_probs`.
         """
         device = lengths.device
-        sampler = torch.cat([sample.rollout.log_probs for sample in samples]).to(device)
+        parts = {
+            "sampler": torch.cat([sample.rollout.log_probs for sample in samples]),
+            "advantage": torch.tensor([sample.advantage for sample in samples]),
+        }
+        if any(sample.weight != 1 for sample in samples):
+            parts["weight"] = torch.tensor([sample.weight for sample in samples])
+        if any(sample.demonstration for sample in samples):
+            parts["demonstration"] = torch.tensor([sample.demonstration for sample in samples])
+        there = dict(zip(parts, moved([part.float() for part in parts.values()], device), strict=True))
+        sampler = there["sampler"]
 
         def per_token(values: Tensor) -> Tensor:
             return values.repeat_interleave(lengths, output_size=sampler.numel())
@@ -215,21 +225,25 @@ class TokenInputs:
         coefficient = (
             scale / lengths if by_sequence else torch.full(lengths.shape, scale, dtype=torch.float32, device=device)
         )
-        if any(sample.weight != 1 for sample in samples):
-            weight = torch.tensor([sample.weight for sample in samples], dtype=torch.float32, device=device)
-            coefficient = coefficient * weight
-        advantage = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32, device=device)
+        if "weight" in there:
+            coefficient = coefficient * there["weight"]
         old = demonstration = reference = None
         if all(sample.reference_log_probs is not None for sample in samples):
             known = [sample.reference_log_probs for sample in samples if sample.reference_log_probs is not None]
             reference = torch.cat(known).to(device)
         if any(sample.old_log_probs is not None for sample in samples):
             old = torch.cat([_old_log_probs(sample) for sample in samples]).to(device)
-        if any(sample.demonstration for sample in samples):
-            demonstration = per_token(torch.tensor([sample.demonstration for sample in samples], device=device))
+        if "demonstration" in there:
+            demonstration = per_token(there["demonstration"]).bool()
         taught = samples[0].reprompt_ids is not None
         return cls(
-            sampler, per_token(coefficient), per_token(advantage), old, taught, demonstration, reference=reference
+            sampler,
+            per_token(coefficient),
+            per_token(there["advantage"]),
+            old,
+            taught,
+            demonstration,
+            reference=reference,
         )
 
     def __getitem__(self, part: slice) -> "TokenInputs":

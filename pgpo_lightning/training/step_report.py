@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.information import information
@@ -78,7 +80,7 @@ class StepReporter:
             seconds: Seconds of each phase; the largest of all ranks, because the others wait for the slowest.
             device: Whose highest memory (GiB) is logged, if it is a GPU.
         """
-        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu(device) else None
         shared = gather((scalars, seconds, memory))
         divergence, teaching = self.objective.divergence, self.objective.teaching
         # A bound is for teachers with the student's weights, which are not far from it at first.
@@ -147,6 +149,15 @@ class StepReporter:
         rank_zero_warn(
             f"Step {step}: no rollout is in the loss, so no optimizer step was taken ({total} so far). {why}"
         )
+
+
+def log(module: L.LightningModule, scalars: dict[str, float], **settings: Any) -> None:
+    """Log scalars with ``LightningModule.log_dict``, as fp32 tensors on the CPU.
+
+    Lightning would make each number a tensor of the default dtype on the device, and copy it back: two waits for a GPU per value.
+    """
+    on_host = {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in scalars.items()}
+    module.log_dict(on_host, **settings)
 
 
 def log_to_loggers(trainer: L.Trainer, scalars: dict[str, float], step: int) -> None:

@@ -1,5 +1,6 @@
 """The shape of the package: where files stand, how long they are, and what a newcomer sees of a module."""
 
+import ast
 import inspect
 import pydoc
 
@@ -56,3 +57,17 @@ def test_help_shows_and_explains_every_argument(module):
     for parameter in parameters:
         assert parameter.annotation is not parameter.empty
         assert text.count(f"\n |      {parameter.name}: ") == 1, parameter.name
+
+
+def test_what_is_a_gpu_is_decided_in_one_place():
+    """Another comparison would take no GPU of another type for one, and would not be seen by the tests on a pretended GPU."""
+    found = []
+    for folder in ("pgpo_lightning", "callbacks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+                compared += node.keys if isinstance(node, ast.Dict) else []
+                texts = [part.value for part in compared if isinstance(part, ast.Constant)]
+                if "cuda" in texts or (isinstance(node, ast.Attribute) and node.attr == "is_cuda"):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []

@@ -245,9 +245,7 @@ class Breaking(nn.Module):
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("look", [1, 16])
 def test_logits_that_are_not_finite_are_an_error_that_says_so(value, at, top_p, look, monkeypatch):
-    monkeypatch.setattr(
-        "pgpo_lightning.rollout.transformers_engine._looks", lambda device, step: step % look == look - 1
-    )
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine.look_every", lambda device: look)
     model = ending_model(-30.0)  # nothing ends
     way_to_sample(model, 64)
     Breaking(model, at, value)
@@ -275,7 +273,7 @@ def test_what_is_not_finite_behind_the_end_of_a_response_is_nobodys_business(mon
     model = ending_model(30.0)
     way_to_sample(model, 64)
     # As on a GPU: ended responses stay in the batch.
-    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine._looks", lambda *_: False)
+    monkeypatch.setattr("pgpo_lightning.rollout.transformers_engine.look_every", lambda *_: 10**9)
     Breaking(model, 1, float("nan"))
     rollouts = generate(model, prompts_of(5, 9), n=2)
     assert responses(rollouts) == [[EOS]] * 4
