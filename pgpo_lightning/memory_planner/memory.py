@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.memory_planner.dry_run import (
     Compute,
     Peaks,
@@ -141,6 +142,22 @@ def visiting_bytes(count: Count, compute: Compute) -> int:
     linear = count.matrices + (0 if count.tied else count.head)
     narrow = (compute.autocast or compute.teacher).itemsize
     return linear * narrow + (count.total - linear) * compute.teacher.itemsize
+
+
+def sampling_copies(count: Count, compute: Compute, device: str) -> int:
+    """Return the bytes of the weights that are copied for sampling (:mod:`pgpo_lightning.models.sampling_weights`).
+
+    Args:
+        count: Parameters of the model.
+        compute: Types.
+        device: cuda or cpu.
+    """
+    linear = count.matrices * compute.narrow.itemsize if compute.autocast not in (None, compute.student) else 0
+    if compute.narrow == torch.float32:
+        return linear
+    native = is_gpu(device) and compute.narrow == torch.bfloat16
+    same = native and compute.student == compute.narrow
+    return linear + count.head * (0 if same else compute.narrow.itemsize if native else torch.float32.itemsize)
 
 
 def gathered_bytes(

@@ -21,6 +21,7 @@ from pgpo_lightning.memory_planner.memory import (
     gathered_bytes,
     micro_batch_bytes,
     sampling_bytes,
+    sampling_copies,
     standing_bytes,
     update_need,
     visiting_bytes,
@@ -226,7 +227,10 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
 
     sampled = _sampled(run, rows)
     sampling, _ = sampling_bytes(run.config, compute, sampled, run.device)
-    need.phases["rollouts"] = sampling | {"gathered weights": gathered["rollouts"]}
+    sharded = run.sharding.kind == "fsdp"  # gathered in the type of the products
+    held = replace(compute, student=compute.narrow) if sharded else compute
+    standing = {"gathered weights": gathered["rollouts"], "16-bit copies": sampling_copies(counted, held, run.device)}
+    need.phases["rollouts"] = sampling | standing
     need.absent["rollouts"] = ("gradients",)
     if run.evaluated:
         n, each = run.evaluated, min(run.eval_samples, run.evaluated)  # every response may reach the limit
@@ -240,7 +244,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
             if tested != like or run.nucleus
             else dict(sampling)
         )
-        need.phases["evaluation"] |= {"gathered weights": gathered["rollouts"]}
+        need.phases["evaluation"] |= standing
         need.absent["evaluation"] = ("gradients",)
 
     teachers_run = ["student"] * len(teachers) if run.adapters is not None and external is None else teachers

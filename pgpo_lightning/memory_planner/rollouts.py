@@ -17,7 +17,7 @@ def roomy_tokens(prompt: int, lengths: list[int], tensors: int, device: str) -> 
         device: On cuda, ended responses are removed only at every 16th step.
     """
     active, room, highest = len(lengths), prompt, (tensors + 1) * len(lengths) * prompt
-    held, every = room * active, look_every(device)  # bytes of one tensor
+    held, every = room * active, look_every(device)  # `held` of one tensor
     for step in range(max(lengths)):
         if step % every == every - 1:
             going = sum(length > step + 1 for length in lengths)

@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.sampling_weights import wide_logits
+
 
 @dataclass(frozen=True)
 class Way:
@@ -50,6 +53,23 @@ class Decoding(ABC):
         """Keep only the responses with these indices. Their logits are undefined until the next :meth:`append`."""
 
 
+class _NextToken:
+    """Logits of the next token, ``(sequences, V)``: the model's own or, where those are in 16 bits, fp32 ones."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.wide = wide_logits(model)
+        self.run = model if self.wide is None else decoder(model)
+        self.known = inspect.signature(self.run.forward).parameters
+
+    def __call__(self, ids: Tensor, **inputs: Any) -> Tensor:
+        """Run the model on token ids, with those of the other inputs that it knows."""
+        inputs = {name: value for name, value in inputs.items() if name in self.known} | {"use_cache": True}
+        if self.wide is not None:
+            return self.wide(self.run(input_ids=ids, **inputs).last_hidden_state[:, -1])
+        few = {"logits_to_keep": 1} if "logits_to_keep" in self.known else {}
+        return self.run(input_ids=ids, **inputs, **few).logits[:, -1]
+
+
 class Cached(Decoding):
     """Decoding with a cache: keys and values, or another state that the layers of the model keep.
 
@@ -61,8 +81,7 @@ class Cached(Decoding):
     """
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> None:
-        self.model = model
-        self.known = inspect.signature(model.forward).parameters
+        self.model = _NextToken(model)
         device = next(model.parameters()).device
         self.width = width = max(map(len, prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -99,11 +118,9 @@ class Cached(Decoding):
         inputs: dict[str, Any] = {
             "attention_mask": None if self.mask is None else self.mask[:, : self.width],
             "position_ids": positions,
-            "cache_params" if "cache_params" in self.known else "past_key_values": self.cache,
-            "logits_to_keep": 1,
+            "cache_params" if "cache_params" in self.model.known else "past_key_values": self.cache,
         }
-        inputs = {name: value for name, value in inputs.items() if name in self.known}
-        return self.model(input_ids=ids, use_cache=True, **inputs).logits[:, -1]
+        return self.model(ids, **inputs)
 
 
 class Uncached(Decoding):
@@ -116,7 +133,7 @@ class Uncached(Decoding):
     """
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], n: int) -> None:
-        self.model = model
+        self.model, self.wide = model, wide_logits(model)
         device = next(model.parameters()).device
         longest = max(map(len, prompts))
         self.ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
@@ -135,12 +152,16 @@ class Uncached(Decoding):
         self.ids, self.lengths = self.ids[rows], self.lengths[rows]
 
     def _run(self) -> Tensor:
+        rows = torch.arange(len(self.ids), device=self.ids.device)
+        if self.wide is not None:
+            hidden = decoder(self.model)(input_ids=self.ids, use_cache=False).last_hidden_state
+            return self.wide(hidden[rows, self.lengths - 1])
         ends, which = (self.lengths - 1).unique(return_inverse=True)
         few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         inputs = {"logits_to_keep": ends} if few else {}
         logits = self.model(input_ids=self.ids, use_cache=False, **inputs).logits
         place = which if few else self.lengths - 1
-        return logits[torch.arange(len(logits), device=logits.device), place]
+        return logits[rows, place]
 
 
 class _RoomyLayer(DynamicLayer):

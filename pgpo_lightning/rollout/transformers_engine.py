@@ -10,6 +10,7 @@ from pgpo_lightning.core.types import Question, Rollout
 from pgpo_lightning.losses.top_k import likeliest
 from pgpo_lightning.models.decoding import Way
 from pgpo_lightning.models.loading import decode, evaluating
+from pgpo_lightning.models.sampling_weights import sampling_weights
 from pgpo_lightning.models.soundness import way_to_sample
 from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling, end_tokens
 
@@ -53,7 +54,7 @@ class TransformersEngine(Engine):
         prompts_at_once, responses_at_once = max(1, limit // n), min(n, limit)
         way = way_to_sample(model, max(map(len, prompts), default=1) + sampling.max_tokens)
         found: list[list[Rollout]] = [[] for _ in questions]
-        with evaluating(model):
+        with evaluating(model), sampling_weights(model):
             for group in _batchable(prompts, way):
                 for start in range(0, len(group), prompts_at_once):
                     part = group[start : start + prompts_at_once]
