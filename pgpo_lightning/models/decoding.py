@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.sampling_weights import wide_logits
@@ -21,17 +21,29 @@ class Way:
     Attributes:
         cache: Whether keys and values are kept. Otherwise every token takes a pass over the whole sequence.
         padding: Whether prompts of different lengths may be in one batch.
+        own_mask: Whether the attention mask of every token is made here. That of transformers lets the host wait for a GPU at
+            every token.
     """
 
     cache: bool
     padding: bool
+    own_mask: bool = False
+
+    def suits(self, model: PreTrainedModel) -> bool:
+        """Return whether it is worth a trial with a model."""
+        return not self.own_mask or _takes_own_mask(model)
 
     def start(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> "Decoding":
         """Run each prompt once, and return the decoding of `n` responses of at most `max_tokens` tokens to each."""
-        return Cached(model, prompts, n, max_tokens) if self.cache else Uncached(model, prompts, n)
+        return Cached(model, prompts, n, max_tokens, self.own_mask) if self.cache else Uncached(model, prompts, n)
 
 
-WAYS = (Way(cache=True, padding=True), Way(cache=True, padding=False), Way(cache=False, padding=True))
+WAYS = (
+    Way(cache=True, padding=True, own_mask=True),
+    Way(cache=True, padding=True),
+    Way(cache=True, padding=False),
+    Way(cache=False, padding=True),
+)
 """From the fastest to the one that works with every causal model."""
 
 
@@ -50,7 +62,7 @@ class Decoding(ABC):
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Keep only the responses with these indices. Their logits are undefined until the next :meth:`append`."""
+        """Keep only the responses with these indices, on the CPU. Logits are undefined until the next :meth:`append`."""
 
 
 class _NextToken:
@@ -78,45 +90,66 @@ class Cached(Decoding):
         prompts: Token ids.
         n: Responses per prompt.
         max_tokens: Maximum tokens of a response.
+        own_mask: See :class:`Way`.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int, own_mask: bool = False
+    ) -> None:
         self.model = _NextToken(model)
         device = next(model.parameters()).device
         self.width = width = max(map(len, prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        self.padding = [width - len(prompt) for prompt in prompts]  # of every prompt, then of every response
+        self.kinds = _kinds(model, self.cache.layers) if own_mask else {}
         self.mask = None
-        if min(map(len, prompts)) < width:  # padding on the left, so that all responses begin at the same position
+        if any(self.padding):  # on the left, so that all responses begin at the same position
             self.mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
-        logits = self._run(ids, positions)
+        mask = None if self.mask is None else self.mask[:, :width]
+        logits = self._run(ids, positions, mask)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
         self.position = lengths - 1  # (prompts,), and (responses,) after the selection
-        self._select(rows)
+        self._select(rows, [padded for padded in self.padding for _ in range(n)])
         self.logits = logits[rows]  # (responses, V)
+        if self.kinds and self.mask is not None:
+            self.mask = self.mask.bool()[:, None, None]
 
     def append(self, tokens: Tensor) -> None:
         """See :meth:`Decoding.append`."""
         self.width += 1
         self.position = self.position + 1
-        self.logits = self._run(tokens.unsqueeze(1), self.position.unsqueeze(1))
+        self.logits = self._run(tokens.unsqueeze(1), self.position.unsqueeze(1), self._mask())
 
     def keep(self, rows: Tensor) -> None:
         """See :meth:`Decoding.keep`."""
-        self._select(rows)
+        self._select(rows.to(self.position.device), [self.padding[row] for row in rows.tolist()])
 
-    def _select(self, rows: Tensor) -> None:
+    def _mask(self) -> Tensor | dict[str, Tensor] | None:
+        """Return the mask of the newest token: ``(responses, width)``, or ``(responses, 1, 1, keys)``, by kind of layer."""
+        if self.mask is None or (self.kinds and not any(self.padding)):
+            return None
+        if not self.kinds:
+            return self.mask[:, : self.width]
+        masks = {}
+        for kind, layer in self.kinds.items():
+            keys, start = layer.get_mask_sizes(1)
+            masks[kind] = self.mask[..., start : start + keys]
+        return masks if len(masks) > 1 else masks[kind]
+
+    def _select(self, rows: Tensor, padding: list[int]) -> None:
+        self.padding = padding
         # Not `batch_select_indices`, which layers with a recurrent state lack, or which drops that state.
         self.cache.reorder_cache(cast("torch.LongTensor", rows))
         self.position = self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
         inputs: dict[str, Any] = {
-            "attention_mask": None if self.mask is None else self.mask[:, : self.width],
+            "attention_mask": mask,
             "position_ids": positions,
             "cache_params" if "cache_params" in self.model.known else "past_key_values": self.cache,
         }
@@ -149,6 +182,7 @@ class Uncached(Decoding):
 
     def keep(self, rows: Tensor) -> None:
         """See :meth:`Decoding.keep`."""
+        rows = rows.to(self.ids.device)
         self.ids, self.lengths = self.ids[rows], self.lengths[rows]
 
     def _run(self) -> Tensor:
@@ -162,6 +196,19 @@ class Uncached(Decoding):
         logits = self.model(input_ids=self.ids, use_cache=False, **inputs).logits
         place = which if few else self.lengths - 1
         return logits[rows, place]
+
+
+def _takes_own_mask(model: PreTrainedModel) -> bool:
+    """Return whether all layers are attention, of whole sequences or windows, in a form whose mask is bool."""
+    layers = DynamicCache(config=model.config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return plain and model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def _kinds(model: PreTrainedModel, layers: list[Any]) -> dict[str, Any]:
+    """Return a layer of the cache for each kind of layer that the model's configuration names."""
+    names = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(layers)
+    return dict(zip(names, layers, strict=False))
 
 
 class _RoomyLayer(DynamicLayer):

@@ -124,7 +124,7 @@ def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
 
     with _comparable(model):
         for way in WAYS:
-            if not (reason := failure(way, longest)):
+            if way.suits(model) and not (reason := failure(way, longest)):
                 _ways[model] = (longest, way)
                 return way
         advice = _length_advice(model, longest, lambda length: failure(WAYS[-1], length))
@@ -201,7 +201,7 @@ def _grown(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
         if not going:
             break
         if len(going) < len(rows):
-            decoding.keep(torch.tensor(going, device=device))
+            decoding.keep(torch.tensor(going, device="cpu"))
             rows, ids = [rows[k] for k in going], ids[going]
         decoding.append(ids)
     return [_equal_or_nan(torch.stack(first), second) for first, second in log_p]

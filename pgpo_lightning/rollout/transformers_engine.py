@@ -162,8 +162,8 @@ def _sample(
             if last or not len(going):
                 break
             if len(going) <= _WORTH_LEAVING * len(active):
-                going = going.to(device)
                 decoding.keep(going)
+                going = going.to(device)
                 token, active, ended = token[going], active[going], ended[going]
         decoding.append(token)
     return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()

@@ -43,6 +43,8 @@ def check(run, done):
         more += 2 * (run["module"] == "HAPO")  # what belongs to demonstrations
         most = WAITS_PER_PASS + more
         assert done.learning.waits.total() <= most * done.passes, done.learning.report()
+    # A copy of the weights, a batch's start and end, and a look at every 16th token.
+    assert done.decoding.waits.total() <= 12 * done.batches + done.tokens / 16, done.decoding.report()
 
 
 @pytest.mark.filterwarnings("ignore:Weights in bfloat16 and an optimizer that rounds to nearest")

@@ -1,0 +1,62 @@
+"""Sampling on a pretended GPU: how often the host waits for it, and what is computed again for every token."""
+
+import pytest
+import torch
+
+from pgpo_lightning.models.soundness import way_to_sample
+from pgpo_lightning.rollout import transformers_engine
+from tests.support.architectures import tiny
+from tests.support.helpers import TOKENIZER, tiny_model
+from tests.support.pretended_gpu import NAME, counting
+from tests.support.pretended_gpu.fixture import take_for_gpu
+from tests.support.sampling import generate, prompts_of
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    take_for_gpu(monkeypatch)
+
+
+def decoding(monkeypatch, lengths, precision=torch.float32, model=None, tokens=33):
+    """What it takes to decode so many tokens of two responses to each prompt, none of which ends."""
+    monkeypatch.setattr(transformers_engine, "end_tokens", lambda *_: {10**9})
+    model = (model or tiny_model(tie_word_embeddings=False)).to(NAME)
+    prompts = prompts_of(*lengths)
+    way_to_sample(model, 64)
+    with counting() as counts, torch.autocast(NAME, precision, enabled=precision != torch.float32, cache_enabled=False):
+        generate(model, prompts, 2, max_tokens=tokens)
+    return counts
+
+
+def per_token(monkeypatch, *settings):
+    """Waits, operations and elements of weights that were cast, per token: of 32 tokens more."""
+    long, short = (decoding(monkeypatch, *settings, tokens=tokens) for tokens in (49, 17))
+    return tuple(
+        (getattr(long, name).total() - getattr(short, name).total()) / 32 for name in ("waits", "operations", "cast")
+    )
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 9, 3)])
+def test_the_host_waits_at_most_once_in_sixteen_tokens_and_no_weight_is_cast(lengths, precision, monkeypatch):
+    waits, operations, cast = per_token(monkeypatch, lengths, precision)
+    assert 0 < waits <= 1 / 16
+    assert cast == 0
+    assert operations < (150 if precision == torch.float32 else 190)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "mistral"])
+def test_nor_does_it_with_sliding_windows(name, monkeypatch):
+    waits, _, _ = per_token(monkeypatch, (5, 9, 3), torch.float32, tiny(name, vocab_size=len(TOKENIZER)))
+    assert 0 < waits <= 1 / 16
+
+
+def test_a_look_at_every_token_is_found(monkeypatch):
+    draw = transformers_engine._draw
+
+    def looking(weights, uniform):
+        assert weights.sum().item() > 0
+        return draw(weights, uniform)
+
+    monkeypatch.setattr(transformers_engine, "_draw", looking)
+    assert per_token(monkeypatch, (5, 5, 5))[0] > 1
