@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.core.seeding import derive_seed, uniform
 from pgpo_lightning.core.settings import Count, checked
 from pgpo_lightning.core.types import Question, Rollout
@@ -16,6 +17,7 @@ from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling, end_
 
 _LOOK_EVERY = 16  # steps between two checks for ended responses on a GPU
 _NUCLEUS = (128, 1024)  # on a CPU, numbers of likeliest tokens that are tried before the whole vocabulary is sorted
+_ONE = 2**40  # probability 1 where probabilities are integers
 _WORTH_LEAVING = 0.75  # if at most this fraction of the responses goes on, copying their keys and values pays off
 
 
@@ -196,6 +198,10 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
         weights: Probabilities up to a factor, shape ``(n, V)``.
         uniform: Random numbers in [0, 1), shape ``(n, 1)``.
     """
+    if _sums_integers(weights.device):
+        whole = (weights * _ONE).long().cumsum(-1)  # (n, V)
+        reach = ((1 - uniform).double() * whole[:, -1:]).ceil().long()
+        return torch.searchsorted(whole, reach).squeeze(1).clamp(max=weights.size(-1) - 1)
     cumulative = weights.cumsum(-1)  # (n, V)
     # 1 - u lies in (0, 1], so a token of probability zero is never the first to reach it.
     place = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:]).squeeze(1)
@@ -228,6 +234,20 @@ def _draw_nucleus(p: Tensor, uniform: Tensor, top_p: float) -> Tensor:
         token[rows[found]] = ids[found, places[found]]
         rows = rows[~found]
     if len(rows):
-        nucleus = TopPLogitsWarper(top_p)
-        token[rows] = _draw(nucleus(None, p[rows].log()).exp(), uniform[rows])
+        token[rows] = _draw(_nucleus(p[rows], top_p), uniform[rows])
     return token
+
+
+def _nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Return probabilities ``(n, V)`` with those outside of the nucleus set to 0, by sorting the whole vocabulary."""
+    if not _sums_integers(p.device):
+        return TopPLogitsWarper(top_p)(None, p.log()).exp()
+    ordered, order = p.sort(-1, descending=True)
+    whole = (ordered * _ONE).long()
+    inside = whole.cumsum(-1) - whole < int(top_p * _ONE)
+    return torch.zeros_like(p).scatter(-1, order, torch.where(inside, ordered, 0.0))
+
+
+def _sums_integers(device: torch.device) -> bool:
+    """Return whether cumulative sums are taken of integers: CUDA has no deterministic ones of floating-point numbers."""
+    return is_gpu(device) and torch.are_deterministic_algorithms_enabled()

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from pgpo_lightning.core.seeding import derive_seed
 from pgpo_lightning.models.soundness import way_to_sample
 from pgpo_lightning.rollout import transformers_engine
 from tests.support.architectures import tiny
 from tests.support.helpers import TOKENIZER, tiny_model
 from tests.support.pretended_gpu import NAME, counting
 from tests.support.pretended_gpu.fixture import take_for_gpu
-from tests.support.sampling import generate, prompts_of
+from tests.support.sampling import ending_model, generate, prompts_of, responses
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +61,19 @@ def test_a_look_at_every_token_is_found(monkeypatch):
 
     monkeypatch.setattr(transformers_engine, "_draw", looking)
     assert per_token(monkeypatch, (5, 5, 5))[0] > 1
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_draws_are_deterministic_where_that_is_wanted_and_those_of_the_cpu(top_p, monkeypatch):
+    model, prompts = ending_model(), prompts_of(5, 9, 3)
+    seeds = [derive_seed("question", i) for i in range(3)]
+    expected = responses(generate(model, prompts, n=4, seeds=seeds, top_p=top_p))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    way_to_sample(model.to(NAME), 64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert responses(generate(model, prompts, n=4, seeds=seeds, top_p=top_p)) == expected
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.ones(3, device=NAME).cumsum(0)
+    finally:
+        torch.use_deterministic_algorithms(False)

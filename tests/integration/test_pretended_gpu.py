@@ -61,6 +61,13 @@ def test_every_pair_of_settings_that_go_together_is_in_a_fit():
     assert len(pairs) == len(FACTORS["teacher"]) * len(FACTORS["precision"])
 
 
+def test_a_deterministic_fit(external, tmp_path, monkeypatch):
+    try:
+        check(PLAIN, fit(PLAIN, tmp_path, external, monkeypatch, deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # --- the check fails where a real GPU would
 
 
