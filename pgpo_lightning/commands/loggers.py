@@ -1,6 +1,7 @@
 """Loggers of the command line: they write into the folder of the run, and only once nothing refuses the run any more."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from lightning.pytorch.loggers.utilities import _log_hyperparams
 
 from pgpo_lightning.callbacks import RunSummary
 from pgpo_lightning.modules import OnPolicyModule
+
+PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
+"""What Lightning's loggers need that this package does not."""
 
 NAMED = {"WandbLogger": "name", "MLFlowLogger": "run_name"}
 """Arguments for the name under which a run is listed."""
@@ -22,14 +26,28 @@ def in_folder(loggers: Any, folder: Path) -> None:
         loggers: The setting `trainer.logger`, not yet built: one, several, true, false or null. A `save_dir` that is empty or
             ``.``, which is the default of ``WandbLogger``, names no folder.
         folder: Of the run.
+
+    Raises:
+        ValueError: If the package of a logger is not installed.
     """
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         settings = getattr(logger, "init_args", None)
         if settings is None:
             continue
+        kind = logger.class_path.rpartition(".")[2]
+        package = PACKAGES.get(kind)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(
+                f"Expected the package {package} for `trainer.logger` {kind}, but it is not installed. Run `pip install "
+                f"{package}`, or choose another logger."
+            )
+        if kind == "MLFlowLogger" and settings.get("tracking_uri") is None:
+            settings["tracking_uri"] = (
+                "sqlite:///mlflow.db"  # MLflow's default; it refuses Lightning's, a folder of files
+            )
         if settings.get("save_dir") in ("", "."):
             settings["save_dir"] = str(folder)
-        name = NAMED.get(logger.class_path.rpartition(".")[2])
+        name = NAMED.get(kind)
         if name is not None and settings.get(name) is None:
             settings[name] = folder.resolve().name
 

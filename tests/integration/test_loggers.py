@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -14,6 +15,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from pgpo_lightning import RunSummary, ToyArithmetic
 from pgpo_lightning.callbacks.resume_checkpoint import ResumeCheckpoint
 from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.commands.loggers import in_folder
 from pgpo_lightning.commands.main import main
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.monitoring.curves import layout, read_scalars
@@ -155,6 +157,18 @@ def test_a_refused_run_is_in_no_tracker(tensorboard, tmp_path):
     assert STARTED == []
     assert not list((tmp_path / "again").glob("events*"))
     assert sorted(tensorboard.rglob("*")) == before
+
+
+def test_a_logger_without_its_package_is_named_and_mlflow_has_a_store_that_it_takes(monkeypatch, tmp_path):
+    mlflow = Namespace(class_path="lightning.pytorch.loggers.MLFlowLogger", init_args=Namespace(run_name=None))
+    monkeypatch.setattr("pgpo_lightning.commands.loggers.find_spec", lambda package: None)
+    with pytest.raises(
+        ValueError, match=r"package mlflow for `trainer.logger` MLFlowLogger, .* Run `pip install mlflow`"
+    ):
+        in_folder([True, mlflow], tmp_path / "mine")
+    monkeypatch.setattr("pgpo_lightning.commands.loggers.find_spec", lambda package: package)
+    in_folder(mlflow, tmp_path / "mine")
+    assert mlflow.init_args == Namespace(run_name="mine", tracking_uri="sqlite:///mlflow.db")
 
 
 def test_callbacks_that_ask_for_a_logger_find_one(tmp_path):
