@@ -57,7 +57,7 @@ def decode_work(config: PretrainedConfig, compute: Compute, padded: bool) -> Tok
 
 def _decode(model: PreTrainedModel, compute: Compute, rows: int, length: int, padded: bool) -> Work:
     ids, positions = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64)
-    mask = torch.ones(rows, length, dtype=torch.int64) if padded else None
+    mask = torch.ones(rows, 1, 1, length, dtype=torch.bool) if padded else None  # the sampler's own
     cache = DynamicCache(config=model.config)
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
     with dry_run.autocast(compute), torch.no_grad():
