@@ -160,6 +160,7 @@ def test_every_interval_of_hapo_is_known():
         ("collapse/runs.jsonl.xz", ["collapse"], 6),
         ("premise-crossed/runs.jsonl.xz", ["premise-crossed"], 10),
         ("systems/runs.jsonl.xz", ["systems"], 11),
+        ("tgpo/runs.jsonl.xz", ["tgpo"], 2),
     ],
 )
 def test_records_are_whole_and_so_many_predictions_held(file, names, inside):
@@ -271,3 +272,11 @@ def system_row(found, name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_rows_of_the_remaining_systems(name):
     assert system_row(groups("systems/runs.jsonl.xz", study("systems")), name) in page("rivals.md")
+
+
+def test_every_interval_of_the_methods_is_known():
+    found = groups("tgpo/runs.jsonl.xz", study("tgpo"))
+    assert unknown(page("methods.md"), known(found)) == []
+    arms = found["lr=1e-4"].arms
+    for name in ("tgpo-0.002", "tgpo-0.5"):
+        assert difference(arms[name], arms["grpo"]) in page("methods.md")
