@@ -330,7 +330,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.run_seed.decide()
         teaching = self.objective.teaching
         teacher = None if teaching is None else teaching.config
-        start_up.check_combination(self.lora is not None, start_up.is_sharded(self.trainer), teacher)
+        start_up.check_combination(self.engine, self.lora is not None, start_up.is_sharded(self.trainer), teacher)
         checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True

@@ -51,6 +51,13 @@ class Engine(ABC):
     has_weights = False
     max_sequences: int | None
 
+    def check(self) -> None:  # noqa: B027
+        """Check at start-up, before the model is loaded, that the engine can run here. `pgpo plan` does not ask.
+
+        Raises:
+            MisconfigurationException: If it cannot.
+        """
+
     def prepare(self, model: PreTrainedModel, longest: int) -> None:  # noqa: B027
         """Find out at start-up how the student can be sampled. Called before weights are sharded.
 

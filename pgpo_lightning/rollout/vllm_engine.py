@@ -109,7 +109,6 @@ class VLLMEngine(Engine):
         options: Further arguments of ``vllm.LLM`` (in this process).
 
     Raises:
-        MisconfigurationException: If vLLM should run in this process and is not installed.
         ValueError: If a setting is out of range or contradicts another; names the field.
     """
 
@@ -142,6 +141,14 @@ class VLLMEngine(Engine):
         self.local, self.shared = local, tensor_parallel_size > 1
         self.sampler: Sampler | None = None
         self._in_session = False
+
+    def check(self) -> None:
+        """See :meth:`Engine.check`: vLLM in this process has to be installed."""
+        if self.server is None and find_spec("vllm") is None:
+            raise MisconfigurationException(
+                "Expected vLLM to be installed for `engine: VLLMEngine` without a `server`, but it is not: "
+                "pip install 'pgpo-lightning[vllm]'"
+            )
 
     def generate(
         self,
@@ -242,11 +249,6 @@ def _check(server: str | None, local: dict[str, Any]) -> None:
     if taken := sorted(reserved & {*(local["options"] or {})}):
         raise ValueError(f"Expected `options` to hold nothing that is set elsewhere, but got {', '.join(taken)}.")
     if server is None:
-        if find_spec("vllm") is None:
-            raise MisconfigurationException(
-                "Expected vLLM to be installed for `engine: VLLMEngine` without a `server`, but it is not: "
-                "pip install 'pgpo-lightning[vllm]'"
-            )
         return
     if not server.startswith(("http://", "https://")):
         raise ValueError(f"Expected `server` to be an address such as http://localhost:8000, but got {server!r}.")

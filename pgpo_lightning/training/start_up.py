@@ -25,6 +25,7 @@ from pgpo_lightning.core.texts import shown
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.models.loading import positions
+from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.actor import Actor
 from pgpo_lightning.training.configs import UpdateConfig
@@ -131,10 +132,11 @@ def _why_not(strategy: Strategy) -> str:
     return "gradients would not be exchanged between ranks"
 
 
-def check_combination(lora: bool, sharded: bool, teacher: TeacherConfig | None = None) -> None:
+def check_combination(engine: Engine, lora: bool, sharded: bool, teacher: TeacherConfig | None = None) -> None:
     """Raise if parts do not go together.
 
     Args:
+        engine: Samples rollouts.
         lora: Whether an adapter is trained.
         sharded: Whether weights are sharded over ranks.
         teacher: Settings of the teacher, if there is one.
@@ -142,6 +144,7 @@ def check_combination(lora: bool, sharded: bool, teacher: TeacherConfig | None =
     Raises:
         MisconfigurationException: Names the setting and what to set instead.
     """
+    engine.check()
     if lora and sharded:
         raise MisconfigurationException(
             "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."

@@ -44,8 +44,8 @@ def test_settings(settings, message):
 def test_without_vllm(monkeypatch):
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match=r"^Expected vLLM .*: pip install 'pgpo-lightning\[vllm\]'$"):
-        VLLMEngine()
-    VLLMEngine(server="http://localhost:1")  # needs none here
+        VLLMEngine().check()
+    VLLMEngine(server="http://localhost:1").check()  # needs none here
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pgpo_lightning.core.types import Question
-from pgpo_lightning.rollout import vllm_engine, vllm_local
+from pgpo_lightning.rollout import vllm_local
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.vllm_engine import VLLMEngine
 from pgpo_lightning.rollout.vllm_local import LocalSampler, RankGroup
@@ -53,8 +53,7 @@ def sampler():
     return made
 
 
-def engine_with(sampler, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+def engine_with(sampler):
     engine = VLLMEngine(enable_sleep_mode=True)
     engine.sampler = sampler
     return engine
@@ -65,9 +64,9 @@ def ask(engine, model, seed=0, **sampling):
     return engine.generate(model, TOKENIZER, [Question("?", "1", index=0)], [[7, 8]], 2, Sampling(8, **sampling))
 
 
-def test_memory_is_taken_and_released_in_an_order_in_which_it_suffices(sampler, monkeypatch):
+def test_memory_is_taken_and_released_in_an_order_in_which_it_suffices(sampler):
     """Weights, then the stream into them, then keys and values; asleep it has neither, so the next session streams again."""
-    engine, model = engine_with(sampler, monkeypatch), tiny_model()
+    engine, model = engine_with(sampler), tiny_model()
     ask(engine, model)
     ask(engine, model)
     tensors = len(model.state_dict())
@@ -84,8 +83,8 @@ def test_memory_is_taken_and_released_in_an_order_in_which_it_suffices(sampler, 
     assert [call.split(" 1 seeds")[0] for call in sampler.llm.calls] == first + again
 
 
-def test_one_seed_of_the_call_in_training_and_one_a_question_in_evaluation(sampler, monkeypatch):
-    engine, model = engine_with(sampler, monkeypatch), tiny_model()
+def test_one_seed_of_the_call_in_training_and_one_a_question_in_evaluation(sampler):
+    engine, model = engine_with(sampler), tiny_model()
     for seed in (0, 0, 1):
         ask(engine, model, seed=seed)
     first, same, other = (call for call in sampler.llm.calls if call.startswith("generate"))
@@ -107,8 +106,7 @@ def test_ranks_that_share_a_copy_ask_it_the_same(monkeypatch):
     assert found == [(["a", "b", "c"], 10)] * 2 + [(["d"], 12)] * 2
 
 
-def test_an_evaluation_that_would_leave_a_rank_waiting_is_refused(monkeypatch):
-    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+def test_an_evaluation_that_would_leave_a_rank_waiting_is_refused():
     own, shared = VLLMEngine(), VLLMEngine(tensor_parallel_size=2)
     own.check_evaluation([3, 2])
     own.check_evaluation([0])
