@@ -9,9 +9,12 @@ import fcntl
 import json
 import logging
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.commands.building import BuildCommand
 from pgpo_lightning.commands.discovery_settings import (
@@ -96,6 +99,8 @@ class Comparison:
     """
 
     def __init__(self, spec: DiscoverySpec) -> None:
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # of loading weights
         self.spec = spec
         self.settings = settings_of_methods(spec)
         self._command = BuildCommand(words(spec))
