@@ -153,9 +153,18 @@ class PlanCommand(BuildCommand):
             recomputes_logits=module.objective.recomputes_logits,
             reference=module.objective.has_reference,
             engine=_engine(engine),
+            engine_memory=self._engine_memory(engine, device),
+            engine_sleeps=isinstance(engine, VLLMEngine) and engine.local["enable_sleep_mode"],
             evaluations=tests,
             nodes=trainer.num_nodes,
         )
+
+    def _engine_memory(self, engine: Engine, device: str) -> float:
+        memory = self._get(self.config, "memory")
+        if not isinstance(engine, VLLMEngine) or engine.server is not None or (memory is None and device == "cpu"):
+            return 0.0
+        card = self._get(self.config, "card") or default_card(memory)
+        return float(engine.local["gpu_memory_utilization"] * (memory or CARDS[card].memory))
 
     def rates(self, run: RunSpec) -> Rates | None:
         """Return the rates of the card; None for a CPU without given rates."""

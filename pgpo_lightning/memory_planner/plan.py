@@ -15,6 +15,7 @@ from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.external import External
 from pgpo_lightning.memory_planner.memory import (
+    GIB,
     Need,
     Sampled,
     Sharding,
@@ -90,6 +91,8 @@ class RunSpec:
         recomputes_logits: Whether the loss depends on whole responses (DRIFT, weights of responses). All responses count as such.
         reference: Whether there is a frozen copy of the initial weights, or adapter, for a KL divergence from it.
         engine: What samples.
+        engine_memory: GiB that vLLM takes on a device.
+        engine_sleeps: Whether it takes them while it samples only.
         evaluations: Questions of an evaluation and their number per step; None for no evaluation.
         nodes: Number of machines.
     """
@@ -123,6 +126,8 @@ class RunSpec:
     recomputes_logits: bool = False
     reference: bool = False
     engine: EngineKind = "transformers"
+    engine_memory: float = 0.0
+    engine_sleeps: bool = False
     evaluations: Evaluations | None = None
     nodes: int = 1
 
@@ -246,6 +251,10 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
         )
         need.phases["evaluation"] |= standing
         need.absent["evaluation"] = ("gradients",)
+    if run.engine != "transformers":  # weights reach it one tensor at a time
+        taken = {"vLLM": int(run.engine_memory * GIB)} if run.engine == "vllm" else {}
+        need.standing |= {} if run.engine_sleeps else taken
+        need.phases |= {phase: taken if run.engine_sleeps else {} for phase in need.phases}
 
     teachers_run = ["student"] * len(teachers) if run.adapters is not None and external is None else teachers
     parts, peaks = micro_batch_bytes(

@@ -127,7 +127,7 @@ class VLLMEngine(Engine):
         enable_sleep_mode: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        local = {
+        local: dict[str, Any] = {
             "gpu_memory_utilization": gpu_memory_utilization,
             "tensor_parallel_size": tensor_parallel_size,
             "max_model_len": max_model_len,

@@ -8,7 +8,7 @@ from pgpo_lightning.memory_planner.adapters import Adapters
 from pgpo_lightning.memory_planner.counter import LiveBytes
 from pgpo_lightning.memory_planner.dry_run import Compute, along_both, along_layers, update_peaks
 from pgpo_lightning.memory_planner.external import External
-from pgpo_lightning.memory_planner.memory import Need, Sharding, gathered_bytes, standing_bytes
+from pgpo_lightning.memory_planner.memory import GIB, Need, Sharding, gathered_bytes, standing_bytes
 from pgpo_lightning.memory_planner.optimizers import optimizer_need, state_bytes
 from pgpo_lightning.memory_planner.parameters import configuration, count
 from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
@@ -261,3 +261,27 @@ def test_a_reference_takes_its_weights_and_one_forward_pass(adapters):
     head = 2 * plan.count.head * plan.tokens["response tokens"]
     assert plan.flops.pop("reference forward") == plan.flops["student forward"] + head
     assert plan.flops == without.flops
+
+
+def test_vllm_takes_what_it_is_given_and_sleeps_through_the_update():
+    given = {
+        "config": tiny_model().config,
+        "compute": Compute(),
+        "optimizer": torch.optim.AdamW,
+        "teacher": "ema",
+    }
+    given |= {"lengths": Lengths(8, 12, 16), "questions": 2, "samples": 4, "longest_response": 16, "evaluated": 8}
+    own, awake, asleep, server = (
+        plan_memory(RunSpec(**given, **engine)).need
+        for engine in (
+            {},
+            {"engine": "vllm", "engine_memory": 2.0},
+            {"engine": "vllm", "engine_memory": 2.0, "engine_sleeps": True},
+            {"engine": "vllm server"},
+        )
+    )
+    for phase in ("rollouts", "evaluation"):
+        assert own.peak(phase) > server.peak(phase)  # keys and values are the server's
+        assert awake.peak(phase) == asleep.peak(phase) == server.peak(phase) + 2 * GIB
+    for phase in ("gradients", "optimizer"):
+        assert own.peak(phase) == server.peak(phase) == asleep.peak(phase) == awake.peak(phase) - 2 * GIB
