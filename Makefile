@@ -10,8 +10,10 @@ quickstart: .venv/ready
 	rm -rf runs/quickstart
 	$(BIN)/pgpo fit --config configs/quickstart.yaml
 
+# The pretended GPU has to be there before the first backward pass of a process, so its tests are in processes of their own.
 test: .venv/ready lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/pretended
 
 # For who changes a formula: tests of functions and small objects, and the examples in docstrings.
 test-fast: .venv/ready

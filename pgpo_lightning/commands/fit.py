@@ -157,7 +157,7 @@ class PGPOCommand(LightningCLI):
         if self.subcommand == "fit" and not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
             callbacks.insert(0, StabilityMonitor())  # before checkpoints, which save what it has seen
         if fits:
-            late = LateLoggers(folder)
+            late = LateLoggers(str(folder))
             late.hold(trainer)
             callbacks.insert(0, late)  # before callbacks that ask for a logger
         trainer.callbacks = callbacks

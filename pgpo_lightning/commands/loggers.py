@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.utilities import _log_hyperparams
 
 from pgpo_lightning.callbacks import RunSummary
+from pgpo_lightning.core.settings import Text, checked
 from pgpo_lightning.modules import OnPolicyModule
 
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
@@ -88,6 +89,7 @@ class _Waiting(Logger):
         """Logged when the loggers start."""
 
 
+@checked
 class LateLoggers(L.Callback):
     """Starts the loggers when all checks at start-up have passed, so that a refused run is in no tracker.
 
@@ -97,8 +99,8 @@ class LateLoggers(L.Callback):
         folder: Of the run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Text) -> None:
+        self.folder = Path(folder)
         self._held: list[Logger] = []
 
     def hold(self, trainer: L.Trainer) -> None:

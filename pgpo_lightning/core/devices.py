@@ -16,7 +16,8 @@ def is_gpu(device: torch.device | str) -> bool:
         >>> is_gpu("cuda:1"), is_gpu(torch.device("cpu"))
         (True, False)
     """
-    return torch.device(device).type in _GPUS
+    kind = device.type if isinstance(device, torch.device) else device.partition(":")[0]
+    return kind in _GPUS
 
 
 def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

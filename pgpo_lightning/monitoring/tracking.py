@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
-from torch.utils.tensorboard.summary import hparams
 
 
 def log_run(trainer: L.Trainer, facts: dict[str, Any], charts: dict[str, Any], scores: list[str]) -> None:
@@ -28,6 +27,8 @@ def log_run(trainer: L.Trainer, facts: dict[str, Any], charts: dict[str, Any], s
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_custom_scalars(charts)
             writer = logger.experiment._get_file_writer()
+            from torch.utils.tensorboard.summary import hparams  # loads TensorBoard
+
             for summary in hparams(facts, dict.fromkeys(scores, 0.0)):
                 writer.add_summary(summary)
         else:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import pgpo_lightning
-from pgpo_lightning.data import QuestionData
+from pgpo_lightning.data import QuestionData, ToyArithmetic
 from pgpo_lightning.modules import OPD, SDPO, TGPO, OnPolicyModule
 from pgpo_lightning.monitoring.run_record import RunRecord
 from pgpo_lightning.objectives.demonstrations import Demonstrations
@@ -116,7 +116,7 @@ def needed(cls):
     given = {
         "run": record(), "at": 3, "width": 2.0, "rate": 0.5, "target_mean": 1.1, "server": "http://localhost:1",
         "train": "questions.jsonl", "max_tokens": 8, "multipliers": {"sibling": 1.0}, "kinds": ("sibling",),
-        "funcs": half_right,
+        "funcs": half_right, "folder": "attempts", "size": 8, "data": ToyArithmetic(), "index": 0,
     }  # fmt: skip
     return {name: value for name, value in given.items() if name in arguments(cls)}
 
