@@ -47,7 +47,8 @@ def test_small_parts_write_their_lines(tmp_path, capsys, without_vllm):
 
 
 @pytest.mark.parametrize("part", ["padded", "shared"])
-def test_steps_of_the_recipe_stand_beside_what_is_planned(tmp_path, part):
+def test_steps_of_the_recipe_stand_beside_what_is_planned(tmp_path, part, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rows = gpu_report.main(["--device", "cpu", "--tiny", "--parts", "environment", part, "--out", str(tmp_path)])[1:]
     assert rows.pop() == {"part": "end", "complete": True}
     assert [row["what"] for row in rows] == ["plan", *["rollouts", "update", "step"] * 2, "evaluation"]
@@ -55,6 +56,7 @@ def test_steps_of_the_recipe_stand_beside_what_is_planned(tmp_path, part):
         assert row["seconds"] > 0
         assert row["predicted_to_measured"] == pytest.approx(row["predicted_s"] / row["seconds"])
     assert {"utilisation", "plan_gib"} < set(rows[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.jsonl"], "the folder of the caller stays as it is"
 
 
 def test_parts_are_in_order_of_their_size():
