@@ -84,8 +84,8 @@ def drained(stream: Iterator[T]) -> Iterator[Iterator[T]]:
 def _plain(model: PreTrainedModel, name: str) -> Tensor:
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
-    if kind == "weight" and isinstance(module, nn.Linear):
-        path, _, last = owner.rpartition(".")
+    path, _, last = owner.rpartition(".")
+    if kind == "weight" and (last == "base_layer" or isinstance(module, nn.Linear)):
         return plain_weight(model.get_submodule(path) if last == "base_layer" else module)
     tensor: Tensor = getattr(module, kind)
     return tensor.detach()

@@ -66,7 +66,8 @@ class UpdateConfig(ConfigGroup):
             smaller where lengths differ and that saves padding.
         padding_free: Concatenate sequences in one row in place of padding them, where prompts are not shared. Null: if
             `model_config.attn_implementation` is flash attention, which computes each by itself, and the model allows it. Other
-            attention then masks all pairs of tokens of a pass, which is slower than padding.
+            attention then masks all pairs of tokens of a pass, which is slower than padding. With sharded weights prompts are
+            shared wherever that is possible. A teacher of other weights follows its own attention.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step;
             rollouts without a loss count as zero, as in SDPO's code. ``token-mean``: mean over all tokens in the loss of the
             optimizer step. Both are over all ranks and micro-batches.

@@ -34,6 +34,8 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("uneven", "fsdp2", "external"),
         ("guided", "ddp", "external"),
         ("guided", "fsdp2", "external"),
+        ("distilled", "ddp", "external"),
+        ("distilled", "fsdp2", "external"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):

@@ -4,10 +4,10 @@ Usage: python -m tests.support.ranks_worker OUTPUT RANKS SPLIT STRATEGY TEACHER 
 
 SPLIT is `uneven` (ranks with unequal numbers of rows in the loss and of micro-batches), `one-sided` (rank 1 has no row with a
 teacher at all), `routed` (likewise, but the rows without are reinforced, and the others share the step by the teacher's
-certainty), `guided` (TGPO: likewise, without weights), `contrasted` (CEPO; rank 1 has no row with two prompts), `difficulty`
-(DRIFT; rank 1 has no row with a teacher, and so none with factors) or `updates` (two optimizer steps per batch, each on half of
-the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external` is the model in the folder `teacher` beside
-OUTPUT.
+certainty), `guided` (TGPO: likewise, without weights), `distilled` (OPD: every row), `contrasted` (CEPO; rank 1 has no row with
+two prompts), `difficulty` (DRIFT; rank 1 has no row with a teacher, and so none with factors) or `updates` (two optimizer steps
+per batch, each on half of the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external` is the model
+in the folder `teacher` beside OUTPUT.
 """
 
 import sys
@@ -21,7 +21,7 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
-from pgpo_lightning.modules import CEPO, DRIFT, SDPO, SRPO, TGPO
+from pgpo_lightning.modules import CEPO, DRIFT, OPD, SDPO, SRPO, TGPO
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.mini_batches import mini_batches
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, random_rows, tiny_model
@@ -39,6 +39,7 @@ def rows_of(step, split):
     masked = {"uneven": [4, 5, 6], "one-sided": [4, 5, 6, 7], "routed": [2, 4, 5, 6, 7], "contrasted": [3, 7],
               "updates": [4, 6]}  # fmt: skip
     masked["guided"], masked["difficulty"] = masked["routed"], masked["one-sided"]
+    masked["distilled"] = []
     for i in masked[split]:
         rows[i].reprompt_ids = None
         rows[i].advantage = 0.75 if i % 2 else -0.25
@@ -94,7 +95,17 @@ class FixedTGPO(Fixed, TGPO):
     pass
 
 
-MODULES = {"routed": FixedSRPO, "guided": FixedTGPO, "contrasted": FixedCEPO, "difficulty": FixedDRIFT}
+class FixedOPD(Fixed, OPD):
+    pass
+
+
+MODULES = {
+    "routed": FixedSRPO,
+    "guided": FixedTGPO,
+    "distilled": FixedOPD,
+    "contrasted": FixedCEPO,
+    "difficulty": FixedDRIFT,
+}
 
 
 def main():
@@ -108,7 +119,7 @@ def main():
     else:
         given |= {"teacher_regularization": teacher, "teacher_offload": offload}
     limits = {**LIMITS, "guidance": 0.1} if split == "guided" else LIMITS
-    if split == "guided":
+    if split in ("guided", "distilled"):
         del limits["max_reprompt_len"]  # the teacher reads the student's prompt
     module = build(MODULES.get(split, FixedSDPO),
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,

@@ -14,6 +14,7 @@ from pgpo_lightning.rollout.weight_sync import drained, stream_weights, write_we
 from tests.support.adapters import disturb, lora, matrices, with_product
 from tests.support.architectures import tiny
 from tests.support.helpers import tiny_model
+from tests.support.model_kinds import MODELS
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
@@ -56,6 +57,22 @@ def test_an_adapter_is_merged(targets):
     for name, value in expected.state_dict().items():
         assert torch.allclose(streamed[name], value, atol=1e-6), name
     assert not torch.equal(streamed[QUERY], tiny_model().state_dict()[QUERY])
+
+
+def test_an_adapter_is_merged_into_layers_that_are_not_linear_by_class():
+    """GPT-2's matrices are `Conv1D`, stored as their transpose."""
+    model = MODELS["gpt2"]()
+    add_adapter(model, lora(), seed=0)
+    disturb(model)
+    name = "transformer.h.0.attn.c_attn"
+    layer = model.get_submodule(name)
+    inputs = torch.randn(3, model.config.n_embd)
+    weights = dict(stream_weights(model))
+    with torch.no_grad():
+        expected = layer(inputs)
+    torch.testing.assert_close(
+        inputs @ weights[f"{name}.weight"] + weights[f"{name}.bias"], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
