@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Small models on shared cores: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers test-newest docs lint toy clean
 
@@ -49,7 +50,6 @@ test-newest:
 	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal tests/unit pgpo_lightning benchmarks/theory
 
 docs: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 lint: .venv/ready
@@ -57,6 +57,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check pgpo_lightning callbacks tests benchmarks docs
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 
 # Rebuilds the shipped base model of the toy task.
 toy: .venv/ready
@@ -66,7 +67,7 @@ toy: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch .venv/ready
 
 .venv-vllm/ready: pyproject.toml tests/vllm/requirements.txt

@@ -14,6 +14,12 @@ LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):<code>(~?)([^<]*)</code>")
 
 
+def on_config(config: Any) -> Any:
+    """Take the address of the repository from that of its clone, as Read the Docs gives it."""
+    config.repo_url = config.repo_url.removesuffix(".git")
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the tables that stand beside configurations and benchmarks."""
     for source, page in OUTSIDE.items():
