@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers test-newest docs lint toy clean
+.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers test-newest docs notebooks lint toy clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -49,8 +49,16 @@ test-newest:
 	.venv-newest/bin/python -m pip list
 	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal tests/unit pgpo_lightning benchmarks/theory
 
-docs: .venv/ready
-	$(BIN)/mkdocs build --strict
+# Executes the notebooks, two to three minutes. `make notebooks` keeps their outputs, which are shown where nothing is executed.
+docs: .venv/notebooks
+	EXECUTE_NOTEBOOKS=1 $(BIN)/mkdocs build --strict
+
+notebooks: .venv/notebooks
+	$(BIN)/python docs/_site/notebooks.py
+
+.venv/notebooks: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[notebooks]'
+	touch .venv/notebooks
 
 lint: .venv/ready
 	$(BIN)/ruff check pgpo_lightning callbacks tests benchmarks docs

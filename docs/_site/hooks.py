@@ -41,6 +41,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(folder, target))
         known = OUTSIDE.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if known is not None and here != "notebooks":  # whose pages link the files themselves
+            known = re.sub(r"\.ipynb$", ".md", known)
         if known is not None:
             relative = posixpath.relpath(known, here or ".")
             return f"{text}({relative}{f'#{anchor}' if anchor else ''})"

@@ -50,7 +50,7 @@ def requirements():
 def test_the_versions_that_were_tested_are_among_those_that_are_allowed():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     tested = {name.lower(): version for name, version in (line.split("==") for line in lines)}
-    for extra in ("", "peft", "dev", "docs"):
+    for extra in ("", "peft", "dev", "docs", "notebooks"):
         for requirement in requirements()[extra]:
             assert requirement.specifier.contains(tested[requirement.name]), requirement
 

@@ -99,10 +99,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_on_the_site():
-    """`make docs` builds it; pages of configs/ and benchmarks/ are added by its hooks."""
+    """`make docs` builds it; notebooks, and pages of configs/ and benchmarks/, are added by its hooks."""
     listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.is_relative_to(ROOT / "docs")]
-    assert sorted(listed) == sorted([*pages, "configs.md", "benchmarks.md"])
+    notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")]
+    assert sorted(listed) == sorted([*pages, *notebooks, "configs.md", "benchmarks.md"])
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
