@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[2]
 OUTSIDE = {"configs/README.md": "configs.md", "benchmarks/README.md": "benchmarks.md", "README.md": "index.md"}
 """Pages outside docs/ and where they are on the site."""
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+CELL, CODE = re.compile(r"<td.*?</td>", re.DOTALL), re.compile(r"(?<=<code>)[^<]+")
+SEPARATOR = re.compile(r"([._/=](?=\w))")
+PICTURE = re.compile(r'(<img\b[^>]*\bsrc="([^"]+)"[^>]*>)')
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):<code>(~?)([^<]*)</code>")
 
 
@@ -53,5 +56,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Show a name where a docstring has Sphinx's role for it."""
-    return ROLE.sub(lambda match: f"<code>{match[2].rpartition('.')[2] if match[1] else match[2]}</code>", html)
+    """Show a name where a docstring has Sphinx's role for it, let names in tables break, and open pictures at full size."""
+    html = ROLE.sub(lambda match: f"<code>{match[2].rpartition('.')[2] if match[1] else match[2]}</code>", html)
+    html = CELL.sub(lambda cell: CODE.sub(lambda code: SEPARATOR.sub(r"\1<wbr>", code[0]), cell[0]), html)
+    return PICTURE.sub(r'<a href="\2">\1</a>', html)
