@@ -6,8 +6,8 @@ The state of a study is read from the folders of its runs and stored nowhere els
 moment and repeated. Before the first run the rules of the study are written to its folder, see
 :mod:`pgpo_lightning.studies.registration`. The output of a run goes to ``seed=<n>.log`` beside its folder. Every process that
 writes to this file holds a lock on it (``flock``). A run that outlived its ``ablate`` is therefore not started twice, and several
-``ablate`` can share one study. On Linux runs end with their ``ablate``. On macOS they continue if ``ablate`` is killed with
-``kill -9``. Windows has no ``flock``.
+``ablate`` can share one study, also those of a cluster's jobs, see :mod:`pgpo_lightning.commands.cluster`. On Linux runs
+end with their ``ablate``. On macOS they continue if ``ablate`` is killed with ``kill -9``. Windows has no ``flock``.
 """
 
 import fcntl
@@ -21,16 +21,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
-from typing import IO
+from typing import IO, Any
 
 import jsonargparse
 
 from pgpo_lightning.checkpoints.finding import look
 from pgpo_lightning.checkpoints.single_file import remove
+from pgpo_lightning.commands.cluster import FOLDER as JOBS
+from pgpo_lightning.commands.cluster import Cluster, Worker, submit
 from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.commands.run_processes import RunProcess, RunServer, SeparateProcesses, Starter
 from pgpo_lightning.commands.study_progress import State, changed, expected_settings, state
 from pgpo_lightning.core.settings import Count, Text, checked
+from pgpo_lightning.core.texts import counted
 from pgpo_lightning.monitoring.run_folder import clear
 from pgpo_lightning.monitoring.run_record import FILE, RunRecord
 from pgpo_lightning.studies.registration import register
@@ -46,36 +49,64 @@ SHOWN = 10  # lines of a log, or names of runs, in a message
 
 
 @checked
-def ablate(config: Text, dry_run: bool = False, processes: Count | None = None) -> None:
+def ablate(config: Text, dry_run: bool = False, processes: Count | None = None, cluster: Cluster | None = None) -> None:
     """Make the missing runs of a study.
 
     Args:
         config: File of the study, such as `configs/studies/toy.yaml`. Its keys are those of
             :class:`pgpo_lightning.studies.spec.StudySpec`.
-        dry_run: Print the commands of the missing runs, one per line, and run nothing; for a cluster. Writes nothing but the
-            rules of the study, if it has any.
-        processes: Number of runs at the same time; by default that of the study.
+        dry_run: Print the commands of the missing runs, one per line, and run nothing. Writes nothing but the rules of the
+            study, if it has any.
+        processes: Number of runs at the same time, in each job of a cluster; by default that of the study.
+        cluster: Submit jobs that make the runs, and do not wait for them.
 
     Raises:
+        ModuleNotFoundError: If `cluster` is given and submitit is not installed.
         ValueError: If the study is invalid, has runs with other settings, or other rules than were registered.
         SystemExit: If a run failed (1), or the command was interrupted (130) or terminated (143).
     """
-    study = read_study(config)
-    runs = study.runs()
-    expected = expected_settings(runs)
-    for run in runs:
-        if state(run) in ("finished", "started") and (change := changed(run, expected[run.name])):
-            raise ValueError(change)
-    if study.has_rules or not dry_run:
-        register(study, begun=sum(state(run) != "new" for run in runs))
+    study, runs, expected = _read(config, registered=not dry_run)
     if dry_run:
         looks = Looks(study, runs, _record)
         looks.update({run.name for run in runs if state(run) == "finished"})
         print("\n".join(job_lines([run for run in runs if run.name in looks.admitted])))
         if looks.decision.why:
             print(f"# {looks.decision.why}")
+    elif cluster is not None:
+        ids = [job.job_id for job in submit(Worker(config, processes), cluster, study.folder)]
+        print(f"Submitted {counted(len(ids), 'job')}: {', '.join(ids)}. They write to {study.folder / JOBS}.")
     else:
         Launcher(study, runs, expected, processes or study.processes).launch()
+
+
+def work(config: str, processes: int | None = None) -> None:
+    """Make missing runs of a study as a job of a cluster, beside other jobs.
+
+    It ends when the runs that are left are made by others. The cluster's signals are submitit's.
+
+    Args:
+        config: File of the study.
+        processes: Number of runs at the same time; by default that of the study.
+
+    Raises:
+        ValueError: As :func:`ablate` does.
+        SystemExit: If a run failed (1).
+    """
+    study, runs, expected = _read(config)
+    Launcher(study, runs, expected, processes or study.processes, alone=False).launch()
+
+
+def _read(config: str, registered: bool = True) -> tuple[StudySpec, list[PlannedRun], dict[str, Settings]]:
+    """Return a study, its runs and their settings, which finished and started runs have. Write its rules."""
+    study = read_study(config)
+    runs = study.runs()
+    expected = expected_settings(runs)
+    for run in runs:
+        if state(run) in ("finished", "started") and (change := changed(run, expected[run.name])):
+            raise ValueError(change)
+    if study.has_rules or registered:
+        register(study, begun=sum(state(run) != "new" for run in runs))
+    return study, runs, expected
 
 
 def main(args: list[str]) -> None:
@@ -91,7 +122,8 @@ def main(args: list[str]) -> None:
         "--dry_run", action=action, nargs="?", help="Print the commands and run nothing; for a cluster."
     )
     brief(parser, ["ablate", *args])
-    ablate(**parser.parse_args([re.sub("^--dry-run", "--dry_run", word) for word in args]).as_dict())
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
+    ablate(**vars(instantiate(parser.parse_args([re.sub("^--dry-run", "--dry_run", word) for word in args]))))
 
 
 def job_lines(runs: list[PlannedRun]) -> Iterator[str]:
@@ -131,9 +163,18 @@ class Launcher:
         runs: Its runs.
         expected: Their settings from :func:`pgpo_lightning.commands.study_progress.expected_settings`.
         processes: Number of runs at the same time.
+        alone: Wait for runs that other processes make, and end when terminated.
     """
 
-    def __init__(self, study: StudySpec, runs: list[PlannedRun], expected: dict[str, Settings], processes: int) -> None:
+    def __init__(
+        self,
+        study: StudySpec,
+        runs: list[PlannedRun],
+        expected: dict[str, Settings],
+        processes: int,
+        alone: bool = True,
+    ) -> None:
+        self.alone = alone
         self.study = study
         self.runs = runs
         self.expected = expected
@@ -158,7 +199,7 @@ class Launcher:
             if state(run) == "finished":
                 self._finish(run)
         recorded = [RunRecord.load(run.folder).seconds for run in self.runs if run.name in self.done]
-        terminate = signal.signal(signal.SIGTERM, _terminate)
+        terminate = signal.signal(signal.SIGTERM, _terminate) if self.alone else None
         try:
             while self._advance():
                 self._show(recorded)
@@ -169,7 +210,8 @@ class Launcher:
         finally:
             self._stop()
             self._starter.close()
-            signal.signal(signal.SIGTERM, terminate)
+            if self.alone:
+                signal.signal(signal.SIGTERM, terminate)
         self._show(recorded)
         self._conclude()
 
@@ -185,7 +227,8 @@ class Launcher:
             if len(self.running) == self.processes:
                 break
             self._start(run)
-        return bool(self.running or self._ready())
+        ready = [run for run in self._ready() if self.alone or run.name not in self.elsewhere]
+        return bool(self.running or ready)
 
     def _ready(self) -> list[PlannedRun]:
         admitted = [run for run in self.waiting if run.name in self.looks.admitted]
@@ -276,7 +319,10 @@ class Launcher:
         if self.looks.decision.stop:
             print(f"{self.looks.decision.why} {len(self.waiting)} runs were not needed.")
         if not self.failed:
-            print(f"All runs are in {self.study.folder}. Compare them with `pgpo report {self.study.folder}`.")
+            if self.elsewhere:
+                print(f"Runs that are left to other jobs: {len(self.waiting)}")
+            else:
+                print(f"All runs are in {self.study.folder}. Compare them with `pgpo report {self.study.folder}`.")
             return
         for name, reason in self.failed.items():
             print(f"\nfailed: {name}: {reason}")

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,40 +21,15 @@ from pgpo_lightning.commands.main import main
 from pgpo_lightning.monitoring.run_record import load_runs
 from pgpo_lightning.studies.spec import read_study
 from tests.support import ROOT
+from tests.support.fake_studies import calls, studies_of_the_stand_in
 from tests.support.helpers import config
 from tests.support.processes import start
-
-FAKE = ROOT / "tests" / "support" / "fake_fit.py"
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A function that writes a study of arms for the stand-in, and returns what to ablate."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(command, "PROGRAM", "fake")
-    monkeypatch.setattr(command, "IMPORTED", ())
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    monkeypatch.setattr(command, "expected_settings", lambda runs: {run.name: run.settings for run in runs})
-    monkeypatch.setattr(command, "POLL", 0.02)
-    shutil.copy(FAKE, tmp_path / "fake.py")
-    (tmp_path / "base.yaml").touch()
-
-    def written(arms, **more):
-        content = {
-            "base": str(tmp_path / "base.yaml"),
-            "folder": str(tmp_path / "study"),
-            "seeds": [0],
-            "settings": {"calls": str(tmp_path / "calls")},
-            "arms": arms,
-        }
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | more))
-        return str(tmp_path / "study.yaml")
-
-    return written
-
-
-def calls(tmp_path):
-    return (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    return studies_of_the_stand_in(tmp_path, monkeypatch)
 
 
 def test_runs_wait_for_what_they_read_and_finished_ones_are_not_repeated(study, tmp_path, capsys):
@@ -336,17 +310,6 @@ def test_the_flag_for_a_dry_run(real, tmp_path, capsys, flag):
     main(["ablate", "--config", str(real), *flag])
     assert capsys.readouterr().out.startswith("# part 1: 1 runs\npgpo fit --config ")
     assert not (tmp_path / "study").exists()
-
-
-@pytest.mark.parametrize("name", ["toy", "rivals"])
-def test_shipped_studies_are_accepted(name, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(ROOT)
-    content = yaml.safe_load((ROOT / "configs" / "studies" / f"{name}.yaml").read_text())
-    condition = dict([next(iter(content["conditions"].items()))])
-    smaller = content | {"folder": str(tmp_path / "runs"), "seeds": 2, "conditions": condition, "predictions": []}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(smaller))
-    main(["ablate", "--config", str(tmp_path / "study.yaml"), "--dry_run"])
-    assert capsys.readouterr().out.count("\npgpo fit") == len(content["arms"]) * 2
 
 
 def test_a_study_ends_at_the_look_that_decides(study, tmp_path, capsys):
