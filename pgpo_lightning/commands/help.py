@@ -1,7 +1,8 @@
-"""The help of fit, validate and test: settings of the module and the multiplier first, Lightning's Trainer last.
+"""The help of commands that need torch: fit and its like, plan, probe, export and ablate.
 
-It is read from the sources, so that it imports neither torch, transformers nor Lightning. `--model.help NAME` is the parser's own
-help of a class, also of one outside this package.
+That of fit has the settings of the module and the multiplier first, and Lightning's Trainer last. All is read from
+the sources, so that it imports neither torch, transformers nor Lightning. `--model.help NAME` is the parser's own help of a
+class, also of one outside this package.
 """
 
 import sys
@@ -41,7 +42,8 @@ def text(words: list[str]) -> str:
     Args:
         words: The command line, whose `--model`, `--multiplier` and `--data` choose the classes that are shown.
     """
-    return "\n".join(_lines(words)) + "\n"
+    lines = {"plan": _plan, "probe": _probe, "export": _export, "ablate": _ablate}.get(words[0])
+    return "\n".join(_lines(words) if lines is None else lines()) + "\n"
 
 
 def show(words: list[str]) -> None:
@@ -73,6 +75,39 @@ def _lines(words: list[str]) -> Iterator[str]:
         yield from _section("Lightning's Trainer", "trainer", trainer, TRAINER_DEFAULTS)
 
 
+def _plan() -> Iterator[str]:
+    yield "pgpo plan predicts memory and seconds of a run. It takes the arguments of `pgpo fit`,"
+    yield "see `pgpo fit --help`, and these:"
+    yield from _options("PlanOptions", "plan")
+    yield from _section("What seconds are calculated from", "assume", _source("Assumptions", "memory_planner.cards"))
+
+
+def _probe() -> Iterator[str]:
+    yield "pgpo probe estimates, before training, how much each teacher context helps. It takes the arguments of `pgpo fit`,"
+    yield "see `pgpo fit --help`, and these:"
+    yield from _options("ProbeOptions", "probe")
+    yield "\npgpo probe --calibrate RUNS... fits the line from gaps before training to gains of finished runs:"
+    yield from _options("calibrate", "probe", "runs")
+
+
+def _export() -> Iterator[str]:
+    yield "pgpo export CHECKPOINT OUTPUT [--SETTING VALUE ...]"
+    yield "writes a trained model as a folder for AutoModelForCausalLM.from_pretrained.\n"
+    for one in documented(_source("export", "commands.export")):
+        yield from _entry(one.name.upper(), one.text) if one.default is None else _setting("", one)
+
+
+def _ablate() -> Iterator[str]:
+    yield "pgpo ablate --config FILE [--SETTING VALUE ...]"
+    yield "makes the missing runs of a study: arms x seeds x conditions.\n"
+    yield from _options("ablate", "ablate")
+
+
+def _options(name: str, command: str, *skip: str) -> Iterator[str]:
+    for one in documented(_source(name, f"commands.{command}"), skip):
+        yield from _setting("", one)
+
+
 def _part(words: list[str], part: str, default: str, others: list[str]) -> Iterator[str]:
     given = [after for word, after in zip(words, [*words[1:], ""], strict=False) if word == f"--{part}"]
     given += [word.partition("=")[2] for word in words if word.startswith(f"--{part}=")]
@@ -98,7 +133,7 @@ def _section(title: str, prefix: str, cls: Source, ours: dict[str, int] | None =
 
 def _setting(prefix: str, one: Documented) -> Iterator[str]:
     default = " (required)" if one.default is None else f" = {one.default}" if one.default else ""
-    yield from _entry(f"--{prefix}.{one.name} {one.kind}{default}", one.text)
+    yield from _entry(f"--{prefix}{'.' if prefix else ''}{one.name} {one.kind}{default}", one.text)
 
 
 def _entry(option: str, what: str) -> Iterator[str]:
@@ -111,7 +146,14 @@ def _wrapped(line: str, indent: str) -> list[str]:
 
 
 def _class(name: str) -> Source:
-    found = public_class(name)
-    if found is None:
-        raise LookupError(f"Expected a public class, but got {name}.")
-    return found
+    return _found(public_class(name), name)
+
+
+def _source(name: str, module: str) -> Source:
+    return _found(find(name, f"pgpo_lightning.{module}"), name)
+
+
+def _found(source: Source | None, name: str) -> Source:
+    if source is None:
+        raise LookupError(f"Expected a class or a function of this package, but got {name}.")
+    return source

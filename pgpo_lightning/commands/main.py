@@ -14,6 +14,9 @@ from pgpo_lightning.distributed.stopping import Stopped
 OWN_COMMANDS = ("configs", "export", "plan", "probe", "report", "ablate", "guard", "discover")
 """Commands with a parser of their own; the others are LightningCLI's subcommands."""
 
+NEED_TORCH = ("fit", "validate", "test", "plan", "probe", "export", "ablate")
+"""Commands whose help is read from their sources, because importing them takes seconds."""
+
 HELP = """pgpo COMMAND, pgpo COMMAND --help, and pgpo --version
 
 fit        train a model as a configuration says
@@ -53,17 +56,17 @@ def main(args: list[str] | None = None) -> None:
     elif not words or (not words[0].startswith("-") and f"\n{words[0]} " not in HELP):
         print(f"Expected a command, but got {words[0] if words else 'none'}.\n\n{HELP}", end="", file=sys.stderr)
         sys.exit(2)
-    elif words[0] in OWN_COMMANDS:
-        importlib.import_module(f"pgpo_lightning.commands.{words[0]}").main(words[1:])
     elif wants_help(words):
         importlib.import_module("pgpo_lightning.commands.help").show(words)
+    elif words[0] in OWN_COMMANDS:
+        importlib.import_module(f"pgpo_lightning.commands.{words[0]}").main(words[1:])
     else:
         importlib.import_module("pgpo_lightning.commands.fit").PGPOCommand(None if args is None else words)
 
 
 def wants_help(words: list[str]) -> bool:
-    """Return whether a command line of fit, validate or test asks for help."""
-    return words[:1] in (["fit"], ["validate"], ["test"]) and bool({"-h", "--help"} & set(words[1:]))
+    """Return whether the command line of a command that needs torch asks for help."""
+    return words[0] in NEED_TORCH and bool({"-h", "--help"} & set(words[1:]))
 
 
 def program() -> None:

@@ -1,6 +1,7 @@
 """The command ``pgpo plan``: predict memory and seconds of a configuration, without loading anything."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,52 +41,48 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type
 _OLD = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-true"}
 
 
+@dataclass
+class PlanOptions:
+    """What `pgpo plan` takes beside the arguments of `pgpo fit`.
+
+    Args:
+        memory: Memory of a device in GiB; by default that of this machine's device, if any.
+        json: File to write the answer to, as JSON.
+        shapes: Folder with the model's config.json, if it is not in `model`.
+        device: cuda or cpu; by default that of `trainer.accelerator`.
+        prompt_tokens: Mean tokens of a student's prompt; by default its limit.
+        reprompt_tokens: Mean tokens of a teacher's prompt; by default its limit.
+        response_tokens: Mean tokens of a response; by default its limit.
+        demonstration_tokens: Mean tokens of HAPO's demonstrations, one in every group; by default their limit.
+        spread: Response lengths are mean * (1 ± spread).
+        card: Card that seconds are predicted for: h100, h200, a100, l40s, l4, a10, rtx4090, or cpu with assume.tflops and
+            assume.bandwidth; by default the local GPU, else one with `memory`, else h100.
+        questions: Held-out questions; by default the number that the data knows.
+        measured: Folder of a finished run, such as runs/x/version_0, whose seconds are printed beside the predicted ones.
+    """
+
+    memory: float | None = None
+    json: str | None = None
+    shapes: str | None = None
+    device: str | None = None
+    prompt_tokens: int | None = None
+    reprompt_tokens: int | None = None
+    response_tokens: int | None = None
+    demonstration_tokens: int | None = None
+    spread: float = 0.0
+    card: str | None = None
+    questions: int | None = None
+    measured: str | None = None
+
+
 class PlanCommand(BuildCommand):
     """Parses the arguments of `pgpo fit`, and predicts memory and compute."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the assumptions, and where to write the answer."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--memory",
-            type=float | None,
-            help="Memory of a device in GiB; by default that of this machine's device, if any.",
-        )
-        parser.add_argument("--json", type=str | None, help="File to write the answer to, as JSON.")
-        parser.add_argument(
-            "--shapes", type=str | None, help="Folder with the model's config.json, if it is not in `model`."
-        )
-        parser.add_argument("--device", type=str | None, help="cuda or cpu; by default that of `trainer.accelerator`.")
-        for name, what in (("prompt", "student's prompt"), ("reprompt", "teacher's prompt"), ("response", "response")):
-            parser.add_argument(
-                f"--{name}_tokens", type=int | None, help=f"Mean tokens of a {what}; by default its limit."
-            )
-        parser.add_argument(
-            "--demonstration_tokens",
-            type=int | None,
-            help="Mean tokens of HAPO's demonstrations, one in every group; by default their limit.",
-        )
-        parser.add_argument(
-            "--spread",
-            type=float,
-            default=0.0,
-            help="Response lengths are mean * (1 ± spread).",
-        )
-        parser.add_argument(
-            "--card",
-            type=str | None,
-            help=f"Card that seconds are predicted for: {', '.join(CARDS)}, or cpu with assume.tflops and assume.bandwidth; by "
-            "default the local GPU, else one with --memory, else h100.",
-        )
+        parser.add_class_arguments(PlanOptions, instantiate=False)
         parser.add_class_arguments(Assumptions, "assume")
-        parser.add_argument(
-            "--questions", type=int | None, help="Held-out questions; by default the number that the data knows."
-        )
-        parser.add_argument(
-            "--measured",
-            type=str | None,
-            help="Folder of a finished run, such as runs/x/version_0, whose seconds are printed beside the predicted ones.",
-        )
 
     def adapt(self, model: Any) -> None:
         """Use a tokenizer that needs no download."""

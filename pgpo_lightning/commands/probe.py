@@ -5,6 +5,7 @@ compares the scores (arXiv 2605.30070, section 2). With ``--calibrate`` it fits 
 """
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,15 +20,13 @@ from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Tex
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import OnPolicyModule
 from pgpo_lightning.probe.calibration import PROBE, Scale, arguments, bootstrap, points, read_probe
-from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, DEFAULT_CONTROLS, Context, contexts
+from pgpo_lightning.probe.contexts import CONTEXTS, DEFAULT_CONTROLS, Context, contexts
 from pgpo_lightning.probe.figures import draw_gaps, draw_line
 from pgpo_lightning.probe.gaps import gap, question_draws, ratio
 from pgpo_lightning.probe.line import fit
 from pgpo_lightning.probe.measure import Prober
 from pgpo_lightning.probe.probe_report import calibration_content, calibration_report, probe_report, summary
 from pgpo_lightning.rollout.engine import Sampling
-
-QUESTIONS = 128
 
 _UPDATE = (
     *("optimizer", "scheduler", "update", "mismatch", "evaluation", "num_generations", "temperature", "seed"),
@@ -40,38 +39,42 @@ A change of any other setting makes a different probe.
 """
 
 
+@dataclass
+class ProbeOptions:
+    """What `pgpo probe` takes beside the arguments of `pgpo fit`.
+
+    Args:
+        contexts: Contexts to measure in addition to none; by default all of feedback, own, own+feedback, sibling,
+            sibling+feedback and configured.
+        templates: More contexts, name to reprompt template: --templates.careful '{prompt} Check each step.'
+        controls: Controls for leakage of the answer, among answer, first-step, numbers, contradiction, wrong and other; by
+            default answer, wrong and other.
+        questions: Maximum number of questions.
+        samples: Responses per question; by default `num_generations`.
+        split: Split of the questions, train or validation.
+        temperature: Sampling temperature; by default that of the rollouts in training.
+        top_p: Nucleus sampling; 1.0 as in training.
+        output: Folder of the results and samples.
+    """
+
+    contexts: list[str] = field(default_factory=lambda: list(CONTEXTS))
+    templates: dict[str, str] = field(default_factory=dict)
+    controls: list[str] = field(default_factory=lambda: list(DEFAULT_CONTROLS))
+    questions: int = 128
+    samples: int | None = None
+    split: str = "validation"
+    temperature: float | None = None
+    top_p: float = 1.0
+    output: str = "runs/probe"
+
+
 class ProbeCommand(BuildCommand):
     """Parses the arguments of `pgpo fit` and measures the gap of each context."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the probe."""
         super().add_arguments_to_parser(parser)
-        known = f"Contexts to measure in addition to none: {', '.join(CONTEXTS)}."
-        parser.add_argument("--contexts", type=list[str], default=list(CONTEXTS), help=known)
-        parser.add_argument(
-            "--templates",
-            type=dict[str, str],
-            default={},
-            help="More contexts, name to reprompt template: --templates.careful '{prompt} Check each step.'",
-        )
-        parser.add_argument(
-            "--controls",
-            type=list[str],
-            default=list(DEFAULT_CONTROLS),
-            help=f"Controls for leakage of the answer: {', '.join(CONTROLS)}.",
-        )
-        parser.add_argument("--questions", type=int, default=QUESTIONS, help="Maximum number of questions.")
-        parser.add_argument("--samples", type=int | None, help="Responses per question; by default `num_generations`.")
-        parser.add_argument(
-            "--split", type=str, default="validation", help="Split of the questions: train or validation."
-        )
-        parser.add_argument(
-            "--temperature",
-            type=float | None,
-            help="Sampling temperature; by default that of the rollouts in training.",
-        )
-        parser.add_argument("--top_p", type=float, default=1.0, help="Nucleus sampling; 1.0 as in training.")
-        parser.add_argument("--output", type=str, default="runs/probe", help="Folder of the results and samples.")
+        parser.add_class_arguments(ProbeOptions, instantiate=False)
 
     def run(self) -> dict[str, Any]:
         """Measure all contexts that are not measured yet, and write the report.
@@ -248,8 +251,4 @@ def main(args: list[str]) -> dict[str, Any]:
         )
         options = vars(parser.parse_args(args))
         return calibrate(options.pop("calibrate"), **options)
-    if {"-h", "--help"} & {*args}:
-        print(
-            "pgpo probe --calibrate RUNS fits the line from gaps to gains; pgpo probe --calibrate --help lists its options.\n"
-        )
     return ProbeCommand(args).run()

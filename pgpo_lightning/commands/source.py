@@ -27,17 +27,17 @@ class Documented(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A class in its file."""
+    """A class or a function in its file."""
 
-    node: ast.ClassDef
+    node: ast.ClassDef | ast.FunctionDef
     path: Path
 
 
 def documented(cls: Source, skip: tuple[str, ...] = ()) -> Iterator[Documented]:
-    """Yield the settings of a class, those of its groups after each group.
+    """Yield the settings of a class or a function, those of its groups after each group.
 
     Args:
-        cls: With an ``__init__`` of its own, or a dataclass.
+        cls: A function, or a class with an ``__init__`` of its own, or a dataclass.
         skip: Names to leave out.
     """
     texts = _texts(cls)
@@ -63,16 +63,16 @@ def public_class(name: str) -> Source | None:
 
 @cache
 def find(name: str, module: str) -> Source | None:
-    """Return a class by its name and a module that defines or imports it.
+    """Return a class or a function by its name and a module that defines or imports it.
 
     Args:
-        name: Of the class.
+        name: Of the class or function.
         module: Import path.
     """
     if (path := _file(module)) is None:
         return None
     for node in _body(path):
-        if isinstance(node, ast.ClassDef) and node.name == name:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return Source(node, path)
         if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
             return find(name, node.module)
@@ -99,7 +99,7 @@ def _file(module: str) -> Path | None:
 
 
 def _bases(cls: Source) -> Iterator[Source]:
-    for base in cls.node.bases:
+    for base in cls.node.bases if isinstance(cls.node, ast.ClassDef) else ():
         if (found := _imported(ast.unparse(base), cls.path)) is not None:
             yield found
 
@@ -122,14 +122,16 @@ def _cleaned(text: str) -> str:
     return re.sub(r":\w+:(`[^`]+`)", r"\1", text).replace("``", "`")
 
 
-def _init(node: ast.ClassDef) -> ast.FunctionDef | None:
+def _init(node: ast.ClassDef | ast.FunctionDef) -> ast.FunctionDef | None:
+    if isinstance(node, ast.FunctionDef):
+        return node
     return next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
 
 
-def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, str | None]]:
+def _fields(node: ast.ClassDef | ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None, str | None]]:
     """Yield name, annotation and default of the arguments of a class."""
     if (init := _init(node)) is not None:
-        plain = init.args.args[1:]
+        plain = init.args.args[init is not node :]  # a method's first is `self`
         defaults = [None] * (len(plain) - len(init.args.defaults)) + list(init.args.defaults)
         for one, value in [
             *zip(plain, defaults, strict=True),

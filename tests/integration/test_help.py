@@ -1,5 +1,6 @@
 """Help is complete, starts with what a user changes, and does not wait for torch."""
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.commands.help import text
 from pgpo_lightning.commands.settings_of import settings_of
 from pgpo_lightning.commands.source import documented, public_class
+from pgpo_lightning.memory_planner.cards import CARDS
+from pgpo_lightning.probe.contexts import CONTEXTS, CONTROLS, DEFAULT_CONTROLS
 from tests.support import CONFIGS
 
 LIGHT = (
@@ -21,6 +24,10 @@ LIGHT = (
     ["guard", "--help"],
     ["discover", "--help"],
     ["fit", "--help"],
+    ["plan", "--help"],
+    ["probe", "--help"],
+    ["export", "--help"],
+    ["ablate", "--help"],
 )
 
 
@@ -97,3 +104,13 @@ def test_the_parsers_own_help_of_a_class_is_there(capsys):
     assert not end.value.code
     assert "--model.num_generations" in capsys.readouterr().out
     assert "policy_gradient" in settings_of(GRPO)
+
+
+def test_help_names_every_card_context_and_control():
+    assert {name for name in CARDS if f" {name}," not in text(["plan", "--help"])} == set()
+    told = text(["probe", "--help"]).replace("\n", " ").replace(" and ", ", ")
+    listed = {word.strip(",.;") for word in told.split()}
+    assert {*CONTEXTS, *CONTROLS} <= listed
+    defaults = re.search(r"by\s+default answer, wrong, other\.", told)
+    assert defaults
+    assert DEFAULT_CONTROLS == ("answer", "wrong", "other")
