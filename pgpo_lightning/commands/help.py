@@ -100,7 +100,8 @@ def _export() -> Iterator[str]:
 def _ablate() -> Iterator[str]:
     yield "pgpo ablate --config FILE [--SETTING VALUE ...]"
     yield "makes the missing runs of a study: arms x seeds x conditions.\n"
-    yield from _options("ablate", "ablate")
+    yield from _options("ablate", "ablate", "cluster")
+    yield from _section("Jobs of a cluster", "cluster", _source("Cluster", "commands.cluster"))
 
 
 def _options(name: str, command: str, *skip: str) -> Iterator[str]:

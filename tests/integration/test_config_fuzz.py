@@ -17,7 +17,7 @@ def bases(parser):
     return config_fuzz.resolved(parser)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("count", [50, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_mutants_of_the_shipped_configurations_are_refused_by_name_or_sound(parser, bases, count):
     counts: Counter[str] = Counter()
     faults = []

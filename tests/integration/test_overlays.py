@@ -29,6 +29,8 @@ SMALL = [
     "4",
     "--data.eval_batch_size",
     "4",
+    "--data.limit_train",
+    "16",
     "--data.limit_val",
     "4",
     "--model.evaluation.samples",
