@@ -179,20 +179,17 @@ class Standalone:
 @contextmanager
 def fixed_lengths(lengths: list[int]) -> Iterator[None]:
     """Let sampled responses end after so many tokens each: ends are put in and taken out, everything else is as it is."""
-    draw, ends = rollout._draw, rollout.end_tokens
-    drawn, active, wanted = 0, list(lengths), None
+    draw, ends = rollout._next_token, rollout.end_tokens
+    wanted = torch.tensor(lengths)
 
-    def drawing(weights: Tensor, uniform: Tensor) -> Tensor:
-        nonlocal drawn, active, wanted
-        token = draw(weights, uniform).clamp(min=FIRST_ID)
-        if len(token) < len(active):  # those that had ended have left
-            active, wanted = [length for length in active if length > drawn], None
-        drawn += 1
-        wanted = torch.tensor(active, device=token.device) if wanted is None else wanted
-        return torch.where(wanted <= drawn, 1, token)
+    def drawing(p: Tensor, uniform: Tensor, top_p: float, active: Tensor, ages: Tensor) -> Tensor:
+        nonlocal wanted
+        wanted = wanted.to(active.device)
+        token = draw(p, uniform, top_p, active, ages).clamp(min=FIRST_ID)
+        return torch.where(ages + 1 >= wanted[active], 1, token)
 
-    rollout._draw, rollout.end_tokens = drawing, lambda *_: {1}
+    rollout._next_token, rollout.end_tokens = drawing, lambda *_: {1}
     try:
         yield
     finally:
-        rollout._draw, rollout.end_tokens = draw, ends
+        rollout._next_token, rollout.end_tokens = draw, ends

@@ -71,21 +71,20 @@ def seeded(*names: int | str) -> Iterator[random.Random]:
         yield random.Random(seed)
 
 
-def uniform(seeds: Tensor, step: int) -> Tensor:
+def uniform(seeds: Tensor, step: int | Tensor) -> Tensor:
     """Return one random number in [0, 1) per seed: a function of (seed, step) alone, bit-identical on every device.
 
     SplitMix64 is counter-based: its n-th number does not need the earlier ones. 24 bits, like ``torch.rand`` in fp32.
 
     Args:
         seeds: int64, from :func:`derive_seed`; similar seeds would give overlapping streams.
-        step: Position in each stream, from 0 on.
+        step: Position in each stream, from 0 on; one for all, or int64 of the shape of `seeds`.
 
     Returns:
         fp32, of the shape of `seeds`.
     """
-    state = seeds + _signed(
-        _GAMMA * (step + 1)
-    )  # int64 wraps around, which is the arithmetic modulo 2^64 that is wanted
+    # int64 wraps around, which is the arithmetic modulo 2^64 that is wanted.
+    state = seeds + (_signed(_GAMMA * (step + 1)) if isinstance(step, int) else (step + 1) * _signed(_GAMMA))
     state = (state ^ _shifted(state, 30)) * _signed(_MIX)
     state = (state ^ _shifted(state, 27)) * _signed(_MIX_AGAIN)
     return _shifted(state ^ _shifted(state, 31), 40).to(torch.float32) / 2**24

@@ -18,15 +18,16 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgpo_lightning.memory_planner.counter import LiveBytes
 from pgpo_lightning.memory_planner.parameters import layers_of, with_layers
 from pgpo_lightning.memory_planner.workload import Packed
-from pgpo_lightning.models.decoding import Cached
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.loading import evaluating, recompute_activations
+from pgpo_lightning.models.sampling_weights import sampling_weights
+from pgpo_lightning.models.shared_attention import Keys
+from pgpo_lightning.models.shared_decoding import SharedPrompts
 
 Peaks = dict[str, int]
 
@@ -136,91 +137,65 @@ def update_peaks(
 
 
 def prefill_peaks(
-    config: PretrainedConfig, compute: Compute, prompts: list[int], samples: int, new_tokens: int
+    config: PretrainedConfig, compute: Compute, prompts: list[int], samples: int, kind: type[Keys]
 ) -> Peaks:
-    """Return the bytes of running the prompts, without weights: the peak `prefill`, then `cache`, `cache bytes` and `logits`.
+    """Return the bytes of running the prompts, without weights: the peak `prefill`, `prompts` (keys and values of one), `logits`.
 
     Args:
         config: Configuration of the model with few layers.
         compute: Types.
         prompts: Lengths of the prompts.
         samples: Responses per prompt.
-        new_tokens: Maximum tokens of a response.
+        kind: How keys are kept.
     """
     with fake(compute) as (counter, _):
         model = build(config, compute.student, compute).eval()
         with counter, autocast(compute), torch.no_grad():
-            decoding = Cached(model, [[0] * n for n in prompts], samples, new_tokens)
-        cache, logits = decoding.cache, decoding.logits
-        layers: list[Any] = cache.layers  # of attention, see `count`
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        kind = layers[0].keys
-        return {
-            "prefill": counter.peak,
-            "cache": held,
-            "cache bytes": kind.element_size() * len(cache.layers),
-            "logits": logits.nbytes,
-        }
+            decoding = SharedPrompts(model, [[0] * n for n in prompts], samples, kinds=[kind])
+        held = sum(part.nbytes for keys in decoding.keys if keys is not None for part in keys.prompts)
+        return {"prefill": counter.peak, "prompts": held, "logits": decoding.logits.nbytes}
 
 
-def decode_peaks(config: PretrainedConfig, compute: Compute, rows: int, length: int, padded: bool) -> Peaks:
+def decode_peaks(
+    config: PretrainedConfig, compute: Compute, prompts: list[int], samples: int, age: int, kind: type[Keys]
+) -> Peaks:
     """Return bytes above weights and cache in the forward pass of one new token per response: `decode`.
 
     Args:
         config: Of the model, with few layers.
         compute: How.
-        rows: Responses.
-        length: Tokens of prompt and response so far, the new one included.
-        padded: Whether prompts have different lengths, which takes a mask.
+        prompts: Lengths of the prompts.
+        samples: Responses per prompt.
+        age: Tokens of every response so far.
+        kind: How keys are kept.
     """
-    with fake(compute) as (counter, _):
+    with fake(compute) as (counter, _), autocast(compute), torch.no_grad():
         model = build(config, compute.student, compute).eval()
-        ids, positions = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64)
-        mask = torch.ones(rows, length, dtype=torch.int64) if padded else None
-        cache = DynamicCache(config=model.config)
-        with autocast(compute), torch.no_grad():
-            fill(model, cache, rows, length)
+        with sampling_weights(model):
+            decoding = grown(model, prompts, samples, age, kind)
             with counter:
-                model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-        return {"decode": counter.peak}
+                decoding.append(torch.zeros(len(decoding.rows), dtype=torch.int64))
+    return {"decode": counter.peak}
 
 
-def fill(model: PreTrainedModel, cache: DynamicCache, rows: int, length: int) -> None:
-    """Let a cache hold keys and values of all tokens but the newest one, and of that one as well.
+def grown(model: PreTrainedModel, prompts: list[int], samples: int, age: int, kind: type[Keys]) -> SharedPrompts:
+    """Return a decoding whose responses have so many tokens, and room for another one.
 
     Args:
-        model: Determines their type, so it runs one token first.
-        cache: New and empty.
-        rows: Responses.
-        length: Tokens of prompt and response so far, the newest included.
+        model: On a device without data.
+        prompts: Lengths of the prompts.
+        samples: Responses per prompt.
+        age: Tokens of every response.
+        kind: How keys are kept.
     """
-    held = [_Held() for _ in cache.layers]
-    cache.layers = list(held)
-    model(input_ids=torch.zeros(rows, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
-    for layer in held:
-        layer.hold(rows, length)
-
-
-class _Held(DynamicLayer):
-    """Keys and values that exist already."""
-
-    held: tuple[Tensor, Tensor] | None = None
-
-    def hold(self, rows: int, length: int) -> None:
-        filled = [part for part in (self.keys, self.values) if part is not None]
-        parts = [part.new_empty(rows, part.size(1), length, part.size(3)) for part in filled]
-        self.held = (parts[0], parts[1])
-        self.keys, self.values = (part[:, :, :-1] for part in self.held)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.held or super().update(key_states, value_states, *args, **kwargs)
+    decoding = SharedPrompts(model, [[0] * n for n in prompts], samples, kinds=[kind])
+    rows = len(decoding.rows)
+    for keys in decoding.keys:
+        if keys is not None:
+            room = age + 1 + (keys.columns if keys.copied else 0)
+            keys.own = [part.new_empty(rows, part.size(1), room, part.size(3)) for part in keys.prompts]
+    decoding.place([age] * rows)
+    return decoding
 
 
 class _Gradients(torch.autograd.Function):

@@ -1,13 +1,14 @@
 """Seconds of sampling: the engine's batches replayed with counts in place of tensors."""
 
-from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from transformers import PretrainedConfig
 
+from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.memory_planner import flops
 from pgpo_lightning.memory_planner.cards import Rates
 from pgpo_lightning.memory_planner.dry_run import Compute
@@ -15,13 +16,12 @@ from pgpo_lightning.memory_planner.flops import Width
 from pgpo_lightning.memory_planner.passes import decode_work, prefill_work
 from pgpo_lightning.memory_planner.work import TokenWork, Work
 from pgpo_lightning.memory_planner.workload import EngineKind
+from pgpo_lightning.models.shared_attention import CopiedKeys, Keys
+from pgpo_lightning.models.shared_decoding import kind_of_keys
 from pgpo_lightning.rollout.transformers_engine import look_every
 
 DRAW_LAUNCHES = 26
 """Operations of drawing a token for all responses and recording it; counted on a CPU."""
-
-STORE_LAUNCHES = 2
-"""Operations per layer that put keys and values of a token into the cache."""
 
 DRAW_BYTES = {False: 28, True: 92}
 """Bytes per logit that drawing reads and writes, by whether `top_p` is below 1: the fp32 copy, probabilities and their sums, and
@@ -76,46 +76,58 @@ class Sampling:
     nucleus: bool = False
 
 
-def batches(groups: list[Group], at_once: int | None) -> list[list[Group]]:
-    """Return the questions that the package's sampler decodes together: whole ones, as many as fit; or parts of one.
-
-    Args:
-        groups: Questions of a call.
-        at_once: Maximum responses decoded at the same time; None for all.
-    """
-    if at_once is None:
-        return [groups]
-    samples = len(groups[0].lengths)
-    if at_once < samples:
-        parts = [group.lengths[i : i + at_once] for group in groups for i in range(0, samples, at_once)]
-        prompts = [group.prompt for group in groups for _ in range(0, samples, at_once)]
-        return [[Group(prompt, part)] for prompt, part in zip(prompts, parts, strict=True)]
-    each = at_once // samples
-    return [groups[i : i + each] for i in range(0, len(groups), each)]
-
-
-def padded_segments(batch: list[Group], device: str, limit: int) -> Iterator[Segment]:
-    """Follow one batch of the package's sampler, which pads prompts and drops ended responses when a quarter has ended.
+def own_segments(
+    groups: list[Group], at_once: int | None, device: str, limit: int, copied: bool
+) -> tuple[list[Segment], list[list[int]]]:
+    """Follow the package's sampler, in which others take the places of ended responses when a quarter of them has ended.
 
     The first token of a response needs no step of its own: its logits are those of the prompt.
 
     Args:
-        batch: Questions that are decoded together.
+        groups: Questions of a call.
+        at_once: Maximum responses decoded at the same time; None for all.
         device: On cuda, ended responses are only looked for at every 16th token.
         limit: Maximum tokens of a response.
+        copied: Whether every response reads a copy of its prompt's keys. Otherwise those of a prompt are read once.
+
+    Returns:
+        Steps of decoding, and the prompts of every pass over prompts.
     """
-    prompt = max(group.prompt for group in batch)
-    lengths = sorted(length for group in batch for length in group.lengths)
-    active, done, every = len(lengths), 0, look_every(device)
-    for tokens in (*range(every, limit, every), limit):
-        going = len(lengths) - bisect_right(lengths, tokens)
-        if going > 0 and going > 0.75 * active:
-            continue
-        if tokens - 1 > done:
-            yield Segment(tokens - 1 - done, active, active * (prompt + done + 1))
-        active, done = going, tokens - 1
-        if not going:
-            return
+    waiting = deque((question, min(length, limit)) for question, group in enumerate(groups) for length in group.lengths)
+    at_once, every = at_once or len(waiting), look_every(device)
+    rows: list[tuple[int, int, int]] = []  # question, tokens, and the step at which it began
+    held: set[int] = set()
+    segments: list[Segment] = []
+    prefills: list[list[int]] = []
+    columns, kept, new = 0, rows, [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
+    steps = 0  # of the newest segment; 0 where another begins
+    for step in count():
+        if new:
+            started = dict.fromkeys(question for question, _ in new)
+            prefills.append([groups[question].prompt for question in started if question not in held])
+            held |= set(started)
+            columns, steps = max(columns, *(groups[question].prompt for question in started)), 0
+        if kept is not rows or new:
+            rows = kept + [(*response, step) for response in new]
+            oldest = min(start for *_, start in rows)
+        kept, new = rows, []
+        full = step - oldest + 1 == limit
+        if full or step % every == every - 1:
+            going = [row for row in rows if step - row[2] + 1 < row[1]]
+            if not going and not waiting:
+                return segments, prefills
+            if full or len(going) <= 0.75 * len(rows):
+                begun = {question for question in held if waiting and question == waiting[0][0]}  # siblings will join
+                kept, new = going, [waiting.popleft() for _ in range(min(len(waiting), at_once - len(going)))]
+                held, steps = begun | {question for question, *_ in kept}, 0
+        if kept:
+            steps += 1
+            context = columns * (len(kept) if copied else len(held)) + sum(step - start + 1 for *_, start in kept)
+            if steps == 1:
+                segments.append(Segment(1, len(kept), context))
+            else:
+                segments[-1] = replace(segments[-1], steps=steps)
+    raise AssertionError  # count() does not end
 
 
 def refilled_segments(groups: list[Group], at_once: int) -> Iterator[Segment]:
@@ -135,7 +147,7 @@ def refilled_segments(groups: list[Group], at_once: int) -> Iterator[Segment]:
         active = [(context + steps, left - steps) for context, left in active if left > steps]
 
 
-def decode_seconds(segments: Iterator[Segment], token: TokenWork, rates: Rates) -> float:
+def decode_seconds(segments: Iterable[Segment], token: TokenWork, rates: Rates) -> float:
     """Return the seconds of decoding: in each step those of the host or of the device, whichever are more.
 
     Args:
@@ -166,11 +178,11 @@ class Generation:
         self.config, self.compute, self.width = config, compute, width
         self.rates, self.device = rates, device
         text = config.get_text_config()
-        self.vocabulary, self.layers = text.vocab_size, text.num_hidden_layers
+        self.vocabulary = text.vocab_size
         short, long = (prefill_work(config, compute, tokens) for tokens in (64, 128))
         self._prompt_token = (long + short * -1) * (1 / 64)
         self._prompt = short + self._prompt_token * -64
-        self._tokens: dict[bool, TokenWork] = {}
+        self._tokens: dict[tuple[bool, type[Keys]], TokenWork] = {}
 
     def seconds(self, groups: list[Group], sampling: Sampling) -> dict[str, float]:
         """Return the seconds of one call of the engine: `prefill` and `decode`.
@@ -183,27 +195,29 @@ class Generation:
             return {"prefill": 0.0, "decode": 0.0}
         if sampling.kind != "transformers":
             token = self._compiled(self._token(False))
-            segments = refilled_segments(groups, sampling.at_once or VLLM_AT_ONCE)
-            return {"prefill": self._prefill(groups), "decode": decode_seconds(segments, token, self.rates)}
-        found = {"prefill": 0.0, "decode": 0.0}
-        for batch, same in groupby(batches(groups, sampling.at_once)):
-            times = len(list(same))
-            token = self._token(min(group.prompt for group in batch) < max(group.prompt for group in batch))
-            drawn = TokenWork(
-                token.once + Work(launches=DRAW_LAUNCHES + STORE_LAUNCHES * self.layers),
-                token.row + Work(other_bytes=DRAW_BYTES[sampling.nucleus] * self.vocabulary),
-                token.context,
-            )
-            found["prefill"] += times * self._prefill(batch)
-            found["decode"] += times * decode_seconds(
-                padded_segments(batch, self.device, sampling.limit), drawn, self.rates
-            )
-        return found
+            queued = refilled_segments(groups, sampling.at_once or VLLM_AT_ONCE)
+            return {
+                "prefill": self._prefill([group.prompt for group in groups]),
+                "decode": decode_seconds(queued, token, self.rates),
+            }
+        prompts = [group.prompt for group in groups]
+        kind = kind_of_keys(prompts, len(groups[0].lengths), is_gpu(self.device))
+        segments, prefills = own_segments(groups, sampling.at_once, self.device, sampling.limit, kind.copied)
+        token = self._token(min(prompts) < max(prompts), kind)
+        drawn = TokenWork(
+            token.once + Work(launches=DRAW_LAUNCHES),
+            token.row + Work(other_bytes=DRAW_BYTES[sampling.nucleus] * self.vocabulary),
+            token.context,
+        )
+        return {
+            "prefill": sum(self._prefill(part) for part in prefills if part),
+            "decode": decode_seconds(segments, drawn, self.rates),
+        }
 
-    def _token(self, padded: bool) -> TokenWork:
-        if padded not in self._tokens:
-            self._tokens[padded] = decode_work(self.config, self.compute, padded)
-        return self._tokens[padded]
+    def _token(self, padded: bool, kind: type[Keys] = CopiedKeys) -> TokenWork:
+        if (padded, kind) not in self._tokens:
+            self._tokens[padded, kind] = decode_work(self.config, self.compute, padded, kind)
+        return self._tokens[padded, kind]
 
     def _compiled(self, token: TokenWork) -> TokenWork:
         """Return a step of vLLM, whose CUDA graphs and fused kernels leave the products' bytes, and its host code."""
@@ -211,8 +225,7 @@ class Generation:
         row, context = (Work(flops=part.flops, product_bytes=part.product_bytes) for part in (token.row, token.context))
         return TokenWork(host, row, context)
 
-    def _prefill(self, batch: list[Group]) -> float:
-        prompts = [group.prompt for group in batch]
+    def _prefill(self, prompts: list[int]) -> float:
         tokens = len(prompts) * max(prompts)
         work = self._prompt + self._prompt_token * tokens
         work = Work(work.launches, flops.prefill(self.width, prompts), work.product_bytes, work.other_bytes)

@@ -22,6 +22,7 @@ from pgpo_lightning.memory_planner.optimizers import OptimizerNeed
 from pgpo_lightning.memory_planner.parameters import Count
 from pgpo_lightning.memory_planner.rollouts import roomy_tokens, sampler_bytes
 from pgpo_lightning.memory_planner.workload import Layout, MicroBatch
+from pgpo_lightning.models.shared_decoding import kind_of_keys
 
 GIB = 2**30
 
@@ -256,18 +257,19 @@ def sampling_bytes(
         The parts, and the peaks of prefill and decoding.
     """
     text = config.get_text_config()
-    longest, padded = max(sampled.prompts), min(sampled.prompts) < max(sampled.prompts)
-    prefill = along_layers(
-        lambda few: prefill_peaks(few, compute, sampled.prompts, sampled.samples, sampled.limit), config
-    )
-    rows, layers = len(sampled.lengths), text.num_hidden_layers
-    tensors = 2 * layers
-    per_token = prefill["cache"] / (rows * longest * tensors)  # of one tensor
-    cache = round(roomy_tokens(longest, sampled.lengths, tensors, device) * per_token)
+    kind = kind_of_keys(sampled.prompts, sampled.samples, is_gpu(device))
+    prefill = along_layers(lambda few: prefill_peaks(few, compute, sampled.prompts, sampled.samples, kind), config)
+    rows, prompts, longest = len(sampled.lengths), len(sampled.prompts), max(sampled.prompts)
+    tensors = 2 * text.num_hidden_layers
+    per_token = prefill["prompts"] / (prompts * longest * tensors)  # of one tensor
+    cache = round(roomy_tokens(prompts, longest, sampled.lengths, tensors, device, kind.copied) * per_token)
     # The maximum number of tokens that a forward pass attends to: active responses times their current length.
     ordered = sorted(sampled.lengths, reverse=True)
-    going, length = max(((i + 1, longest + n) for i, n in enumerate(ordered)), key=lambda pair: pair[0] * pair[1])
-    decode = along_layers(lambda few: decode_peaks(few, compute, going, length, padded), config)["decode"]
+    going, age = max(((i + 1, n) for i, n in enumerate(ordered)), key=lambda pair: pair[0] * (longest + pair[1]))
+    few_prompts = sampled.prompts[: -(-going // sampled.samples)]
+    decode = along_layers(lambda few: decode_peaks(few, compute, few_prompts, sampled.samples, age - 1, kind), config)[
+        "decode"
+    ]
     sampler = sampler_bytes(rows, text.vocab_size, prefill["logits"] // (rows * text.vocab_size), sampled.nucleus)
     # Logits and probabilities of the previous step still exist.
     kept = 2 * torch.float32.itemsize * rows * text.vocab_size
@@ -277,9 +279,9 @@ def sampling_bytes(
     total = sum(decoding.values())
     if prefill["prefill"] > total:
         decoding = {
-            "keys and values": prefill["cache"],
+            "keys and values": prefill["prompts"],
             "sampler": 0,
-            "temporary": prefill["prefill"] - prefill["cache"],
+            "temporary": prefill["prefill"] - prefill["prompts"],
         }
     return decoding, {"prefill": prefill["prefill"], "decoding": total}
 

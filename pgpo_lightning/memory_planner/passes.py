@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pgpo_lightning.memory_planner import dry_run
 from pgpo_lightning.memory_planner.dry_run import Compute, along_layers
 from pgpo_lightning.memory_planner.work import TokenWork, Work, WorkCounter
 from pgpo_lightning.memory_planner.workload import Packed
 from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.sampling_weights import sampling_weights
+from pgpo_lightning.models.shared_attention import CopiedKeys, Keys
 
 
 def _along_layers(run: Callable[[PretrainedConfig], dict[str, Work]], config: PretrainedConfig) -> dict[str, Work]:
@@ -31,22 +33,24 @@ def _along_layers(run: Callable[[PretrainedConfig], dict[str, Work]], config: Pr
     return {name: Work(*(numbers[f"{name}/{field}"] for field in fields)) for name in names}
 
 
-def decode_work(config: PretrainedConfig, compute: Compute, padded: bool) -> TokenWork:
+def decode_work(config: PretrainedConfig, compute: Compute, padded: bool, kind: type[Keys] = CopiedKeys) -> TokenWork:
     """Return the work of the forward pass of one new token per response, without drawing it.
 
-    It is counted at three sizes, because it is linear in rows and in the tokens of all contexts.
+    It is counted at three sizes, because it is linear in rows and in the tokens of all contexts. Weights and logits are those of
+    the sampler: 16-bit copies where products are in 16 bits, and fp32 sums.
 
     Args:
         config: Configuration of the model.
         compute: Types.
         padded: Whether prompts have different lengths, which takes a mask.
+        kind: How keys are kept. Where siblings share them, a prompt is one context and each of its responses another.
     """
     sizes = {"base": (2, 64), "wider": (4, 64), "longer": (2, 128)}
 
     def run(few: PretrainedConfig) -> dict[str, Work]:
         with dry_run.fake(compute):
             model = dry_run.build(few, compute.student, compute).eval()
-            return {name: _decode(model, compute, *size, padded) for name, size in sizes.items()}
+            return {name: _decode(model, compute, *size, padded, kind) for name, size in sizes.items()}
 
     found = _along_layers(run, config)
     base = found["base"]
@@ -55,15 +59,12 @@ def decode_work(config: PretrainedConfig, compute: Compute, padded: bool) -> Tok
     return TokenWork(base + row * -2 + context * -128, row, context)
 
 
-def _decode(model: PreTrainedModel, compute: Compute, rows: int, length: int, padded: bool) -> Work:
-    ids, positions = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64)
-    mask = torch.ones(rows, 1, 1, length, dtype=torch.bool) if padded else None  # the sampler's own
-    cache = DynamicCache(config=model.config)
-    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-    with dry_run.autocast(compute), torch.no_grad():
-        dry_run.fill(model, cache, rows, length)
+def _decode(model: PreTrainedModel, compute: Compute, rows: int, length: int, padded: bool, kind: type[Keys]) -> Work:
+    prompts = [length // 2] * (rows - 1) + [length // 2 - padded]
+    with dry_run.autocast(compute), torch.no_grad(), sampling_weights(model):
+        decoding = dry_run.grown(model, prompts, 1, length - length // 2 - 1, kind)
         with WorkCounter() as counter:
-            model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs)
+            decoding.append(torch.zeros(rows, dtype=torch.int64))
     return counter.work
 
 

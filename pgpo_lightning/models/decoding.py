@@ -1,17 +1,19 @@
 """Incremental decoding: logits of the next token while responses grow, with and without a cache."""
 
 import inspect
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.models.next_token import Decoding, NextToken, padded_prompts
 from pgpo_lightning.models.sampling_weights import wide_logits
+from pgpo_lightning.models.shared_attention import CopiedKeys, SharedKeys
+from pgpo_lightning.models.shared_decoding import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -23,63 +25,58 @@ class Way:
         padding: Whether prompts of different lengths may be in one batch.
         own_mask: Whether the attention mask of every token is made here. That of transformers lets the host wait for a GPU at
             every token.
+        shared: Whether keys and values of a prompt are kept once for all of its responses.
+        refills: Whether further responses can take the place of ended ones.
     """
 
     cache: bool
     padding: bool
     own_mask: bool = False
+    shared: bool = False
+    refills: bool = False
 
     def suits(self, model: PreTrainedModel) -> bool:
         """Return whether it is worth a trial with a model."""
-        return not self.own_mask or _takes_own_mask(model)
+        if not (self.own_mask or self.shared):
+            return True
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        known = {DynamicLayer, DynamicSlidingWindowLayer} | ({LinearAttentionLayer} if not self.refills else set())
+        sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+        return sdpa and kinds <= known and kinds != {LinearAttentionLayer}
 
-    def start(self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> "Decoding":
-        """Run each prompt once, and return the decoding of `n` responses of at most `max_tokens` tokens to each."""
+    def start(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        n: int,
+        max_tokens: int,
+        at_once: int | None = None,
+        trial: bool = False,
+    ) -> Decoding:
+        """Run prompts once, and return the decoding of `n` responses of at most `max_tokens` tokens to each.
+
+        Args:
+            model: In evaluation mode.
+            prompts: Token ids.
+            n: Responses per prompt.
+            max_tokens: Maximum tokens of a response.
+            at_once: Responses that are started, the first ones; null for all, or if it never refills.
+            trial: Whether the layers take turns between the forms in which they are run for short and for long prompts.
+        """
+        if self.shared:
+            return SharedPrompts(model, prompts, n, at_once, (SharedKeys, CopiedKeys) if trial else None)
         return Cached(model, prompts, n, max_tokens, self.own_mask) if self.cache else Uncached(model, prompts, n)
 
 
 WAYS = (
+    Way(cache=True, padding=True, shared=True, refills=True),
+    Way(cache=True, padding=True, shared=True),
     Way(cache=True, padding=True, own_mask=True),
     Way(cache=True, padding=True),
     Way(cache=True, padding=False),
     Way(cache=False, padding=True),
 )
 """From the fastest to the one that works with every causal model."""
-
-
-class Decoding(ABC):
-    """Responses to some prompts while they grow. Responses to the same prompt are adjacent.
-
-    Attributes:
-        logits: Logits of the next token of every response, shape ``(responses, V)``.
-    """
-
-    logits: Tensor
-
-    @abstractmethod
-    def append(self, tokens: Tensor) -> None:
-        """Append a token to each response, ``(responses,)``, and set :attr:`logits` for the token after it."""
-
-    @abstractmethod
-    def keep(self, rows: Tensor) -> None:
-        """Keep only the responses with these indices, on the CPU. Logits are undefined until the next :meth:`append`."""
-
-
-class _NextToken:
-    """Logits of the next token, ``(sequences, V)``: the model's own or, where those are in 16 bits, fp32 ones."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.wide = wide_logits(model)
-        self.run = model if self.wide is None else decoder(model)
-        self.known = inspect.signature(self.run.forward).parameters
-
-    def __call__(self, ids: Tensor, **inputs: Any) -> Tensor:
-        """Run the model on token ids, with those of the other inputs that it knows."""
-        inputs = {name: value for name, value in inputs.items() if name in self.known} | {"use_cache": True}
-        if self.wide is not None:
-            return self.wide(self.run(input_ids=ids, **inputs).last_hidden_state[:, -1])
-        few = {"logits_to_keep": 1} if "logits_to_keep" in self.known else {}
-        return self.run(input_ids=ids, **inputs, **few).logits[:, -1]
 
 
 class Cached(Decoding):
@@ -96,7 +93,7 @@ class Cached(Decoding):
     def __init__(
         self, model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int, own_mask: bool = False
     ) -> None:
-        self.model = _NextToken(model)
+        self.run = NextToken(model)
         device = next(model.parameters()).device
         self.width = width = max(map(len, prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -107,10 +104,7 @@ class Cached(Decoding):
         self.mask = None
         if any(self.padding):  # on the left, so that all responses begin at the same position
             self.mask = (torch.arange(width + max_tokens, device=device) >= (width - lengths).unsqueeze(1)).long()
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        positions = (torch.arange(width, device=device) - (width - lengths).unsqueeze(1)).clamp(min=0)
-        mask = None if self.mask is None else self.mask[:, :width]
-        logits = self._run(ids, positions, mask)
+        logits = self.run(*padded_prompts(prompts, device), self.cache)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)
         self.position = lengths - 1  # (prompts,), and (responses,) after the selection
         self._select(rows, [padded for padded in self.padding for _ in range(n)])
@@ -122,11 +116,12 @@ class Cached(Decoding):
         """See :meth:`Decoding.append`."""
         self.width += 1
         self.position = self.position + 1
-        self.logits = self._run(tokens.unsqueeze(1), self.position.unsqueeze(1), self._mask())
+        self.logits = self.run(tokens.unsqueeze(1), self.position.unsqueeze(1), self._mask(), self.cache)
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """See :meth:`Decoding.keep`."""
-        self._select(rows.to(self.position.device), [self.padding[row] for row in rows.tolist()])
+        kept = torch.tensor(rows, dtype=torch.int64, device=self.position.device)
+        self._select(kept, [self.padding[row] for row in rows])
 
     def _mask(self) -> Tensor | dict[str, Tensor] | None:
         """Return the mask of the newest token: ``(responses, width)``, or ``(responses, 1, 1, keys)``, by kind of layer."""
@@ -146,14 +141,6 @@ class Cached(Decoding):
         self.cache.reorder_cache(cast("torch.LongTensor", rows))
         self.position = self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
-
-    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None) -> Tensor:
-        inputs: dict[str, Any] = {
-            "attention_mask": mask,
-            "position_ids": positions,
-            "cache_params" if "cache_params" in self.model.known else "past_key_values": self.cache,
-        }
-        return self.model(ids, **inputs)
 
 
 class Uncached(Decoding):
@@ -180,10 +167,10 @@ class Uncached(Decoding):
         self.lengths = self.lengths + 1
         self.logits = self._run()
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """See :meth:`Decoding.keep`."""
-        rows = rows.to(self.ids.device)
-        self.ids, self.lengths = self.ids[rows], self.lengths[rows]
+        kept = torch.tensor(rows, dtype=torch.int64, device=self.ids.device)
+        self.ids, self.lengths = self.ids[kept], self.lengths[kept]
 
     def _run(self) -> Tensor:
         rows = torch.arange(len(self.ids), device=self.ids.device)
@@ -196,13 +183,6 @@ class Uncached(Decoding):
         logits = self.model(input_ids=self.ids, use_cache=False, **inputs).logits
         place = which if few else self.lengths - 1
         return logits[rows, place]
-
-
-def _takes_own_mask(model: PreTrainedModel) -> bool:
-    """Return whether all layers are attention, of whole sequences or windows, in a form whose mask is bool."""
-    layers = DynamicCache(config=model.config).layers
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return plain and model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 def _kinds(model: PreTrainedModel, layers: list[Any]) -> dict[str, Any]:

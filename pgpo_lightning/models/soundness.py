@@ -187,24 +187,28 @@ def _sampled(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
 
 def _grown(model: PreTrainedModel, pairs: Pairs, way: Way) -> list[Tensor]:
     device = next(model.parameters()).device
-    longest = max(len(response) for _, response in pairs)
     # Each prompt has two equal responses, one of which leaves the batch a token early. So repetition and selection are tried too.
-    decoding = way.start(model, [prompt for prompt, _ in pairs], 2, longest)
-    rows = [(i, copy) for i in range(len(pairs)) for copy in range(2)]
-    log_p: list[list[list[Tensor]]] = [[[], []] for _ in pairs]
-    for step in range(longest):
-        ids = torch.tensor([pairs[i][1][min(step, len(pairs[i][1]) - 1)] for i, _ in rows], device=device)
-        drawn = decoding.logits.float().log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
-        for (i, copy), value in zip(rows, drawn, strict=True):
-            log_p[i][copy].append(value)
-        going = [k for k, (i, copy) in enumerate(rows) if step + 1 < len(pairs[i][1]) - copy]
-        if not going:
-            break
-        if len(going) < len(rows):
-            decoding.keep(torch.tensor(going, device="cpu"))
-            rows, ids = [rows[k] for k in going], ids[going]
-        decoding.append(ids)
-    return [_equal_or_nan(torch.stack(first), second) for first, second in log_p]
+    responses = [response[: len(response) - copy] or response for _, response in pairs for copy in range(2)]
+    # The last three begin when others have ended, the first of them beside a sibling.
+    begun = len(responses) - 3 if way.refills and len(pairs) > 2 else len(responses)
+    decoding = way.start(model, [prompt for prompt, _ in pairs], 2, max(map(len, responses)), begun, trial=True)
+    waiting, active = list(range(begun, len(responses))), list(range(begun))
+    log_p: list[list[Tensor]] = [[] for _ in responses]
+    while active:
+        tokens = torch.tensor([responses[i][len(log_p[i])] for i in active], device=device)
+        drawn = decoding.logits.float().log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        for i, value in zip(active, drawn, strict=True):
+            log_p[i].append(value)
+        going = [row for row, i in enumerate(active) if len(log_p[i]) < len(responses[i])]
+        new, waiting = (waiting, []) if len(going) < len(active) else ([], waiting)
+        if len(going) < len(active) and (going or new):
+            decoding.keep(going)
+        if going:
+            decoding.append(tokens[going])
+        if new:
+            decoding.join(new)
+        active = [active[row] for row in going] + new
+    return [_equal_or_nan(torch.stack(log_p[2 * i]), log_p[2 * i + 1]) for i in range(len(pairs))]
 
 
 def _equal_or_nan(first: Tensor, second: list[Tensor]) -> Tensor:

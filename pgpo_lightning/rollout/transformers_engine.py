@@ -1,5 +1,9 @@
 """Sampling with the model's own forward pass, through transformers."""
 
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
@@ -30,7 +34,7 @@ class TransformersEngine(Engine):
 
     Args:
         max_sequences: Maximum responses decoded at the same time. The whole step at once is fastest; a lower value saves memory
-            for keys and values.
+            for keys and values. Others take the places of ended responses, except in models with a recurrent state.
     """
 
     repeats = True
@@ -52,25 +56,58 @@ class TransformersEngine(Engine):
         sampling: Sampling,
     ) -> list[Rollout]:
         """See :meth:`Engine.generate`."""
-        limit = self.max_sequences or max(1, len(questions)) * n
-        prompts_at_once, responses_at_once = max(1, limit // n), min(n, limit)
         way = way_to_sample(model, max(map(len, prompts), default=1) + sampling.max_tokens)
+        ends = end_tokens(model, tokenizer)
         found: list[list[Rollout]] = [[] for _ in questions]
         with evaluating(model), sampling_weights(model):
-            for group in _batchable(prompts, way):
-                for start in range(0, len(group), prompts_at_once):
-                    part = group[start : start + prompts_at_once]
-                    batch, batch_prompts = [questions[i] for i in part], [prompts[i] for i in part]
-                    for done in range(
-                        0, n, responses_at_once
-                    ):  # several rounds only if one prompt has too many responses
-                        count = min(responses_at_once, n - done)
-                        seeds = None if sampling.seeds is None else [sampling.seeds[i] for i in part]
-                        streams = seeds and [derive_seed(seed, i) for seed in seeds for i in range(done, done + count)]
-                        rollouts = _decode(model, tokenizer, batch, batch_prompts, count, sampling, way, streams)
-                        for k, i in enumerate(part):
-                            found[i] += rollouts[k * count : (k + 1) * count]
+            for part, first, each, at_once in _batches(prompts, n, way, self.max_sequences):
+                streams = None
+                if sampling.seeds is not None:
+                    responses = range(first, first + each)
+                    streams = [derive_seed(sampling.seeds[i], response) for i in part for response in responses]
+                batch = [prompts[i] for i in part]
+                rows = _sample(model, batch, each, sampling, ends, way, streams, at_once)
+                for k, (response, log_probs) in enumerate(rows):
+                    i = part[k // each]
+                    found[i].append(
+                        Rollout(
+                            question=questions[i],
+                            prompt_ids=prompts[i],
+                            response_ids=response,
+                            log_probs=log_probs,
+                            text=decode(tokenizer, response, skip_special_tokens=True),
+                            finished=response[-1] in ends,
+                        )
+                    )
         return [rollout for rollouts in found for rollout in rollouts]
+
+
+def _batches(
+    prompts: list[list[int]], n: int, way: Way, at_once: int | None
+) -> Iterator[tuple[list[int], int, int, int]]:
+    """Divide the responses into batches, each of which is decoded by itself.
+
+    Args:
+        prompts: Token ids.
+        n: Responses per prompt.
+        way: How they are decoded.
+        at_once: Maximum responses that are decoded at the same time; null for all.
+
+    Yields:
+        Indices of prompts, the number of the first response to each, the number of responses to each, and how many of them all
+        are decoded at the same time.
+    """
+    limit = at_once or max(1, len(prompts)) * n
+    for group in _batchable(prompts, way):
+        if way.refills:
+            yield group, 0, n, min(limit, len(group) * n)
+            continue
+        each = max(1, limit // n)
+        for start in range(0, len(group), each):
+            part = group[start : start + each]
+            for done in range(0, n, limit):  # several rounds only if one prompt has too many responses
+                number = min(limit, n - done)
+                yield part, done, number, len(part) * number
 
 
 def _batchable(prompts: list[list[int]], way: Way) -> list[list[int]]:
@@ -83,36 +120,6 @@ def _batchable(prompts: list[list[int]], way: Way) -> list[list[int]]:
     return list(by_length.values())
 
 
-def _decode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[Question],
-    prompts: list[list[int]],
-    n: int,
-    sampling: Sampling,
-    way: Way,
-    streams: list[int] | None,
-) -> list[Rollout]:
-    ends = end_tokens(model, tokenizer)
-    tokens, log_probs = _sample(model, prompts, n, sampling, ends, way, streams)
-    rollouts = []
-    for i, row in enumerate(tokens.tolist()):
-        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        response = row[:length]
-        rollouts.append(
-            Rollout(
-                question=questions[i // n],
-                prompt_ids=prompts[i // n],
-                response_ids=response,
-                # Copied, because a view would keep the whole padded matrix alive.
-                log_probs=log_probs[i, :length].clone(),
-                text=decode(tokenizer, response, skip_special_tokens=True),
-                finished=response[-1] in ends,
-            )
-        )
-    return rollouts
-
-
 @torch.no_grad()
 def _sample(
     model: PreTrainedModel,
@@ -122,53 +129,85 @@ def _sample(
     ends: set[int],
     way: Way,
     streams: list[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return sampled tokens and their log-probabilities, ``(prompts * n, T)`` each, on the CPU.
+    at_once: int | None = None,
+) -> list[tuple[list[int], Tensor]]:
+    """Return the tokens of every response, and their log-probabilities, on the CPU.
 
     This loop replaces ``generate`` for three reasons. The prompt is computed once for all of its responses. Ended responses leave
-    the batch, whereas ``generate`` decodes them until the longest has ended. The log-probability of a token is taken when it is
-    drawn, so the logits of all steps need not be kept. Values after the end of a response are undefined.
+    the batch, and others take their place, whereas ``generate`` decodes them until the longest has ended. The log-probability of
+    a token is taken when it is drawn, so the logits of all steps need not be kept.
 
-    `streams` holds a seed per response. Without it torch's global generator is used.
+    Args:
+        model: In evaluation mode.
+        prompts: Token ids.
+        n: Responses per prompt.
+        sampling: Temperature and limits.
+        ends: Tokens that end a response.
+        way: How it is decoded.
+        streams: A seed per response. Without it torch's global generator is used.
+        at_once: Responses that are decoded at the same time, if `way` refills; null for all.
 
     Raises:
         NotFiniteError: If logits are not finite.
     """
     device = next(model.parameters()).device
     end_ids = torch.tensor(sorted(ends), device=device)
-    decoding = way.start(model, prompts, n, sampling.max_tokens)
     total = len(prompts) * n
+    at_once = at_once or total
+    if streams is None and at_once < total:  # numbers that do not depend on when others end
+        streams = torch.randint(2**63 - 1, (total,)).tolist()
+    decoding = way.start(model, prompts, n, sampling.max_tokens, at_once)
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
     log_probs = torch.zeros(sampling.max_tokens, total, device=device)
-    active = torch.arange(total, device=device)  # responses that are still in the batch
+    waiting = deque(range(at_once, total))
+    begun = [0] * at_once  # the step at which the response of each row began
+    active, ages = torch.arange(at_once, device=device), torch.zeros(at_once, dtype=torch.int64, device=device)
     seeds = None if streams is None else torch.tensor(streams, device=device)
-    ended = torch.zeros(total, dtype=torch.bool, device=device)
-    looked, every = 0, look_every(device.type)
-    for step in range(sampling.max_tokens):
+    ended = torch.zeros(at_once, dtype=torch.bool, device=device)
+    unseen: list[Tensor] = []  # log-probabilities since the last look
+    every = look_every(device.type)
+    for step in count():
         logits = decoding.logits.float()  # (active, V)
         p = (logits if sampling.temperature == 1 else logits / sampling.temperature).softmax(-1)
         # Numbers are drawn for all responses, ended or not, so that a response does not depend on when the others end.
-        drawn = torch.rand(total, 1, device=device) if seeds is None else uniform(seeds, step).unsqueeze(1)
-        token = _draw(p, drawn[active]) if sampling.top_p == 1 else _draw_nucleus(p, drawn[active], sampling.top_p)
-        tokens[step, active] = token
-        log_probs[step, active] = p.gather(1, token.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0.0)
+        number = (
+            torch.rand(total, device=device)[active] if seeds is None else uniform(seeds[active], ages)
+        ).unsqueeze(1)
+        token = _next_token(p, number, sampling.top_p, active, ages)
+        drawn = p.gather(1, token.unsqueeze(1)).squeeze(1).log().masked_fill(ended, 0.0)
+        tokens[ages, active], log_probs[ages, active] = token, drawn
+        unseen.append(drawn)
         ended |= torch.isin(token, end_ids)
-        last = step + 1 == sampling.max_tokens
-        if last or step % every == every - 1:
+        new: list[int] = []
+        full = step - min(begun) + 1 == sampling.max_tokens
+        if full or step % every == every - 1:
             # In one transfer, because the host waits for a GPU at each.
-            seen = torch.cat([ended, log_probs[looked : step + 1].isfinite().all().unsqueeze(0)]).cpu()
-            if not seen[-1]:
-                raise _not_finite(log_probs[looked : step + 1].cpu(), looked)
-            looked = step + 1
-            going = (~seen[:-1]).nonzero().squeeze(1)
-            if last or not len(going):
+            seen = torch.cat([ended, torch.stack(unseen).isfinite().all().unsqueeze(0)]).tolist()
+            if not seen.pop():
+                raise _not_finite(torch.stack(unseen).cpu(), [step - start for start in begun])
+            unseen.clear()
+            going = [row for row, over in enumerate(seen) if not over and step - begun[row] + 1 < sampling.max_tokens]
+            if not going and not waiting:
                 break
-            if len(going) <= _WORTH_LEAVING * len(active):
+            if full or len(going) <= _WORTH_LEAVING * len(begun):
+                new = [waiting.popleft() for _ in range(min(len(waiting), at_once - len(going)))]
+                begun = [begun[row] for row in going] + [step + 1] * len(new)
                 decoding.keep(going)
-                going = going.to(device)
-                token, active, ended = token[going], active[going], ended[going]
-        decoding.append(token)
-    return tokens[: step + 1].T.cpu(), log_probs[: step + 1].T.cpu()
+                kept = torch.tensor(going, dtype=torch.int64, device=device)
+                token, active, ages, ended = token[kept], active[kept], ages[kept], ended[kept]
+        if len(token):
+            decoding.append(token)
+        ages = ages + 1
+        if new:
+            decoding.join(new)
+            active = torch.cat([active, torch.tensor(new, device=device)])
+            ages, ended = (torch.cat([part, part.new_zeros(len(new))]) for part in (ages, ended))
+    found = []
+    for row, log_p in zip(tokens.T.tolist(), log_probs.T.cpu(), strict=True):
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        # Copied, because a view would keep the whole padded matrix alive.
+        found.append((row[:length], log_p[:length].clone()))
+    return found
 
 
 def look_every(device: str) -> int:
@@ -180,15 +219,34 @@ def look_every(device: str) -> int:
     return 1 if device == "cpu" else _LOOK_EVERY
 
 
-def _not_finite(log_probs: Tensor, first: int) -> NotFiniteError:
-    """Return the error for tokens from step `first` on, of which some were drawn from logits that are not finite."""
+def _not_finite(log_probs: Tensor, ages: list[int]) -> NotFiniteError:
+    """Return the error for log-probabilities of the latest steps, ``(steps, rows)``, some of which are not finite.
+
+    Args:
+        log_probs: Of tokens that were drawn.
+        ages: Tokens of every row's response before the last of them.
+    """
     bad = ~log_probs.isfinite()
     step = int(bad.any(1).nonzero()[0])
+    age = ages[int(bad[step].nonzero()[0])] - (len(bad) - 1 - step)
     return NotFiniteError(
-        f"Expected finite logits, but token {first + step + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
+        f"Expected finite logits, but token {age + 1} of {int(bad[step].sum())} out of {bad.size(1)} responses has "
         "NaN or infinity among them. Either weights are no longer finite (go back to a checkpoint, and lower the learning "
         "rate), or float16 overflows: set `model_config.dtype` to bfloat16 or float32, and `trainer.precision` to bf16-mixed."
     )
+
+
+def _next_token(p: Tensor, uniform: Tensor, top_p: float, active: Tensor, ages: Tensor) -> Tensor:
+    """Draw a token per row.
+
+    Args:
+        p: Probabilities, ``(n, V)``.
+        uniform: Random numbers in [0, 1), ``(n, 1)``.
+        top_p: In (0, 1].
+        active: Response of each row, ``(n,)``; for benchmarks, which set its length.
+        ages: Its tokens so far, ``(n,)``; for them too.
+    """
+    return _draw(p, uniform) if top_p == 1 else _draw_nucleus(p, uniform, top_p)
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Predicted seconds: what binds, what they are proportional to, and the engine's steps that they follow."""
 
 import dataclasses
-from functools import partial, wraps
+from functools import partial
 
 import pytest
 import torch
@@ -15,14 +15,12 @@ from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.flops import Width
 from pgpo_lightning.memory_planner.generation import (
     DRAW_LAUNCHES,
-    STORE_LAUNCHES,
     Generation,
     Group,
     Sampling,
     Segment,
-    batches,
     decode_seconds,
-    padded_segments,
+    own_segments,
     refilled_segments,
 )
 from pgpo_lightning.memory_planner.memory import Sharding
@@ -33,6 +31,8 @@ from pgpo_lightning.memory_planner.seconds import StepSeconds, step_seconds
 from pgpo_lightning.memory_planner.seconds_report import beside, beside_table, seconds_table
 from pgpo_lightning.memory_planner.work import WorkCounter
 from pgpo_lightning.memory_planner.workload import Evaluations, Lengths
+from pgpo_lightning.models import shared_decoding
+from pgpo_lightning.models.shared_decoding import SharedPrompts
 from pgpo_lightning.rollout import engine as engines
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import TOKENIZER, tiny_model
@@ -64,33 +64,35 @@ def test_decoding_takes_bytes_over_bandwidth_or_launches_times_overhead():
     assert decode_seconds(iter(segments), token, SLOW_PRODUCTS) == pytest.approx(whole.flops / 1e9)
 
 
+@pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("at_once", [None, 4, 3])
-def test_segments_are_the_forward_passes_of_the_engine(at_once, monkeypatch):
+def test_segments_are_the_forward_passes_of_the_engine(at_once, copied, monkeypatch):
     model, prompts, lengths = tiny_model(), [[5, 6, 7], [8, 9]], [3, 9, 9, 12, 1, 2, 7, 7]
-    seen = []
-    forward = model.forward
+    seen, ran = [], []
+    monkeypatch.setattr(shared_decoding, "_LONG", 1000 if copied else 1)
+    append, prefill = SharedPrompts.append, SharedPrompts._prefill
 
-    @wraps(forward)  # the sampler looks at its signature
-    def watched(*args, **kwargs):
-        ids = kwargs["input_ids"]
-        if ids.size(1) == 1:
-            seen.append((ids.size(0), kwargs["past_key_values"].get_seq_length() + 1))
-        return forward(*args, **kwargs)
+    def watched(self, tokens):
+        width = self.keys[0].columns * (len(self.rows) if copied else len(self.stored))
+        seen.append((len(self.rows), width + sum(self.ages) + len(self.rows)))
+        append(self, tokens)
+
+    def watched_prefill(self, new):
+        ran.append([len(self.prompts[i]) for i in new])
+        return prefill(self, new)
 
     engine = TransformersEngine(at_once)
     engine.prepare(model, 40)
-    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(SharedPrompts, "append", watched)
+    monkeypatch.setattr(SharedPrompts, "_prefill", watched_prefill)
     groups = [Group(3, tuple(lengths[:4])), Group(2, tuple(lengths[4:]))]
-    expected = []
-    for batch in batches(groups, at_once):
-        with fixed_lengths([length for group in batch for length in group.lengths]):
-            asked = [Question("?", "1", index=group.prompt) for group in batch]
-            ids = [prompts[0] if group.prompt == 3 else prompts[1] for group in batch]
-            engine.generate(model, TOKENIZER, asked, ids, len(batch[0].lengths), engines.Sampling(12))
-        for segment in padded_segments(batch, "cpu", 12):
-            first = segment.context / segment.rows
-            expected += [(segment.rows, first + t) for t in range(segment.steps)]
-    assert seen == expected
+    with fixed_lengths(lengths):
+        asked = [Question("?", "1", index=i) for i in range(2)]
+        engine.generate(model, TOKENIZER, asked, prompts, 4, engines.Sampling(12))
+    segments, prefills = own_segments(groups, at_once, "cpu", 12, copied)
+    assert seen == [(s.rows, s.context + t * s.rows) for s in segments for t in range(s.steps)]
+    assert ran == [part for part in prefills if part]
+    assert [length for part in ran for length in part] == [3, 2]  # every prompt once
 
 
 @pytest.mark.parametrize("prompts", [[[5, 6, 7], [8, 9, 10]], [[5, 6, 7], [8, 9]]], ids=["equal", "padded"])
@@ -103,15 +105,24 @@ def test_operations_per_token_are_those_of_the_engine(prompts):
             engine.generate(model, TOKENIZER, asked, prompts, 2, engines.Sampling(tokens))
         counted[tokens] = counter.work.launches
     token = decode_work(model.config, Compute(), padded=len(prompts[0]) > len(prompts[1]))
-    predicted = token.once.launches + DRAW_LAUNCHES + STORE_LAUNCHES * model.config.num_hidden_layers
+    predicted = token.once.launches + DRAW_LAUNCHES
     assert (counted[20] - counted[10]) / 10 == pytest.approx(predicted, abs=5)  # the fixed lengths take a few
 
 
 def test_ended_responses_are_looked_for_at_every_16th_token_on_a_gpu():
-    batch = [Group(10, (4, 20, 20, 20))]
-    assert list(padded_segments(batch, "cuda", 100)) == [Segment(15, 4, 44), Segment(16, 3, 3 * 26)]
-    assert list(padded_segments(batch, "cuda", 20)) == [Segment(15, 4, 44), Segment(4, 3, 3 * 26)]
-    assert list(padded_segments([Group(10, (1, 1))], "cpu", 100)) == []
+    def segments(lengths, limit, at_once=None):
+        return own_segments([Group(10, lengths)], at_once, "cuda", limit, True)[0]
+
+    assert segments((4, 20, 20, 20), 100) == [Segment(15, 4, 44), Segment(16, 3, 3 * 26)]
+    assert segments((4, 20, 20, 20), 20) == [Segment(15, 4, 44), Segment(4, 3, 3 * 26)]
+    # The third begins when the first is seen to have ended, and leaves at the next look.
+    assert segments((4, 40, 8), 100, 2) == [
+        Segment(15, 2, 22),
+        Segment(1, 1, 26),
+        Segment(15, 2, 27 + 11),
+        Segment(16, 1, 42),
+    ]
+    assert own_segments([Group(10, (1, 1))], None, "cpu", 100, True) == ([], [[10]])
 
 
 def test_an_engine_that_refills_decodes_every_token_once():
@@ -132,7 +143,7 @@ def test_a_cuda_graph_has_no_launches_and_no_unfused_bytes():
     groups = [Group(8, (5, 5))]
     assert generation.seconds(groups, Sampling(5, "vllm"))["decode"] == pytest.approx(4 * 0.5)
     own = generation.seconds(groups, Sampling(5))["decode"]
-    assert own == pytest.approx(4 * 1e-3 * (decode_work(CONFIG, Compute(), False).once.launches + 26 + 2 * 5))
+    assert own == pytest.approx(4 * 1e-3 * (decode_work(CONFIG, Compute(), False).once.launches + DRAW_LAUNCHES))
 
 
 def test_a_step_is_proportional_to_what_binds_it():

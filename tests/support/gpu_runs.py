@@ -9,7 +9,7 @@ from typing import Any
 from pgpo_lightning import modules
 from pgpo_lightning.callbacks import InformationMultiplier, KLAdaptiveMultiplier
 from pgpo_lightning.losses.token_weights import TokenWeights
-from pgpo_lightning.models.decoding import Cached
+from pgpo_lightning.models.shared_decoding import SharedPrompts
 from pgpo_lightning.objectives.gates import ConfidenceGate
 from pgpo_lightning.rollout import transformers_engine
 from pgpo_lightning.teachers.configs import RepromptConfig
@@ -139,7 +139,7 @@ def fit(run: dict[str, Any], folder: Path, external: str, patch: Any, **settings
         **dict(settings_of(run, external)),
     )  # fmt: skip
     done = Fit(made)
-    sample, learn, append = transformers_engine._sample, Learner._micro_batch, Cached.append
+    sample, learn, append = transformers_engine._sample, Learner._micro_batch, SharedPrompts.append
 
     def sampled(*args: Any) -> Any:
         done.batches += 1
@@ -157,7 +157,7 @@ def fit(run: dict[str, Any], folder: Path, external: str, patch: Any, **settings
 
     patch.setattr(transformers_engine, "_sample", sampled)
     patch.setattr(Learner, "_micro_batch", learnt)
-    patch.setattr(Cached, "append", appended)
+    patch.setattr(SharedPrompts, "append", appended)
     multiplier = {"information": InformationMultiplier(1.0), "kl": KLAdaptiveMultiplier()}
     callbacks = [multiplier[run["multiplier"]]] if run["multiplier"] else []
     trainer = gpu_trainer(

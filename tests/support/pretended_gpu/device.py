@@ -122,7 +122,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if device is not None:
         plain["device"] = torch.device("cpu") if target else device
     plain.pop("pin_memory", None)
-    if name in ("mm", "addmm") and overload.startswith("dtype"):
+    if name in ("mm", "addmm", "bmm") and overload.startswith("dtype"):
         out = rules.narrow_product(name, plain_args, plain)
     else:
         out = func(*plain_args, **plain)

@@ -111,7 +111,7 @@ def narrow_product(overload: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Return a product with `out_dtype`, which only CUDA has, under the conditions of torch 2.10 (``cuda/Blas.cpp``).
 
     Args:
-        overload: Name and overload: of `mm` or `addmm`.
+        overload: Name and overload: of `mm`, `bmm` or `addmm`.
         args: Its arguments, on the CPU.
         kwargs: Its keyword arguments.
 

@@ -177,10 +177,11 @@ def test_peaks_are_straight_lines_in_the_number_of_layers():
 
 def test_room_for_keys_and_values():
     # 4 tokens grow to 5 + 32; nobody leaves; one tensor's old 2 x 4 stands beside all new ones.
-    assert roomy_tokens(4, [9, 9], 10, "cpu") == 10 * 2 * 37 + 2 * 4
-    # Two of four end after 3 tokens: the other two are copied (at 4 + 2 tokens) while the old room is there.
-    assert roomy_tokens(4, [9, 9, 3, 3], 10, "cpu") == 10 * (4 * 37 + 2 * 6)
-    assert roomy_tokens(4, [9, 9, 3, 3], 10, "cuda") == 10 * 4 * 37 + 4 * 4  # looks too late
+    assert roomy_tokens(1, 4, [9, 9], 10, "cpu", True) == 10 * (4 + 2 * 37) + 2 * 4
+    # Two of four end after 3 tokens: keys and values of a layer (at 4 + 2 tokens) are copied while the old room is there.
+    assert roomy_tokens(2, 4, [9, 9, 3, 3], 10, "cpu", True) == 10 * (2 * 4 + 4 * 37) + 2 * 2 * 6
+    assert roomy_tokens(2, 4, [9, 9, 3, 3], 10, "cuda", True) == 10 * (2 * 4 + 4 * 37) + 4 * 4  # looks too late
+    assert roomy_tokens(2, 400, [9, 9, 3, 3], 10, "cuda", False) == 10 * (2 * 400 + 4 * 33)
 
 
 def test_shards_and_buckets():

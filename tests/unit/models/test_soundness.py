@@ -97,7 +97,7 @@ def test_padding_and_prompts_longer_than_what_a_kernel_takes_at_once(name):
     right = [own(model, *pair) for pair in pairs]
     for made, expected in zip(trained(model, pairs, Packing()), right, strict=True):
         torch.testing.assert_close(made, expected, rtol=0, atol=2e-4)
-    assert way_to_sample(model, 300) == Way(cache=True, padding=True)
+    assert way_to_sample(model, 300) == Way(cache=True, padding=True, shared=True)
     for rollout in sampled(model, lengths=(150, 3, 64, 70), n=2):
         expected = own(model, rollout.prompt_ids, rollout.response_ids)
         torch.testing.assert_close(rollout.log_probs, expected, rtol=0, atol=2e-4)
@@ -275,10 +275,12 @@ def test_kernels_that_know_no_fp32_are_tried_under_autocast():
 
 
 def test_ways_are_tried_from_the_fastest():
-    assert way_to_sample(tiny("qwen3"), 64) == Way(cache=True, padding=True, own_mask=True)
-    assert way_to_sample(tiny("gemma3_text"), 64) == Way(cache=True, padding=True, own_mask=True)  # windows
+    first = Way(cache=True, padding=True, shared=True, refills=True)
+    assert way_to_sample(tiny("qwen3"), 64) == first
+    assert way_to_sample(tiny("gemma3_text"), 64) == first  # windows
+    assert way_to_sample(tiny("qwen3_5_text"), 64) == Way(cache=True, padding=True, shared=True)  # a recurrent state
+    assert way_to_sample(tiny("deepseek_v3"), 64) == Way(cache=True, padding=True, own_mask=True)  # keys are compressed
     assert way_to_sample(tiny("bloom"), 64) == Way(cache=True, padding=True)  # positions come from the mask
-    assert way_to_sample(tiny("qwen3_5_text"), 64) == Way(cache=True, padding=True)
     assert way_to_sample(tiny("mamba"), 64) == Way(cache=True, padding=False)
     assert way_to_sample(tiny("minimax"), 64) == Way(cache=False, padding=True)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgpo_lightning.core.seeding import derive_seed, seeded
+from pgpo_lightning.core.seeding import derive_seed, seeded, uniform
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.support.helpers import TOKENIZER
 from tests.support.sampling import (
@@ -27,7 +27,7 @@ def test_samples_of_a_prompt_are_adjacent_whatever_the_chunk(max_sequences):
     sizes = watched(model)
     prompts = prompts_of(5, 9, 1, 14, 7)
     rollouts = generate(model, prompts, n=3, max_sequences=max_sequences)
-    assert max(sizes) == {None: 15, 3: 3, 4: 3, 7: 6, 100: 15}[max_sequences]
+    assert max(sizes) == {None: 15, 3: 3, 4: 4, 7: 7, 100: 15}[max_sequences]
     assert [r.question.index for r in rollouts] == [i for i in range(5) for _ in range(3)]
     assert [r.prompt_ids for r in rollouts] == [prompts[i] for i in range(5) for _ in range(3)]
     assert_log_probs(model, rollouts)  # they really are answers to that prompt
@@ -136,3 +136,28 @@ def test_with_seeds_samples_follow_the_distribution():
     likely = expected > 0.001
     deviation = (counts[likely] - 20_000 * expected[likely]) / (20_000 * expected[likely]).sqrt()
     assert deviation.abs().max() < 4.5
+
+
+def test_waiting_responses_take_the_places_of_ended_ones():
+    model = ending_model()
+    prompts, seeds = prompts_of(*range(3, 19)), [derive_seed("question", i) for i in range(16)]
+    sizes = watched(model)
+    rollouts = generate(model, prompts, n=3, max_sequences=8, max_tokens=40, seeds=seeds)
+    tokens = sum(len(response) - 1 for response in responses(rollouts))  # the first comes with the prompt
+    decoded = [size for size in sizes if size > 0]
+    assert max(decoded) == 8
+    assert tokens < sum(decoded) < 1.3 * tokens
+    assert len(decoded) < 200  # eight batches, one after the other, take more than 300 passes
+    assert_log_probs(model, rollouts)
+
+
+def test_without_seeds_too_the_number_of_places_changes_nothing():
+    model, prompts = ending_model(), prompts_of(5, 9, 2)
+    few, more = (responses(generate(model, prompts, n=4, max_sequences=limit)) for limit in (2, 7))
+    assert few == more
+
+
+def test_numbers_of_unequal_positions_are_those_of_each():
+    seeds, steps = torch.tensor([derive_seed("a", i) for i in range(5)]), torch.tensor([0, 3, 7, 8191, 2])
+    expected = torch.stack([uniform(seed, int(step)) for seed, step in zip(seeds, steps, strict=True)])
+    assert torch.equal(uniform(seeds, steps), expected)
