@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers test-newest docs notebooks lint toy clean
+.PHONY: quickstart test test-fast test-slow test-vllm test-llm test-loggers test-newest docs notebooks lint toy toy-code clean
 
 quickstart: .venv/ready
 	rm -rf runs/quickstart
@@ -67,9 +67,12 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict --quiet
 
-# Rebuilds the shipped base model of the toy task.
+# Rebuild the shipped base models of the toy tasks.
 toy: .venv/ready
 	$(BIN)/python -m benchmarks.toy_base --seed 0 --output pgpo_lightning/assets/toy
+
+toy-code: .venv/ready
+	$(BIN)/python -m benchmarks.code_toy_base --seed 0 --output pgpo_lightning/assets/toy_code
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -12,7 +12,7 @@ import argparse
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -63,9 +63,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     words = {piece.strip(" ") for piece in pieces} - {""}
     # Each word exists with and without the space before it. Single characters help with text that users add.
     words |= {" " + word for word in words if word.isalpha() or word[:-1] == "\\boxed"}
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *ROLES, *sorted(pieces | words)])}
+    return word_level(pieces | words, PIECES)
+
+
+def word_level(words: set[str], pieces: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a vocabulary.
+
+    Args:
+        words: All tokens but the special ones.
+        pieces: Regular expression of a token.
+    """
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *ROLES, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([*SPECIAL_TOKENS.values(), *ROLES])
     return PreTrainedTokenizerFast(
@@ -154,7 +164,7 @@ def collate(examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerB
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each of shape ``(B, T)``, padded on the right.
     """
-    prompts = [tokenizer(_chat(tokenizer, text)).input_ids for text, _ in examples]
+    prompts = [tokenizer(chat(tokenizer, text)).input_ids for text, _ in examples]
     responses = [[*tokenizer(response).input_ids, tokenizer.eos_token_id] for _, response in examples]
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     ids = torch.full((len(examples), width), tokenizer.pad_token_id)
@@ -165,15 +175,23 @@ def collate(examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerB
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train(steps: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+def train(
+    steps: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Callable[[random.Random], tuple[str, str]] = example,
+    batch_size: int | None = None,
+) -> Qwen3ForCausalLM:
     """Return the supervised model.
 
     Args:
         steps: Optimizer steps.
         seed: Seed of the weights and of the examples.
         tokenizer: The tokenizer.
+        example: Draws one example, the user's text and the response.
+        batch_size: Examples of a step; null for ``BATCH_SIZE``.
     """
-    rng = random.Random(seed)
+    rng, size = random.Random(seed), batch_size or BATCH_SIZE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(tokenizer).train()
@@ -184,9 +202,9 @@ def train(steps: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Qwen3For
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
     for step in range(steps):
-        examples = sorted((example(rng) for _ in range(BATCH_SIZE)), key=lambda pair: len(pair[0]))
+        examples = sorted((example(rng) for _ in range(size)), key=lambda pair: len(pair[0]))
         # The short half alone needs little padding: two thirds of the time of one batch.
-        halves = [collate(half, tokenizer) for half in (examples[: BATCH_SIZE // 2], examples[BATCH_SIZE // 2 :])]
+        halves = [collate(half, tokenizer) for half in (examples[: size // 2], examples[size // 2 :])]
         tokens = sum((half["labels"] != -100).sum() for half in halves)
         optimizer.zero_grad()
         loss = torch.zeros(())
@@ -211,7 +229,11 @@ def build(output: str | Path, steps: int, seed: int = 0) -> None:
         seed: Seed of the weights and of the examples.
     """
     tokenizer = build_tokenizer()
-    model = train(steps, seed, tokenizer)
+    save(train(steps, seed, tokenizer), tokenizer, output)
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: str | Path) -> None:
+    """Save a model in bfloat16 with its tokenizer, readable for everybody."""
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output, save_jinja_files=False)
     (Path(output) / "model.safetensors").chmod(0o644)  # safetensors makes it private, which a package must not be
@@ -243,7 +265,7 @@ def accuracy(
     texts = [
         reprompt(q.prompt, solution(*(q.columns[n] for n in "abc"))) if guided else str(q.prompt) for q in questions
     ]
-    batch = tokenizer([_chat(tokenizer, text) for text in texts], padding=True, return_tensors="pt")
+    batch = tokenizer([chat(tokenizer, text) for text in texts], padding=True, return_tensors="pt")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = model.generate(
@@ -337,7 +359,8 @@ def main() -> None:
         print(f"{name}: avg@8 {right.mean():.3f}, questions with a success {solved:.2f}")
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return the prompt of one user turn."""
     turns = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         StepSizeMultiplier,
     )
     from pgpo_lightning.core.types import Question, Rollout, Verdict
-    from pgpo_lightning.data import CodeQuestions, FileQuestions, QuestionData, SciKnowEval, ToyArithmetic
+    from pgpo_lightning.data import CodeQuestions, FileQuestions, QuestionData, SciKnowEval, ToyArithmetic, ToyPrograms
     from pgpo_lightning.losses.information import information
     from pgpo_lightning.losses.step_statistics import StepStatistics
     from pgpo_lightning.losses.token_weights import TokenWeights
@@ -138,6 +138,7 @@ __all__ = [
     "TokenWeights",
     "ToolUse",
     "ToyArithmetic",
+    "ToyPrograms",
     "TransformersEngine",
     "UpdateConfig",
     "VLLMEngine",
@@ -153,7 +154,7 @@ _HOMES = {
         "ResumeCheckpoint ShuffledMultiplier StabilityMonitor ProgressPrinter StepSizeMultiplier RunSummary"
     ),
     "core.types": "Question Rollout Verdict",
-    "data": "CodeQuestions FileQuestions QuestionData SciKnowEval ToyArithmetic",
+    "data": "CodeQuestions FileQuestions QuestionData SciKnowEval ToyArithmetic ToyPrograms",
     "losses.information": "information",
     "losses.step_statistics": "StepStatistics",
     "losses.token_weights": "TokenWeights",

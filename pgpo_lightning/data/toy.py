@@ -70,7 +70,7 @@ def prompt(domain: str, a: int, b: int, c: int) -> str:
 
 def held_out(a: int, b: int, c: int) -> bool:
     """Return whether the numbers belong to the held-out tenth, which is the same one in every domain."""
-    return _hash(f"{a},{b},{c}") % 10 == 0
+    return stable_hash(f"{a},{b},{c}") % 10 == 0
 
 
 def questions(split: str, domains: Sequence[str] | None = None, hard: bool = False) -> list[Question]:
@@ -97,7 +97,7 @@ def questions(split: str, domains: Sequence[str] | None = None, hard: bool = Fal
     numbers = [n for n in product(FACTORS, FACTORS, SUMMANDS) if held_out(*n) == (split != "train")]
     if hard:
         numbers = [n for n in numbers if is_hard(*n)]
-    rows = sorted(product(domains, numbers), key=lambda row: _hash(f"{row[0]}:{row[1]}"))
+    rows = sorted(product(domains, numbers), key=lambda row: stable_hash(f"{row[0]}:{row[1]}"))
     return [
         Question(
             prompt=prompt(domain, a, b, c),
@@ -135,6 +135,6 @@ class ToyArithmetic(QuestionData):
         return questions(split, self.domains, self.hard)
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     """Return a number that is the same in every process, which ``hash`` is not."""
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big")

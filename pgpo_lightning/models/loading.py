@@ -17,6 +17,9 @@ from pgpo_lightning.models.quantization import Quantization, keep_weights_as_the
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+SHIPPED = {"toy": "toy", "toy-code": "toy_code"}
+"""Base models in this package, by name, with their folders in ``assets/``."""
+
 
 @contextmanager
 def fp32_by_default() -> Iterator[None]:
@@ -33,8 +36,8 @@ def fp32_by_default() -> Iterator[None]:
 
 
 def resolve_model(name: str) -> str:
-    """Return the folder or Hub id of a model. ``toy`` is the base model in this package."""
-    return str(files("pgpo_lightning") / "assets" / "toy") if name == "toy" else name
+    """Return the folder or Hub id of a model. ``toy`` and ``toy-code`` are base models in this package."""
+    return str(files("pgpo_lightning") / "assets" / SHIPPED[name]) if name in SHIPPED else name
 
 
 def load_model(
@@ -48,7 +51,7 @@ def load_model(
     """Load a causal language model through transformers, safetensors only.
 
     Args:
-        name: A folder, a Hub id, or ``toy``.
+        name: A folder, a Hub id, ``toy`` or ``toy-code``.
         dtype: Type of the weights. Use float32 also for mixed precision: in bfloat16 a weight of 1.0 does not change in a hundred
             AdamW steps of 1e-6.
         attn_implementation: As in ``from_pretrained``.

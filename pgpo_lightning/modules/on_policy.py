@@ -71,7 +71,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         last_samples: This rank's samples of the last step, for callbacks that show texts.
 
     Args:
-        model: Folder or Hub id of a causal language model, ``toy`` for the shipped one, or a model object.
+        model: Folder or Hub id of a causal language model, ``toy`` or ``toy-code`` for the shipped ones, or a model object.
         verifier: Judges a response: any callable ``(question, response) -> reward``, ``(reward, feedback)`` or
             :class:`~pgpo_lightning.core.types.Verdict`, by its import path.
         engine: Samples the rollouts; by default the model itself, through transformers.

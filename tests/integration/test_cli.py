@@ -28,10 +28,18 @@ from tests.support.processes import start
 
 LORA = CONFIGS / "lora.yaml"
 FULL = sorted(set(CONFIGS.glob("*.yaml")) - {LORA})
-OVERLAYS = [(path, CONFIGS / "sciknoweval.yaml") for path in sorted((CONFIGS / "domains").glob("*.yaml"))] + [
-    (path, CONFIGS / "quickstart.yaml")
-    for path in [*sorted((CONFIGS / "ablations").glob("*.yaml")), *sorted((CONFIGS / "loggers").glob("*.yaml")), LORA]
-]
+OVERLAYS = (
+    [(path, CONFIGS / "sciknoweval.yaml") for path in sorted((CONFIGS / "domains").glob("*.yaml"))]
+    + [(path, CONFIGS / "code.yaml") for path in sorted((CONFIGS / "code").glob("*.yaml"))]
+    + [
+        (path, CONFIGS / "quickstart.yaml")
+        for path in [
+            *sorted((CONFIGS / "ablations").glob("*.yaml")),
+            *sorted((CONFIGS / "loggers").glob("*.yaml")),
+            LORA,
+        ]
+    ]
+)
 
 
 @cache

@@ -19,7 +19,7 @@ from pgpo_lightning.memory_planner.plan_report import plan_table
 from pgpo_lightning.models.loading import resolve_model
 from tests.support import CONFIGS
 
-BASES = {"scale": "sciknoweval", "domains": "sciknoweval", "ablations": "quickstart"}
+BASES = {"scale": "sciknoweval", "domains": "sciknoweval", "ablations": "quickstart", "code": "code"}
 
 
 @pytest.fixture
