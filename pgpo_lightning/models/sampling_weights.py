@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pgpo_lightning.losses.logits import Product, scale_logits
+from pgpo_lightning.models.cast_weights import cast_weights
 from pgpo_lightning.models.lm_head import head
 
 
 @contextmanager
 def sampling_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which linear layers hold copies of their parameters in the type to which autocast would cast them.
+    """Context in which layers hold copies of their parameters in the type to which autocast would cast them.
 
-    Products are the same, bit for bit. Without the copies, autocast reads and casts all weights again for every token. The copies
-    exist while no gradient does, and are released on exit. Nothing is copied outside of autocast, and nothing that is quantised.
+    These are the parameters of linear layers and the :func:`~pgpo_lightning.models.cast_weights.cast_weights` of others, such as
+    experts. Products are the same, bit for bit. Without the copies, autocast reads and casts all weights again for every token.
+    The copies exist while no gradient does, and are released on exit. Nothing is copied outside of autocast, and nothing that is
+    quantised.
 
     Args:
         model: The student. It must not be trained inside the context.
@@ -34,6 +38,8 @@ def sampling_weights(model: PreTrainedModel) -> Iterator[None]:
                     if own is not None and own.dtype in (torch.float32, torch.bfloat16, torch.float16)
                     and own.dtype != narrow
                 ]  # fmt: skip
+        others = cast_weights(model, narrow)
+        swapped += [(module, name, cast("nn.Parameter", module._parameters[name])) for module, name in others]
     try:
         for module, name, own in swapped:
             module._parameters[name] = nn.Parameter(own.detach().to(narrow), requires_grad=False)

@@ -52,6 +52,31 @@ def test_nor_does_it_with_sliding_windows(name, monkeypatch):
     assert 0 < waits <= 1 / 16
 
 
+@pytest.mark.parametrize("experts", ["eager", "batched_mm"])
+def test_no_weight_of_an_expert_is_cast(experts, monkeypatch):
+    model = tiny("qwen3_moe", vocab_size=len(TOKENIZER))
+    model.set_experts_implementation(experts)
+    settings = (5, 9, 3), torch.bfloat16, model
+    decoding(monkeypatch, *settings)  # the trial casts them
+    assert per_token(monkeypatch, *settings)[2] == 0
+    monkeypatch.setattr("pgpo_lightning.models.sampling_weights.cast_weights", lambda *_: [])
+    assert per_token(monkeypatch, *settings)[2] > 1024
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "bamba"])
+def test_nor_does_it_with_a_recurrent_state(name, monkeypatch):
+    waits, _, _ = per_token(monkeypatch, (5, 9, 3), torch.float32, tiny(name, vocab_size=len(TOKENIZER)))
+    assert 0 < waits <= 1 / 16
+
+
+def test_long_prompts_are_shared_with_fp32_scores(monkeypatch):
+    monkeypatch.setattr("pgpo_lightning.models.shared_decoding._LONG_ON_GPU", 1)
+    waits, operations, cast = per_token(monkeypatch, (5, 9, 3), torch.bfloat16)
+    assert 0 < waits <= 1 / 16
+    assert cast == 0
+    assert operations < 220
+
+
 def test_a_look_at_every_token_is_found(monkeypatch):
     draw = transformers_engine._draw
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 _PACKAGE = "/pgpo_lightning/"
 _OTHERS = ("/transformers/", "/lightning/", "/torch/optim/", "/torch/nn/utils/", "/torch/amp/", "/tests/")
 _MATRIX = 1024
-"""Elements from which a cast of a two-dimensional tensor counts as one of a weight."""
+"""Elements from which a cast of a matrix, or of a stack of them, counts as one of a weight."""
 
 
 @dataclass
@@ -64,8 +64,8 @@ def note_wait(what: str) -> None:
 
 
 def note_cast(shape: tuple[int, ...], elements: int) -> None:
-    """Count a cast, if it may be one of a weight."""
-    if _active and len(shape) == 2 and elements >= _MATRIX:
+    """Count a cast, if it may be one of a weight: activations of a token have one column, or are small."""
+    if _active and len(shape) in (2, 3) and 1 not in shape and elements >= _MATRIX:
         line = _line()
         for counts in _active:
             counts.cast[line] += elements

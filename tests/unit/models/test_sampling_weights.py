@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from pgpo_lightning.models.cast_weights import cast_weights
 from pgpo_lightning.models.decoding import WAYS
 from pgpo_lightning.models.lm_head import decoder, source
 from pgpo_lightning.models.lora import add_adapter
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.models.sampling_weights import sampling_weights, wide_logits
 from tests.support.adapters import disturb, lora
+from tests.support.architectures import tiny
 from tests.support.helpers import random_rows, tiny_model
 
 IDS = torch.arange(6, 30).view(2, 12)
@@ -35,6 +37,42 @@ def test_layers_compute_the_same_to_the_last_bit_without_a_cast(adapted):
             assert torch.equal(decoder(model)(input_ids=IDS, use_cache=False).last_hidden_state, expected)
     assert {name: id(p) for name, p in model.named_parameters()} == {name: own for name, (own, _) in before.items()}
     assert all(torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_of_experts_what_autocast_casts_is_copied(experts):
+    model = tiny("qwen3_moe")
+    model.set_experts_implementation(experts)
+    with torch.no_grad(), autocast():
+        expected = decoder(model)(input_ids=IDS, use_cache=False).last_hidden_state
+        with sampling_weights(model):
+            copied = {
+                name.split(".")[-2]
+                for name, p in model.named_parameters()
+                if p.dtype == torch.bfloat16 and "mlp" in name
+            }
+            assert torch.equal(decoder(model)(input_ids=IDS, use_cache=False).last_hidden_state, expected)
+    # transformers leaves the grouped product in the type of the weights.
+    assert copied == ({"gate"} if experts == "grouped_mm" else {"gate", "experts"})
+
+
+@pytest.mark.parametrize("twice", ["another product", "a later token"])
+def test_a_weight_that_is_read_in_another_way_too_is_not_copied(twice):
+    model = tiny("gpt2")
+    projection = model.transformer.h[0].mlp.c_fc
+    with torch.no_grad(), autocast():
+        assert (projection, "weight") in cast_weights(model, torch.bfloat16)
+        model = tiny("gpt2")
+        projection = model.transformer.h[0].mlp.c_fc
+
+        def exactly(module, args):
+            if twice == "another product" or args[0].size(1) == 1:
+                module.seen = module.weight.sum()
+
+        projection.register_forward_pre_hook(exactly)
+        found = cast_weights(model, torch.bfloat16)
+    assert (projection, "weight") not in found
+    assert (model.transformer.h[1].mlp.c_fc, "weight") in found
 
 
 def test_the_weights_are_back_after_an_error():
