@@ -12,6 +12,7 @@ from pgpo_lightning.callbacks.adaptive import (
     KLAdaptiveMultiplier,
     PolyakMultiplier,
 )
+from pgpo_lightning.callbacks.answer_writer import AnswerWriter
 from pgpo_lightning.callbacks.collapse_guard import CollapseGuard
 from pgpo_lightning.callbacks.controls import (
     CentredMultiplier,
@@ -36,6 +37,7 @@ from pgpo_lightning.callbacks.step_size import (
 
 __all__ = [
     "AdaptiveInformationMultiplier",
+    "AnswerWriter",
     "CentredMultiplier",
     "CollapseGuard",
     "ConstantMultiplier",

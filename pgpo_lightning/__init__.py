@@ -15,6 +15,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 if TYPE_CHECKING:
     from pgpo_lightning.callbacks import (
         AdaptiveInformationMultiplier,
+        AnswerWriter,
         CentredMultiplier,
         CollapseGuard,
         ConstantMultiplier,
@@ -81,6 +82,7 @@ __all__ = [
     "SRPO",
     "TGPO",
     "AdaptiveInformationMultiplier",
+    "AnswerWriter",
     "BoxedAnswer",
     "CentredMultiplier",
     "CodeExecution",
@@ -151,7 +153,8 @@ _HOMES = {
         "AdaptiveInformationMultiplier CentredMultiplier CollapseGuard ConstantMultiplier EffectiveSampleSizeMultiplier "
         "InformationMultiplier Interruption InverseMultiplier KLAdaptiveMultiplier OracleMultiplier "
         "MatchedConstantMultiplier MatchedRandomMultiplier PolyakMultiplier RandomMultiplier ReplayedMultiplier "
-        "ResumeCheckpoint ShuffledMultiplier StabilityMonitor ProgressPrinter StepSizeMultiplier RunSummary"
+        "ResumeCheckpoint ShuffledMultiplier StabilityMonitor ProgressPrinter StepSizeMultiplier RunSummary "
+        "AnswerWriter"
     ),
     "core.types": "Question Rollout Verdict",
     "data": "CodeQuestions FileQuestions QuestionData SciKnowEval ToyArithmetic ToyPrograms",

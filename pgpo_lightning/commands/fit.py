@@ -1,4 +1,4 @@
-"""The commands fit, validate and test: LightningCLI for the modules, the data and the callbacks of this package."""
+"""The commands fit, validate, test and predict: LightningCLI for the modules, the data and the callbacks of this package."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ import pgpo_lightning.data
 import pgpo_lightning.modules
 import pgpo_lightning.rollout.vllm_engine  # noqa: F401  (short class names in configs need their classes imported)
 from pgpo_lightning.callbacks import (
+    AnswerWriter,
     Interruption,
     ProgressPrinter,
     ResumeCheckpoint,
@@ -91,7 +92,8 @@ class PGPOCommand(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Offer what the modules have."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+        offered = LightningCLI.subcommands()
+        return offered | {"predict": offered["predict"] | {"return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that a user configures to the command line."""
@@ -156,6 +158,8 @@ class PGPOCommand(LightningCLI):
             callbacks.append(Interruption(continues=self.config[self.subcommand].get("ckpt_path") == OR_NEW))
         if self.subcommand == "fit" and not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
             callbacks.insert(0, StabilityMonitor())  # before checkpoints, which save what it has seen
+        if self.subcommand == "predict":
+            callbacks.append(AnswerWriter())
         if fits:
             late = LateLoggers(str(folder))
             late.hold(trainer)
@@ -270,7 +274,7 @@ class PGPOCommand(LightningCLI):
             model = self.model.student.given if isinstance(self.model.student.given, str) else "the model"
             print(f"{self.subcommand} of {model} as it is, before any training: no `--ckpt_path` was given")
 
-    before_test = before_validate
+    before_test = before_predict = before_validate
 
     def after_validate(self) -> None:
         """Print the scores with their standard errors, and the file of the answers."""
@@ -279,3 +283,9 @@ class PGPOCommand(LightningCLI):
             print(f"\n{summary_line(evaluator.held_out, evaluator.config.samples)}\nanswers: {evaluator.held_out.path}")
 
     after_test = after_validate
+
+    def after_predict(self) -> None:
+        """Print the file of the answers."""
+        writer = next(callback for callback in self.trainer.callbacks if isinstance(callback, AnswerWriter))
+        if self.trainer.is_global_zero and writer.path is not None:
+            print(f"answers: {writer.path}")

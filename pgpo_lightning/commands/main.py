@@ -14,7 +14,7 @@ from pgpo_lightning.distributed.stopping import Stopped
 OWN_COMMANDS = ("configs", "export", "plan", "probe", "report", "ablate", "guard", "discover")
 """Commands with a parser of their own; the others are LightningCLI's subcommands."""
 
-NEED_TORCH = ("fit", "validate", "test", "plan", "probe", "export", "ablate")
+NEED_TORCH = ("fit", "validate", "test", "predict", "plan", "probe", "export", "ablate")
 """Commands whose help is read from their sources, because importing them takes seconds."""
 
 HELP = """pgpo COMMAND, pgpo COMMAND --help, and pgpo --version
@@ -22,6 +22,7 @@ HELP = """pgpo COMMAND, pgpo COMMAND --help, and pgpo --version
 fit        train a model as a configuration says
 validate   score a model, or a checkpoint of a run, on the held-out questions
 test       score a model, or a checkpoint of a run, on the test questions
+predict    answer the prompts of a file, with a model or a checkpoint of a run
 plan       predict memory and compute of fit, without loading anything
 probe      estimate how much each teacher context helps, before training
 export     write a checkpoint as a model folder for transformers

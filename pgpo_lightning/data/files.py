@@ -29,6 +29,7 @@ class FileQuestions(QuestionData):
             ``datasets.Dataset``.
         validation: Path of the validation file, likewise.
         test: Path of the test file, likewise.
+        predict: Path of a file of prompts for `pgpo predict`, likewise; null for the test data. Its rows may lack an answer.
         dataset: Data set on the Hugging Face Hub, instead of ``train``.
         dataset_config: Its configuration, if it has several.
         train_split: Its split for training.
@@ -53,6 +54,7 @@ class FileQuestions(QuestionData):
         train: Text | Table | None = None,
         validation: Text | Table | None = None,
         test: Text | Table | None = None,
+        predict: Text | Table | None = None,
         dataset: Text | None = None,
         dataset_config: Text | None = None,
         train_split: Text = "train",
@@ -67,13 +69,15 @@ class FileQuestions(QuestionData):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.files: dict[str, Any] = {"train": train, "validation": validation, "test": test}
+        self.files: dict[str, Any] = {"train": train, "validation": validation, "test": test, "predict": predict}
         for split, given in self.files.items():
             if given is not None and not isinstance(given, (str, PathLike)):
                 _check_table(split, given)
         self.hub_splits = {"validation": validation_split, "test": test_split}
         if dataset is None and all(given is None for given in self.files.values()):
-            raise ValueError("Expected a data file (`train`, `validation`, `test`) or a `dataset`, but got none.")
+            raise ValueError(
+                "Expected a data file (`train`, `validation`, `test`, `predict`) or a `dataset`, but got none."
+            )
         if dataset is None and any(self.hub_splits.values()):
             raise ValueError("Expected `dataset` beside `validation_split` or `test_split`, but got none.")
         if dataset is not None:
@@ -98,7 +102,17 @@ class FileQuestions(QuestionData):
         if rows and columns.answer == "answer" and not any("answer" in row for _, row in rows):
             rank_zero_info(f"No row of the {split} split has a column `answer`: every `question.answer` is null.")
             columns = replace(columns, answer=None)
-        return [columns.to_question(row, source, self.prompt_suffix) for source, row in rows]
+        unknown = replace(columns, answer=None)  # of some rows to predict the answer may be known, and not of others
+
+        def read(row: dict[str, Any], source: str) -> Question:
+            known = split != "predict" or row.get(columns.answer or "") is not None
+            return (columns if known else unknown).to_question(row, source, self.prompt_suffix)
+
+        return [read(row, source) for source, row in rows]
+
+    def load_prompts(self) -> list[Question]:
+        """Return the prompts to answer; see `predict`."""
+        return self.load("test" if self.files["predict"] is None else "predict")
 
     def _has(self, split: str) -> bool:
         return bool(self.files[split] is not None or self.hub_splits.get(split))

@@ -15,7 +15,7 @@ from pgpo_lightning.core.types import Question
 from pgpo_lightning.data.sampler import ResumableSampler
 
 SPLITS = ("train", "validation", "test")
-STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 """The splits that each stage of the Trainer reads; the first one is required."""
 
 
@@ -80,6 +80,10 @@ class QuestionData(Remembers, L.LightningDataModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `load(split)`.")
 
+    def load_prompts(self) -> list[Question]:
+        """Return the questions that ``Trainer.predict`` answers: those of the test split, unless a subclass has others."""
+        return self.load("test")
+
     def held_out_questions(self) -> int | None:
         """Return the number of validation questions if it is known before anything is loaded, for `pgpo plan`."""
         return self.limits["validation"]
@@ -96,7 +100,8 @@ class QuestionData(Remembers, L.LightningDataModule):
         needed = STAGES.get(stage, SPLITS) if stage is not None else SPLITS
         for split in needed:
             if split not in self.questions:
-                questions = self.load(split)[: self.limits[split]]
+                loaded = self.load_prompts() if split == "predict" else self.load(split)
+                questions = loaded[: self.limits.get(split)]
                 for index, question in enumerate(questions):
                     question.index = index
                 self.questions[split] = questions
@@ -169,9 +174,16 @@ class QuestionData(Remembers, L.LightningDataModule):
         """Return the loader of the test questions, in their order."""
         return self._eval_dataloader("test")
 
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the loader of the questions to answer, in their order."""
+        return self._eval_dataloader("predict")
+
     def _eval_dataloader(self, split: str) -> DataLoader | list[DataLoader]:
         questions: Any = self.questions[split]
-        return DataLoader(questions, self.eval_batch_size or len(questions), collate_fn=list) if questions else []
+        if not questions:
+            return []
+        # By its name, because Lightning builds the loader again for `Trainer.predict`.
+        return DataLoader(questions, batch_size=self.eval_batch_size or len(questions), collate_fn=list)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the training questions, and the settings that it depends on."""

@@ -318,7 +318,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
 
     def predict_step(self, questions: list[Question], batch_idx: int) -> list[dict[str, Any]]:
         """Answer one batch of questions; see :meth:`Evaluator.predict`."""
-        return self.evaluator.predict(questions, self.seed, self.sample)
+        return self.evaluator.predict(questions, self.seed, self.sample, self.judge)
 
     # ------------------------------------------------------------------------------------------------ lifecycle
 

@@ -146,17 +146,19 @@ class Evaluator:
         questions: list[Question],
         seed: int,
         sample: Callable[[list[Question], int, Sampling], list[Rollout]],
+        judge: Callable[[list[Rollout]], list[Verdict]],
     ) -> list[dict[str, Any]]:
-        """Answer one batch of questions k times each, without a verdict.
+        """Answer one batch of questions k times each, with rewards where the question has an answer.
 
         Args:
             questions: The batch.
             seed: Of the run.
             sample: From questions, samples per question and sampling to rollouts.
+            judge: From rollouts to verdicts.
 
         Returns:
-            For each question its `index`, `source` and `prompt`, and of its answers `responses` (text), `lengths` (tokens) and
-            `finished` (false where the length limit cut it off).
+            For each question its `index`, `source` and `prompt`, and of its answers `responses` (text), `lengths` (tokens),
+            `finished` (false where the length limit cut it off) and, if ``question.answer`` is known, `rewards`.
         """
         k = self.config.samples
         check_kind(questions)
@@ -164,17 +166,22 @@ class Evaluator:
         indices, limit = [question.index for question in questions], self.config.max_sequences
         with fp32_by_default(), seeded(seed, "evaluation", *indices), self.engine.at_once(limit):
             rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))
-        return [
-            {
+        results = []
+        for i, question in enumerate(questions):
+            answers = rollouts[i * k : (i + 1) * k]
+            result: dict[str, Any] = {
                 "index": question.index,
                 "source": question.source,
                 "prompt": question.prompt,
-                "responses": [rollout.text for rollout in rollouts[i * k : (i + 1) * k]],
-                "lengths": [len(rollout.response_ids) for rollout in rollouts[i * k : (i + 1) * k]],
-                "finished": [rollout.finished for rollout in rollouts[i * k : (i + 1) * k]],
+                "responses": [rollout.text for rollout in answers],
+                "lengths": [len(rollout.response_ids) for rollout in answers],
+                "finished": [rollout.finished for rollout in answers],
             }
-            for i, question in enumerate(questions)
-        ]
+            if question.answer is not None:
+                with seeded(seed, "verifier", question.index):  # which may draw too
+                    result["rewards"] = [verdict.reward for verdict in judge(answers)]
+            results.append(result)
+        return results
 
     def finish(self, trainer: L.Trainer, step: int, described: dict[str, Any]) -> dict[str, float]:
         """Score all ranks' answers, write them, and keep the scores in :attr:`held_out`.

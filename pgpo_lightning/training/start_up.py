@@ -83,10 +83,9 @@ def check_data(data: Any, actor: Actor, evaluator: Evaluator) -> None:
     """
     if hasattr(data, "drop_prompts"):
         data.drop_prompts(actor.too_long)
-        actor.check_questions(question for questions in data.questions.values() for question in questions)
-        evaluator.check_questions(
-            q for split, questions in data.questions.items() if split != "train" for q in questions
-        )
+        rows = [(split, question) for split, questions in data.questions.items() for question in questions]
+        actor.check_questions(q for split, q in rows if split != "predict" or q.answer is not None)
+        evaluator.check_questions(q for split, q in rows if split not in ("train", "predict"))
 
 
 def count_batches(trainer: L.Trainer, update: UpdateConfig) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from argparse import ArgumentError
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,13 +50,14 @@ def test_a_module_of_python_is_loaded_with_what_has_no_text_given_again(tmp_path
         GRPO.load_from_checkpoint(tmp_path / "one.ckpt", verifier=BoxedAnswer())
 
 
-def test_predictions_are_answers_to_questions_without_a_verdict(tmp_path):
+def test_predictions_are_answers_without_a_verdict_where_no_answer_is_known(tmp_path):
     def verifier(question, response):
         raise AssertionError("nobody asked for a verdict")
 
     limits = {"max_prompt_length": 64, "max_response_length": 12, "reprompt": RepromptConfig(max_reprompt_len=160)}
     module = SDPO("toy", verifier, evaluation=EvaluationConfig(samples=3), seed=1, **limits)
-    batches = [trainer(tmp_path).predict(module, loader(questions(4), size)) for size in (2, 4)]
+    asked = [replace(question, answer=None) for question in questions(4)]
+    batches = [trainer(tmp_path).predict(module, loader(asked, size)) for size in (2, 4)]
     answers, others = ([answer for batch in each for answer in batch] for each in batches)
     assert answers == others  # whatever the size of the batches
     assert [answer["prompt"] for answer in answers] == [question.prompt for question in questions(4)]
