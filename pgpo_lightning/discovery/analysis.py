@@ -1,6 +1,7 @@
 """Compares methods by their discovery times: curves, intervals, differences from a baseline, log-rank tests, predictions."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def log_rank(first: Sequence[Outcome], second: Sequence[Outcome], axis: str) -> 
         axis: What is spent.
 
     Returns:
-        NaN where neither method has a success.
+        NaN where neither method has a success, and where all runs at risk succeed at the same times.
 
     Raises:
         ModuleNotFoundError: Without statsmodels, the extra `studies`.
@@ -90,8 +91,9 @@ def log_rank(first: Sequence[Outcome], second: Sequence[Outcome], axis: str) -> 
     )
     if not kept.any():
         return float("nan")
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"), suppress(np.linalg.LinAlgError):  # of a variance of 0
         return float(survdiff(times[kept], found[kept], group[kept], strata=strata[kept])[1])
+    return float("nan")
 
 
 def _horizon(groups: dict[str, list[Outcome]], axis: str, budget: int) -> float:

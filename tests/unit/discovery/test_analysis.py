@@ -38,6 +38,7 @@ def test_the_log_rank_test_by_hand():
     )
     assert both == pytest.approx(math.erfc(math.sqrt(twice / 2)))
     assert math.isnan(log_rank(runs("a", [[None]]), runs("b", [[None]]), "tokens"))
+    assert math.isnan(log_rank(runs("a", [[4]]), runs("b", [[4]]), "tokens")), "both succeed at the same time"
 
 
 def test_the_content_by_hand():
