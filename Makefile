@@ -33,7 +33,7 @@ test-vllm: .venv-vllm/ready
 test-llm: .models/smollm2-135m-instruct/config.json
 	$(BIN)/python -m pytest tests/llm
 
-# With W&B and MLflow, offline: 150 s and 200 MB of installation, which is why the other tests do without.
+# With W&B, MLflow and Trackio, offline: 150 s and 240 MB of installation, which is why the other tests do without.
 test-loggers: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/loggers/requirements.txt
 	$(BIN)/python -m pytest tests/loggers
