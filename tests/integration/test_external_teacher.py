@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    teach(folder, steps=100)
+    teach(folder, steps=40)
     return str(folder)
 
 

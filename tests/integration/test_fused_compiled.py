@@ -13,9 +13,7 @@ from pgpo_lightning.losses.fused import Head, Source, linear_distillation
 from tests.support.loss_cases import CLIPPED, inputs, label
 
 
-@pytest.mark.parametrize(
-    "which", [Divergence(0.5), CLIPPED[2], CLIPPED[4], Divergence(1.0, softening=Softening(0.5, 25.0))], ids=label
-)
+@pytest.mark.parametrize("which", [CLIPPED[4], Divergence(1.0, softening=Softening(0.5, 25.0))], ids=label)
 def test_fused_elementwise_work_gives_the_same(which):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
