@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class FullySharded(Placement):
     """Each rank holds a slice of every weight of student and teacher, of its gradient and of the optimizer's state.
 
     Args:
-        student: On any device. Its parameters become ``DTensor``.
+        student: On any device. Its parameters become ``DTensor``, unless they are shards already.
         teacher: The model of a teacher with weights of its own, or ``None``.
         mesh: One-dimensional, over the data-parallel ranks.
         precision: The trainer's. With bf16-mixed, weights are stored and gradients reduced in fp32, and gathered in bf16.
@@ -97,11 +98,12 @@ class FullySharded(Placement):
         for model in (teacher, student):
             if model is None:
                 continue
-            for layer in _layers(model):
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
-            # The teacher's shell is nested in the student's: FSDP2 has one root, and each may have a dtype of its own.
-            shell = _Shell(model, *shells)
-            fully_shard(shell, mesh=mesh, mp_policy=policy)
+            with _shards_set_aside(model):
+                for layer in layers_of(model):
+                    fully_shard(layer, mesh=mesh, mp_policy=policy)
+                # The teacher's shell is nested in the student's: FSDP2 has one root, and each may have a dtype of its own.
+                shell = _Shell(model, *shells)
+                fully_shard(shell, mesh=mesh, mp_policy=policy)
             shells.append(shell)
         self.student, self.shells = student, shells[::-1]
 
@@ -143,7 +145,34 @@ def _within(shell: Callable[..., T], function: Callable[[], T]) -> Callable[[], 
     return lambda: shell(function)
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
+def parameters_at(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return every parameter with its module and its name there; one that is tied several times."""
+    return [
+        (module, name, own) for module in model.modules() for name, own in module._parameters.items() if own is not None
+    ]
+
+
+@contextmanager
+def _shards_set_aside(model: nn.Module) -> Iterator[None]:
+    """Context in which shards have no memory: FSDP2 shards whole or empty parameters, and then takes over the shards."""
+    shards = [each for each in parameters_at(model) if isinstance(each[2], DTensor)]
+    empty: dict[int, nn.Parameter] = {}
+    for module, name, shard in shards:
+        if id(shard) not in empty:
+            data = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
+            empty[id(shard)] = nn.Parameter(data, requires_grad=shard.requires_grad)
+        module._parameters[name] = empty[id(shard)]
+    yield
+    for module, name, shard in shards:
+        setattr(module, name, shard)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers of a model, by which its weights are sharded.
+
+    Raises:
+        MisconfigurationException: If it does not name them.
+    """
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -157,3 +186,9 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded one. This is a collective operation: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: DTensor) -> int:
+    """Return the number of the first row that this rank holds of a tensor sharded by rows."""
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0]

@@ -3,17 +3,22 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.resources import files
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.core.errors import as_user_error
+from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.distributed.fsdp import first_row
 from pgpo_lightning.models.quantization import Quantization, keep_weights_as_they_are
+from pgpo_lightning.models.shards import reading_shards
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -47,6 +52,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model through transformers, safetensors only.
 
@@ -58,8 +64,10 @@ def load_model(
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run Python code that comes with the model.
         quantization: Store the weights of linear layers in 4 or 8 bits, to train an adapter on them.
+        mesh: Ranks over which the weights are sharded, each of which reads its own rows: see :mod:`.shards`. Null for whole ones.
     """
-    with as_user_error(f"the model `{name}`"):
+    by_rows: AbstractContextManager[dict[str, Any]] = nullcontext({}) if mesh is None else reading_shards(mesh)
+    with as_user_error(f"the model `{name}`"), by_rows as more:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, dtype),
@@ -68,6 +76,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             quantization_config=None if quantization is None else quantization.config(getattr(torch, dtype)),
+            **more,
         )
     keep_weights_as_they_are(model)
     return model
@@ -187,11 +196,23 @@ def fingerprint(model: nn.Module) -> str:
     """Return a short hash of a model's weights.
 
     It covers names, shapes and up to 4096 evenly spaced elements of every parameter, so 8 billion parameters take about a second.
+    That of a model of shards is that of the whole one. All ranks must call it, and each sends the elements that it holds.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, -(-flat.numel() // 4096))].float().cpu().contiguous()
+    named = list(model.named_parameters())
+    samples = [_sample(parameter.detach()) for _, parameter in named]
+    parts = gather(samples) if any(isinstance(parameter, DTensor) for _, parameter in named) else [samples]
+    for i, (name, parameter) in enumerate(named):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(b"".join(part[i] for part in (parts if isinstance(parameter, DTensor) else parts[:1])))
     return digest.hexdigest()[:32]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return this rank's part of up to 4096 evenly spaced elements of a tensor, in fp32."""
+    step, start = max(1, -(-tensor.numel() // 4096)), 0
+    if isinstance(tensor, DTensor):
+        start = first_row(tensor) * (tensor.numel() // len(tensor))
+        tensor = tensor.to_local()
+    sample = tensor.reshape(-1)[-start % step :: step].float().cpu().contiguous()
+    return sample.numpy().tobytes()

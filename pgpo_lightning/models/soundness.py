@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -366,7 +367,8 @@ def _comparable(model: PreTrainedModel) -> Iterator[None]:
     quantized = getattr(model, "is_quantized", False)
     if sum(parameter.numel() for parameter in model.parameters()) <= _WIDEN and not quantized:
         tensors = (*model.parameters(), *model.buffers())
-        narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+        whole = (tensor for tensor in tensors if not isinstance(tensor, DTensor))  # shards are gathered in fp32
+        narrow = [(tensor, tensor.dtype) for tensor in whole if tensor.dtype in (torch.bfloat16, torch.float16)]
     device = next(model.parameters()).device
     gpu = [device] if is_gpu(device) else []
     generators = torch.random.fork_rng(gpu, device_type=device.type if gpu else "cuda")

@@ -348,6 +348,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
     def configure_model(self) -> None:
         """Load the model, make the teacher, and shard both if the strategy says so; each once."""
         teaching, longest = self.objective.teaching, (self.longest_prompt, self.max_response_length)
+        mesh = self.student.mesh = start_up.data_mesh(self._trainer)
         if self.model is None:
             divergence, free = self.objective.divergence, self.update.padding_free
             self.model = self.student.load(self.encoder, self.engine, divergence, *longest, free, self.seed)
@@ -358,9 +359,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
             if teaching and self.teacher and teaching.config.offload:  # DDP looks after the weights on its device
                 tensors = (*self.teacher.named_parameters(), *self.teacher.named_buffers())
                 self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
-        if self._trainer is not None and start_up.is_sharded(self.trainer) and not self.placement.sharded:
-            mesh, teacher = start_up.data_mesh(self.trainer), getattr(self.teacher, "model", None)
-            self.placement = FullySharded(self.model, teacher, mesh, self.trainer.precision_plugin)
+        if mesh is not None and not self.placement.sharded:
+            precision = self.trainer.precision_plugin
+            self.placement = FullySharded(self.model, getattr(self.teacher, "model", None), mesh, precision)
             # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
             self.strict_loading = not isinstance(self.teacher, FrozenTeacher)
         if self.learner is None:

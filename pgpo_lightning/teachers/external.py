@@ -14,6 +14,7 @@ from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import check_head
 from pgpo_lightning.models.loading import load_model, load_tokenizer, positions
 from pgpo_lightning.models.packing import PackedSequences
+from pgpo_lightning.models.shards import gathered
 from pgpo_lightning.models.soundness import check_padding
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.teachers.frozen import FrozenTeacher
@@ -43,12 +44,13 @@ class ExternalTeacher(FrozenTeacher):
     def __init__(
         self, model: PreTrainedModel, rows: int, *, offload: bool = False, keeps_dtype: bool = False, longest: int = 1
     ) -> None:
-        check_head(model)
-        check_size(model, rows, longest)
-        check_padding(model.eval(), longest)
+        with gathered(model.eval()):
+            check_head(model)
+            check_size(model, rows, longest)
+            check_padding(model, longest)
+            packing = packings(model, longest, None)[1]
         super().__init__(model, offload, copies=False)
-        self.rows, self.keeps_dtype = rows, keeps_dtype
-        self.packing = packings(model, longest, None)[1]
+        self.rows, self.keeps_dtype, self.packing = rows, keeps_dtype, packing
 
     def own(self, sequences: PackedSequences, weight: float = 1.0) -> Source:
         """See :meth:`OwnWeights.own`."""
@@ -119,6 +121,7 @@ def load_external(
         revision=config.revision,
         trust_remote_code=trusts,
         quantization=config.quantization,
+        mesh=loading.get("mesh"),
     )
     keeps = config.dtype is not None or config.quantization is not None
     return ExternalTeacher(model, rows, offload=config.offload, keeps_dtype=keeps, longest=longest)

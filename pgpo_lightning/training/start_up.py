@@ -37,12 +37,10 @@ def is_sharded(trainer: L.Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def data_mesh(trainer: L.Trainer) -> DeviceMesh:
-    """Return the ranks that share the data, where weights are sharded."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
-        raise TypeError(f"Expected ModelParallelStrategy, but got {type(strategy).__name__}.")
-    return strategy.device_mesh["data_parallel"]
+def data_mesh(trainer: L.Trainer | None) -> DeviceMesh | None:
+    """Return the ranks over which weights are sharded; ``None`` where they are not."""
+    strategy = None if trainer is None else trainer.strategy
+    return strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
 
 
 def check_trainer(trainer: L.Trainer, fits: bool) -> Path | None:

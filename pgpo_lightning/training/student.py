@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pgpo_lightning.losses.divergence import Divergence
@@ -19,6 +20,7 @@ from pgpo_lightning.models.loading import (
 from pgpo_lightning.models.lora import LoRA, add_adapter, check_identity, identity
 from pgpo_lightning.models.packing import Packing
 from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.models.shards import gathered
 from pgpo_lightning.models.soundness import check_padding
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.rollout.prompts import PromptEncoder
@@ -37,6 +39,7 @@ class Student:
 
     Attributes:
         identity: Identity of the model under an adapter, for checkpoints; null without one.
+        mesh: Ranks over which weights are sharded while they are read; null where they are read whole.
         packings: Layouts of its sequences, and of those that it teaches itself.
     """
 
@@ -49,6 +52,7 @@ class Student:
     ) -> None:
         self.given, self.config, self.lora, self.quantization = given, config, lora, quantization
         self.identity: dict[str, Any] | None = None
+        self.mesh: DeviceMesh | None = None
         self.packings = (Packing(), Packing())
 
     @property
@@ -61,6 +65,7 @@ class Student:
             "dtype": config.dtype,
             "attn_implementation": config.attn_implementation,
             "quantization": self.quantization,
+            "mesh": self.mesh,
         }
 
     @property
@@ -101,7 +106,8 @@ class Student:
             MisconfigurationException: If model and settings do not go together; names the setting.
         """
         model = load_model(self.given, **self.loading) if isinstance(self.given, str) else self.given
-        check_head(model)
+        with gathered(model):
+            check_head(model)
         encoder.know_rows(known_tokens(model))
         check_positions(model, longest_prompt, max_response_length)
         check_top_k(model, divergence)
@@ -113,9 +119,10 @@ class Student:
             recompute_activations(model)
         model.train()
         longest = longest_prompt + max_response_length
-        check_padding(model, longest)
-        self.packings = packings(model, longest, padding_free)
-        engine.prepare(model, longest)
+        with gathered(model):
+            check_padding(model, longest)
+            self.packings = packings(model, longest, padding_free)
+            engine.prepare(model, longest)
         return model
 
     def saved(self, model: PreTrainedModel) -> dict[str, Any]:
