@@ -25,6 +25,7 @@ from pgpo_lightning.memory_planner.parameters import layers_of, with_layers
 from pgpo_lightning.memory_planner.workload import Packed
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.loading import evaluating, recompute_activations
+from pgpo_lightning.models.next_token import NextToken
 from pgpo_lightning.models.sampling_weights import sampling_weights
 from pgpo_lightning.models.shared_attention import Keys
 from pgpo_lightning.models.shared_decoding import SharedPrompts
@@ -139,7 +140,9 @@ def update_peaks(
 def prefill_peaks(
     config: PretrainedConfig, compute: Compute, prompts: list[int], samples: int, kind: type[Keys]
 ) -> Peaks:
-    """Return the bytes of running the prompts, without weights: the peak `prefill`, `prompts` (keys and values of one), `logits`.
+    """Return the bytes of running the prompts, without weights and their copies.
+
+    By name: the peak `prefill`; `prompts`, the keys and values of every prompt once; and `logits`.
 
     Args:
         config: Configuration of the model with few layers.
@@ -148,10 +151,12 @@ def prefill_peaks(
         samples: Responses per prompt.
         kind: How keys are kept.
     """
-    with fake(compute) as (counter, _):
+    with fake(compute) as (counter, _), autocast(compute), torch.no_grad():
         model = build(config, compute.student, compute).eval()
-        with counter, autocast(compute), torch.no_grad():
-            decoding = SharedPrompts(model, [[0] * n for n in prompts], samples, kinds=[kind])
+        with sampling_weights(model):
+            run = NextToken(model)  # its copy of the head is counted with the others, by `sampling_copies`
+            with counter:
+                decoding = SharedPrompts(model, [[0] * n for n in prompts], samples, kinds=[kind], run=run)
         held = sum(part.nbytes for keys in decoding.keys if keys is not None for part in keys.prompts)
         return {"prefill": counter.peak, "prompts": held, "logits": decoding.logits.nbytes}
 

@@ -7,7 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.next_token import Decoding, NextToken, padded_prompts
@@ -40,7 +45,9 @@ class Way:
         if not (self.own_mask or self.shared):
             return True
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        known = {DynamicLayer, DynamicSlidingWindowLayer} | ({LinearAttentionLayer} if not self.refills else set())
+        known = {DynamicLayer, DynamicSlidingWindowLayer}
+        if self.shared and not self.refills:
+            known |= {LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}
         sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
         return sdpa and kinds <= known and kinds != {LinearAttentionLayer}
 

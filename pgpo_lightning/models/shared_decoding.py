@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from pgpo_lightning.core.devices import is_gpu
 from pgpo_lightning.models.next_token import Decoding, NextToken, padded_prompts
@@ -46,6 +46,7 @@ class SharedPrompts(Decoding):
         n: Responses per prompt.
         at_once: Responses that are started, the first ones; null for all.
         kinds: How keys are kept, of the layers with the same window in turns; by default as it pays off.
+        run: Computes logits, if it exists already.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class SharedPrompts(Decoding):
         n: int,
         at_once: int | None = None,
         kinds: Sequence[type[Keys]] | None = None,
+        run: NextToken | None = None,
     ) -> None:
-        self.run, self.config = NextToken(model), model.config.get_text_config()
+        self.run, self.config = run or NextToken(model), model.config.get_text_config()
         self.device = next(model.parameters()).device
         self.prompts, self.n = prompts, n
         self.rows: list[int] = []  # the response of every row
@@ -95,14 +97,16 @@ class SharedPrompts(Decoding):
         place = {prompt: i for i, prompt in enumerate(self.stored)}
         rows = torch.tensor([place[response // self.n] for response in responses], device=self.device)
         for i, keys in enumerate(self.keys):
+            layer: Any = None if cache is None else cache.layers[i]
             if keys is not None:
-                keys.add([] if cache is None else _narrow(cast("DynamicLayer", cache.layers[i])), rows)
-                self.states.layers[i] = _Passing(self, keys)
+                keys.add([] if layer is None else _narrow(layer), rows)
+            if not isinstance(self.states.layers[i], LinearAttentionLayer):
+                self.states.layers[i] = _Passing(self, cast("Keys", keys))
             elif started:
                 raise NotImplementedError("a recurrent state takes up no further responses")
-            elif cache is not None:
-                self.states.layers[i] = cache.layers[i]
-                cache.layers[i].reorder_cache(cast("torch.LongTensor", rows))
+            else:
+                self.states.layers[i] = _stripped(layer)
+                layer.reorder_cache(rows)
         self.rows, self.begun = self.rows + responses, self.begun + len(responses)
         self.logits = torch.cat([self.logits, self.first[rows]]) if started else self.first[rows]
         self.place(self.ages + [0] * len(responses))
@@ -127,7 +131,7 @@ class SharedPrompts(Decoding):
         for keys, layer in zip(self.keys, self.states.layers, strict=True):
             if keys is not None:
                 keys.keep(chosen, prompts, used)
-            else:
+            if isinstance(layer, LinearAttentionLayer):
                 layer.reorder_cache(cast("torch.LongTensor", chosen))
         self.place([self.ages[row] for row in rows])
 
@@ -231,6 +235,15 @@ def _keys(layer: Any, turns: dict[Any, Iterator[type[Keys]]]) -> Keys | None:
         return None
     window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     return next(turns[window])(window)
+
+
+def _stripped(layer: Any) -> LinearAttentionLayer:
+    """Let a layer with a recurrent state keep no keys, if it has attention too, and pass the newest ones on."""
+    if isinstance(layer, DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+        layer.update = lambda keys, values, *_, **__: (keys, values)  # type: ignore[method-assign,assignment]
+    return cast("LinearAttentionLayer", layer)
 
 
 class _Passing(DynamicLayer):

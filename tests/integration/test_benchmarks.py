@@ -36,6 +36,17 @@ def test_loss(program, tmp_path, capsys):
     assert peak["plain"] > 5 * 512 * 4096 * 4 / 2**20
 
 
+def test_sampling(program, monkeypatch):
+    sampling = program("sampling")
+    shape = {"questions": 3, "prompt": (5, 9), "limit": 12, "mean": 6, "layers": 1, "vocabulary": 64, "at_once": 6}
+    monkeypatch.setitem(sampling.SHAPES, "trl", shape)
+    monkeypatch.setattr(sampling.transformers_engine, "end_tokens", None)  # put back what the program puts in
+    (row,) = sampling.main(["--shapes", "trl", "--repeats", "1"])
+    assert len(row["seconds"]) == 1
+    assert 0 < row["useful"] <= row["row_tokens"] < 2 * row["useful"]
+    assert row["passes"] > 12
+
+
 def test_every_method_of_the_loss_agrees(program):
     loss = program("loss")
     case = loss.Case.of("fkl:30x8x50")

@@ -63,7 +63,7 @@ def test_no_weight_of_an_expert_is_cast(experts, monkeypatch):
     assert per_token(monkeypatch, *settings)[2] > 1024
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "bamba"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "falcon_h1"])
 def test_nor_does_it_with_a_recurrent_state(name, monkeypatch):
     waits, _, _ = per_token(monkeypatch, (5, 9, 3), torch.float32, tiny(name, vocab_size=len(TOKENIZER)))
     assert 0 < waits <= 1 / 16
