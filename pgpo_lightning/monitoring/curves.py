@@ -122,9 +122,11 @@ def draw_stability(scalars: Scalars, path: str | Path, title: str) -> None:
     """
     from matplotlib.figure import Figure  # not pyplot, which would select a window system
 
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9))
     figure.suptitle(title)
-    for axis, (name, patterns) in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
+    # Margins by hand: `layout="constrained"` draws everything twice, which is half a second.
+    margins = {"left": 0.04, "right": 0.995, "bottom": 0.05, "top": 0.93, "wspace": 0.14, "hspace": 0.28}
+    for axis, (name, patterns) in zip(figure.subplots(3, 3, gridspec_kw=margins).flat, PANELS, strict=True):
         for tag in (tag for pattern in patterns for tag in matching(scalars, pattern)):
             steps, values = series(scalars, tag)
             axis.plot(steps, values, label=tag, marker="o" if len(steps) < 15 else None, markersize=3)
