@@ -41,9 +41,9 @@ class ContextMixture(ConfigGroup):
     Args:
         kinds: Which kinds, each once: ``sibling`` (as configured), ``answer`` (a success without its steps), ``first-step`` (a
             success cut off after its first step), ``numbers`` (a success with other numbers), ``contradiction`` (a success
-            followed by a failure), ``wrong`` (a failure in place of a success), ``other`` (the next question's success),
-            ``other-feedback`` (another response's feedback in place of one's own), ``template`` (the template alone, for the
-            responses that would have a context).
+            followed by a failure), ``wrong`` (a failure in place of a success), ``other`` (the next question's success, with
+            `demonstration_source` none its feedback), ``other-feedback`` (another response's feedback in place of one's own),
+            ``template`` (the template alone, for the responses that would have a context).
         block: Batches of one kind that follow each other.
 
     Raises:
@@ -78,7 +78,9 @@ def others(samples: list[Sample], threshold: float, verifier: Verifier) -> list[
     swapped = []
     for group, next_group in zip(groups, groups[1:] + groups[:1], strict=True):
         for sample, other in zip(group, next_group, strict=True):
-            rollout = replace(other.rollout, question=sample.rollout.question)
+            # Otherwise the question's own feedback would stand in for the other's.
+            question = replace(sample.rollout.question, privileged_context=other.rollout.question.privileged_context)
+            rollout = replace(other.rollout, question=question)
             swapped.append(Sample(rollout, replace(other.verdict)))
     return swapped
 

@@ -54,7 +54,10 @@ class SelfTeaching:
         kinds = () if reprompt.contexts is None else reprompt.contexts.kinds
         if verifier is None and "answer" in kinds:
             raise ValueError("Expected a `verifier` for `reprompt.contexts.kinds` with answer, but got none.")
-        if reprompt.demonstration_source != "siblings" and set(kinds) - {"sibling", "other-feedback", "template"}:
+        changing = set(kinds) - {"sibling", "other-feedback", "template"}
+        if reprompt.demonstration_source == "none" and reprompt.include_environment_feedback:
+            changing -= {"other"}  # its responses bring their feedback along
+        if reprompt.demonstration_source != "siblings" and changing:
             raise ValueError(
                 f"Expected `reprompt.demonstration_source` siblings with `reprompt.contexts.kinds` {', '.join(kinds)}, which "
                 f"change the demonstration, but got {reprompt.demonstration_source}."

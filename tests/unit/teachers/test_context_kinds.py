@@ -78,6 +78,23 @@ def test_feedback_is_that_of_the_next_response():
     assert [sample.verdict.feedback for sample in alone] == [None, None]
 
 
+def test_without_demonstrations_another_question_gives_its_feedback():
+    first, second = question(0), question(1, 2, 6, 8)
+    first.privileged_context = "of the first"
+    samples = [row(first, "1", 0.0, "on 1"), row(first, "2", 1.0), row(second, "3", 1.0), row(second, "4", 0.0, "on 4")]
+    module = tiny_sdpo(**{"reprompt.contexts": ContextMixture(("other",))}, demonstration_source="none")
+    read = module.objective.teaching.read("other", samples)
+    told = [module.objective.teaching.builder._feedback(sample) for sample in read]
+    assert told == [None, "on 4", "on 1", "of the first"]
+    assert [sample.rollout.question.index for sample in read] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"`reprompt.demonstration_source` siblings with .* other"):
+        tiny_sdpo(
+            **{"reprompt.contexts": ContextMixture(("other",)), "reprompt_without_context": True},
+            demonstration_source="none",
+            include_environment_feedback=False,
+        )
+
+
 def test_an_answer_that_a_verifier_cannot_bear_cut_is_left_whole():
     def code(asked, text):
         if not text.startswith("def"):
