@@ -178,7 +178,7 @@ class Generation:
         self.config, self.compute, self.width = config, compute, width
         self.rates, self.device = rates, device
         text = config.get_text_config()
-        self.vocabulary = text.vocab_size
+        self.vocabulary, self.head = text.vocab_size, text.vocab_size * text.hidden_size
         short, long = (prefill_work(config, compute, tokens) for tokens in (64, 128))
         self._prompt_token = (long + short * -1) * (1 / 64)
         self._prompt = short + self._prompt_token * -64
@@ -216,7 +216,12 @@ class Generation:
 
     def _token(self, padded: bool, kind: type[Keys] = CopiedKeys) -> TokenWork:
         if (padded, kind) not in self._tokens:
-            self._tokens[padded, kind] = decode_work(self.config, self.compute, padded, kind)
+            token = decode_work(self.config, self.compute, padded, kind)
+            if is_gpu(self.device) and self.compute.narrow == torch.bfloat16:
+                # It sums products of 16-bit operands in fp32. A CPU, on which they are counted, has an fp32 copy of the head.
+                wider = (torch.float32.itemsize - torch.bfloat16.itemsize) * self.head
+                token = TokenWork(token.once + Work(product_bytes=-wider), token.row, token.context)
+            self._tokens[padded, kind] = token
         return self._tokens[padded, kind]
 
     def _compiled(self, token: TokenWork) -> TokenWork:

@@ -146,6 +146,17 @@ def test_a_cuda_graph_has_no_launches_and_no_unfused_bytes():
     assert own == pytest.approx(4 * 1e-3 * (decode_work(CONFIG, Compute(), False).once.launches + DRAW_LAUNCHES))
 
 
+def test_a_gpu_reads_the_head_in_16_bits():
+    counted, compute = count(CONFIG), Compute(torch.bfloat16)
+    read = {
+        device: Generation(CONFIG, compute, Width.of(CONFIG, counted), SLOW_HOST, device)
+        ._token(False)
+        .once.product_bytes
+        for device in ("cuda", "cpu")
+    }
+    assert read == {"cuda": 2 * (counted.matrices + counted.head), "cpu": 2 * counted.matrices + 4 * counted.head}
+
+
 def test_a_step_is_proportional_to_what_binds_it():
     products = step_seconds(RUN, SLOW_PRODUCTS)
     twice = step_seconds(dataclasses.replace(RUN, questions=4), SLOW_PRODUCTS)

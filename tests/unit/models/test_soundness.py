@@ -127,8 +127,8 @@ def test_no_architecture_of_transformers_is_silently_wrong():
         except Exception as error:
             outcomes["wrong"].append(f"{name}: {type(error).__name__} {error}")
             continue
-        kind = "without a cache" if not way.cache else "with a cache" if way.padding else "prompts of one length"
-        outcomes[f"equal, sampled {kind}{', prompts shared' if 'shared' in gaps else ''}"].append(name)
+        kind = f"by way {WAYS.index(way) + 1}"
+        outcomes[f"equal, sampled {kind} of {len(WAYS)}{', prompts shared' if 'shared' in gaps else ''}"].append(name)
     for outcome, names in sorted(outcomes.items()):
         print(f"{len(names)} {outcome}: {', '.join(names)}")
     assert not outcomes["wrong"]
