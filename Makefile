@@ -42,7 +42,8 @@ test-loggers: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/llm/requirements.txt
 	$(BIN)/python tests/llm/smollm2.py .models/smollm2-135m-instruct
 
-# The newest versions that pyproject.toml allows, in an environment of its own: what a user gets from pip today.
+# The newest versions that pyproject.toml allows, in an environment of its own: what a user gets from pip today. PIP_CONSTRAINT,
+# a file with lines such as torch==2.13.0, holds a package back, such as a build of gigabytes.
 test-newest:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'

@@ -178,7 +178,7 @@ def questions(split: str, very_hard: bool = False, hidden_tests: bool = False) -
 
     Example:
         >>> questions("test")[0].prompt
-        'Read integers. Print them as they come, each lowered by four.'
+        'Read integers. Print them turned round, each scaled by six.'
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"Expected `split` to be 'train', 'validation' or 'test', but got {split!r}.")
