@@ -16,18 +16,20 @@ class Width:
         matrices: Parameters of the layers' matrices.
         attention: Layers times heads times their width.
         head: Parameters of the head, V D.
+        last: Parameters of the layers' last matrices.
     """
 
     matrices: int
     attention: int
     head: int
+    last: int = 0
 
     @classmethod
     def of(cls, config: PretrainedConfig, count: Count) -> "Width":
         """Return the sizes of a configuration."""
         text = config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(count.matrices, count.layers * text.num_attention_heads * width, count.head)
+        return cls(count.matrices, count.layers * text.num_attention_heads * width, count.head, count.last)
 
 
 def forward(width: Width, layout: Layout) -> int:
@@ -44,7 +46,8 @@ def backward(width: Width, layout: Layout, checkpointing: bool, trainable: float
     """Return the operations of a backward pass through the layers.
 
     Two products for each product of the forward pass: the gradients of inputs, and of weights if these are trained. Attention
-    computes its scores again: five products where the forward pass has two. With checkpointing the forward pass is repeated.
+    computes its scores again: five products where the forward pass has two. With checkpointing the forward pass is repeated,
+    except a layer's last product: torch stops when it has what the backward pass needs. An adapter runs after that product.
 
     Args:
         width: Of the model.
@@ -53,7 +56,8 @@ def backward(width: Width, layout: Layout, checkpointing: bool, trainable: float
         trainable: Fraction of the matrices' parameters that are trained.
     """
     products = 2 * width.matrices * layout.padded * (1 + trainable)
-    again = forward(width, layout) if checkpointing else 0
+    saved = 2 * width.last * layout.padded if trainable == 1.0 else 0
+    again = forward(width, layout) - saved if checkpointing else 0
     return round(products + 10 * width.attention * layout.pairs + again)
 
 

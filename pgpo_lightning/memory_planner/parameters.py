@@ -62,6 +62,7 @@ class Count:
         head: Parameters of the head, ``V * D``.
         layers: Number of layers.
         tied: Whether the head is the embedding.
+        last: Parameters of the layers' last matrices (``down_proj``), which a checkpointed layer does not multiply with again.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -72,6 +73,7 @@ class Count:
     head: int
     layers: int
     tied: bool
+    last: int
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -105,8 +107,9 @@ def count(config: PretrainedConfig, field: str = "model") -> Count:
         )
     shapes = tuple(tuple(p.shape) for p in model.parameters())
     each = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    matrices = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+    sizes = [[m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
+    matrices, last = sum(map(sum, sizes)), sum(each[-1] for each in sizes if each)
     total = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
-    return Count(shapes, total, matrices, max(each), total - sum(each), head.numel(), len(each), tied)
+    return Count(shapes, total, matrices, max(each), total - sum(each), head.numel(), len(each), tied, last)
