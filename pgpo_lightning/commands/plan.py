@@ -1,7 +1,7 @@
 """The command ``pgpo plan``: predict memory and seconds of a configuration, without loading anything."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,7 +117,9 @@ class PlanCommand(BuildCommand):
         demonstration = _demonstration(module, self._get(self.config, "demonstration_tokens"))
         adapters = _adapters(module, str(trainer.precision))
         engine, teaching, divergence = module.engine, module.objective.teaching, module.objective.divergence
-        data, sharding = self.datamodule, _sharding(trainer, device)
+        reduces = module.update.reduce_every_pass
+        reduces = compute.student == torch.float32 if reduces is None else reduces
+        data, sharding = self.datamodule, replace(_sharding(trainer, device), reduces=reduces)
         tests = evaluations_of(trainer, module, data, self._get(self.config, "questions"))
         at_once = engine.max_sequences if isinstance(engine, TransformersEngine) else None
         return RunSpec(

@@ -129,9 +129,20 @@ class FullySharded(Placement):
                 module.set_reshard_after_forward(module is not root, recurse=False)
                 module.reshard()
 
+    def between_passes(self, reduce: bool | None) -> Callable[[], AbstractContextManager[None]]:
+        """Return the context of all backward passes of an optimizer step but the last.
+
+        Args:
+            reduce: Whether gradients are reduced over ranks, and sharded, in each of them. ``None``: if weights are fp32, because
+                reduced gradients have the type of the weights, in which they are summed.
+        """
+        if reduce is None:
+            reduce = next(self.student.parameters()).dtype == torch.float32
+        return nullcontext if reduce else self._accumulating
+
     @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Context in which backward passes accumulate gradients locally, without reducing them over ranks."""
+    def _accumulating(self) -> Iterator[None]:
+        """Context in which backward passes accumulate whole gradients, in fp32, without reducing them over ranks."""
         root = self.shells[0]
         assert isinstance(root, FSDPModule)  # noqa: S101  (for the type checker: `fully_shard` changed its class)
         root.set_requires_gradient_sync(False)

@@ -55,11 +55,13 @@ class Sharding:
         kind: ``single``. ``ddp``: every device has everything, and the buckets in which gradients are exchanged. ``fsdp``:
             every device has an equal part of weights, gradients, optimizer state and teacher, and gathers weights as needed.
         one_file: Whether the first rank gathers all parts for a checkpoint.
+        reduces: Whether gradients are exchanged after every micro-batch, with ``fsdp``. Otherwise once per optimizer step.
     """
 
     devices: int = 1
     kind: str = "single"
     one_file: bool = False
+    reduces: bool = True
 
     @property
     def shards(self) -> int:
@@ -167,9 +169,9 @@ def gathered_bytes(
     """Return the bytes of weights that FSDP2 gathers, in the type of the products, in the update and in rollouts.
 
     In the update: embedding and head, which stay gathered between forward and backward, and the current layer, the next one,
-    and a gradient before it is sharded. For the teacher the same without gradients. With several micro-batches also all
-    gradients in fp32, which are exchanged once, after the last micro-batch. In rollouts: the whole student, so that no token
-    waits for a transfer. From FSDP2's documentation, not measured.
+    and a gradient before it is sharded. For the teacher the same without gradients. With several micro-batches whose gradients
+    are exchanged once, after the last, also all gradients in fp32. In rollouts: the whole student, so that no token waits for a
+    transfer. From FSDP2's documentation, not measured.
 
     Args:
         count: Parameters of the model.
@@ -183,7 +185,7 @@ def gathered_bytes(
     each = (compute.autocast or compute.student).itemsize
     student = (count.root + 3 * count.layer) * each
     teacher = 0 if own_teacher is None else (own_teacher.root + 2 * own_teacher.layer) * each
-    gradients = count.total * torch.float32.itemsize if accumulating else 0
+    gradients = count.total * torch.float32.itemsize if accumulating and not sharding.reduces else 0
     return {"update": student + teacher + gradients, "rollouts": count.total * each}
 
 

@@ -231,7 +231,7 @@ def exchange_seconds(run: RunSpec, counted: Count, micro_batches: int, rates: Ra
     """Return the seconds in which ranks exchange weights and gradients in the update, one after the other in a ring.
 
     DDP reduces all gradients, which every rank sends twice. FSDP2 gathers the weights for every forward and backward pass and
-    for every pass of a teacher, and reduces gradients once per optimizer step.
+    for every pass of a teacher, and reduces gradients once per optimizer step, or after every micro-batch.
 
     Args:
         run: The run.
@@ -251,6 +251,7 @@ def exchange_seconds(run: RunSpec, counted: Count, micro_batches: int, rates: Ra
     if "own" in TEACHERS[run.teacher]:
         theirs = counted if run.external is None else run.external.count()
         gathering += _gathering(run, theirs, rates) * run.updates
+    steps *= micro_batches if run.sharding.reduces else 1
     return {"weight gathering": micro_batches * gathering, "gradient reduction": share * gradients * steps / rates.link}
 
 

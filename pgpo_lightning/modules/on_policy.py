@@ -328,9 +328,9 @@ class OnPolicyModule(Remembers, L.LightningModule):
         if fits and self.trainer.global_step == 0:  # it is compared with Lightning's count
             self.steps_without_signal = 0
         self.run_seed.decide()
-        teaching = self.objective.teaching
+        teaching, sharded = self.objective.teaching, start_up.is_sharded(self.trainer)
         teacher = None if teaching is None else teaching.config
-        start_up.check_combination(self.engine, self.lora is not None, start_up.is_sharded(self.trainer), teacher)
+        start_up.check_combination(self.engine, self.lora is not None, sharded, teacher, self.update)
         checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True
@@ -360,8 +360,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
                 tensors = (*self.teacher.named_parameters(), *self.teacher.named_buffers())
                 self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
         if mesh is not None and not self.placement.sharded:
-            precision = self.trainer.precision_plugin
-            self.placement = FullySharded(self.model, getattr(self.teacher, "model", None), mesh, precision)
+            plugin, theirs = self.trainer.precision_plugin, getattr(self.teacher, "model", None)
+            self.placement = FullySharded(self.model, theirs, mesh, plugin)
             # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
             self.strict_loading = not isinstance(self.teacher, FrozenTeacher)
         if self.learner is None:

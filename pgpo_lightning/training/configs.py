@@ -68,6 +68,9 @@ class UpdateConfig(ConfigGroup):
             `model_config.attn_implementation` is flash attention, which computes each by itself, and the model allows it. Other
             attention then masks all pairs of tokens of a pass, which is slower than padding. With sharded weights prompts are
             shared wherever that is possible. A teacher of other weights follows its own attention.
+        reduce_every_pass: With sharded weights, exchange gradients between ranks after every micro-batch, so that each holds only
+            its part of them. False exchanges them once, after the last: until then a rank holds all of its own in fp32, 4 bytes
+            per parameter. Null: true where weights are fp32, false in 16 bits, where sums of parts would be rounded.
         loss_agg_mode: ``seq-mean-token-mean``: mean over each response's tokens, then over *all* rollouts of the optimizer step;
             rollouts without a loss count as zero, as in SDPO's code. ``token-mean``: mean over all tokens in the loss of the
             optimizer step. Both are over all ranks and micro-batches.
@@ -85,6 +88,7 @@ class UpdateConfig(ConfigGroup):
     num_iterations: Count = 1
     micro_batch_tokens: Count = 16384
     padding_free: bool | None = None
+    reduce_every_pass: bool | None = None
     loss_agg_mode: LossAggregation = "seq-mean-token-mean"
     max_skipped_steps: Natural = 5
     lr_scheduler_type: ScheduleName | None = None

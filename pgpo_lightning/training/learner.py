@@ -132,7 +132,7 @@ class Learner:
         total: Tensor | float = 0.0
         statistics, weights = [], torch.zeros(2, device=self.model.device)
         if isinstance(self.placement, FullySharded):
-            no_sync = self.placement.accumulating
+            no_sync = self.placement.between_passes(self.update.reduce_every_pass)
         for i, group in enumerate(passes):
             with nullcontext() if i == len(passes) - 1 else no_sync():
                 weight = scale if group.counts else 0.0

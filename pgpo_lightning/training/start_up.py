@@ -129,7 +129,13 @@ def _why_not(strategy: Strategy) -> str:
     return "gradients would not be exchanged between ranks"
 
 
-def check_combination(engine: Engine, lora: bool, sharded: bool, teacher: TeacherConfig | None = None) -> None:
+def check_combination(
+    engine: Engine,
+    lora: bool,
+    sharded: bool,
+    teacher: TeacherConfig | None = None,
+    update: UpdateConfig | None = None,
+) -> None:
     """Raise if parts do not go together.
 
     Args:
@@ -137,11 +143,17 @@ def check_combination(engine: Engine, lora: bool, sharded: bool, teacher: Teache
         lora: Whether an adapter is trained.
         sharded: Whether weights are sharded over ranks.
         teacher: Settings of the teacher, if there is one.
+        update: How a batch becomes optimizer steps.
 
     Raises:
         MisconfigurationException: Names the setting and what to set instead.
     """
     engine.check()
+    if not sharded and update is not None and update.reduce_every_pass is not None:
+        raise MisconfigurationException(
+            f"Expected no `update.reduce_every_pass` without sharded weights, where it has no effect, but got "
+            f"{update.reduce_every_pass}. Set it to null, or `trainer.strategy` to ModelParallelStrategy (FSDP2)."
+        )
     if lora and sharded:
         raise MisconfigurationException(
             "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."

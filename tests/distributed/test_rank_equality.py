@@ -23,7 +23,7 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("uneven", "ddp", "ema"),
         ("one-sided", "ddp", "ema"),
         ("uneven", "fsdp2", "trust-region"),
-        ("one-sided", "fsdp2", "ema"),
+        ("one-sided", "fsdp2-once", "ema"),
         ("updates", "ddp", "ema"),
         ("routed", "ddp", "restart"),
         ("routed", "fsdp2", "gated"),

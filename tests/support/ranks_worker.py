@@ -118,6 +118,8 @@ def main():
         given |= {"teacher": TeacherConfig(model=str(Path(output).parent / "teacher"), offload=offload)}
     else:
         given |= {"teacher_regularization": teacher, "teacher_offload": offload}
+    if strategy == "fsdp2-once":
+        given |= {"update.reduce_every_pass": False}
     limits = {**LIMITS, "guidance": 0.1} if split == "guided" else LIMITS
     if split in ("guided", "distilled"):
         del limits["max_reprompt_len"]  # the teacher reads the student's prompt
@@ -128,7 +130,7 @@ def main():
     )  # fmt: skip
     module.split, module.seen = split, []
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_epochs=1, logger=False,
+        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy.removesuffix("-once")](ranks), max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=precision,
         callbacks=[InformationMultiplier(sensitivity=20.0, rho_min=None, rho_max=10.0)],
     )  # fmt: skip

@@ -194,10 +194,12 @@ def test_shards_and_buckets():
     whole = gathered_bytes(counted, None, compute, Sharding(8, "fsdp"), accumulating=False)
     assert whole["rollouts"] == 2 * counted.total
     assert whole["update"] == 2 * (counted.root + 3 * counted.layer)
-    several = gathered_bytes(counted, None, compute, Sharding(8, "fsdp"), accumulating=True)
+    assert gathered_bytes(counted, None, compute, Sharding(8, "fsdp"), accumulating=True) == whole
+    once = Sharding(8, "fsdp", reduces=False)
+    several = gathered_bytes(counted, None, compute, once, accumulating=True)
     assert several["update"] == whole["update"] + 4 * counted.total
     mixed = Compute(torch.float32, torch.float32, torch.bfloat16)
-    assert gathered_bytes(counted, None, mixed, Sharding(8, "fsdp"), accumulating=True) == several
+    assert gathered_bytes(counted, None, mixed, once, accumulating=True) == several
     assert set(gathered_bytes(counted, counted, compute, Sharding(8, "ddp"), accumulating=True).values()) == {0}
 
 
