@@ -53,8 +53,8 @@ def ablate(config: Text, dry_run: bool = False, processes: Count | None = None, 
     """Make the missing runs of a study.
 
     Args:
-        config: File of the study, such as `configs/studies/toy.yaml`. Its keys are those of
-            :class:`pgpo_lightning.studies.spec.StudySpec`.
+        config: File of the study: `base` (configurations), `folder`, `seeds`, `arms`, and as needed `conditions`, `settings`
+            and others (docs/studies.md). `pgpo configs copy studies/toy .` copies one to change.
         dry_run: Print the commands of the missing runs, one per line, and run nothing. Writes nothing but the rules of the
             study, if it has any.
         processes: Number of runs at the same time, in each job of a cluster; by default that of the study.

@@ -16,7 +16,7 @@ from pgpo_lightning.core.texts import shown
 from pgpo_lightning.studies.design import Design
 from pgpo_lightning.studies.predictions import Prediction
 from pgpo_lightning.studies.sequential import SequentialPlan
-from pgpo_lightning.studies.spec_parts import built, read_plan, read_predictions
+from pgpo_lightning.studies.spec_parts import below_init_args, built, read_plan, read_predictions
 
 Settings = dict[str, Any]
 """Settings of ``pgpo fit`` as nested mappings."""
@@ -343,7 +343,7 @@ def named_settings(key: str, values: Any) -> dict[str, Settings]:
 
 def allowed(where: str, settings: Any) -> Settings:
     """Return nested settings, none of which a study sets itself."""
-    result = nested(where, settings)
+    result = nested(where, below_init_args(settings) if isinstance(settings, dict) else settings)
     if taken := [key for key, _ in leaves(result) if f"{key}.".startswith(tuple(f"{own}." for own in OWN))]:
         raise ValueError(f"Expected {where} not to set `{taken[0]}`, which the study sets itself.")
     return result

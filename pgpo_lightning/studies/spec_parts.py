@@ -1,6 +1,6 @@
-"""Parts of a study's file that are settings of a class: the design, predictions and looks."""
+"""Parts of a study's file that are settings of a class: the design, predictions and looks, and those of the classes of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
@@ -9,6 +9,49 @@ from pgpo_lightning.studies.predictions import Prediction
 from pgpo_lightning.studies.sequential import SequentialPlan
 
 Part = TypeVar("Part")
+
+CLASSES = ("model", "data", "multiplier")
+"""Settings of ``pgpo fit`` that are a class with settings of its own."""
+
+OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+"""Keys that a class has in a configuration."""
+
+
+def below_init_args(settings: dict[Any, Any]) -> dict[Any, Any]:
+    """Return settings in which those of a class stand below its ``init_args``, as in a configuration.
+
+    A study's file may thus use the names of the command line.
+
+    Example:
+        >>> below_init_args({"multiplier": "ConstantMultiplier", "multiplier.value": 1.05})
+        {'multiplier.class_path': 'ConstantMultiplier', 'multiplier.init_args.value': 1.05}
+
+    Args:
+        settings: Mappings, or with dots in their keys. Keys that are no names are left to the caller.
+
+    Raises:
+        ValueError: If a setting stands in both forms.
+    """
+    result: dict[Any, Any] = {}
+    for key, value in _one_level(settings):
+        name, _, inner = key.partition(".") if isinstance(key, str) else (key, "", "")
+        if name in CLASSES and inner and inner.partition(".")[0] not in OF_A_CLASS:
+            key = f"{name}.init_args.{inner}"
+        elif name in CLASSES and isinstance(value, str) and any(str(k).startswith(f"{name}.") for k in settings):
+            key = f"{name}.class_path"
+        if key in result:
+            raise ValueError(f"Expected every setting once, but got `{key}` twice.")
+        result[key] = value
+    return result
+
+
+def _one_level(settings: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield keys and values, those of a class with a dot."""
+    for key, value in settings.items():
+        if key in CLASSES and isinstance(value, dict) and value and all(isinstance(inner, str) for inner in value):
+            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
 
 
 def built(kind: Callable[..., Part], where: str, value: Any) -> Part:

@@ -75,6 +75,21 @@ def test_dots_and_nested_mappings_mean_the_same_and_later_layers_come_first():
     assert dotted["a"]["b"]["e"] is None
 
 
+def test_names_of_the_command_line_reach_the_class_that_has_them(tmp_path):
+    short = {
+        "multiplier": "ConstantMultiplier",
+        "multiplier.value": 1.05,
+        "model.num_generations": 4,
+        "data": {"batch_size": 2},
+    }
+    constant = {"class_path": "ConstantMultiplier", "init_args": {"value": 1.05}}
+    long = {"multiplier": constant, "model.init_args.num_generations": 4, "data.init_args.batch_size": 2}
+    assert spec(tmp_path, arms={"a": short}).arms == spec(tmp_path, arms={"a": long}).arms
+    assert spec(tmp_path, arms={"a": {"multiplier": "ConstantMultiplier"}}).arms["a"] == {
+        "multiplier": "ConstantMultiplier"
+    }
+
+
 def test_settings_of_every_run_give_way_to_those_of_conditions_and_arms(tmp_path):
     study = spec(tmp_path, settings={"a": 1, "b": 1, "c": 1}, conditions={"low": {"b": 2}}, arms={"x": {"c": 3}})
     assert study.runs()[0].settings == {"a": 1, "b": 2, "c": 3}
@@ -133,6 +148,7 @@ def test_placeholders_become_folders_and_runs_wait_for_them(tmp_path):
         ({"arms": {"a": {1: 2}}}, r"keys of `arms\.a`.*1"),
         ({"arms": {"a": {"x.y": 1, "x": {"y": 2}}}}, r"`arms\.a` to set everything once, but it sets `x\.y` twice"),
         ({"arms": {"a": {"x.y": 1, "x": None}}}, "sets `x` twice"),
+        ({"arms": {"a": {"model.n": 1, "model.init_args.n": 2}}}, r"but got `model\.init_args\.n` twice"),
         ({"arms": {"a": {"m": {"run:b": None}}}}, r"quotes around the placeholder `\{run:b\}` in `arms\.a`"),
         ({"arms": {"a": {"seed_everything": 1}}}, "`arms.a` not to set `seed_everything`, which the study sets itself"),
         ({"settings": {"trainer": {"default_root_dir": "x"}}}, "`settings` not to set `trainer.default_root_dir`"),
