@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from pgpo_lightning.studies.sample_size import FEWEST
+
 QUESTION = "Information helps beyond its dose"
 
 INTERACTION_LEVEL = 0.05
@@ -66,7 +68,7 @@ def phrase(decided: dict[str, Any], design: dict[str, Any], questions: int) -> s
     if answer is None:
         return "not asked, because no information arm has a matched control"
     arms = [arm for arm in decided["arms"] if arm["answer"] == answer]
-    because = "; ".join(reason(arm) for arm in arms)
+    because = "; ".join(reason(arm) for arm in arms) + ("" if answer == "not resolved" else _thin(arms))
     if answer == "yes":
         small = all(row["high"] < margin for arm in arms for row in arm["averaged"])
         return f"yes{f', but less than {margin:g}' if small else ''} ({because})"
@@ -82,6 +84,14 @@ def reason(arm: dict[str, Any]) -> str:
     values = ", ".join(f"{row['measure']} {difference(row)}" for row in arm["averaged"])
     mean = f"the mean of {', '.join(arm['averages'])}" if len(arm["averages"]) > 1 else arm["averages"][0]
     return f"{arm['arm']} minus {mean}: {values}"
+
+
+def _thin(arms: list[dict[str, Any]]) -> str:
+    """Return what an answer has to be read with: too few seeds to know their variance, or controls that were not run."""
+    seeds = min(arm["seeds"] for arm in arms)
+    missing = list(dict.fromkeys(name for arm in arms for name in arm["missing"]))
+    few = f"; {seeds} seeds are too few to know their variance" if seeds < FEWEST else ""
+    return few + (f"; without {', '.join(missing)}" if missing else "")
 
 
 def _excluded(arms: list[dict[str, Any]]) -> str:

@@ -152,6 +152,9 @@ def test_the_sentence_follows_from_the_numbers():
     assert sentence("no") == f"no, a gain of 0.02 or more on final is excluded {because}"
     assert sentence("equivalent") == f"equivalent within 0.02 {because}"
     assert sentence("equivalent", averages=["c"]).endswith("(a minus c: final +0.050 [+0.010, +0.090])")
+    assert sentence("equivalent", seeds=2, missing=["r"]).endswith(
+        "+0.090]; 2 seeds are too few to know their variance; without r)"
+    )
     assert "(10 seeds), about 20 to 80 seeds are needed to distinguish 0 from 0.02 (" in sentence(
         "not resolved", seeds_needed=(20, 80), seeds_if_seen=(20, 80)
     )
