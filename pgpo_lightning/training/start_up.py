@@ -224,7 +224,7 @@ def check_optimizer_fits(optimizer: Optimizer, model: PreTrainedModel, sharded: 
     if sharded and type(optimizer).__module__.startswith("bitsandbytes"):
         raise MisconfigurationException(
             f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
-            "does not. torchao.optim.AdamW8bit is an 8-bit optimizer that does."
+            "does not. torchao.optim.AdamW8bit does, with conditions (docs/scaling.md, optimizers with a small state)."
         )
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
     if narrow and not getattr(optimizer, "bf16_stochastic_round", False):

@@ -19,6 +19,7 @@ PAGES = [
 ]
 OPTION = re.compile(r"--(config|model|data|trainer|multiplier|checkpoint|seed_everything)\b")
 OVERLAY = re.compile(r"^pgpo fit --config quickstart --config ablations/[\w-]+$")
+YOUR_CODE = re.compile(r"\bmy_(module|loggers)\.")
 YOURS = {"my.yaml", "mine.yaml"}  # a reader's own configuration, for which the quickstart's stands here
 
 
@@ -56,7 +57,7 @@ def documented() -> list[tuple[str, ...]]:
     for path in CONFIGS.rglob("*.yaml"):
         header = "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
         found |= commands(header)
-    own = {tuple(shared_arguments(command)) for command in found if "my_module" not in command}
+    own = {tuple(shared_arguments(command)) for command in found if not YOUR_CODE.search(command)}
     return sorted(own)
 
 
