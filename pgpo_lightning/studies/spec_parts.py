@@ -37,7 +37,12 @@ def below_init_args(settings: dict[Any, Any]) -> dict[Any, Any]:
         name, _, inner = key.partition(".") if isinstance(key, str) else (key, "", "")
         if name in CLASSES and inner and inner.partition(".")[0] not in OF_A_CLASS:
             key = f"{name}.init_args.{inner}"
-        elif name in CLASSES and isinstance(value, str) and any(str(k).startswith(f"{name}.") for k in settings):
+        elif (
+            name in CLASSES
+            and not inner
+            and isinstance(value, str)
+            and any(str(k).startswith(f"{name}.") for k in settings)
+        ):
             key = f"{name}.class_path"
         if key in result:
             raise ValueError(f"Expected every setting once, but got `{key}` twice.")

@@ -80,10 +80,15 @@ def test_names_of_the_command_line_reach_the_class_that_has_them(tmp_path):
         "multiplier": "ConstantMultiplier",
         "multiplier.value": 1.05,
         "model.num_generations": 4,
+        "model.init_args.teacher.regularization": "frozen",  # no class of the module
         "data": {"batch_size": 2},
     }
     constant = {"class_path": "ConstantMultiplier", "init_args": {"value": 1.05}}
-    long = {"multiplier": constant, "model.init_args.num_generations": 4, "data.init_args.batch_size": 2}
+    long = {
+        "multiplier": constant,
+        "model.init_args": {"num_generations": 4, "teacher.regularization": "frozen"},
+        "data.init_args.batch_size": 2,
+    }
     assert spec(tmp_path, arms={"a": short}).arms == spec(tmp_path, arms={"a": long}).arms
     assert spec(tmp_path, arms={"a": {"multiplier": "ConstantMultiplier"}}).arms["a"] == {
         "multiplier": "ConstantMultiplier"
