@@ -84,6 +84,7 @@ def test_a_killed_worker_is_replaced_and_the_test_is_run_again():
     run(ONE, "print(1)", workers=1)
     (worker,) = pool.shared(1, "auto", True).workers
     worker.process.kill()
+    os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)  # it may answer until it has ended
     assert run(ONE, "print(int(input()) )", workers=1).reward == 1
     (other,) = pool.shared(1, "auto", True).workers
     assert other is not worker
