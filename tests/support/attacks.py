@@ -3,6 +3,7 @@
 from tests.support.programs import asked, functional, tested
 
 ONE = asked(["1"], ["1"], time_limit=0.3)
+SLOW = asked(["1"], ["1"])  # for programs that take .2 CPU seconds before they are refused
 PATCHED = "import json\njson.dumps = json.loads = lambda *a, **k: 1\ndef f(a): return 2"
 THREADS = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
 ORPHANS = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(99)\nelse: print(1)"
@@ -44,8 +45,8 @@ ATTACKS = {
     "zombies": (ONE, "import os\nfor _ in range(9):\n    if os.fork() == 0: os._exit(0)\nprint(1)", 1, None),
     "orphans": (ONE, ORPHANS, 1, None),
     "threads": (ONE, THREADS, 0, "RuntimeError"),
-    "full disk": (ONE, FILES, 0, "No space left"),
-    "large file": (ONE, "with open('a', 'w') as f: f.write('x' * 10**8)\nprint(1)", 0, "File too large"),
+    "full disk": (SLOW, FILES, 0, "No space left"),
+    "large file": (SLOW, "with open('a', 'w') as f: f.write('x' * 10**8)\nprint(1)", 0, "File too large"),
     "closed streams": (ONE, "import os\nos.closerange(0, 99)\nprint(1)", 0, "exit status"),
     "segmentation fault": (ONE, "import ctypes\nctypes.string_at(0)", 0, "ended by SIGSEGV"),
     "no end of the input": (asked(["x" * 10**6], ["1"]), "print(1)", 1, None),
