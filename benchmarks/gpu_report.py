@@ -13,7 +13,7 @@ Parts:
 
 - `environment`: card, versions, rates of a large product and of a copy;
 - `fit`: `pgpo fit` for two steps from YAML with each engine, on a model of two layers: exit status, and its error unless it is 0;
-- `decode`: ms per token by number of responses, and the share of the memory's bandwidth;
+- `decode`: ms per token by number of responses, and the share of the memory's bandwidth; on a GPU also with CUDA graphs;
 - `sync`: seconds of a weight sync of vLLM, where it is installed;
 - `padded`, `shared`: steps of the shipped recipe with checkpointing, and with prompts computed once: seconds, memory and
   utilisation by phase beside the plan's, and an evaluation.
@@ -34,6 +34,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,12 @@ def environment(report: Report) -> Iterator[Row]:
         "copy": partial(torch.empty_like(large).copy_, large),
     }
     seconds = measure.alternate(work, 5, device)
-    product = 2 * side**3 / statistics.median(seconds["product"])
+    multiplied = 2 * side**3 / statistics.median(seconds["product"])
     copy = 2 * large.nbytes / statistics.median(seconds["copy"])
     if device == "cpu":
-        report.rates = rates("cpu", Assumptions(tflops=product / 1e12, bandwidth=copy / 1e9), torch.float32)
-        report.peak_flops = product
-    yield row | {"product_tflops": product / 1e12, "copy_gb_per_s": copy / 1e9, "predictions_for": report.rates.name}
+        report.rates = rates("cpu", Assumptions(tflops=multiplied / 1e12, bandwidth=copy / 1e9), torch.float32)
+        report.peak_flops = multiplied
+    yield row | {"product_tflops": multiplied / 1e12, "copy_gb_per_s": copy / 1e9, "predictions_for": report.rates.name}
 
 
 def _version(name: str) -> str:
@@ -121,8 +122,10 @@ def fit(report: Report) -> Iterator[Row]:
     random_qwen3("cpu", torch.float32, tied=True, **SMALL).save_pretrained(model)
     options = {"max_model_len": 512, "gpu_memory_utilization": 0.3, "enforce_eager": True}
     vllm = [f"--model.engine.init_args.{name}={json.dumps(value)}" for name, value in options.items()]
+    captured = {"TransformersEngine, cuda_graphs": ["--model.engine.init_args.cuda_graphs=true"]}
     engines = {
         "TransformersEngine": [],
+        **({} if report.sizes.device == "cpu" else captured),
         "VLLMEngine": ["--model.engine=pgpo_lightning.rollout.VLLMEngine", *vllm],
     }
     for engine, more in engines.items():
@@ -165,9 +168,14 @@ def decode(report: Report) -> Iterator[Row]:
         config = with_layers(configuration("toy"), 2)
     shape = {name: getattr(config, name) for name in SMALL}
     model = random_qwen3(report.sizes.device, torch.bfloat16, config.tie_word_embeddings, tiled=True, **shape)
-    counted, engine, rng = count(config), TransformersEngine(), random.Random(0)
+    counted, rng = count(config), random.Random(0)
     planned = Generation(config, Compute(torch.bfloat16), Width.of(config, counted), report.rates, report.sizes.device)
-    for responses in (1, 2) if tiny else (1, 8, 32, 128, 256):
+    numbers, captured = (
+        (1, 2) if tiny else (1, 8, 32, 128, 256),
+        (False,) if report.sizes.device == "cpu" else (False, True),
+    )
+    for graphs, responses in product(captured, numbers):
+        engine = TransformersEngine(cuda_graphs=graphs)
         asked = [Question("?", "1", index=i) for i in range(responses)]
         prompts = [token_ids(rng, prompt, config.vocab_size) for _ in asked]
         sample = partial(engine.generate, model, load_tokenizer("toy"), asked, prompts, 1)
@@ -181,7 +189,12 @@ def decode(report: Report) -> Iterator[Row]:
         token = planned._token(False).of(responses, responses * (prompt + new * 3 / 4))
         groups = [Group(prompt, (new,))] * responses
         predicted = planned.seconds(groups, Planned(new))["decode"] / (new - 1)
-        row: Row = {"responses": responses, "ms_per_token": 1e3 * each, "tokens_per_s": responses / each}
+        row: Row = {
+            "cuda_graphs": graphs,
+            "responses": responses,
+            "ms_per_token": 1e3 * each,
+            "tokens_per_s": responses / each,
+        }
         row |= {"bandwidth_share": token.product_bytes / each / _bandwidth(report)}
         yield row | {"predicted_ms": 1e3 * predicted, "predicted_to_measured": predicted / each}
 

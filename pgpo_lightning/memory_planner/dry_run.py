@@ -194,10 +194,10 @@ def grown(model: PreTrainedModel, prompts: list[int], samples: int, age: int, ki
         kind: How keys are kept.
     """
     decoding = SharedPrompts(model, [[0] * n for n in prompts], samples, kinds=[kind])
-    rows = len(decoding.rows)
+    rows, decoding.room = len(decoding.rows), age + 1
     for keys in decoding.keys:
         if keys is not None:
-            room = age + 1 + (keys.columns if keys.copied else 0)
+            room = decoding.room + (keys.columns if keys.copied else 0)
             keys.own = [part.new_empty(rows, part.size(1), room, part.size(3)) for part in keys.prompts]
     decoding.place([age] * rows)
     return decoding

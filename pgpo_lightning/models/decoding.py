@@ -1,7 +1,7 @@
 """Incremental decoding: logits of the next token while responses grow, with and without a cache."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ class Way:
             every token.
         shared: Whether keys and values of a prompt are kept once for all of its responses.
         refills: Whether further responses can take the place of ended ones.
+        captured: Whether a GPU repeats the operations for a token by itself, as a CUDA graph.
     """
 
     cache: bool
@@ -39,6 +40,7 @@ class Way:
     own_mask: bool = False
     shared: bool = False
     refills: bool = False
+    captured: bool = False
 
     def suits(self, model: PreTrainedModel) -> bool:
         """Return whether it is worth a trial with a model."""
@@ -71,7 +73,8 @@ class Way:
             trial: Whether the layers take turns between the forms in which they are run for short and for long prompts.
         """
         if self.shared:
-            return SharedPrompts(model, prompts, n, at_once, (SharedKeys, CopiedKeys) if trial else None)
+            kinds = (SharedKeys, CopiedKeys) if trial else None
+            return SharedPrompts(model, prompts, n, at_once, kinds, captured=self.captured)
         return Cached(model, prompts, n, max_tokens, self.own_mask) if self.cache else Uncached(model, prompts, n)
 
 
@@ -84,6 +87,9 @@ WAYS = (
     Way(cache=False, padding=True),
 )
 """From the fastest to the one that works with every causal model."""
+
+CAPTURED = replace(WAYS[0], captured=True)
+"""The fastest on a GPU, if the model's layers are attention only and nothing in them waits for the host."""
 
 
 class Cached(Decoding):

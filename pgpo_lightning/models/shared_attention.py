@@ -13,8 +13,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pgpo_lightning.core.devices import is_gpu
 
-_ROOM = 32  # tokens for which memory is added at least, when that of a response's own keys is full
-
 
 @dataclass(frozen=True)
 class Places:
@@ -22,8 +20,9 @@ class Places:
 
     Attributes:
         ages: Tokens of each response before the new one, ``(rows,)``.
-        oldest: The highest of them.
+        oldest: The highest of them, or a number above it, up to which keys are read and masked.
         even: The age of all responses, or null if they differ.
+        room: Tokens for which responses have memory.
         prompts: Number of prompts.
         each: The most rows of a prompt.
         gather: Row that is in each place of a grid, ``(prompts * each,)``; null if rows are the grid.
@@ -33,6 +32,7 @@ class Places:
     ages: Tensor
     oldest: int
     even: int | None
+    room: int
     prompts: int
     each: int
     gather: Tensor | None = None
@@ -191,17 +191,15 @@ class Keys(ABC):
         """Return what queries ``(rows, heads, group, D)`` attend to, given the rows' own keys and values."""
 
     def _store(self, key: Tensor, value: Tensor, places: Places, before: int) -> None:
-        last = before + places.oldest
         if not self.own:
             self.own = [new.new_zeros(*new.shape[:2], 0, new.size(-1)) for new in (key, value)]
-        if (held := self.own[0].size(2)) <= last:
-            room = last + 1 + max(_ROOM, (last + 1) // 4)
+        if (held := self.own[0].size(2)) < before + places.room:
             for i, part in enumerate(self.own):
-                self.own[i] = part.new_zeros(*part.shape[:2], room, part.size(-1))
+                self.own[i] = part.new_zeros(*part.shape[:2], before + places.room, part.size(-1))
                 self.own[i][:, :, :held] = part
         for part, new in zip(self.own, (key, value), strict=True):
             if places.even is not None:
-                part[:, :, last] = new[:, :, 0]
+                part[:, :, before + places.even] = new[:, :, 0]
             else:
                 part[torch.arange(len(new), device=new.device), :, before + places.ages] = new[:, :, 0]
 

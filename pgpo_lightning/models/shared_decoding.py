@@ -12,6 +12,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from pgpo_lightning.core.devices import is_gpu
+from pgpo_lightning.models.captured_step import CapturedStep
 from pgpo_lightning.models.next_token import Decoding, NextToken, padded_prompts
 from pgpo_lightning.models.shared_attention import CopiedKeys, Keys, Places, Reach, SharedKeys, reach
 
@@ -20,6 +21,8 @@ _ODD = ("softcap", "position_bias", "s_aux", "sinks")
 """What changes the scores of attention in a way that is not known here."""
 _LONG, _LONG_ON_GPU = 128, 512
 """Tokens of a prompt, in the mean, from which sharing its keys pays off. On a GPU two parts and their sum are more operations."""
+_ROOM = 32
+"""Tokens for which memory is added at least, when that of the responses is full."""
 _running: ContextVar["SharedPrompts"] = ContextVar("running")
 
 
@@ -47,6 +50,9 @@ class SharedPrompts(Decoding):
         at_once: Responses that are started, the first ones; null for all.
         kinds: How keys are kept, of the layers with the same window in turns; by default as it pays off.
         run: Computes logits, if it exists already.
+        captured: Whether the operations for a token are recorded and repeated, :class:`CapturedStep`. All keys in memory are then
+            read, those to come masked, so that every token takes the same operations on the same memory. Not with a recurrent
+            state.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class SharedPrompts(Decoding):
         at_once: int | None = None,
         kinds: Sequence[type[Keys]] | None = None,
         run: NextToken | None = None,
+        captured: bool = False,
     ) -> None:
         self.run, self.config = run or NextToken(model), model.config.get_text_config()
         self.device = next(model.parameters()).device
@@ -68,24 +75,42 @@ class SharedPrompts(Decoding):
         self.first: Tensor  # logits after each of them
         self.age: Tensor  # `ages`
         self.position: Tensor  # of the next token of every row
+        self.token: Tensor  # the newest of every row
+        self.room = 0  # tokens for which rows have memory
         self.states = DynamicCache(config=model.config)
         kinds = kinds or [kind_of_keys(list(map(len, prompts)), n, is_gpu(self.device))]
         turns: dict[Any, Iterator[type[Keys]]] = defaultdict(lambda: cycle(kinds))
         self.keys = [_keys(layer, turns) for layer in self.states.layers]
+        self.captured = CapturedStep(self._step, self.device) if captured else None
         self.join(list(range(at_once or len(prompts) * n)))
 
     def append(self, tokens: Tensor) -> None:
         """See :meth:`Decoding.append`."""
+        if (oldest := max(self.ages)) >= self.room:
+            self.room = oldest + 1 + max(_ROOM, (oldest + 1) // 4)
+            self._moved()
+        self.token.copy_(tokens)
+        self.logits = self._step() if self.captured is None else self.captured()
+        self.ages = [age + 1 for age in self.ages]
+
+    def _step(self) -> Tensor:
+        """Run the model on the newest tokens, and return the logits after them."""
         self.reaches: dict[tuple[int | None, bool], Reach] = {}  # by window and kind, for all layers that have them
         token, before = _running.set(self), self.config._attn_implementation
         self.config._attn_implementation = _NAME
         try:
-            self.logits = self.run(tokens.unsqueeze(1), self.position.unsqueeze(1), None, self.states)
+            logits = self.run(self.token.unsqueeze(1), self.position.unsqueeze(1), None, self.states)
         finally:
             self.config._attn_implementation = before
             _running.reset(token)
-        self.ages = [age + 1 for age in self.ages]
-        self.age, self.position = self.age + 1, self.position + 1
+        self.age += 1  # in place, because a captured step reads and writes the same memory every time
+        self.position += 1
+        return logits
+
+    def _moved(self) -> None:
+        """Forget the captured step, because what it reads or writes is elsewhere now."""
+        if self.captured is not None:
+            self.captured.forget()
 
     def join(self, responses: list[int]) -> None:
         """See :meth:`Decoding.join`."""
@@ -119,6 +144,7 @@ class SharedPrompts(Decoding):
     def keep(self, rows: list[int]) -> None:
         """See :meth:`Decoding.keep`. Prompts that no row needs are dropped too."""
         self.rows, used = [self.rows[row] for row in rows], max(self.ages)
+        self.room = used
         needed = {response // self.n for response in self.rows}
         if self.begun % self.n:  # further siblings will join
             needed.add(self.begun // self.n)
@@ -160,6 +186,8 @@ class SharedPrompts(Decoding):
         self.age = torch.tensor(self.ages, dtype=torch.int64, device=self.device)
         self.of = torch.tensor(of, dtype=torch.int64, device=self.device)
         self.position = self.lengths[self.of] + self.age
+        self.token = torch.zeros_like(self.age)
+        self._moved()
         self.paddings: dict[tuple[int, bool], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -175,7 +203,9 @@ class SharedPrompts(Decoding):
         keys = cast("Keys", self.keys[layer])
         oldest = max(self.ages)
         even = oldest if oldest == min(self.ages) else None
-        places = Places(self.age, oldest, even, len(self.stored), self.each, self.gather, self.scatter)
+        if self.captured is not None:
+            oldest, even = self.room - 1, None
+        places = Places(self.age, oldest, even, self.room, len(self.stored), self.each, self.gather, self.scatter)
         kind = keys.window, keys.copied
         if kind not in self.reaches:
             padding = self._padding(keys.columns, keys.copied)

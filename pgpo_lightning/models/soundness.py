@@ -16,7 +16,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from pgpo_lightning.core.devices import is_gpu
-from pgpo_lightning.models.decoding import WAYS, Way
+from pgpo_lightning.models.decoding import CAPTURED, WAYS, Way
 from pgpo_lightning.models.lm_head import damaged, source
 from pgpo_lightning.models.loading import evaluating, fp32_by_default, known_tokens, positions
 from pgpo_lightning.models.packing import PackedSequences, Packing, Sequences, SharedSequences
@@ -36,7 +36,7 @@ _LONGEST = 4096
 """Longest span that is tried (tokens)."""
 _WORK, _GPU_WORK = 1e12, 1e15
 """Maximum of parameters times padded tokens in one comparison, so that it takes seconds."""
-_ways: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Way]]" = weakref.WeakKeyDictionary()
+_ways: "weakref.WeakKeyDictionary[PreTrainedModel, dict[bool, tuple[int, Way]]]" = weakref.WeakKeyDictionary()
 _SPANS = re.compile(r"window|chunk|local|block_size|max_distance|topk|budget|rel_extent|mem_len|stride")
 
 
@@ -106,17 +106,19 @@ def _modes(model: PreTrainedModel, trained: bool) -> tuple[bool, ...]:
     return (True, False) if trained and model.training and not _random(model) else (False,)
 
 
-def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
+def way_to_sample(model: PreTrainedModel, longest: int, captured: bool = False) -> Way:
     """Return the fastest way of decoding that gives the model's own log-probabilities. The trial runs once per model.
 
     Args:
         model: Student.
         longest: Maximum tokens of prompt and response together in this run.
+        captured: Whether its step has to be captured as a CUDA graph.
 
     Raises:
         MisconfigurationException: If there is none.
     """
-    tried, known = _ways.get(model, (0, None))
+    ways = _ways.setdefault(model, {})
+    tried, known = ways.get(captured, (0, None))
     if known is not None and longest <= tried:
         return known
 
@@ -124,10 +126,16 @@ def way_to_sample(model: PreTrainedModel, longest: int) -> Way:
         return _failure(model, length, lambda model, pairs: _sampled(model, pairs, way), right=_own)
 
     with _comparable(model):
-        for way in WAYS:
-            if way.suits(model) and not (reason := failure(way, longest)):
-                _ways[model] = (longest, way)
+        for way in (CAPTURED,) if captured else WAYS:
+            reason = failure(way, longest) if way.suits(model) else "not all of its layers are attention through sdpa"
+            if not reason:
+                ways[captured] = (longest, way)
                 return way
+        if captured:
+            raise MisconfigurationException(
+                f"Expected a step of decoding of {type(model).__name__} to work as a CUDA graph, but {reason}. "
+                "Set `cuda_graphs` of TransformersEngine to false."
+            )
         advice = _length_advice(model, longest, lambda length: failure(WAYS[-1], length))
     raise MisconfigurationException(
         f"Expected tokens of {type(model).__name__} to have the same log-probabilities during sampling and in a single pass, "

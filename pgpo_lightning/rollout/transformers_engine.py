@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
@@ -35,16 +36,29 @@ class TransformersEngine(Engine):
     Args:
         max_sequences: Maximum responses decoded at the same time. The whole step at once is fastest; a lower value saves memory
             for keys and values. Others take the places of ended responses, except in models with a recurrent state.
+        cuda_graphs: Whether the operations for a token are captured as a CUDA graph and repeated, instead of being started one by
+            one by the host. For GPUs, and models whose layers are all attention. Tested on a pretended GPU only.
+
+    Raises:
+        MisconfigurationException: If a step cannot be captured, at the start.
     """
 
     repeats = True
 
-    def __init__(self, max_sequences: Count | None = None) -> None:
-        self.max_sequences = max_sequences
+    def __init__(self, max_sequences: Count | None = None, cuda_graphs: bool = False) -> None:
+        self.max_sequences, self.cuda_graphs = max_sequences, cuda_graphs
 
     def prepare(self, model: PreTrainedModel, longest: int) -> None:
         """See :meth:`Engine.prepare`."""
-        way_to_sample(model, longest)
+        self._way(model, longest)
+
+    def _way(self, model: PreTrainedModel, longest: int) -> Way:
+        device = next(model.parameters()).device
+        if self.cuda_graphs and not is_gpu(device):
+            raise MisconfigurationException(
+                f"Expected a GPU for `cuda_graphs` of TransformersEngine, but the model is on {device.type}. Set it to false."
+            )
+        return way_to_sample(model, longest, self.cuda_graphs)
 
     def generate(
         self,
@@ -56,7 +70,7 @@ class TransformersEngine(Engine):
         sampling: Sampling,
     ) -> list[Rollout]:
         """See :meth:`Engine.generate`."""
-        way = way_to_sample(model, max(map(len, prompts), default=1) + sampling.max_tokens)
+        way = self._way(model, max(map(len, prompts), default=1) + sampling.max_tokens)
         ends = end_tokens(model, tokenizer)
         found: list[list[Rollout]] = [[] for _ in questions]
         with evaluating(model), sampling_weights(model):

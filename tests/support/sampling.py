@@ -29,11 +29,11 @@ def prompts_of(*lengths, seed=0):
     return [[rng.randrange(6, len(TOKENIZER)) for _ in range(length)] for length in lengths]
 
 
-def generate(model, prompts, n=1, seed=0, max_sequences=None, **sampling):
+def generate(model, prompts, n=1, seed=0, max_sequences=None, cuda_graphs=False, **sampling):
     asked = [Question(f"question {i}", "1", index=i) for i in range(len(prompts))]
     settings = Sampling(**{"max_tokens": 12} | sampling)
     with seeded("test", seed):
-        return TransformersEngine(max_sequences).generate(model, TOKENIZER, asked, prompts, n, settings)
+        return TransformersEngine(max_sequences, cuda_graphs).generate(model, TOKENIZER, asked, prompts, n, settings)
 
 
 def distribution(model, prompt, response=(), temperature=1.0):

@@ -40,12 +40,12 @@ def _once(trial):
     return tried
 
 
-def _way_to_sample(model, longest):
-    if model in soundness._ways:
-        return soundness.way_to_sample(model, longest)
+def _way_to_sample(model, longest, captured=False):
+    if captured or model in soundness._ways:
+        return soundness.way_to_sample(model, longest, captured)
     key = (soundness.way_to_sample, identity(model, longest))
     if key[1] is not None and key in _passed:
-        soundness._ways[model] = (longest, _passed[key])
+        soundness._ways[model] = {False: (longest, _passed[key])}
     else:
         _passed[key] = soundness.way_to_sample(model, longest)
     return _passed[key]

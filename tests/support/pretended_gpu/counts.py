@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.support.pretended_gpu.graphs import refuse_wait
+
 _PACKAGE = "/pgpo_lightning/"
 _OTHERS = ("/transformers/", "/lightning/", "/torch/optim/", "/torch/nn/utils/", "/torch/amp/", "/tests/")
 _MATRIX = 1024
@@ -57,6 +59,7 @@ def note_operation(name: str) -> None:
 
 def note_wait(what: str) -> None:
     """Count a wait of the host for the device."""
+    refuse_wait(what)
     if _active:
         line = _line()
         for counts in _active:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from tests.support.pretended_gpu import rules
+from tests.support.pretended_gpu import graphs, rules
 from tests.support.pretended_gpu.counts import note_cast, note_operation, note_wait
 
 NAME = "pretend"
@@ -124,8 +124,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain.pop("pin_memory", None)
     if name in ("mm", "addmm", "bmm") and overload.startswith("dtype"):
         out = rules.narrow_product(name, plain_args, plain)
+        graphs.after(partial(_narrow_product, name), plain_args, plain, out)
     else:
+        graphs.before(func, plain_args)
         out = func(*plain_args, **plain)
+        graphs.after(func, plain_args, plain, out)
     if not target:
         return out
     wrapped = _each(_wrap, out)
@@ -136,12 +139,22 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrapped
 
 
+def _narrow_product(name: str, *args: Any, **kwargs: Any) -> Tensor:
+    return rules.narrow_product(name, args, kwargs)
+
+
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     return run(func, args, kwargs)
 
 
 class _Module:
     """What torch asks of the module of a device."""
+
+    CUDAGraph = graphs.PretendedGraph
+    graph = staticmethod(graphs.graph)
+
+    def graph_pool_handle(self) -> None:
+        pass
 
     def is_available(self) -> bool:
         return True
