@@ -132,6 +132,7 @@ class PlanCommand(BuildCommand):
             samples=module.num_generations,
             longest_response=module.max_response_length,
             at_once=at_once,
+            captured=isinstance(engine, TransformersEngine) and engine.cuda_graphs,
             micro_batch_tokens=module.update.micro_batch_tokens,
             padding_free=_padding_free(module),
             updates=module.update.updates_per_batch,

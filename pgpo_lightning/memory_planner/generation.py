@@ -17,7 +17,7 @@ from pgpo_lightning.memory_planner.passes import decode_work, prefill_work
 from pgpo_lightning.memory_planner.work import TokenWork, Work
 from pgpo_lightning.memory_planner.workload import EngineKind
 from pgpo_lightning.models.shared_attention import CopiedKeys, Keys
-from pgpo_lightning.models.shared_decoding import kind_of_keys
+from pgpo_lightning.models.shared_decoding import kind_of_keys, room_for
 from pgpo_lightning.rollout.transformers_engine import look_every
 
 DRAW_LAUNCHES = 26
@@ -68,12 +68,14 @@ class Sampling:
         kind: The engine.
         at_once: Maximum responses decoded at the same time; None for all of a call.
         nucleus: Whether `top_p` is below 1.
+        captured: Whether the package's sampler repeats a step as a CUDA graph.
     """
 
     limit: int
     kind: EngineKind = "transformers"
     at_once: int | None = None
     nucleus: bool = False
+    captured: bool = False
 
 
 def own_segments(
@@ -147,6 +149,14 @@ def refilled_segments(groups: list[Group], at_once: int) -> Iterator[Segment]:
         active = [(context + steps, left - steps) for context, left in active if left > steps]
 
 
+def growths(tokens: int) -> int:
+    """Return how often the memory for responses grows until it holds so many tokens, after which a step is captured again."""
+    found = room = 0
+    while room < tokens:
+        found, room = found + 1, room_for(room)
+    return found
+
+
 def decode_seconds(segments: Iterable[Segment], token: TokenWork, rates: Rates) -> float:
     """Return the seconds of decoding: in each step those of the host or of the device, whichever are more.
 
@@ -209,9 +219,15 @@ class Generation:
             token.row + Work(other_bytes=DRAW_BYTES[sampling.nucleus] * self.vocabulary),
             token.context,
         )
+        eager = 0.0
+        if sampling.captured:
+            longest = min(sampling.limit, max(length for group in groups for length in group.lengths))
+            times = 2 * (len(segments) + growths(longest) - 1)  # two ordinary steps before each capture is repeated
+            eager = times * token.once.launches * self.rates.overhead
+            drawn = replace(drawn, once=replace(drawn.once, launches=1 + DRAW_LAUNCHES))
         return {
             "prefill": sum(self._prefill(part) for part in prefills if part),
-            "decode": decode_seconds(segments, drawn, self.rates),
+            "decode": eager + decode_seconds(segments, drawn, self.rates),
         }
 
     def _token(self, padded: bool, kind: type[Keys] = CopiedKeys) -> TokenWork:

@@ -70,6 +70,7 @@ class RunSpec:
         samples: Responses per question.
         longest_response: Maximum tokens of a response.
         at_once: Maximum number of responses decoded at the same time; None for all.
+        captured: Whether a step of decoding is a CUDA graph.
         micro_batch_tokens: Maximum padded tokens of a forward pass.
         padding_free: Whether sequences are concatenated in one row.
         updates: Optimizer steps per pass over a batch.
@@ -106,6 +107,7 @@ class RunSpec:
     samples: Annotated[int, Range(least=1)]
     longest_response: int
     at_once: int | None = None
+    captured: bool = False
     micro_batch_tokens: int = 16384
     padding_free: bool = False
     updates: int = 1

@@ -72,7 +72,7 @@ def step_seconds(run: RunSpec, rates: Rates) -> StepSeconds:
     counted, rows = count(run.config), run.rows()
     batches = run.micro_batches(rows)
     generation = Generation(run.config, sampling_compute(run), Width.of(run.config, counted), rates, run.device)
-    sampling = Sampling(run.longest_response, run.engine, run.at_once)
+    sampling = Sampling(run.longest_response, run.engine, run.at_once, captured=run.captured)
     phases = {"weight sync": sync_seconds(run, counted, rates)}
     phases |= generation.seconds(groups_of(rows, run.samples), sampling)
     phases |= update_seconds(run, counted, batches, rows, rates)
@@ -123,7 +123,7 @@ def evaluation_seconds(run: RunSpec, questions: int, generation: Generation, syn
     at_once, each = run.at_once, mine
     if run.evaluations is not None:
         at_once, each = run.evaluations.at_once or at_once, run.evaluations.batch or mine
-    sampling = Sampling(run.longest_response, run.engine, at_once, run.nucleus)
+    sampling = Sampling(run.longest_response, run.engine, at_once, run.nucleus, run.captured)
     calls = [groups[i : i + each] for i in range(0, mine, each)]
     syncs = len(calls) if run.sharding.kind == "fsdp" else 1
     return syncs * sync + sum(sum(generation.seconds(call, sampling).values()) for call in calls)

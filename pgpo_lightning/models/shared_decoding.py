@@ -37,6 +37,15 @@ def kind_of_keys(lengths: list[int], n: int, gpu: bool) -> type[Keys]:
     return SharedKeys if n > 1 and sum(lengths) >= (_LONG_ON_GPU if gpu else _LONG) * len(lengths) else CopiedKeys
 
 
+def room_for(tokens: int) -> int:
+    """Return the tokens of responses for which there is memory from now on, when so many have filled it.
+
+    Args:
+        tokens: Of the oldest response.
+    """
+    return tokens + 1 + max(_ROOM, (tokens + 1) // 4)
+
+
 class SharedPrompts(Decoding):
     """Decoding with the keys and values of every prompt once, whatever the number of its responses.
 
@@ -87,7 +96,7 @@ class SharedPrompts(Decoding):
     def append(self, tokens: Tensor) -> None:
         """See :meth:`Decoding.append`."""
         if (oldest := max(self.ages)) >= self.room:
-            self.room = oldest + 1 + max(_ROOM, (oldest + 1) // 4)
+            self.room = room_for(oldest)
             self._moved()
         self.token.copy_(tokens)
         self.logits = self._step() if self.captured is None else self.captured()

@@ -146,6 +146,15 @@ def test_a_cuda_graph_has_no_launches_and_no_unfused_bytes():
     assert own == pytest.approx(4 * 1e-3 * (decode_work(CONFIG, Compute(), False).once.launches + DRAW_LAUNCHES))
 
 
+def test_a_captured_step_is_one_launch_once_it_has_been_captured():
+    generation = Generation(CONFIG, Compute(), Width.of(CONFIG, count(CONFIG)), SLOW_HOST, "cuda")
+    groups, launches = [Group(8, (100, 100))], decode_work(CONFIG, Compute(), False).once.launches
+    captured = generation.seconds(groups, Sampling(100, captured=True))["decode"]
+    # Memory for 33, 66, 99 and 132 tokens, and two ordinary steps with each.
+    assert captured == pytest.approx(1e-3 * (99 * (1 + DRAW_LAUNCHES) + 4 * 2 * launches))
+    assert generation.seconds(groups, Sampling(100))["decode"] > 2 * captured
+
+
 def test_a_gpu_reads_the_head_in_16_bits():
     counted, compute = count(CONFIG), Compute(torch.bfloat16)
     read = {
