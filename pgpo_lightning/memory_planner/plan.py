@@ -87,8 +87,7 @@ class RunSpec:
         demonstration: Assumed tokens of a demonstration that replaces a rollout in each group (HAPO); None for none.
         keep: Number of checkpoints that are kept; None for all.
         external: The teacher's model, for an external one. Its type is that of the teacher in `compute`.
-        contrasted: Whether the teacher reads two prompts for every response (CEPO). Its second pass takes less memory than the
-            first, because it comes before the student's.
+        contrasted: Whether the teacher reads two prompts (CEPO). Its second pass, before the student's, takes less memory.
         recomputes_logits: Whether the loss depends on whole responses (DRIFT, weights of responses). All responses count as such.
         reference: Whether there is a frozen copy of the initial weights, or adapter, for a KL divergence from it.
         engine: What samples.
