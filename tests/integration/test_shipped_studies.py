@@ -8,6 +8,7 @@ import pytest
 from pgpo_lightning.commands.building import BuildCommand, ParseCommand
 from pgpo_lightning.commands.configs import resolved
 from pgpo_lightning.core.shipped_configs import find, names
+from pgpo_lightning.models.loading import resolve_model
 from pgpo_lightning.studies.spec import PlannedRun, leaves, read_study
 
 
@@ -31,6 +32,8 @@ def covering_runs() -> list[PlannedRun]:
 @pytest.mark.parametrize("run", covering_runs(), ids=lambda run: f"{run.folder.parts[1]}-{run.condition}-{run.arm}")
 def test_its_settings_are_accepted(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / ".models").mkdir()  # the toy stands for a model that is downloaded: of it the tokenizer alone is read
+    (tmp_path / ".models" / "smollm2-135m-instruct").symlink_to(resolve_model("toy"))
     words = resolved(run.arguments())
     if "MatchedRandomGate" in str(run.settings):  # which reads the record of another run when it is built
         ParseCommand(words)

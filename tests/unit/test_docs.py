@@ -51,7 +51,9 @@ def resolves(name: str) -> bool:
     """Whether the dotted name is a module, or an attribute of one."""
     parts = name.split(".")
     if parts[0] == "benchmarks":  # some import libraries that only comparisons need
-        return ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts).is_dir()
+        module = ROOT.joinpath(*parts[:-1]).with_suffix(".py")
+        defined = module.exists() and re.search(rf"^(class|def) {parts[-1]}\b", module.read_text("utf-8"), re.MULTILINE)
+        return bool(defined) or ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts).is_dir()
     for i in range(len(parts), 0, -1):
         try:
             value = importlib.import_module(".".join(parts[:i]))
