@@ -179,7 +179,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         check_batch(questions)
         timer = Timer()
         with seeded(self.seed, "train", self.steps, self.global_rank) as rng, fp32_by_default(), timer.phase("step"):
-            with together():  # what fails on one rank alone ends all of them
+            with together(), self.actor.grading_while_sampling():  # what fails on one rank alone ends all of them
                 with timer.phase("gen"):
                     rollouts = self.sample(questions, self.num_generations, self.training_sampling)  # y ~ π(·|x)
                 with timer.phase("reward"):

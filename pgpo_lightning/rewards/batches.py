@@ -18,7 +18,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,11 @@ Graded = Verdict | VerifierError
 def is_batched(verifier: Verifier) -> bool:
     """Whether the verifier has a method ``grade_batch``."""
     return callable(getattr(verifier, "grade_batch", None))
+
+
+def is_async(verifier: Verifier) -> bool:
+    """Whether the verifier is an ``async def``."""
+    return inspect.iscoroutinefunction(verifier) or inspect.iscoroutinefunction(getattr(verifier, "__call__", None))  # noqa: B004
 
 
 def check_workers(verifier: Verifier, workers: int | None) -> None:
@@ -70,8 +75,8 @@ def graded(
     if not rollouts:
         return
     if is_batched(verifier):
-        yield from _in_one_call(verifier, rollouts, step)
-    elif inspect.iscoroutinefunction(verifier) or inspect.iscoroutinefunction(getattr(verifier, "__call__", None)):  # noqa: B004
+        yield from grade_in_one_call(verifier, rollouts, step, _guarded(verifier, rollouts))
+    elif is_async(verifier):
         yield from _at_the_same_time(verifier, rollouts, workers)
     elif workers is not None and workers > 1:
         yield from _in_threads(verifier, rollouts, workers)
@@ -84,33 +89,40 @@ def graded(
             yield result
 
 
-def _in_threads(verifier: Verifier, rollouts: list[Rollout], workers: int) -> Iterator[Graded]:
-    def one(rollout: Rollout) -> Graded:
-        question = rollout.question
-        return verdict_or_error(verifier, question, lambda: verifier(copied(question), rollout.text))
+def grade_in_thread(verifier: Verifier, rollout: Rollout) -> Graded:
+    """Call a plain verifier without a guard of its own, so that threads can."""
+    question = rollout.question
+    return verdict_or_error(verifier, question, lambda: verifier(copied(question), rollout.text))
 
+
+def _in_threads(verifier: Verifier, rollouts: list[Rollout], workers: int) -> Iterator[Graded]:
     with _guarded(verifier, rollouts):
         pool = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
         try:
-            for future in [pool.submit(one, rollout) for rollout in rollouts]:
+            for future in [pool.submit(grade_in_thread, verifier, rollout) for rollout in rollouts]:
                 yield future.result()
         finally:
             # Threads that still run may change the process, which is restored after them.
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+async def grade_async(verifier: Verifier, rollout: Rollout) -> Graded:
+    """Await an asynchronous verifier."""
+    question = rollout.question
+    try:
+        returned: Any = await verifier(copied(question), rollout.text)  # type: ignore[misc]
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        return verdict_or_error(verifier, question, _raising(error))
+    return verdict_or_error(verifier, question, lambda: returned)
+
+
 def _at_the_same_time(verifier: Verifier, rollouts: list[Rollout], workers: int | None) -> Iterator[Graded]:
     async def one(rollout: Rollout, turn: asyncio.Semaphore) -> Graded:
-        question = rollout.question
         async with turn:
-            try:
-                returned: Any = await verifier(copied(question), rollout.text)  # type: ignore[misc]
-            except BaseException as error:
-                task = asyncio.current_task()
-                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                    raise
-                return verdict_or_error(verifier, question, _raising(error))
-            return verdict_or_error(verifier, question, lambda: returned)
+            return await grade_async(verifier, rollout)
 
     async def everyone() -> list[Graded]:
         turn = asyncio.Semaphore(workers or len(rollouts))
@@ -121,7 +133,17 @@ def _at_the_same_time(verifier: Verifier, rollouts: list[Rollout], workers: int 
     yield from results
 
 
-def _in_one_call(verifier: Any, rollouts: list[Rollout], step: int) -> Iterator[Graded]:
+def grade_in_one_call(
+    verifier: Any, rollouts: list[Rollout], step: int, guard: AbstractContextManager[None] | None = None
+) -> Iterator[Graded]:
+    """Call ``grade_batch``, and yield what :func:`graded` does.
+
+    Args:
+        verifier: Has a method ``grade_batch``.
+        rollouts: What it gets, in copies.
+        step: Batches trained on so far.
+        guard: Context of the call.
+    """
     own = [
         replace(
             rollout,
@@ -133,7 +155,7 @@ def _in_one_call(verifier: Any, rollouts: list[Rollout], step: int) -> Iterator[
     ]
     failure: BaseException | None = None
     results: list[Any] = []
-    with _guarded(verifier, rollouts):
+    with guard or nullcontext():
         try:
             returned = verifier.grade_batch(own, step)
             results = list(run_coroutine(returned) if inspect.iscoroutine(returned) else returned)
@@ -161,19 +183,34 @@ def _in_one_call(verifier: Any, rollouts: list[Rollout], step: int) -> Iterator[
 @contextmanager
 def _guarded(verifier: Verifier, rollouts: list[Rollout]) -> Iterator[None]:
     """Protect the process around several calls together."""
-    with signals_recorded() as heard:
-        guard = process_state_kept()
-        guard.__enter__()
-        try:
-            yield
-        finally:
-            try:
-                guard.__exit__(None, None, None)
-            except (RuntimeError, OSError) as error:
-                if not heard:
-                    raise VerifierError(f"Verifier {name(verifier)} failed on {_all_of(rollouts)}: {error}") from error
+    with signals_recorded() as heard, process_guarded(verifier, lambda: f" on {_all_of(rollouts)}", heard):
+        yield
     if heard:
         raise heard[0]
+
+
+@contextmanager
+def process_guarded(verifier: Verifier, where: Callable[[], str], heard: list[BaseException]) -> Iterator[None]:
+    """Restore what a verifier changes of the process.
+
+    Args:
+        verifier: Is named in the error.
+        where: Text behind its name.
+        heard: Exceptions that come before an error of the verifier.
+
+    Raises:
+        VerifierError: If a change cannot be undone.
+    """
+    guard = process_state_kept()
+    guard.__enter__()
+    try:
+        yield
+    finally:
+        try:
+            guard.__exit__(None, None, None)
+        except (RuntimeError, OSError) as error:
+            if not heard:
+                raise VerifierError(f"Verifier {name(verifier)} failed{where()}: {error}") from error
 
 
 def _all_of(rollouts: list[Rollout]) -> str:

@@ -1,7 +1,7 @@
 """The interface of an engine, which samples responses from the current student."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -46,10 +46,15 @@ class Engine(ABC):
         repeats: Set by a class, not inherited: whether responses depend on the arguments of :meth:`generate` alone, bit for bit,
             whatever was sampled before. Needed for `evaluation.base_answers`.
         max_sequences: Maximum responses decoded at the same time; null for all. Absent in an engine that decides itself.
+        hands_over: Whether :meth:`generate` passes a rollout to :attr:`receive`, if that is set, as soon as it is finished.
+            Needed for grading while others are still being sampled.
+        receive: Takes a finished rollout, from any thread. :meth:`generate` returns the same object later, in its place.
     """
 
     has_weights = False
+    hands_over = False
     max_sequences: int | None
+    receive: Callable[[Rollout], None] | None = None
 
     def check(self) -> None:  # noqa: B027
         """Check at start-up, before the model is loaded, that the engine can run here. `pgpo plan` does not ask.
@@ -108,6 +113,19 @@ class Engine(ABC):
             yield
         finally:
             self.max_sequences = usual
+
+    @contextmanager
+    def handing_over(self, receive: Callable[[Rollout], None]) -> Iterator[None]:
+        """Context in which rollouts are handed over as soon as they are finished, by an engine that does so.
+
+        Args:
+            receive: See :attr:`receive`.
+        """
+        self.receive = receive
+        try:
+            yield
+        finally:
+            self.receive = None
 
     @abstractmethod
     def generate(

@@ -43,7 +43,7 @@ class TransformersEngine(Engine):
         MisconfigurationException: If a step cannot be captured, at the start.
     """
 
-    repeats = True
+    repeats = hands_over = True
 
     def __init__(self, max_sequences: Count | None = None, cuda_graphs: bool = False) -> None:
         self.max_sequences, self.cuda_graphs = max_sequences, cuda_graphs
@@ -72,7 +72,7 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.generate`."""
         way = self._way(model, max(map(len, prompts), default=1) + sampling.max_tokens)
         ends = end_tokens(model, tokenizer)
-        found: list[list[Rollout]] = [[] for _ in questions]
+        found: dict[int, Rollout] = {}  # by its place in the result
         with evaluating(model), sampling_weights(model):
             for part, first, each, at_once in _batches(prompts, n, way, self.max_sequences):
                 streams = None
@@ -80,20 +80,21 @@ class TransformersEngine(Engine):
                     responses = range(first, first + each)
                     streams = [derive_seed(sampling.seeds[i], response) for i in part for response in responses]
                 batch = [prompts[i] for i in part]
-                rows = _sample(model, batch, each, sampling, ends, way, streams, at_once)
-                for k, (response, log_probs) in enumerate(rows):
+                early = self.receive is not None
+                rows = _sample(model, batch, each, sampling, ends, way, streams, at_once, early)
+                for k, response, log_probs in rows:
                     i = part[k // each]
-                    found[i].append(
-                        Rollout(
-                            question=questions[i],
-                            prompt_ids=prompts[i],
-                            response_ids=response,
-                            log_probs=log_probs,
-                            text=decode(tokenizer, response, skip_special_tokens=True),
-                            finished=response[-1] in ends,
-                        )
+                    found[i * n + first + k % each] = rollout = Rollout(
+                        question=questions[i],
+                        prompt_ids=prompts[i],
+                        response_ids=response,
+                        log_probs=log_probs,
+                        text=decode(tokenizer, response, skip_special_tokens=True),
+                        finished=response[-1] in ends,
                     )
-        return [rollout for rollouts in found for rollout in rollouts]
+                    if self.receive is not None:
+                        self.receive(rollout)
+        return [found[place] for place in range(len(questions) * n)]
 
 
 def _batches(
@@ -144,8 +145,9 @@ def _sample(
     way: Way,
     streams: list[int] | None = None,
     at_once: int | None = None,
-) -> list[tuple[list[int], Tensor]]:
-    """Return the tokens of every response, and their log-probabilities, on the CPU.
+    early: bool = False,
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Yield the number of every response, its tokens, and their log-probabilities, on the CPU.
 
     This loop replaces ``generate`` for three reasons. The prompt is computed once for all of its responses. Ended responses leave
     the batch, and others take their place, whereas ``generate`` decodes them until the longest has ended. The log-probability of
@@ -160,6 +162,8 @@ def _sample(
         way: How it is decoded.
         streams: A seed per response. Without it torch's global generator is used.
         at_once: Responses that are decoded at the same time, if `way` refills; null for all.
+        early: Whether a response is yielded once its end is seen, which lets the host wait for a GPU once more; otherwise all
+            are at the end.
 
     Raises:
         NotFiniteError: If logits are not finite.
@@ -174,8 +178,10 @@ def _sample(
     tokens = torch.zeros(sampling.max_tokens, total, dtype=torch.int64, device=device)
     log_probs = torch.zeros(sampling.max_tokens, total, device=device)
     waiting = deque(range(at_once, total))
-    begun = [0] * at_once  # the step at which the response of each row began
-    active, ages = torch.arange(at_once, device=device), torch.zeros(at_once, dtype=torch.int64, device=device)
+    rows = list(range(at_once))  # the response of each row
+    begun = [0] * at_once  # the step at which it began
+    left = set(range(total))  # responses that are still to be yielded
+    active, ages = torch.tensor(rows, device=device), torch.zeros(at_once, dtype=torch.int64, device=device)
     seeds = None if streams is None else torch.tensor(streams, device=device)
     ended = torch.zeros(at_once, dtype=torch.bool, device=device)
     unseen: list[Tensor] = []  # log-probabilities since the last look
@@ -203,8 +209,12 @@ def _sample(
             going = [row for row, over in enumerate(seen) if not over and step - begun[row] + 1 < sampling.max_tokens]
             if not going and not waiting:
                 break
+            if early and (over := left.intersection(rows).difference(rows[row] for row in going)):
+                left -= over
+                yield from _responses(sorted(over), tokens, log_probs, ends)
             if full or len(going) <= _WORTH_LEAVING * len(begun):
                 new = [waiting.popleft() for _ in range(min(len(waiting), at_once - len(going)))]
+                rows = [rows[row] for row in going] + new
                 begun = [begun[row] for row in going] + [step + 1] * len(new)
                 decoding.keep(going)
                 kept = torch.tensor(going, dtype=torch.int64, device=device)
@@ -216,12 +226,19 @@ def _sample(
             decoding.join(new)
             active = torch.cat([active, torch.tensor(new, device=device)])
             ages, ended = (torch.cat([part, part.new_zeros(len(new))]) for part in (ages, ended))
-    found = []
-    for row, log_p in zip(tokens.T.tolist(), log_probs.T.cpu(), strict=True):
+    yield from _responses(sorted(left), tokens, log_probs, ends)
+
+
+def _responses(
+    which: list[int], tokens: Tensor, log_probs: Tensor, ends: set[int]
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Yield responses with these numbers, from tokens and log-probabilities ``(tokens, responses)``."""
+    chosen = torch.tensor(which, dtype=torch.int64, device=tokens.device)
+    ids, values = tokens[:, chosen].T.tolist(), log_probs[:, chosen].T.cpu()
+    for number, row, log_p in zip(which, ids, values, strict=True):
         length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
         # Copied, because a view would keep the whole padded matrix alive.
-        found.append((row[:length], log_p[:length].clone()))
-    return found
+        yield number, row[:length], log_p[:length].clone()
 
 
 def look_every(device: str) -> int:

@@ -57,8 +57,8 @@ class Sampler(ABC):
     @abstractmethod
     def complete(
         self, prompts: list[list[int]], n: int, sampling: Sampling, ends: list[int], seed: int
-    ) -> list[list[Completion]]:
-        """Return `n` responses to every prompt, end token included.
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Return the number of every prompt and its `n` responses, end token included, those that are finished first.
 
         Args:
             prompts: Token ids.
@@ -139,6 +139,7 @@ class VLLMEngine(Engine):
         _check(server, local)
         self.server, self.server_timeout, self.weights_folder = server, server_timeout, weights_folder
         self.local, self.shared = local, tensor_parallel_size > 1
+        self.hands_over = server is not None  # `vllm.LLM` returns all responses at the end
         self.sampler: Sampler | None = None
         self._in_session = False
 
@@ -183,12 +184,14 @@ class VLLMEngine(Engine):
                     f"Expected `max_model_len` to be at least {longest} + {sampling.max_tokens}, the tokens of a prompt and of "
                     f"the longest response to it, but got {sampler.max_model_len}."
                 )
-            answers = sampler.complete(prompts, n, sampling, sorted(ends), seed)
-        return [
-            _rollout(question, prompt, answer, tokenizer, sampling, ends)
-            for question, prompt, completions in zip(questions, prompts, answers, strict=True)
-            for answer in completions
-        ]
+            found: dict[int, list[Rollout]] = {}
+            for i, answers in sampler.complete(prompts, n, sampling, sorted(ends), seed):
+                given = (questions[i], prompts[i])
+                found[i] = [_rollout(*given, answer, tokenizer, sampling, ends) for answer in answers]
+                for rollout in found[i]:
+                    if self.receive is not None:
+                        self.receive(rollout)
+        return [rollout for i in range(len(prompts)) for rollout in found[i]]
 
     @contextmanager
     def session(self, model: PreTrainedModel) -> Iterator[None]:

@@ -95,7 +95,7 @@ class LocalSampler(Sampler):
 
     def complete(
         self, prompts: list[list[int]], n: int, sampling: Sampling, ends: list[int], seed: int
-    ) -> list[list[Completion]]:
+    ) -> Iterator[tuple[int, list[Completion]]]:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.complete`."""
         seeds: list[int | None] = [*sampling.seeds] if sampling.seeds else [None] * len(prompts)
         params = [
@@ -118,7 +118,7 @@ class LocalSampler(Sampler):
             self._forget()  # cached prompts change the order in which random numbers are drawn
         with seeded("vllm", seed):
             answers = self.llm.generate(*map(list, zip(*everything, strict=True)), use_tqdm=False) if everything else []
-        return [[_completion(output) for output in answer.outputs] for answer in answers[own]]
+        return enumerate([_completion(output) for output in answer.outputs] for answer in answers[own])
 
     def wake(self) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.wake`."""

@@ -5,7 +5,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class ServerSampler(Sampler):
 
     def complete(
         self, prompts: list[list[int]], n: int, sampling: Sampling, ends: list[int], seed: int
-    ) -> list[list[Completion]]:
+    ) -> Iterator[tuple[int, list[Completion]]]:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.complete`."""
         # The server takes missing values from the model's generation_config.json, so all are stated.
         common = {
@@ -100,7 +101,12 @@ class ServerSampler(Sampler):
             return [Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
         with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(prompts)))) as pool:
-            return list(pool.map(one, zip(prompts, seeds, strict=True)))
+            requests = {pool.submit(one, each): i for i, each in enumerate(zip(prompts, seeds, strict=True))}
+            try:
+                for request in as_completed(requests):
+                    yield requests[request], request.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _wait(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

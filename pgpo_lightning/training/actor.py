@@ -1,8 +1,8 @@
 """Sampling and judging, which training and evaluation share: the student answers, the verifier judges."""
 
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from pgpo_lightning.distributed.collectives import gather, together
 from pgpo_lightning.distributed.fsdp import Placement, Replicated
 from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.rewards.batches import Graded, check_workers, graded
+from pgpo_lightning.rewards.early_grading import EarlyGrading, early_grading, grades_early
 from pgpo_lightning.rewards.grade import Verifier, check_question
 from pgpo_lightning.rollout.checks import check_rollouts
 from pgpo_lightning.rollout.engine import Engine, NotFiniteError, Sampling
@@ -33,7 +34,7 @@ class Actor:
         reward: How the verifier is called, and what happens when it fails.
 
     Raises:
-        ValueError: If `reward.workers` would have no effect.
+        ValueError: If `reward.workers` or `reward.while_sampling` would have no effect.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Actor:
         reward: RewardConfig,
     ) -> None:
         check_workers(verifier, reward.workers)
+        self._grades_early = grades_early(verifier, reward.workers, reward.while_sampling, engine)
+        self._early: EarlyGrading | None = None
         self.engine, self.verifier = engine, verifier
         self.tokenizer, self.encoder = tokenizer, encoder
         self.max_prompt_length = max_prompt_length
@@ -55,6 +58,24 @@ class Actor:
         """Responses that the verifier failed on, of all ranks and up to the last step or evaluation."""
         self._new_verifier_errors = 0  # of this rank, since then
         self._step = 0  # of the last rollouts
+        self.seconds: dict[str, float] = {}
+        """Seconds of the last step that its phases do not show, by the names of their curves."""
+
+    @contextmanager
+    def grading_while_sampling(self) -> Iterator[None]:
+        """Context in which responses are graded while :meth:`sample` is still sampling others, where that is wanted.
+
+        What is sampled in it has to be judged in it.
+        """
+        if not self._grades_early:
+            yield
+            return
+        try:
+            with early_grading(self.verifier, self.reward.workers) as self._early:
+                yield
+                self.seconds = {"timing_s/reward_total": self._early.seconds}
+        finally:
+            self._early = None
 
     def sample(
         self,
@@ -92,12 +113,19 @@ class Actor:
         generate, kept = self.generate, self.base_answers
         if kept is not None and kept.covers(step) and not placement.sharded:
             generate = partial(kept.generate, self.generate)
+        handing_over: AbstractContextManager[None] = nullcontext()
+        if self._early is not None:
+            self._early.step = step
+            handing_over = self.engine.handing_over(self._early.put)
         try:
-            with self.weights_ready(model, placement), SIGNALS.section(all_ranks):
+            with self.weights_ready(model, placement), SIGNALS.section(all_ranks), handing_over:
                 rollouts = generate(model, questions, prompts, n, sampling)
         except NotFiniteError as error:
             raise NotFiniteError(f"At step {step}: {error}") from error
         check_rollouts(rollouts, questions, n, type(self.engine).__name__)
+        if self._early is not None:
+            for rollout in rollouts:
+                self._early.put(rollout)  # unless it was handed over
         return rollouts
 
     def weights_ready(self, model: PreTrainedModel, placement: Placement) -> AbstractContextManager[None]:
@@ -128,11 +156,13 @@ class Actor:
         """Return the verifier's verdict on every rollout.
 
         The verifier may draw from the global generators; what follows does not depend on how much it draws. How responses reach
-        it: :mod:`pgpo_lightning.rewards.batches`.
+        it: :mod:`pgpo_lightning.rewards.batches`, and :mod:`pgpo_lightning.rewards.early_grading` for those that it has already.
 
         Raises:
             VerifierError: If the verifier fails and `reward.on_error` is ``raise``; names the question.
         """
+        if self._early is not None:
+            return [self._verdict(result) for result in self._early.results(rollouts)]
         with generators_kept(), closing(graded(self.verifier, rollouts, self.reward.workers, self._step)) as results:
             return [self._verdict(result) for result in results]
 

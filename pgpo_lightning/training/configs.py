@@ -199,6 +199,10 @@ class RewardConfig(ConfigGroup):
         workers: Threads that call the verifier at the same time, which then has to be thread-safe and must not draw from the
             global random generators; or responses that an ``async def`` judges at the same time. Null for one call after
             another, or for all responses at once if it is an ``async def``.
+        while_sampling: Judge finished responses while others are still being sampled. Needs an engine that hands them over
+            (TransformersEngine, or VLLMEngine with a server), and a verifier that is called for several at the same time: with
+            `reward.workers`, as an ``async def`` or with a ``grade_batch``, which is then called several times in a step. It must
+            not draw from the global random generators. Null: if the verifier's class says so, as CodeExecution does.
 
     Raises:
         ValueError: If a setting is out of range; names the field.
@@ -207,3 +211,4 @@ class RewardConfig(ConfigGroup):
     success_threshold: float = 0.5
     on_error: Literal["raise", "zero"] = "raise"
     workers: Count | None = None
+    while_sampling: bool | None = None

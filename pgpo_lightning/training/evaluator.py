@@ -62,7 +62,7 @@ class Evaluator:
         self.success_threshold = success_threshold
         if config.base_answers is not None:
             actor.base_answers = BaseAnswers(config.base_answers, actor.engine, actor.tokenizer)
-        self.base_answers, self.engine = actor.base_answers, actor.engine
+        self.actor, self.base_answers, self.engine = actor, actor.base_answers, actor.engine
         if config.max_sequences is not None and not hasattr(actor.engine, "max_sequences"):
             raise ValueError(
                 f"Expected no `evaluation.max_sequences` with {type(actor.engine).__name__}, which decides itself how many "
@@ -129,7 +129,8 @@ class Evaluator:
             raise ValueError("Expected held-out questions with different `index`: scores are means over questions.")
         seeds = [derive_seed(seed, "evaluation", index) for index in indices]
         # What fails on one rank alone ends all of them.
-        with together() if self.in_step else nullcontext(), fp32_by_default():
+        early = self.actor.grading_while_sampling()
+        with together() if self.in_step else nullcontext(), early, fp32_by_default():
             # Seeded for an engine that does not know `seeds`.
             with seeded(seed, "evaluation", *indices), self.engine.at_once(self.config.max_sequences):
                 rollouts = sample(questions, k, replace(self.sampling, seeds=seeds))

@@ -81,6 +81,7 @@ class StepReporter:
             device: Whose highest memory (GiB) is logged, if it is a GPU.
         """
         memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu(device) else None
+        seconds = seconds | self.actor.seconds
         shared = gather((scalars, seconds, memory))
         divergence, teaching = self.objective.divergence, self.objective.teaching
         # A bound is for teachers with the student's weights, which are not far from it at first.

@@ -75,7 +75,7 @@ def test_a_tensor_that_is_left_on_the_device_is_found(external, tmp_path, monkey
     sample = transformers_engine._sample
 
     def left(*args):
-        return [(tokens, log_probs.to(NAME)) for tokens, log_probs in sample(*args)]  # as without `.cpu()`
+        return [(*response, log_probs.to(NAME)) for *response, log_probs in sample(*args)]  # as without `.cpu()`
 
     monkeypatch.setattr(transformers_engine, "_sample", left)
     with pytest.raises(DeviceMismatchError, match="two devices, pretend:0 and cpu"):

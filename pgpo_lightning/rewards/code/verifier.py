@@ -65,6 +65,8 @@ class CodeExecution:
         1.0
     """
 
+    while_sampling = True  # its processes work while this one samples
+
     def __init__(
         self,
         variant: Variant = "strict",
