@@ -177,6 +177,23 @@ def test_responses_end_with_the_end_token_or_at_the_limit():
     assert all(r.log_probs.untyped_storage().nbytes() == 4 * len(r.response_ids) for r in rollouts)
 
 
+@pytest.mark.parametrize("max_sequences", [None, 4])
+def test_finished_responses_are_handed_over_while_others_are_sampled(max_sequences):
+    model, prompts = ending_model(), prompts_of(5, 9, 2)
+    plain = generate(model, prompts, n=6, max_sequences=max_sequences)
+    passes, taken, engine = watched(model), [], TransformersEngine(max_sequences)
+    asked = [Question(f"question {i}", "1", index=i) for i in range(3)]
+    with seeded("test", 0), engine.handing_over(lambda rollout: taken.append((len(passes), rollout))):
+        rollouts = engine.generate(model, TOKENIZER, asked, prompts, 6, Sampling(12))
+    assert responses(rollouts) == responses(plain)
+    assert [r.log_probs.tolist() for r in rollouts] == [r.log_probs.tolist() for r in plain]
+    assert sorted(id(rollout) for _, rollout in taken) == sorted(map(id, rollouts))
+    assert sum(at < len(passes) for at, _ in taken) > 5  # before the last pass
+    if max_sequences is None:  # all of them begin at once: the shortest ends first
+        assert [len(r.response_ids) for _, r in taken] == sorted(len(r.response_ids) for r in rollouts)
+    assert all(r.log_probs.untyped_storage().nbytes() == 4 * len(r.response_ids) for r in rollouts)
+
+
 def test_a_response_can_be_nothing_but_the_end():
     rollouts = generate(ending_model(30.0), prompts_of(5, 2), n=2)
     assert responses(rollouts) == [[EOS]] * 4

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ class Pretended:
             def log_message(self, *args):
                 pass
 
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
@@ -194,6 +194,29 @@ def test_what_a_server_is_asked_and_how_its_answers_are_read(server, tmp_path):
     ask(engine, model, seed=1)
     assert [path for path, _ in server.calls[:2]] == ["/collective_rpc", "/reset_prefix_cache"]
     assert not {body["seed"] for _, body in server.calls[2:]} & {body["seed"] for body in bodies}
+
+
+def test_the_answers_of_a_server_are_handed_over_question_by_question(server):
+    asked, taken, engine = threading.Event(), [], VLLMEngine(server=server.url)
+    post = server.post
+
+    def last_is_slow(path, body):
+        if body.get("prompt") == [7, 8]:
+            asked.wait(30)  # until the other question has been handed over
+        return post(path, body)
+
+    def receive(rollout):
+        taken.append(rollout)
+        if len(taken) == 2:
+            asked.set()
+
+    server.post = last_is_slow
+    with engine.handing_over(receive):
+        rollouts = ask(engine, tiny_model(), ([9], [7, 8]))
+    assert [r.response_ids[1] for r in rollouts] == [9, 9, 7, 7]
+    assert [id(rollout) for rollout in taken] == [id(rollout) for rollout in rollouts]
+    assert asked.is_set()
+    assert not VLLMEngine().hands_over
 
 
 def test_a_server_gets_the_seeds_of_the_questions(server):
@@ -262,7 +285,7 @@ def test_the_order_of_things():
 
         def complete(self, prompts, n, sampling, ends, seed):
             calls.append("complete")
-            return [[vllm_engine.Completion([EOS], [-1.0])] * n for _ in prompts]
+            return enumerate([vllm_engine.Completion([EOS], [-1.0])] * n for _ in prompts)
 
     engine, model = VLLMEngine(server="http://localhost:1"), tiny_model()
     engine.sampler = Told()
