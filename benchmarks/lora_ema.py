@@ -13,18 +13,21 @@ the size of what the average is there for.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from benchmarks.measure import print_table, write_json
 from pgpo_lightning.commands.fit import PGPOCommand
 from pgpo_lightning.core.types import Sample
-from pgpo_lightning.models.lm_head import head, source
-from pgpo_lightning.models.lora import adapter, decoder_with
+from pgpo_lightning.models.adapter import adapter
+from pgpo_lightning.models.lm_head import decoder, head, source
 from pgpo_lightning.modules import SDPO
 
 STEPS = (1, 2, 3, 5, 10, 20, 30, 40)  # and every 20 from there on
@@ -89,7 +92,7 @@ class Deviation(L.Callback):
             weight = layer.base_layer.weight
             stand_in[f"{name}.base_layer.weight"] = (weight.double() + self.exact[name]).to(weight.dtype)
         sequences = module.learner.pack([(row.reprompt_ids, row.rollout.response_ids) for row in rows])
-        exact = sequences.hidden_states(decoder_with(model, stand_in), model.config)
+        exact = sequences.hidden_states(_decoder_with(model, stand_in), model.config)
         hidden = (exact, module.teacher.sources(model, sequences)[0].hidden, source(model, sequences).hidden)
         log_p, teacher, student = (
             (head(model)(each).double() / module.learner.temperature).log_softmax(-1) for each in hidden
@@ -101,6 +104,14 @@ class Deviation(L.Callback):
             "log_p_max": float(apart.max()),
             "kl_to_student": float((log_p.exp() * (log_p - student)).sum(-1).mean()),
         }
+
+
+def _decoder_with(model: PreTrainedModel, weights: dict[str, Tensor]) -> Callable[..., Any]:
+    """Return the decoder of a model with other weights during a call."""
+    part = decoder(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is part)
+    replaced = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    return lambda **inputs: functional_call(part, replaced, (), inputs)
 
 
 def _layers(model: torch.nn.Module) -> dict[str, Any]:

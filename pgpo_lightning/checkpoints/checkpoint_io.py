@@ -6,8 +6,9 @@ from typing import Any
 
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from pgpo_lightning.checkpoints.optimizer_states import by_position, read_by_position
 from pgpo_lightning.checkpoints.sharded import check_shards, peek_shards, read_shards
 from pgpo_lightning.checkpoints.single_file import check_file, peek, read_file, refuse_code, write_checkpoint
 
@@ -26,6 +27,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a file. Lightning writes to paths that are not local."""
+        if states := checkpoint.get("optimizer_states"):
+            checkpoint = checkpoint | {"optimizer_states": [by_position(state) for state in states]}
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -59,6 +62,8 @@ def install(strategy: Strategy, evaluates: bool) -> bool:
     Returns:
         Whether the strategy uses :class:`CheckpointFiles` now.
     """
+    if isinstance(strategy, ModelParallelStrategy):
+        read_by_position(strategy)
     outer: _WrappingCheckpointIO | None = None
     inner: CheckpointIO | None = strategy.checkpoint_io
     while isinstance(inner, _WrappingCheckpointIO):

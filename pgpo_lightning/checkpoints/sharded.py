@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from pgpo_lightning.checkpoints.optimizer_states import by_position
 from pgpo_lightning.checkpoints.single_file import (
     DamagedCheckpointError,
     check_file,
@@ -71,7 +72,7 @@ def read_shards(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         inner[last] = value
     optimizers = [content.pop(name) for name in sorted(content) if name.startswith("optimizer_")]
     rest = read_file(folder / REST)
-    return rest | content | {"optimizer_states": [_by_number(state) for state in optimizers]}
+    return rest | content | {"optimizer_states": [by_position(state) for state in optimizers]}
 
 
 def check_shards(folder: Path) -> None:
@@ -143,14 +144,6 @@ def _index(folder: Path) -> Metadata:
         raise DamagedCheckpointError(
             f"Expected {path} to be the index of a checkpoint, but it cannot be read ({type(error).__name__})."
         ) from None
-
-
-def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Identify parameters by their positions, as optimizers do, instead of their names."""
-    groups = [optimizer["param_groups"][i] for i in sorted(optimizer["param_groups"])]
-    places = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
-    state = {places[name]: values for name, values in optimizer.get("state", {}).items()}
-    return {"state": state, "param_groups": [g | {"params": [places[n] for n in g["params"]]} for g in groups]}
 
 
 class CodeError(ValueError):

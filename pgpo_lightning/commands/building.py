@@ -88,7 +88,7 @@ class BuildCommand(ParseCommand):
             trainer = self.config[self.subcommand].trainer
             precision: Any = trainer.precision or "32-true"
             fabric = L.Fabric(accelerator=trainer.accelerator, devices=1, precision=precision)
-            check_combination(self.model.engine, self.model.lora is not None, sharded=False)
+            check_combination(self.model.engine, None, sharded=False)
             self.model.training_run = False
             self.model.configure_model()
             fabric.setup_module(self.model)  # moves it to its device and precision

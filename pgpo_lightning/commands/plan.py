@@ -118,7 +118,8 @@ class PlanCommand(BuildCommand):
         adapters = _adapters(module, str(trainer.precision))
         engine, teaching, divergence = module.engine, module.objective.teaching, module.objective.divergence
         reduces = module.update.reduce_every_pass
-        reduces = compute.student == torch.float32 if reduces is None else reduces
+        trained = compute.student if adapters is None else adapters.dtype
+        reduces = trained == torch.float32 if reduces is None else reduces
         data, sharding = self.datamodule, replace(_sharding(trainer, device), reduces=reduces)
         tests = evaluations_of(trainer, module, data, self._get(self.config, "questions"))
         at_once = engine.max_sequences if isinstance(engine, TransformersEngine) else None

@@ -70,7 +70,7 @@ class FullySharded(Placement):
 
     Args:
         student: On any device. Its parameters become ``DTensor``, unless they are shards already.
-        teacher: The model of a teacher with weights of its own, or ``None``.
+        teacher: The model of a teacher with weights of its own, or its adapter, or ``None``.
         mesh: One-dimensional, over the data-parallel ranks.
         precision: The trainer's. With bf16-mixed, weights are stored and gradients reduced in fp32, and gathered in bf16.
 
@@ -81,7 +81,7 @@ class FullySharded(Placement):
     sharded = True
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, mesh: DeviceMesh, precision: Precision
+        self, student: PreTrainedModel, teacher: nn.Module | None, mesh: DeviceMesh, precision: Precision
     ) -> None:
         compute = {"32-true": None, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
         if precision.precision not in compute:
@@ -98,12 +98,15 @@ class FullySharded(Placement):
         for model in (teacher, student):
             if model is None:
                 continue
-            with _shards_set_aside(model):
-                for layer in layers_of(model):
-                    fully_shard(layer, mesh=mesh, mp_policy=policy)
+            # An adapter is small: it is gathered at once, for the student's layers to compute with, and in its own type.
+            layers = layers_of(model) if isinstance(model, PreTrainedModel) else []
+            own = policy if layers else MixedPrecisionPolicy()
+            with shards_set_aside(model, on_meta=True):  # it shards whole or empty parameters
+                for layer in layers:
+                    fully_shard(layer, mesh=mesh, mp_policy=own)
                 # The teacher's shell is nested in the student's: FSDP2 has one root, and each may have a dtype of its own.
                 shell = _Shell(model, *shells)
-                fully_shard(shell, mesh=mesh, mp_policy=policy)
+                fully_shard(shell, mesh=mesh, mp_policy=own)
             shells.append(shell)
         self.student, self.shells = student, shells[::-1]
 
@@ -133,11 +136,11 @@ class FullySharded(Placement):
         """Return the context of all backward passes of an optimizer step but the last.
 
         Args:
-            reduce: Whether gradients are reduced over ranks, and sharded, in each of them. ``None``: if weights are fp32, because
-                reduced gradients have the type of the weights, in which they are summed.
+            reduce: Whether gradients are reduced over ranks, and sharded, in each of them. ``None``: if what is trained is fp32,
+                because reduced gradients have the type of the weights, in which they are summed.
         """
         if reduce is None:
-            reduce = next(self.student.parameters()).dtype == torch.float32
+            reduce = next(p.dtype for p in self.student.parameters() if p.requires_grad) == torch.float32
         return nullcontext if reduce else self._accumulating
 
     @contextmanager
@@ -164,18 +167,26 @@ def parameters_at(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]
 
 
 @contextmanager
-def _shards_set_aside(model: nn.Module) -> Iterator[None]:
-    """Context in which shards have no memory: FSDP2 shards whole or empty parameters, and then takes over the shards."""
+def shards_set_aside(model: nn.Module, *, on_meta: bool = False) -> Iterator[None]:
+    """Context in which parameters without memory stand in for shards, with the shapes of the whole ones. They may be frozen.
+
+    Args:
+        model: With shards or without.
+        on_meta: Whether they are on the meta device, as FSDP2 wants what it takes over, and not on that of the shards.
+    """
     shards = [each for each in parameters_at(model) if isinstance(each[2], DTensor)]
     empty: dict[int, nn.Parameter] = {}
     for module, name, shard in shards:
         if id(shard) not in empty:
-            data = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
+            if on_meta:
+                data = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
+            else:
+                data = torch.zeros((), dtype=shard.dtype, device=shard.device).expand(shard.shape)
             empty[id(shard)] = nn.Parameter(data, requires_grad=shard.requires_grad)
         module._parameters[name] = empty[id(shard)]
     yield
     for module, name, shard in shards:
-        setattr(module, name, shard)
+        setattr(module, name, shard.requires_grad_(empty[id(shard)].requires_grad))
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

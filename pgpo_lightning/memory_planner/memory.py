@@ -164,14 +164,21 @@ def sampling_copies(count: Count, compute: Compute, device: str) -> int:
 
 
 def gathered_bytes(
-    count: Count, own_teacher: Count | None, compute: Compute, sharding: Sharding, accumulating: bool
+    count: Count,
+    own_teacher: Count | None,
+    compute: Compute,
+    sharding: Sharding,
+    accumulating: bool,
+    adapter: int = 0,
+    copied: bool = False,
 ) -> dict[str, int]:
     """Return the bytes of weights that FSDP2 gathers, in the type of the products, in the update and in rollouts.
 
     In the update: embedding and head, which stay gathered between forward and backward, and the current layer, the next one,
     and a gradient before it is sharded. For the teacher the same without gradients. With several micro-batches whose gradients
     are exchanged once, after the last, also all gradients in fp32. In rollouts: the whole student, so that no token waits for a
-    transfer. From FSDP2's documentation, not measured.
+    transfer. Of a layer with an adapter only the adapter has gradients. A teacher's adapter is gathered at once, in fp32. From
+    FSDP2's documentation, not measured.
 
     Args:
         count: Parameters of the model.
@@ -179,14 +186,20 @@ def gathered_bytes(
         compute: Types.
         sharding: Distribution over devices.
         accumulating: Whether there are several micro-batches.
+        adapter: Parameters of the student's adapter; 0 if all weights are trained.
+        copied: Whether the teacher is a second adapter.
     """
     if sharding.kind != "fsdp":
         return {"update": 0, "rollouts": 0}
     each = (compute.autocast or compute.student).itemsize
-    student = (count.root + 3 * count.layer) * each
+    of_layer = adapter // count.layers
+    trained = 3 * of_layer * torch.float32.itemsize if adapter else count.layer * each
+    student = (count.root + 2 * count.layer) * each + trained
     teacher = 0 if own_teacher is None else (own_teacher.root + 2 * own_teacher.layer) * each
-    gradients = count.total * torch.float32.itemsize if accumulating and not sharding.reduces else 0
-    return {"update": student + teacher + gradients, "rollouts": count.total * each}
+    teacher += adapter * torch.float32.itemsize * copied
+    gradients = (adapter or count.total) * torch.float32.itemsize if accumulating and not sharding.reduces else 0
+    rollouts = count.total * each + adapter * torch.float32.itemsize
+    return {"update": student + teacher + gradients, "rollouts": rollouts}
 
 
 def micro_batch_bytes(

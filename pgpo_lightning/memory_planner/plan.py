@@ -228,8 +228,8 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     batches = run.micro_batches(rows)
     largest = max(batches, key=lambda batch: batch.weight)
     accumulating = len(batches) > 1
-    gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating)
-    trains_head = run.adapters is None
+    adapter = 0 if run.adapters is None else trainable
+    gathered = gathered_bytes(counted, own, compute, run.sharding, accumulating, adapter, owned and external is None)
 
     sampled = _sampled(run, rows)
     sampling, _ = sampling_bytes(run.config, compute, sampled, run.device)
@@ -259,7 +259,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
 
     teachers_run = ["student"] * len(teachers) if run.adapters is not None and external is None else teachers
     parts, peaks = micro_batch_bytes(
-        run.config, compute, largest, teachers_run, run.device, accumulating, run.top_k, trains_head, external
+        run.config, compute, largest, teachers_run, run.device, accumulating, run.top_k, not adapter, external
     )
     parts["gathered weights"] = gathered["update"]
     if run.offload:

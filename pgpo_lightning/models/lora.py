@@ -5,7 +5,6 @@ adapter and the fingerprint of the base weights.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,17 +17,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Filled, Text, checked
-from pgpo_lightning.models.lm_head import decoder
+from pgpo_lightning.distributed.fsdp import shards_set_aside
+from pgpo_lightning.models.adapter import adapter, is_adapter
 from pgpo_lightning.models.loading import fingerprint, load_model
 from pgpo_lightning.models.quantization import Quantization
 
-_MATRICES = (".lora_A.default.", ".lora_B.default.")
 _WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
@@ -132,7 +130,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
     try:
         from peft import LoraConfig
 
-        with seeded(seed, "lora"):
+        with seeded(seed, "lora"), shards_set_aside(model):  # peft would take the rows of a rank for those of the layer
             model.add_adapter(LoraConfig(**_peft_settings(lora.settings())))
     except (ValueError, ImportError) as error:
         if "target module" in str(error).lower():
@@ -157,58 +155,6 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
         _start_from(model, lora)
 
 
-def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the matrices of a model's adapter by name; empty if it has none."""
-    return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
-
-
-@torch.no_grad()
-def plain_weight(layer: nn.Module) -> Tensor:
-    """Return the matrix that a linear layer multiplies by: ``W + s B A`` with an adapter (fp32), and never quantised.
-
-    Without either it is the layer's own weight, not a copy.
-    """
-    base: Any = getattr(layer, "base_layer", layer)
-    weight: Tensor = base.weight.detach()
-    if not weight.is_floating_point():
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(base).detach()
-    if base is layer:
-        return weight
-    update: Tensor = layer.get_delta_weight("default")  # type: ignore[operator]  # a method of peft's layers
-    return weight.to(update.dtype) + update
-
-
-def copy_adapter(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's adapter in fp32 without gradient. The matrices keep their names."""
-    root = nn.Module()
-    for name, parameter in adapter(model).items():
-        *path, last = name.split(".")
-        owner = root
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(last, nn.Parameter(parameter.detach().to(torch.float32, copy=True), False))
-    return root
-
-
-def decoder_with(model: PreTrainedModel, matrices: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """Return the decoder of a model with other matrices in its adapter.
-
-    They replace the model's own during a call only, also if the call raises. The model itself is not changed.
-
-    Args:
-        model: A model with an adapter.
-        matrices: The matrices by their names in the model.
-    """
-    part = decoder(model)
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is part)
-    replaced = {name.removeprefix(prefix): matrix for name, matrix in matrices.items()}
-    return lambda **inputs: functional_call(part, replaced, (), inputs)
-
-
 # ---- checkpoints
 
 
@@ -229,11 +175,6 @@ def _do_not_miss_base(module: nn.Module, keys: Any) -> None:
 
 def _is_base(name: str) -> bool:
     return name.startswith("model.") and not is_adapter(name)
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a weight of this name is a matrix of an adapter."""
-    return any(matrix in name for matrix in _MATRICES)
 
 
 def identity(model: PreTrainedModel, name: str, loading: dict[str, Any], lora: LoRA) -> dict[str, Any]:

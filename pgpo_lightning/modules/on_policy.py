@@ -330,7 +330,7 @@ class OnPolicyModule(Remembers, L.LightningModule):
         self.run_seed.decide()
         teaching, sharded = self.objective.teaching, start_up.is_sharded(self.trainer)
         teacher = None if teaching is None else teaching.config
-        start_up.check_combination(self.engine, self.lora is not None, sharded, teacher, self.update)
+        start_up.check_combination(self.engine, self.student.quantization, sharded, teacher, self.update)
         checkpoint = start_up.check_trainer(self.trainer, fits)
         if not self._warned_of_speed:
             self._warned_of_speed = True
@@ -362,8 +362,8 @@ class OnPolicyModule(Remembers, L.LightningModule):
         if mesh is not None and not self.placement.sharded:
             plugin, theirs = self.trainer.precision_plugin, getattr(self.teacher, "model", None)
             self.placement = FullySharded(self.model, theirs, mesh, plugin)
-            # Lightning then looks for every weight in a single file by its name; those of a frozen teacher are in none.
-            self.strict_loading = not isinstance(self.teacher, FrozenTeacher)
+            # Lightning then looks for every weight in a single file. Those of a frozen teacher or under an adapter are in none.
+            self.strict_loading = self.lora is None and not isinstance(self.teacher, FrozenTeacher)
         if self.learner is None:
             self.reporter = StepReporter(self.objective, self.actor, self.num_generations, self.max_response_length)
             self.learner = Learner(

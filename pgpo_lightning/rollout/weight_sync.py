@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import full_tensor
-from pgpo_lightning.models.lora import is_adapter, plain_weight
+from pgpo_lightning.models.adapter import is_adapter, plain_weight
 
 T = TypeVar("T")
 

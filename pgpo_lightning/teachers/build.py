@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from pgpo_lightning.models.lora import adapter
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.teachers.base import LiveTeacher, Teacher, TeacherRegularization
 from pgpo_lightning.teachers.ema import EMATeacher
 from pgpo_lightning.teachers.frozen import FrozenTeacher, TrustRegionTeacher

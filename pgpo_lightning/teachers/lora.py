@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pgpo_lightning.losses.logits import Head, Source
-from pgpo_lightning.models.lm_head import head
+from pgpo_lightning.models.adapter import adapter, copy_adapter, other_adapter
+from pgpo_lightning.models.lm_head import decoder, head
 from pgpo_lightning.models.loading import evaluating
-from pgpo_lightning.models.lora import adapter, copy_adapter, decoder_with
 from pgpo_lightning.models.packing import PackedSequences
 from pgpo_lightning.teachers.base import Teacher, live
 
@@ -18,7 +18,7 @@ from pgpo_lightning.teachers.base import Teacher, live
 class FrozenAdapterTeacher(Teacher):
     """The student's model with the adapter that it started from. With a new adapter that is exactly the base model.
 
-    It holds the matrices of an adapter in fp32 and no other weights. They replace the student's adapter during a forward pass.
+    It holds the layers of an adapter in fp32 and no other weights. They replace the student's adapter during a forward pass.
 
     Args:
         student: A model with an adapter, whose current matrices stay the teacher's.
@@ -38,9 +38,8 @@ class FrozenAdapterTeacher(Teacher):
         return head(student)
 
     def _hidden_states(self, student: PreTrainedModel, sequences: PackedSequences) -> Tensor:
-        with evaluating(student):
-            matrices = dict(self.model.named_parameters())
-            return sequences.hidden_states(decoder_with(student, matrices), student.config)
+        with evaluating(student), other_adapter(student, self.model):
+            return sequences.hidden_states(decoder(student), student.config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # stays in fp32, as EMATeacher

@@ -25,6 +25,7 @@ from pgpo_lightning.core.texts import shown
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.models.loading import positions
+from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.actor import Actor
@@ -131,7 +132,7 @@ def _why_not(strategy: Strategy) -> str:
 
 def check_combination(
     engine: Engine,
-    lora: bool,
+    quantization: Quantization | None,
     sharded: bool,
     teacher: TeacherConfig | None = None,
     update: UpdateConfig | None = None,
@@ -140,7 +141,7 @@ def check_combination(
 
     Args:
         engine: Samples rollouts.
-        lora: Whether an adapter is trained.
+        quantization: Of the weights under an adapter, if there is one.
         sharded: Whether weights are sharded over ranks.
         teacher: Settings of the teacher, if there is one.
         update: How a batch becomes optimizer steps.
@@ -154,9 +155,10 @@ def check_combination(
             f"Expected no `update.reduce_every_pass` without sharded weights, where it has no effect, but got "
             f"{update.reduce_every_pass}. Set it to null, or `trainer.strategy` to ModelParallelStrategy (FSDP2)."
         )
-    if lora and sharded:
+    if sharded and quantization is not None:
         raise MisconfigurationException(
-            "Expected no `lora` with sharded weights, but got ModelParallelStrategy. Set `trainer.strategy` to ddp."
+            "Expected no `quantization` with sharded weights, because quantised ones cannot be sharded, but got "
+            "ModelParallelStrategy. Set `quantization` to null, or `trainer.strategy` to ddp."
         )
     if sharded and teacher is not None and teacher.quantization is not None:
         raise MisconfigurationException(

@@ -36,6 +36,8 @@ def run(folder, ranks, split, strategy="one", teacher="ema", precision="32-true"
         ("guided", "fsdp2", "external"),
         ("distilled", "ddp", "external"),
         ("distilled", "fsdp2", "external"),
+        ("uneven", "fsdp2", "lora-ema"),
+        ("one-sided", "fsdp2-once", "lora-trust-region"),
     ],
 )
 def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
@@ -52,6 +54,11 @@ def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
     # Adam divides by the gradient's size, so a rounding difference of a tiny gradient can show: compare in the mean too.
     torch.testing.assert_close(two[0]["weights"], one["weights"], rtol=0, atol=3e-4)
     assert (two[0]["weights"] - one["weights"]).abs().mean() < 1e-6
+    torch.testing.assert_close(torch.tensor(two[0]["norms"]), torch.tensor(one["norms"]), rtol=1e-3, atol=1e-6)
+    if teacher.startswith("lora-"):
+        apart = torch.cat([(two[0]["adapter"][name] - matrix).flatten() for name, matrix in one["adapter"].items()])
+        assert apart.abs().mean() < 1e-5
+        torch.testing.assert_close(two[0]["teacher"], one["teacher"], rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])

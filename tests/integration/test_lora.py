@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
 from pgpo_lightning.commands.main import main
-from pgpo_lightning.models.lora import adapter
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules import CEPO, DRIFT, GRPO, OPD, SDPO, SRPO, TGPO
 from pgpo_lightning.objectives.configs import DifficultyConfig

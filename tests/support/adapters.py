@@ -4,8 +4,9 @@ import copy
 
 import torch
 
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.models.lm_head import source
-from pgpo_lightning.models.lora import LoRA, adapter
+from pgpo_lightning.models.lora import LoRA
 
 SCALE = 2.0  # lora_alpha / r
 

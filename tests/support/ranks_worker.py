@@ -7,7 +7,8 @@ teacher at all), `routed` (likewise, but the rows without are reinforced, and th
 certainty), `guided` (TGPO: likewise, without weights), `distilled` (OPD: every row), `contrasted` (CEPO; rank 1 has no row with
 two prompts), `difficulty` (DRIFT; rank 1 has no row with a teacher, and so none with factors) or `updates` (two optimizer steps
 per batch, each on half of the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external` is the model
-in the folder `teacher` beside OUTPUT.
+in the folder `teacher` beside OUTPUT. A TEACHER that begins with `lora-` is that of an adapter of rank 3, which two ranks cannot
+share evenly.
 """
 
 import sys
@@ -21,9 +22,11 @@ from pgpo_lightning.callbacks import InformationMultiplier
 from pgpo_lightning.distributed.fsdp import full_tensor
 from pgpo_lightning.losses.information import information
 from pgpo_lightning.losses.token_weights import TokenWeights
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.modules import CEPO, DRIFT, OPD, SDPO, SRPO, TGPO
 from pgpo_lightning.teachers.configs import TeacherConfig
 from pgpo_lightning.training.mini_batches import mini_batches
+from tests.support.adapters import lora
 from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, loader, random_rows, tiny_model
 
 ROWS, STEPS = 8, 3
@@ -68,6 +71,7 @@ class Fixed:
             self.scalars |= step.scalars
             self.learner.apply(self.optimizers(), step, self.scalars, self._scaler, self.steps)
             signal = information(self.step_statistics)
+            self.norms.append(self.scalars["actor/grad_norm"])
             self.seen.append((step.loss, signal.value, signal.standard_error, self.scalars["lr/multiplier"]))
         self.learner.move_teacher()
         self.steps += 1
@@ -110,6 +114,7 @@ MODULES = {
 
 def main():
     output, ranks, split, strategy, teacher, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    adapted, teacher = teacher.startswith("lora-"), teacher.removeprefix("lora-")
     torch.set_num_threads(1)
     routed = split == "routed"
     given = {"allocation": TokenWeights("token", 2.0, None, "teacher-certainty")} if routed else {}
@@ -120,15 +125,17 @@ def main():
         given |= {"teacher_regularization": teacher, "teacher_offload": offload}
     if strategy == "fsdp2-once":
         given |= {"update.reduce_every_pass": False}
+    if adapted:
+        given |= {"lora": lora(r=3)}
     limits = {**LIMITS, "guidance": 0.1} if split == "guided" else LIMITS
     if split in ("guided", "distilled"):
         del limits["max_reprompt_len"]  # the teacher reads the student's prompt
     module = build(MODULES.get(split, FixedSDPO),
         tiny_model(), half_right, tokenizer=TOKENIZER, micro_batch_tokens=120,
         loss_agg_mode="token-mean" if split != "one-sided" else "seq-mean-token-mean",
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **limits, **given,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2 if adapted else 1e-3), **limits, **given,
     )  # fmt: skip
-    module.split, module.seen = split, []
+    module.split, module.seen, module.norms = split, [], []
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy.removesuffix("-once")](ranks), max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=precision,
@@ -138,7 +145,9 @@ def main():
     weights = torch.cat([full_tensor(p.detach()).flatten() for p in module.model.parameters()])
     theirs = getattr(module.teacher, "model", module.model)
     teacher = torch.cat([full_tensor(p.detach()).flatten() for p in theirs.parameters()])
-    torch.save({"seen": module.seen, "weights": weights, "teacher": teacher}, f"{output}.{trainer.global_rank}")
+    adapters = {name: full_tensor(p.detach()) for name, p in adapter(module.model).items()}
+    found = {"seen": module.seen, "norms": module.norms, "weights": weights, "teacher": teacher, "adapter": adapters}
+    torch.save(found, f"{output}.{trainer.global_rank}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_gradients_are_reduced_in_every_pass_or_in_the_last_with_the_same_result
 
 def test_reducing_gradients_in_every_pass_is_refused_without_shards():
     with pytest.raises(MisconfigurationException, match=r"no `update.reduce_every_pass` without .* Set it to null"):
-        check_combination(TransformersEngine(), False, sharded=False, update=UpdateConfig(reduce_every_pass=True))
+        check_combination(TransformersEngine(), None, sharded=False, update=UpdateConfig(reduce_every_pass=True))
 
 
 def test_an_evaluation_with_sharded_weights_takes_a_checkpoint_whose_weights_are_loaded_already():

@@ -13,8 +13,9 @@ from lightning.pytorch.strategies import (
 )
 
 from pgpo_lightning.models.lora import LoRA
+from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules import SDPO
-from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, tiny_model, tiny_sdpo
+from tests.support.helpers import LIMITS, TOKENIZER, build, half_right, tiny_sdpo
 
 
 @pytest.mark.parametrize(
@@ -48,13 +49,14 @@ def test_tensor_parallelism_is_refused():
         module.setup("fit")
 
 
-def test_an_adapter_with_sharded_weights_is_refused():
+def test_a_quantised_base_with_sharded_weights_is_refused():
     pytest.importorskip("peft")
-    module = build(SDPO, tiny_model(), half_right, tokenizer=TOKENIZER, lora=LoRA(), **LIMITS)
+    given = {"lora": LoRA(), "quantization": Quantization()}
+    module = build(SDPO, "toy", half_right, tokenizer=TOKENIZER, **given, **LIMITS)
     strategy = ModelParallelStrategy()
     strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
     module._trainer = SimpleNamespace(global_step=0, strategy=strategy, precision_plugin=None, datamodule=None)
     with pytest.raises(
-        MisconfigurationException, match="no `lora` with sharded weights, but got ModelParallelStrategy"
+        MisconfigurationException, match=r"no `quantization` with sharded weights, .*Set `quantization` to null"
     ):
         module.setup("fit")

@@ -201,6 +201,23 @@ def test_shards_and_buckets():
     mixed = Compute(torch.float32, torch.float32, torch.bfloat16)
     assert gathered_bytes(counted, None, mixed, once, accumulating=True) == several
     assert set(gathered_bytes(counted, counted, compute, Sharding(8, "ddp"), accumulating=True).values()) == {0}
+    adapter = 10 * counted.layers  # in fp32: of two layers and a gradient, and the teacher's as a whole
+    alone = gathered_bytes(counted, None, compute, once, False, adapter)
+    assert alone == {
+        "update": 2 * (counted.root + 2 * counted.layer) + 4 * 30,
+        "rollouts": whole["rollouts"] + 4 * adapter,
+    }
+    assert gathered_bytes(counted, None, compute, once, False, adapter, True)["update"] == alone["update"] + 4 * adapter
+    assert gathered_bytes(counted, None, compute, once, True, adapter)["update"] == alone["update"] + 4 * adapter
+
+
+def test_a_sharded_base_divides_what_an_adapter_does_not_train():
+    given = {"config": tiny_model().config, "compute": Compute(torch.bfloat16, torch.bfloat16), "teacher": "ema"}
+    given |= {"lengths": Lengths(8, 12, 16), "questions": 2, "samples": 4, "longest_response": 16, "device": "cpu"}
+    given |= {"optimizer": torch.optim.AdamW, "adapters": Adapters(4)}
+    one, two = plan_memory(RunSpec(**given)), plan_memory(RunSpec(**given, sharding=Sharding(2, "fsdp")))
+    assert {part: size / 2 for part, size in one.need.standing.items()} == pytest.approx(two.need.standing, abs=1)
+    assert two.need.phases["gradients"]["gathered weights"] > 4 * one.trainable  # the teacher's adapter and some layers
 
 
 def test_the_peak_of_a_phase_leaves_out_what_is_absent():

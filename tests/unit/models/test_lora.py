@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.models.lm_head import source
-from pgpo_lightning.models.lora import adapter
 from pgpo_lightning.models.packing import Sequences
 from pgpo_lightning.modules import SDPO
 from pgpo_lightning.rollout.engine import Sampling

@@ -4,8 +4,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.models.lm_head import head
-from pgpo_lightning.models.lora import adapter, write_adapter
+from pgpo_lightning.models.lora import write_adapter
 from tests.support.adapters import disturb, gradients, load, logits, lora, matrices, teacher_logits, with_product
 from tests.support.helpers import (
     random_rows,
@@ -93,7 +94,7 @@ def test_a_teachers_forward_pass_leaves_no_trace(monkeypatch, kind, breaks):
         if not breaks:
             module.learner.teacher_sources(rows)
             return
-        broken = module.model.model.layers[1].mlp.down_proj.lora_B["default"]
+        broken = module.model.model.layers[1].mlp.down_proj.base_layer
         monkeypatch.setattr(broken, "forward", lambda x: hidden.append(x) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             module.learner.teacher_sources(rows)
