@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from pgpo_lightning.rollout.weight_sync import stream_weights
 from tests.support.helpers import tiny_model
 from tests.support.processes import finish, start_ranks
+from tests.support.stream_worker import student
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,12 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_the_stream_is_that_of_the_whole_model(ranks, precision, dtype):
-    expected = dict(stream_weights(tiny_model(), dtype))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_stream_is_that_of_the_whole_model(ranks, adapted, precision, dtype):
+    expected = dict(stream_weights(student(adapted), dtype))
+    assert {*expected} == {*tiny_model().state_dict()}
     for found in ranks[:2]:
-        streamed = found[f"{precision} {dtype}"]
+        streamed = found[f"{adapted} {precision} {dtype}"]
         assert [*streamed] == [*expected]
         for name, tensor in expected.items():
             assert streamed[name].dtype == tensor.dtype

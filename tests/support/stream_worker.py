@@ -4,6 +4,7 @@ Usage: python -m tests.support.stream_worker OUTPUT, once per rank.
 """
 
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -11,12 +12,22 @@ import torch.distributed as dist
 
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import FullySharded
+from pgpo_lightning.models.lora import add_adapter
 from pgpo_lightning.rollout.weight_sync import checksum, drained, stream_weights, write_weights
+from tests.support.adapters import disturb, lora
 from tests.support.helpers import tiny_model
 
 
-def sharded(precision):
+def student(adapted):
     model = tiny_model()
+    if adapted:
+        add_adapter(model, lora(r=3), seed=0)
+        disturb(model)
+    return model
+
+
+def sharded(precision, adapted=False):
+    model = student(adapted)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     return model, FullySharded(model, None, mesh, SimpleNamespace(precision=precision))
 
@@ -24,11 +35,11 @@ def sharded(precision):
 def main(output):
     dist.init_process_group("gloo")
     found = {}
-    for precision in ("32-true", "bf16-mixed"):
-        model, placement = sharded(precision)
+    for adapted, precision in product((True, False), ("32-true", "bf16-mixed")):
+        model, placement = sharded(precision, adapted)
         placement.run(lambda model=model: model(torch.arange(6, 18).unsqueeze(0)).logits)  # FSDP2 is at work
         for dtype in (None, torch.bfloat16):
-            found[f"{precision} {dtype}"] = dict(stream_weights(model, dtype))
+            found[f"{adapted} {precision} {dtype}"] = dict(stream_weights(model, dtype))
 
     if dist.get_rank() == 1:  # reads two tensors and fails; the other still gets all
 
