@@ -143,6 +143,27 @@ def test_an_adapter_trains(tmp_path):
     assert size < 30e6  # adapters, their optimizer states and nothing of the base
 
 
+def test_programs_are_run_and_their_failures_are_read_by_the_teacher(tmp_path):
+    folder = tmp_path / "code"
+    model = {
+        "verifier": {"class_path": "pgpo_lightning.rewards.CodeExecution"},
+        "max_response_length": 48,
+        "temperature": 0.5,
+        "max_prompt_length": 128,
+    }
+    model |= {"demonstration_source": "none", "max_reprompt_len": 400}
+    data = {
+        "class_path": "CodeQuestions",
+        "init_args": {"path": str(HERE / "code.jsonl"), "format": "tests", "batch_size": 4, "limit_val": 4},
+    }
+    path = config(folder, model=model, data=data)
+    main(["fit", "--config", path, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"])
+    rows = [json.loads(line) for line in (folder / "rollouts" / "step=000001.jsonl").read_text().splitlines()]
+    failed = [row for row in rows if row["reward"] == 0]
+    assert failed  # a program that reads and doubles is too much for it
+    assert all("feedback from your unsuccessful earlier attempt" in row["what the teacher sees"] for row in failed)
+
+
 def test_the_probe_measures_a_gap(tmp_path):
     path = config(tmp_path / "probe")
     main(["probe", "--config", path, "--questions", "4", "--samples", "2", "--output", str(tmp_path / "out")])
