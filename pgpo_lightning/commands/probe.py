@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from pgpo_lightning.commands.building import BuildCommand
 from pgpo_lightning.core.files import output_folder, plain, replacing, write_json, write_text
+from pgpo_lightning.core.run_settings import describe
 from pgpo_lightning.core.settings import Count, Nucleus, Range, Temperature, Text, check, checked
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.modules import OnPolicyModule
@@ -230,7 +231,7 @@ def _relevant(settings: Any, reprompt: bool = False) -> dict[str, Any]:
     idle = {*_UPDATE, *(() if reprompt else ("reprompt",))}
     kept = {name: value for name, value in settings.as_dict().items() if name not in idle}
     arguments(kept["model_config"]).pop("gradient_checkpointing", None)
-    return json.loads(json.dumps(kept, default=str))
+    return json.loads(json.dumps(kept, default=describe))  # a function by its name, not by its address
 
 
 def main(args: list[str]) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from jsonargparse import Namespace
 
 from pgpo_lightning.commands.main import main
+from pgpo_lightning.commands.probe import _relevant
 from tests.support import CONFIGS
+from tests.support.helpers import half_right
 from tests.support.parrot import QUICKSTART
 
 
@@ -27,6 +30,11 @@ def test_the_command_on_the_toy(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"but `module\.max_response_length` differ"):
         main(["probe", *words, "--output", str(tmp_path), "--model.init_args.max_response_length", "20"])
     capsys.readouterr()
+
+
+def test_a_verifier_that_is_a_function_is_the_same_one_in_another_process():
+    settings = Namespace(verifier=half_right, model_config=Namespace(dtype="float32"))
+    assert _relevant(settings)["verifier"] == "tests.support.helpers.half_right"
 
 
 @pytest.mark.parametrize(
