@@ -125,7 +125,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, tmp_path):
 def test_validate_and_export_and_reload(run, tmp_path, capsys):
     folder, path = run
     main(["validate", "--config", path, "--ckpt_path", "last"])
-    assert "val/avg@2" in capsys.readouterr().out
+    assert "avg@2 " in capsys.readouterr().out  # the line below the table, whose columns may be cut
     main(["export", str(folder), str(tmp_path / "out")])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     trained = torch.load(folder / "checkpoints" / "step=000002.ckpt", weights_only=True)["state_dict"]
