@@ -47,6 +47,7 @@ class Case:
         optimizer: Name.
         budget: Most padded tokens of a forward pass.
         checkpointing: Whether activations are recomputed.
+        selective: As `model_config.selective_ac_option`.
         questions: Questions of a step.
         samples: Responses to each.
         lengths: Tokens of prompt, teacher's prompt and response.
@@ -64,6 +65,7 @@ class Case:
     optimizer: str = "AdamW"
     budget: int = 512
     checkpointing: bool = False
+    selective: int | str | None = None
     questions: int = 2
     samples: int = 4
     lengths: tuple[int, int, int] = (24, 64, 32)
@@ -87,6 +89,8 @@ CASES = {
     "mid, bf16-true": replace(_MID, dtype="bfloat16"),
     "mid, checkpointing": replace(_MID, checkpointing=True),
     "mid, bf16-mixed, checkpointing": replace(_MID, mixed=True, checkpointing=True),
+    "mid, every 2nd": replace(_MID, checkpointing=True, selective=2, operations=True),
+    "mid, op": replace(_MID, checkpointing=True, selective="op", operations=True),
     "mid, 8-bit": replace(_MID, optimizer="AdamW8bit"),
     "mid, SGD": replace(_MID, optimizer="SGD"),
     "mid, frozen": replace(_MID, teacher="frozen"),
@@ -118,7 +122,8 @@ def predicted(case: Case) -> tuple[Row, Row]:
 
     dtype = getattr(torch, case.dtype)
     teacher = torch.float32 if case.teacher == "ema" else dtype
-    compute = Compute(dtype, teacher, torch.bfloat16 if case.mixed else None, case.checkpointing)
+    narrow = torch.bfloat16 if case.mixed else None
+    compute = Compute(dtype, teacher, narrow, case.checkpointing, selective=case.selective)
     made = plan_memory(
         RunSpec(
             config=Qwen3Config(**case.shape, tie_word_embeddings=case.tied),
@@ -163,7 +168,7 @@ def observe(case: Case) -> tuple[Row, Row]:
     from pgpo_lightning.rollout.transformers_engine import TransformersEngine
     from pgpo_lightning.teachers.configs import TeacherConfig
     from pgpo_lightning.training import learner
-    from pgpo_lightning.training.configs import UpdateConfig
+    from pgpo_lightning.training.configs import ModelConfig, UpdateConfig
 
     torch.set_num_threads(1)
     measure.trim()
@@ -176,7 +181,7 @@ def observe(case: Case) -> tuple[Row, Row]:
         update=UpdateConfig(micro_batch_tokens=case.budget, num_iterations=case.passes),
         teacher=TeacherConfig(case.teacher),
         divergence=DivergenceConfig(distillation_topk=case.top_k),
-        gradient_checkpointing=case.checkpointing,
+        model_config=ModelConfig(gradient_checkpointing=case.checkpointing, selective_ac_option=case.selective),
     )
     seen: Row = {}
     counter = LiveBytes()

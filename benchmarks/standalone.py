@@ -16,14 +16,15 @@ from transformers.initialization import no_init_weights
 from pgpo_lightning.core.types import Question, Rollout, Sample, Verdict
 from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import decoder
-from pgpo_lightning.models.loading import load_tokenizer, recompute_activations
+from pgpo_lightning.models.loading import load_tokenizer
+from pgpo_lightning.models.recomputation import recompute_activations
 from pgpo_lightning.objectives.configs import DivergenceConfig
 from pgpo_lightning.objectives.distillation import DistillationObjective
 from pgpo_lightning.rollout import transformers_engine as rollout
 from pgpo_lightning.rollout.prompts import PromptEncoder
 from pgpo_lightning.teachers.configs import RepromptConfig, TeacherConfig
 from pgpo_lightning.teachers.self_teaching import SelfTeaching
-from pgpo_lightning.training.configs import UpdateConfig
+from pgpo_lightning.training.configs import ModelConfig, UpdateConfig
 from pgpo_lightning.training.learner import Learner, Step
 
 FIRST_ID = 16  # of synthetic tokens: above the special ones
@@ -96,13 +97,13 @@ class Standalone:
         update: UpdateConfig = UpdateConfig(),
         teacher: TeacherConfig = TeacherConfig(),
         divergence: DivergenceConfig = DivergenceConfig(),
-        gradient_checkpointing: bool = False,
+        model_config: ModelConfig = ModelConfig(),
     ) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.model, self.device = model, model.device
         self.tokenizer = load_tokenizer("toy")  # for its padding and end-of-sequence ids only
-        if gradient_checkpointing:
-            recompute_activations(model)
+        if model_config.gradient_checkpointing:
+            recompute_activations(model, model_config.selective_ac_option)
         model.train()
         reprompt = RepromptConfig(max_reprompt_len=2)
         teaching = SelfTeaching(

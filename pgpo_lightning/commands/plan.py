@@ -254,6 +254,7 @@ def _compute(module: OnPolicyModule, precision: str) -> Compute:
         autocast,
         module.student.config.gradient_checkpointing,
         module.student.config.attn_implementation,
+        selective=module.student.config.selective_ac_option,
     )
 
 

@@ -230,7 +230,8 @@ def _relevant(settings: Any, reprompt: bool = False) -> dict[str, Any]:
     """Return the settings that the rollouts depend on, as JSON; with `reprompt` also those of the configured reprompts."""
     idle = {*_UPDATE, *(() if reprompt else ("reprompt",))}
     kept = {name: value for name, value in settings.as_dict().items() if name not in idle}
-    arguments(kept["model_config"]).pop("gradient_checkpointing", None)
+    for name in ("gradient_checkpointing", "selective_ac_option"):
+        arguments(kept["model_config"]).pop(name, None)
     return json.loads(json.dumps(kept, default=describe))  # a function by its name, not by its address
 
 

@@ -27,7 +27,8 @@ MAY_CHANGE = {
     "model": {
         # how a step is computed, without an effect on its result
         "update.micro_batch_tokens", "update.padding_free", "update.reduce_every_pass", "model_config.gradient_checkpointing",
-        "model_config.attn_implementation", "engine", "teacher.offload", "reward.workers", "reward.while_sampling",
+        "model_config.selective_ac_option", "model_config.attn_implementation", "engine", "teacher.offload", "reward.workers",
+        "reward.while_sampling",
         # when a run is stopped, and the length of a step
         "update.max_grad_norm", "mismatch.max_sampler_gap", "update.max_skipped_steps", "reward.on_error",
         "evaluation.samples", "evaluation.temperature", "evaluation.top_p", "evaluation.solution_column",

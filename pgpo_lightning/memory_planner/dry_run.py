@@ -4,7 +4,7 @@ There are no formulas for activations, because models, precisions, checkpointing
 with two and with three layers at the real widths and lengths, on fake tensors that have shapes and types but no data.
 :class:`~pgpo_lightning.memory_planner.counter.LiveBytes` counts the live bytes between named points. All layers are equal, so
 each of these peaks is linear in the number of layers, and two points determine the line. Peaks inside the stack of layers are
-not linear, but lie between those at its ends.
+not linear, but lie between those at its ends. If every n-th layer is recomputed, n layers take the place of one.
 """
 
 import dataclasses
@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgpo_lightning.memory_planner.counter import LiveBytes
+from pgpo_lightning.memory_planner.flops import Recomputed
 from pgpo_lightning.memory_planner.parameters import layers_of, with_layers
 from pgpo_lightning.memory_planner.workload import Packed
 from pgpo_lightning.models.lm_head import decoder
-from pgpo_lightning.models.loading import evaluating, recompute_activations
+from pgpo_lightning.models.loading import evaluating
 from pgpo_lightning.models.next_token import NextToken
+from pgpo_lightning.models.recomputation import Selective, recompute_activations
 from pgpo_lightning.models.sampling_weights import sampling_weights
 from pgpo_lightning.models.shared_attention import Keys
 from pgpo_lightning.models.shared_decoding import SharedPrompts
@@ -44,6 +46,7 @@ class Compute:
         checkpointing: Whether activations are recomputed.
         attention: As `model_config.attn_implementation`.
         adapt: Freezes the student and adds adapters; by default all weights are trained.
+        selective: As `model_config.selective_ac_option`.
     """
 
     student: torch.dtype = torch.float32
@@ -52,6 +55,23 @@ class Compute:
     checkpointing: bool = False
     attention: str | None = None
     adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None
+    selective: Selective | None = None
+
+    @property
+    def period(self) -> int:
+        """Number of layers after which recomputed and other layers repeat."""
+        return self.selective if self.checkpointing and isinstance(self.selective, int) else 1
+
+    def recomputed(self, layers: int) -> Recomputed:
+        """Return which share of a forward pass is repeated in the backward pass.
+
+        Args:
+            layers: Of the model.
+        """
+        share = -(-layers // self.period) / layers * self.checkpointing
+        if self.selective == "op":
+            return Recomputed(0.0, share if self.attention == "eager" else 0.0)
+        return Recomputed(share, share)
 
     @property
     def narrow(self) -> torch.dtype:
@@ -59,20 +79,26 @@ class Compute:
         return self.autocast or self.student
 
 
-def along_layers(run: Callable[[PretrainedConfig], Peaks], config: PretrainedConfig) -> Peaks:
-    """Return the result of `run` for all layers, extrapolated from two and three layers."""
+def along_layers(run: Callable[[PretrainedConfig], Peaks], config: PretrainedConfig, period: int = 1) -> Peaks:
+    """Return the result of `run` for all layers, extrapolated from two and three layers, or periods of layers."""
     layers = config.get_text_config().num_hidden_layers
-    if layers <= 3:
+    few = 2 * period + layers % period
+    if layers <= few + period:
         return run(config)
-    two, three = run(with_layers(config, 2)), run(with_layers(config, 3))
-    return {name: two[name] + (layers - 2) * (three[name] - two[name]) for name in two}
+    two, three = run(with_layers(config, few)), run(with_layers(config, few + period))
+    return {name: two[name] + (layers - few) // period * (three[name] - two[name]) for name in two}
 
 
 def along_both(
-    run: Callable[[PretrainedConfig, PretrainedConfig], Peaks], config: PretrainedConfig, teacher: PretrainedConfig
+    run: Callable[[PretrainedConfig, PretrainedConfig], Peaks],
+    config: PretrainedConfig,
+    teacher: PretrainedConfig,
+    period: int = 1,
 ) -> Peaks:
-    """Return the result of `run` for all layers of student and teacher, extrapolated from two and three layers of each."""
-    return along_layers(lambda few: along_layers(lambda few_of_teacher: run(few, few_of_teacher), teacher), config)
+    """Return the result of `run` for all layers of student and teacher, extrapolated from few layers of each."""
+    return along_layers(
+        lambda few: along_layers(lambda few_of_teacher: run(few, few_of_teacher), teacher), config, period
+    )
 
 
 def update_peaks(
@@ -110,7 +136,7 @@ def update_peaks(
         own = build(teacher_config or config, compute.teacher, plain).eval()
         packed = as_fake(student)
         packed_for_teachers = [(own if whose == "own" else model, as_fake(rows)) for whose, rows in teachers]
-        marks = _Marks(model, counter)
+        marks = _Marks(model, counter, compute.period)
         with counter, autocast(compute):
             marks.watch = "student forward"
             hidden = packed.hidden_states(decoder(model), model.config)
@@ -222,14 +248,20 @@ class _Gradients(torch.autograd.Function):
 
 
 class _Marks:
-    """Divides a run where the first and the last layer begin and end, and records the peak of every piece."""
+    """Divides a run where the first and the last layers begin and end, and records the peak of every piece.
 
-    def __init__(self, model: PreTrainedModel, counter: LiveBytes) -> None:
+    Args:
+        model: That is run.
+        counter: Of its bytes.
+        period: Number of first and of last layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, counter: LiveBytes, period: int) -> None:
         self.counter, self.watch = counter, ""
         self.peaks: Peaks = {}
         layers = layers_of(model)
         layers[-1].register_forward_pre_hook(lambda *_: self.cut() if self.watch != "backward" else None)
-        for layer in (layers[0], layers[-1]):
+        for layer in {*layers[:period], *layers[-period:]}:
             layer.register_forward_hook(self._follow)
 
     def cut(self) -> None:
@@ -251,7 +283,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, compute: Compute) -> Pre
     if compute.adapt is not None:
         model = compute.adapt(model)
     if compute.checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, compute.selective)
     return model.train()
 
 

@@ -1,11 +1,22 @@
 """Operations of a step by phase. A multiplication with an addition counts as two operations."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from pgpo_lightning.memory_planner.parameters import Count
 from pgpo_lightning.memory_planner.workload import Layout
+
+
+class Recomputed(NamedTuple):
+    """The shares of a forward pass through the layers that the backward pass repeats: of products with matrices, of attention."""
+
+    products: float = 0.0
+    attention: float = 0.0
+
+
+NOTHING = Recomputed()
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ def forward(width: Width, layout: Layout) -> int:
     return 2 * width.matrices * layout.padded + 4 * width.attention * layout.pairs
 
 
-def backward(width: Width, layout: Layout, checkpointing: bool, trainable: float = 1.0) -> int:
+def backward(width: Width, layout: Layout, again: Recomputed = NOTHING, trainable: float = 1.0) -> int:
     """Return the operations of a backward pass through the layers.
 
     Two products for each product of the forward pass: the gradients of inputs, and of weights if these are trained. Attention
@@ -52,13 +63,13 @@ def backward(width: Width, layout: Layout, checkpointing: bool, trainable: float
     Args:
         width: Of the model.
         layout: Of the forward pass.
-        checkpointing: Whether activations are recomputed.
+        again: What of the forward pass is repeated.
         trainable: Fraction of the matrices' parameters that are trained.
     """
     products = 2 * width.matrices * layout.padded * (1 + trainable)
-    saved = 2 * width.last * layout.padded if trainable == 1.0 else 0
-    again = forward(width, layout) - saved if checkpointing else 0
-    return round(products + 10 * width.attention * layout.pairs + again)
+    repeated = 2 * (width.matrices - (width.last if trainable == 1.0 else 0)) * layout.padded
+    attention = (10 + 4 * again.attention) * width.attention * layout.pairs
+    return round(products + again.products * repeated + attention)
 
 
 def loss(width: Width, tokens: int, teachers: int, trains_head: bool = True) -> int:

@@ -240,9 +240,10 @@ def micro_batch_bytes(
         accumulating=accumulating,
     )
     if external is None:
-        peaks = along_layers(run, config)
+        peaks = along_layers(run, config, compute.period)
     else:
-        peaks = along_both(lambda few, of_teacher: run(few, teacher_config=of_teacher), config, external.config)
+        both = partial(along_both, period=compute.period)
+        peaks = both(lambda few, of_teacher: run(few, teacher_config=of_teacher), config, external.config)
         passing = external.temporary_bytes(compute.narrow)
         peaks |= {name: peak + passing for name, peak in peaks.items() if name.startswith("teacher forward")}
     held = {"activations": peaks.pop("activations"), "hidden states": peaks.pop("hidden")}

@@ -20,7 +20,9 @@ from pgpo_lightning.models.sampling_weights import sampling_weights
 from pgpo_lightning.models.shared_attention import CopiedKeys, Keys
 
 
-def _along_layers(run: Callable[[PretrainedConfig], dict[str, Work]], config: PretrainedConfig) -> dict[str, Work]:
+def _along_layers(
+    run: Callable[[PretrainedConfig], dict[str, Work]], config: PretrainedConfig, period: int = 1
+) -> dict[str, Work]:
     names: list[str] = []
 
     def flat(few: PretrainedConfig) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def _along_layers(run: Callable[[PretrainedConfig], dict[str, Work]], config: Pr
         names[:] = list(found)
         return {f"{name}/{field}": number for name in found for field, number in vars(found[name]).items()}
 
-    numbers = along_layers(flat, config)
+    numbers = along_layers(flat, config, period)
     fields = [field.name for field in dataclasses.fields(Work)]
     return {name: Work(*(numbers[f"{name}/{field}"] for field in fields)) for name in names}
 
@@ -111,7 +113,7 @@ def student_work(config: PretrainedConfig, compute: Compute, rows: Packed) -> di
                 hidden.backward(torch.empty_like(hidden))
         return {"forward": forward.work, "backward": backward.work}
 
-    return _along_layers(run, config)
+    return _along_layers(run, config, compute.period)
 
 
 def teacher_work(config: PretrainedConfig, compute: Compute, rows: Packed) -> Work:

@@ -370,7 +370,7 @@ def step_flops(
     prompts = [len(rows[i].rollout.prompt_ids) for i in range(0, len(rows), run.samples)]
     ways = [(Layout.of(batch.student), batch.teacher) for batch in batches]
     share = trainable / counted.matrices if run.adapters is not None else 1.0
-    times = run.passes * run.updates
+    times, recomputed = run.passes * run.updates, run.compute.recomputed(counted.layers)
     moving = run.teacher in ("live", "trust-region")
     tokens = sum(layout.tokens for layout, _ in ways)
     again = 2 * other.head * tokens * (1 + teachers) * run.contrasted  # the heads of the second pass
@@ -381,7 +381,7 @@ def step_flops(
         "rollouts": flops.prefill(width, prompts) + flops.decoding(width, prompts, [row.length for row in rows]),
         "student forward": times * sum(flops.forward(width, layout) for layout, _ in ways),
         "student backward": times
-        * sum(flops.backward(width, layout, run.compute.checkpointing, min(1.0, share)) for layout, _ in ways),
+        * sum(flops.backward(width, layout, recomputed, min(1.0, share)) for layout, _ in ways),
         # Hidden states of a teacher that stands still are kept for later passes.
         "teacher forward": (run.passes if moving else 1)
         * run.updates

@@ -65,6 +65,10 @@ def plan_table(plan: MemoryPlan, memory: float | None) -> str:
     sharding, compute = run.sharding, run.compute
     types = f"weights {_type(compute.student)}"
     types += "" if compute.autocast is None else f", products {_type(compute.autocast)}"
+    if compute.checkpointing and compute.selective is not None:
+        types += "; recomputes " + (
+            "all but products" if compute.selective == "op" else f"1 of {compute.selective} layers"
+        )
     teacher = run.teacher
     if run.external is not None:
         bits = run.external.quantization and f"{run.external.quantization.bits} bits"

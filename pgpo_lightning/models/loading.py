@@ -82,14 +82,6 @@ def load_model(
     return model
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass. The method's name depends on the version of transformers."""
-    if hasattr(model, "activation_checkpointing_enable"):  # 5.23
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and check that it can end and pad a sequence.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from pgpo_lightning.core.run_settings import ConfigGroup
 from pgpo_lightning.core.settings import Count, Natural, Nucleus, Positive, Range, Temperature, Text, checked
 from pgpo_lightning.models.loading import Dtype
+from pgpo_lightning.models.recomputation import Selective
 
 _OF_THE_ENCODER = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages", "padding",
@@ -125,11 +126,14 @@ class ModelConfig(ConfigGroup):
         dtype: Type of the weights; keep float32 for mixed precision.
         attn_implementation: As in transformers.
         gradient_checkpointing: Recompute activations in the backward pass.
+        selective_ac_option: Which of them, by torchtitan's name. A whole number n recomputes every n-th layer, from the first.
+            ``op`` recomputes every layer but its matrix products and its attention, whose outputs are kept. Null recomputes
+            every layer completely.
         revision: Branch, tag or commit of model and tokenizer on the Hub.
         trust_remote_code: Run Python code that comes with model or tokenizer.
 
     Raises:
-        ValueError: If a setting is out of range; names the field.
+        ValueError: If a setting is out of range or contradicts another; names the field.
     """
 
     tokenizer: str | PreTrainedTokenizerBase | None = None
@@ -137,12 +141,18 @@ class ModelConfig(ConfigGroup):
     dtype: Dtype = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    selective_ac_option: Selective | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check that no argument of the chat template is set elsewhere."""
+        """Check that recomputation is on if it is selective, and that no argument of the chat template is set elsewhere."""
+        if self.selective_ac_option is not None and not self.gradient_checkpointing:
+            raise ValueError(
+                "Expected `model_config.gradient_checkpointing` true with `model_config.selective_ac_option` "
+                f"{self.selective_ac_option}, which says what is recomputed, but got false. Set it, or the option to null."
+            )
         for name in self.chat_template_kwargs or {}:
             if name == "enable_thinking":
                 raise ValueError(

@@ -15,11 +15,11 @@ from pgpo_lightning.models.loading import (
     known_tokens,
     load_model,
     load_tokenizer,
-    recompute_activations,
 )
 from pgpo_lightning.models.lora import LoRA, add_adapter, check_identity, identity
 from pgpo_lightning.models.packing import Packing
 from pgpo_lightning.models.quantization import Quantization
+from pgpo_lightning.models.recomputation import recompute_activations
 from pgpo_lightning.models.shards import gathered
 from pgpo_lightning.models.soundness import check_padding
 from pgpo_lightning.rollout.engine import Engine
@@ -116,7 +116,7 @@ class Student:
             self.identity = identity(model, name, self.loading, self.lora)
             add_adapter(model, self.lora, seed)
         if self.config.gradient_checkpointing:
-            recompute_activations(model)
+            recompute_activations(model, self.config.selective_ac_option)
         model.train()
         longest = longest_prompt + max_response_length
         with gathered(model):

@@ -15,9 +15,13 @@ def gradients(folder, ranks):
 
 def test_two_sharded_processes_equal_one(tmp_path):
     one, two = gradients(tmp_path, 1), gradients(tmp_path, 2)
-    assert (
-        set(one) == set(two) == {f"{head} {mode}" for head in ("tied", "untied") for mode in ("at once", "recomputed")}
-    )
+    cases = {f"{head} {mode}" for head in ("tied", "untied") for mode in ("at once", "recomputed")}
+    layers = {f"untied at once, layers: {layers}" for layers in ("all", 2, "op")}
+    assert set(one) == set(two) == cases | layers
+    for case in layers:
+        for found in (one, two):
+            for name, gradient in found["untied at once"].items():
+                assert torch.equal(found[case][name], gradient), (case, name)
     for case, expected in one.items():
         assert set(expected) == set(two[case])
         assert any("lm_head" in name for name in expected) == case.startswith("untied")

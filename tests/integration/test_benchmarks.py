@@ -36,6 +36,13 @@ def test_loss(program, tmp_path, capsys):
     assert peak["plain"] > 5 * 512 * 4096 * 4 / 2**20
 
 
+def test_recomputation(program):
+    rows = program("recomputation").main(["--rounds", "1", "--rows", "1", "--tokens", "16", "--layers", "4"])
+    held = {row["recomputed"]: row["held_mib"] for row in rows}
+    assert held["every layer"] < min(held["op"], held["every 2nd layer"]) < held["nothing"]
+    assert all(row["plan_to_held"] == pytest.approx(1, abs=0.02) for row in rows)
+
+
 def test_sampling(program, monkeypatch):
     sampling = program("sampling")
     shape = {"questions": 3, "prompt": (5, 9), "limit": 12, "mean": 6, "layers": 1, "vocabulary": 64, "at_once": 6}

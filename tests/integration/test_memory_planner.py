@@ -33,6 +33,8 @@ def sizing():
     [
         {"operations": True},
         {"mixed": True, "checkpointing": True, "teacher": "frozen", "budget": 256},
+        {"checkpointing": True, "selective": 2, "operations": True},
+        {"checkpointing": True, "selective": "op"},
         {"dtype": "bfloat16", "optimizer": "SGD", "teacher": "trust-region", "tied": False},
     ],
     ids=lambda changes: ", ".join(map(str, changes.values())),
@@ -180,6 +182,10 @@ def test_strategies_and_precisions():
     args = ["--config", str(CONFIGS / "quickstart.yaml")]
     run = command(*args, "--trainer.devices", "4", "--trainer.precision", "bf16-mixed").run()
     assert run.sharding == Sharding(4, "ddp")
+    chosen = command(
+        *args, "--model.model_config.gradient_checkpointing", "true", "--model.model_config.selective_ac_option", "2"
+    )
+    assert chosen.run().compute == Compute(checkpointing=True, selective=2)
     assert run.compute == Compute(torch.float32, torch.float32, torch.bfloat16)
     half = command(*args, "--trainer.precision", "bf16-true", "--model.teacher.regularization", "frozen").run()
     assert half.compute == Compute(torch.bfloat16, torch.bfloat16)

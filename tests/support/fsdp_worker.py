@@ -17,10 +17,13 @@ from pgpo_lightning.losses.divergence import Divergence
 from pgpo_lightning.losses.fused import linear_distillation, linear_statistics
 from pgpo_lightning.models.lm_head import source
 from pgpo_lightning.models.packing import Sequences
+from pgpo_lightning.models.recomputation import recompute_activations
 from pgpo_lightning.teachers.ema import EMATeacher
 from tests.support.helpers import TOKENIZER, random_rows, tiny_model
 
 ROWS = 4
+LAYERS = ("all", 2, "op")
+"""Which layers are recomputed."""
 
 
 class Student(torch.nn.Module):
@@ -45,8 +48,10 @@ class Student(torch.nn.Module):
         return loss
 
 
-def gradients(rank, ranks, tied, recompute):
+def gradients(rank, ranks, tied, recompute, layers=None):
     student = Student(tiny_model(tie_word_embeddings=tied))
+    if layers is not None:
+        recompute_activations(student.model, None if layers == "all" else layers)
     if ranks > 1:
         mesh = dist.init_device_mesh("cpu", (ranks,))
         for layer in student.model.model.layers:
@@ -69,7 +74,7 @@ def main(output, ranks):
         )
         for tied in (True, False)
         for recompute in (False, True)
-    }
+    } | {f"untied at once, layers: {layers}": gradients(rank, ranks, False, False, layers) for layers in LAYERS}
     if rank == 0:
         torch.save(result, output)
     if ranks > 1:

@@ -165,14 +165,21 @@ def test_groups_are_those_of_the_module():
     )
 
 
-def test_peaks_are_straight_lines_in_the_number_of_layers():
-    config = Qwen3Config(**SMALL, tie_word_embeddings=False)
-    batch = group(Lengths(12, 20, 16).rows(2, 3), 4096, packings=(Packing("if-cheaper"),) * 2, with_teacher=True)[0]
+@pytest.mark.parametrize(
+    ("compute", "layers"),
+    [(Compute(), 5), (Compute(checkpointing=True, selective=2), 9)],
+    ids=["kept", "every second recomputed"],
+)
+def test_peaks_are_straight_lines_in_the_number_of_layers(compute, layers):
+    config = Qwen3Config(**SMALL | {"num_hidden_layers": layers}, tie_word_embeddings=False)
+    sharing = Packing("never" if compute.checkpointing else "if-cheaper")
+    batch = group(Lengths(12, 20, 16).rows(2, 3), 4096, packings=(sharing, sharing), with_teacher=True)[0]
+    teachers = [] if compute.checkpointing else [("own", batch.teacher)]
 
     def run(few):
-        return update_peaks(few, Compute(), batch.student, [("own", batch.teacher)], 0, accumulating=True)
+        return update_peaks(few, compute, batch.student, teachers, 0, accumulating=True)
 
-    assert along_layers(run, config) == run(config)
+    assert along_layers(run, config, compute.period) == run(config)
 
 
 def test_room_for_keys_and_values():

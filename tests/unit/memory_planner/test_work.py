@@ -84,18 +84,27 @@ def test_flops_of_a_teacher_are_those_of_the_real_model():
     assert teacher_work(model.config, WRITTEN_OUT, batch.teacher).flops == counter.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_in_one_operation_has_the_flops_of_attention_written_out(checkpointing):
-    batch = micro_batch()
-    compute = Compute(checkpointing=checkpointing)
-    fused = student_work(CONFIG, compute, batch.student)
-    apart = student_work(CONFIG, dataclasses.replace(compute, attention="eager"), batch.student)
+@pytest.mark.parametrize(
+    ("compute", "layers"),
+    [
+        (Compute(), 5),
+        (Compute(checkpointing=True), 5),
+        (Compute(checkpointing=True, selective=2), 9),
+        (Compute(checkpointing=True, selective="op"), 3),
+    ],
+    ids=["kept", "recomputed", "every second", "op"],
+)
+def test_attention_in_one_operation_has_the_flops_of_attention_written_out(compute, layers):
+    batch, config = micro_batch(), Qwen3Config(**SHAPE | {"num_hidden_layers": layers}, tie_word_embeddings=False)
+    written_out = dataclasses.replace(compute, attention="eager")
+    fused, apart = (student_work(config, each, batch.student) for each in (compute, written_out))
     assert fused["forward"].flops == apart["forward"].flops
     assert fused["forward"].launches < apart["forward"].launches
-    layout, width = Layout.of(batch.student), flops.Width.of(CONFIG, count(CONFIG))
-    assert fused["backward"].flops == flops.backward(width, layout, checkpointing)
-    # scores are computed again: five products in place of four
-    assert fused["backward"].flops == apart["backward"].flops + 2 * width.attention * layout.pairs
+    layout, width = Layout.of(batch.student), flops.Width.of(config, count(config))
+    assert fused["backward"].flops == flops.backward(width, layout, compute.recomputed(layers))
+    # Scores are computed again: five products in place of four. Two of them are repeated where `op` cannot keep them.
+    again = flops.backward(width, layout, written_out.recomputed(layers))
+    assert apart["backward"].flops == again - 2 * width.attention * layout.pairs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

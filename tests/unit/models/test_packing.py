@@ -11,10 +11,8 @@ from pgpo_lightning.core.types import Sample
 from pgpo_lightning.models import soundness
 from pgpo_lightning.models.layouts import packings
 from pgpo_lightning.models.lm_head import source
-from pgpo_lightning.models.loading import (
-    recompute_activations,
-)
 from pgpo_lightning.models.packing import Packing, Sequences, SharedSequences
+from pgpo_lightning.models.recomputation import recompute_activations
 from pgpo_lightning.models.soundness import concatenates, shares_prompts
 from pgpo_lightning.training.mini_batches import micro_batches
 from tests.support.architectures import tiny

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.types import Question
-from pgpo_lightning.models.loading import recompute_activations
+from pgpo_lightning.models.recomputation import recompute_activations
 from pgpo_lightning.models.soundness import way_to_sample
 from pgpo_lightning.rollout import transformers_engine
 from pgpo_lightning.rollout.engine import NotFiniteError, Sampling
