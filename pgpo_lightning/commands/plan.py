@@ -29,7 +29,7 @@ from pgpo_lightning.monitoring.curves import read_scalars
 from pgpo_lightning.rollout.engine import Engine
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from pgpo_lightning.rollout.vllm_engine import VLLMEngine
-from pgpo_lightning.training.start_up import check_positions
+from pgpo_lightning.training.start_up import check_positions, check_reduction
 
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {  # type of the weights, type of autocast
     "32-true": (None, None),
@@ -117,10 +117,12 @@ class PlanCommand(BuildCommand):
         demonstration = _demonstration(module, self._get(self.config, "demonstration_tokens"))
         adapters = _adapters(module, str(trainer.precision))
         engine, teaching, divergence = module.engine, module.objective.teaching, module.objective.divergence
+        sharding = _sharding(trainer, device)
+        check_reduction(module.update, sharding.kind == "fsdp")
         reduces = module.update.reduce_every_pass
         trained = compute.student if adapters is None else adapters.dtype
         reduces = trained == torch.float32 if reduces is None else reduces
-        data, sharding = self.datamodule, replace(_sharding(trainer, device), reduces=reduces)
+        data, sharding = self.datamodule, replace(sharding, reduces=reduces)
         tests = evaluations_of(trainer, module, data, self._get(self.config, "questions"))
         at_once = engine.max_sequences if isinstance(engine, TransformersEngine) else None
         return RunSpec(

@@ -17,7 +17,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgpo_lightning.memory_planner.counter import LiveBytes
@@ -294,6 +298,22 @@ def autocast(compute: Compute) -> Any:
 
 
 @contextmanager
+def _without_data() -> Iterator[None]:
+    """Context in which grouped products of experts need only shapes, and what does need data is an error of one line.
+
+    torch's own grouped product accepts only bf16 if tensors have no data; transformers' operation in its place takes any type.
+    """
+    try:
+        with mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False):
+            yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"Expected `model` to compute shapes that do not depend on its data, but its forward pass calls {error.func}: what "
+            "it needs cannot be predicted."
+        ) from error
+
+
+@contextmanager
 def fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Packed]]]:
     """Context in which tensors have no data: a counter of bytes, and a function from packed rows to such tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -306,5 +326,6 @@ def fake(compute: Compute) -> Iterator[tuple[LiveBytes, Callable[[Packed], Packe
     with warnings.catch_warnings(), ExitStack() as stack:
         # There is never more than one sequence in a row, but transformers cannot determine this without data.
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
+        stack.enter_context(_without_data())
         stack.enter_context(mode)
         yield LiveBytes(), as_fake

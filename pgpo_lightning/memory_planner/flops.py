@@ -24,7 +24,7 @@ class Width:
     """The sizes that determine the operations of a forward pass.
 
     Attributes:
-        matrices: Parameters of the layers' matrices.
+        matrices: Parameters of the layers' matrices that a token is multiplied with.
         attention: Layers times heads times their width.
         head: Parameters of the head, V D.
         last: Parameters of the layers' last matrices.
@@ -40,7 +40,8 @@ class Width:
         """Return the sizes of a configuration."""
         text = config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(count.matrices, count.layers * text.num_attention_heads * width, count.head, count.last)
+        matrices = count.matrices + count.experts
+        return cls(matrices, count.layers * text.num_attention_heads * width, count.head, count.last)
 
 
 def forward(width: Width, layout: Layout) -> int:

@@ -63,6 +63,7 @@ class Count:
         layers: Number of layers.
         tied: Whether the head is the embedding.
         last: Parameters of the layers' last matrices (``down_proj``), which a checkpointed layer does not multiply with again.
+        experts: Parameters of the experts that a token passes through, in all layers. Each costs two operations per token too.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -74,6 +75,7 @@ class Count:
     layers: int
     tied: bool
     last: int
+    experts: int = 0
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -109,7 +111,27 @@ def count(config: PretrainedConfig, field: str = "model") -> Count:
     each = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     sizes = [[m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
     matrices, last = sum(map(sum, sizes)), sum(each[-1] for each in sizes if each)
+    experts = sum(_active(parameter, config) for layer in layers for parameter in layer.parameters())
     total = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
-    return Count(shapes, total, matrices, max(each), total - sum(each), head.numel(), len(each), tied, last)
+    return Count(
+        shapes,
+        total,
+        matrices,
+        max(each),
+        total - sum(each),
+        head.numel(),
+        len(each),
+        tied,
+        0 if experts else last,
+        experts,
+    )
+
+
+def _active(parameter: nn.Parameter, config: PretrainedConfig) -> int:
+    """Return how many numbers of a parameter a token is multiplied with, if it is the matrices of all experts, else 0."""
+    if parameter.ndim != 3:
+        return 0
+    chosen = getattr(config.get_text_config(), "num_experts_per_tok", None) or len(parameter)
+    return parameter.numel() * chosen // len(parameter)

@@ -93,7 +93,8 @@ class WorkCounter(TorchDispatchMode):
         size = sum(_touched(t) for t in written)
         size += size if name in _LOOK_UPS else sum(_touched(t) for t in given)
         self.launches += 1
-        formula = _FORMULAS.get(function._overloadpacket) or flop_registry.get(function._overloadpacket)
+        packet = function._overloadpacket
+        formula = _FORMULAS.get(packet) or _OF_EXPERTS.get(name) or flop_registry.get(packet)
         if formula is None:
             self.other_bytes += size
         else:
@@ -131,6 +132,13 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 """FLOPs of the CPU's attention, which ``torch.utils.flop_counter`` leaves out."""
+
+
+_OF_EXPERTS: dict[str, Callable[..., int]] = {
+    "grouped_mm_fallback": lambda rows, experts, *_, **__: 2 * rows.size(0) * experts[0].numel(),
+    "grouped_mm_fallback_backward": lambda rows, experts, *_, **__: 4 * rows.size(0) * experts[0].numel(),
+}
+"""FLOPs of transformers' grouped products, by the name of the operation. Their bytes are those of all experts."""
 
 
 @dataclass(frozen=True)

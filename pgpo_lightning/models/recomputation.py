@@ -21,6 +21,7 @@ _KEPT = {
     "aten::mm",
     "aten::addmm",
     "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

@@ -16,7 +16,7 @@ from pgpo_lightning.training.configs import UpdateConfig
 from pgpo_lightning.training.rates import build_optimizer, check_rates
 from pgpo_lightning.training.resumed_optimizer import describe_optimizer
 from pgpo_lightning.training.resuming import ResumedSettings
-from pgpo_lightning.training.start_up import check_optimizer_fits, check_schedule, count_batches
+from pgpo_lightning.training.start_up import check_optimizer_fits, check_schedule, count_batches, gathers_checkpoints
 
 
 def adamw(parameters: Any) -> Optimizer:
@@ -68,7 +68,7 @@ class Optimization:
         if self.update.lr_scheduler_type is not None:
             self.make_scheduler = named_schedule(self.update, partial(_length, trainer, self.update))
         optimizer = build_optimizer(self.make_optimizer, trained(model))
-        check_optimizer_fits(optimizer, model, sharded)
+        check_optimizer_fits(optimizer, model, sharded, gathers_checkpoints(trainer))
         if resumed is None:
             scheduler, _ = describe_optimizer(optimizer, self.make_scheduler)
         else:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -150,11 +151,8 @@ def check_combination(
         MisconfigurationException: Names the setting and what to set instead.
     """
     engine.check()
-    if not sharded and update is not None and update.reduce_every_pass is not None:
-        raise MisconfigurationException(
-            f"Expected no `update.reduce_every_pass` without sharded weights, where it has no effect, but got "
-            f"{update.reduce_every_pass}. Set it to null, or `trainer.strategy` to ModelParallelStrategy (FSDP2)."
-        )
+    if update is not None:
+        check_reduction(update, sharded)
     if sharded and quantization is not None:
         raise MisconfigurationException(
             "Expected no `quantization` with sharded weights, because quantised ones cannot be sharded, but got "
@@ -169,6 +167,23 @@ def check_combination(
         raise MisconfigurationException(
             "Expected no `teacher.offload` with sharded weights, of which each device holds a part only, but got "
             "ModelParallelStrategy. Set `teacher.offload` to false, or `trainer.strategy` to ddp."
+        )
+
+
+def check_reduction(update: UpdateConfig, sharded: bool) -> None:
+    """Raise if it is set how often gradients of shards are exchanged, and there are no shards.
+
+    Args:
+        update: How a batch becomes optimizer steps.
+        sharded: Whether weights are sharded over ranks.
+
+    Raises:
+        MisconfigurationException: Names the setting and what to set instead.
+    """
+    if not sharded and update.reduce_every_pass is not None:
+        raise MisconfigurationException(
+            f"Expected no `update.reduce_every_pass` without sharded weights, where it has no effect, but got "
+            f"{update.reduce_every_pass}. Set it to null, or `trainer.strategy` to ModelParallelStrategy (FSDP2)."
         )
 
 
@@ -217,8 +232,20 @@ def check_top_k(model: PreTrainedModel, divergence: Divergence | None) -> None:
         )
 
 
-def check_optimizer_fits(optimizer: Optimizer, model: PreTrainedModel, sharded: bool) -> None:
-    """Raise if the optimizer cannot step sharded weights; warn if it loses small updates of narrow ones.
+def gathers_checkpoints(trainer: L.Trainer | None) -> bool:
+    """Return whether the first rank gathers the shards of all ranks and writes them as one file."""
+    strategy = None if trainer is None else trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) and not strategy._save_distributed_checkpoint
+
+
+def check_optimizer_fits(optimizer: Optimizer, model: PreTrainedModel, sharded: bool, gathered: bool = False) -> None:
+    """Raise if the optimizer cannot step or save sharded weights; warn if it loses small updates of narrow ones.
+
+    Args:
+        optimizer: The optimizer.
+        model: The student.
+        sharded: Whether its weights are sharded over ranks.
+        gathered: See :func:`gathers_checkpoints`.
 
     Raises:
         MisconfigurationException: Names the optimizer and another one.
@@ -228,6 +255,15 @@ def check_optimizer_fits(optimizer: Optimizer, model: PreTrainedModel, sharded: 
             f"Expected an `optimizer` that knows sharded weights, but got {type(optimizer).__name__} of bitsandbytes, which "
             "does not. torchao.optim.AdamW8bit does, with conditions (docs/scaling.md, optimizers with a small state)."
         )
+    if gathered and type(optimizer).__module__.startswith("torchao"):
+        block = int(getattr(optimizer, "block_size", 1))
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, DTensor) and _differs_by_rank(parameter, block):
+                raise MisconfigurationException(
+                    f"Expected `trainer.strategy.init_args.save_distributed_checkpoint` true with {type(optimizer).__name__} of "
+                    f"torchao, whose state of unequal shards, as of {name} {tuple(parameter.shape)}, cannot be gathered into one "
+                    "file, but got false. Set it to true: every rank then writes its part into a folder."
+                )
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
     if narrow and not getattr(optimizer, "bf16_stochastic_round", False):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in narrow)
@@ -237,6 +273,17 @@ def check_optimizer_fits(optimizer: Optimizer, model: PreTrainedModel, sharded: 
             "take torchao.optim.AdamW8bit with `bf16_stochastic_round` true.",
             stacklevel=3,
         )
+
+
+def _differs_by_rank(parameter: DTensor, block: int) -> bool:
+    """Return whether ranks have shards of unequal sizes, and torchao's state of some of them is quantised.
+
+    It is from 4,096 numbers, if they fill whole blocks. So one rank may have 8 bits and another 32.
+    """
+    rows, ranks = parameter.shape[0], parameter.device_mesh.size()
+    each = -(-rows // ranks)
+    sizes = {max(0, min(each, rows - rank * each)) * (parameter.numel() // rows) for rank in range(ranks)}
+    return len(sizes) > 1 and any(size >= 4096 and size % block == 0 for size in sizes)
 
 
 def check_schedule(scheduler: Any) -> None:

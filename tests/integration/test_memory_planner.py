@@ -158,9 +158,20 @@ def test_what_is_not_understood_is_refused(args, message):
         main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *args])
 
 
-def test_responses_beyond_the_positions_of_the_model_are_refused():
-    with pytest.raises(MisconfigurationException, match="fit into the model's 512 positions"):
-        main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), "--model.max_response_length", "500"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.max_response_length", "500"], "fit into the model's 512 positions"),
+        (
+            ["--model.update.reduce_every_pass", "true"],
+            "Expected no `update.reduce_every_pass` without sharded weights",
+        ),
+    ],
+    ids=["positions", "reduction"],
+)
+def test_what_a_run_refuses_at_its_start_is_refused(args, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *args])
 
 
 def test_a_teacher_on_the_host_visits_the_device_for_the_gradients():

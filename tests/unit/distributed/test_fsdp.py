@@ -1,16 +1,22 @@
 """Models and precisions that cannot be sharded are refused."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pgpo_lightning.distributed.fsdp import FullySharded, full_tensor
 from pgpo_lightning.rollout.transformers_engine import TransformersEngine
 from pgpo_lightning.training.configs import UpdateConfig
 from pgpo_lightning.training.mini_batches import Pass
-from pgpo_lightning.training.start_up import check_combination
+from pgpo_lightning.training.start_up import check_combination, check_optimizer_fits, gathers_checkpoints
 from tests.support.helpers import random_rows, tiny_model, tiny_sdpo
 
 
@@ -74,3 +80,29 @@ def test_an_evaluation_with_sharded_weights_takes_a_checkpoint_whose_weights_are
     module.on_load_checkpoint(checkpoint)
     assert module.steps == 0
     assert "state_dict" not in checkpoint
+
+
+@pytest.mark.parametrize("rows", [239, 240])
+def test_quantised_state_of_unequal_shards_is_not_gathered_into_one_file(rows):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        shards = distribute_tensor(
+            torch.zeros(rows, 128), dist.init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None
+        )
+        model = torch.nn.ParameterDict({"embedding": torch.nn.Parameter(shards)})
+        quantised = type("AdamW8bit", (torch.optim.SGD,), {"__module__": "torchao.optim.adam", "block_size": 256})
+        optimizer = quantised(model.parameters(), lr=1.0)
+        check_optimizer_fits(optimizer, model, sharded=True)  # every rank writes its own
+        check_optimizer_fits(torch.optim.AdamW(model.parameters()), model, sharded=True, gathered=True)
+        refused = pytest.raises(MisconfigurationException, match=r"checkpoint` true .* of embedding \(239, 128\)")
+        with refused if rows == 239 else nullcontext():
+            check_optimizer_fits(optimizer, model, sharded=True, gathered=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_who_writes_checkpoints_of_shards(whole):
+    strategy = ModelParallelStrategy(save_distributed_checkpoint=not whole)
+    assert gathers_checkpoints(SimpleNamespace(strategy=strategy)) == whole
+    assert not gathers_checkpoints(None)

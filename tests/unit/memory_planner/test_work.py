@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from pgpo_lightning.memory_planner import flops
 from pgpo_lightning.memory_planner.cards import Rates
@@ -25,6 +25,7 @@ from pgpo_lightning.memory_planner.workload import Layout, Lengths, group
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.packing import Packing
 from pgpo_lightning.models.shared_attention import CopiedKeys
+from tests.support.architectures import tiny_config
 from tests.support.helpers import tiny_model
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5}
@@ -82,6 +83,30 @@ def test_flops_of_a_teacher_are_those_of_the_real_model():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         batch.teacher.hidden_states(decoder(model), model.config)
     assert teacher_work(model.config, WRITTEN_OUT, batch.teacher).flops == counter.get_total_flops() > 0
+
+
+def test_flops_of_experts_are_those_of_the_real_model():
+    config, batch = tiny_config("qwen3_moe"), micro_batch()
+    work, token = student_work(config, WRITTEN_OUT, batch.student), decode_work(config, WRITTEN_OUT, padded=False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        hidden = batch.student.hidden_states(decoder(model), config)
+        forward = counter.get_total_flops()
+        hidden.sum().backward()
+    assert work["forward"].flops == forward
+    assert work["forward"].flops + work["backward"].flops == counter.get_total_flops()
+    counted = count(config)
+    width, layout = flops.Width.of(config, counted), Layout.of(batch.student)
+    routers = 2 * layout.padded * sum(p.numel() for n, p in model.named_parameters() if n.endswith("gate.weight"))
+    assert forward == flops.forward(width, layout) + routers
+    assert token.row.flops * layout.padded == 2 * (width.matrices + counted.head) * layout.padded + routers
+
+
+def test_shapes_that_depend_on_data_are_refused():
+    config = tiny_config("qwen3_moe")
+    config._experts_implementation = "eager"  # a loop over the experts that were chosen
+    with pytest.raises(ValueError, match="Expected `model` to compute shapes that do not depend on its data"):
+        student_work(config, Compute(), micro_batch().student)
 
 
 @pytest.mark.parametrize(
