@@ -47,7 +47,7 @@ def test_two_processes_equal_one(tmp_path, split, strategy, teacher):
     assert torch.equal(two[0]["weights"], two[1]["weights"])
     assert torch.equal(two[0]["teacher"], two[1]["teacher"])
     assert two[0]["seen"] == two[1]["seen"]
-    torch.testing.assert_close(torch.tensor(two[0]["seen"]), torch.tensor(one["seen"]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(two[0]["seen"]), torch.tensor(one["seen"]), rtol=1e-3, atol=3e-6)
     assert len({rho for *_, rho in one["seen"]}) == len(one["seen"]), (
         "the multiplier must move for the comparison to mean anything"
     )

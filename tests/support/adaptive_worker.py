@@ -35,7 +35,7 @@ class FixedRows(ranks_worker.FixedSDPO):
     split = "uneven"
 
     def training_step(self, batch, batch_idx):
-        self.seen = []
+        self.seen, self.norms = [], []
         super().training_step(batch, batch_idx)
         share = ranks_worker.ROWS // self.trainer.world_size
         rows = ranks_worker.rows_of(self.steps - 1, self.split)
