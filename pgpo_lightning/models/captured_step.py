@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class CapturedStep:
-    """Runs a step as a CUDA graph, from its third run on.
+    """Runs a step as a CUDA graph, from its second run on.
 
     The step has to work in place: what changes between two runs lies in tensors that it reads and writes, always the same ones.
-    The first run is an ordinary one, in which libraries get their memory. In the second the step is captured.
+    The first run is an ordinary one, in which libraries get their memory. The second captures it.
 
     Args:
         step: Returns its result.
