@@ -15,6 +15,7 @@ from pgpo_lightning.checkpoints.single_file import read_file
 from pgpo_lightning.commands.hub import check_access, upload
 from pgpo_lightning.commands.mistakes import brief
 from pgpo_lightning.commands.model_card import model_card
+from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.models.loading import resolve_model
 from pgpo_lightning.models.lora import merged, write_adapter
 
@@ -78,7 +79,8 @@ def export(
     origin = tokenizer or about["tokenizer"]
     if not origin:
         raise ValueError("Expected `tokenizer`, because the run was given a tokenizer object that came from no folder.")
-    AutoTokenizer.from_pretrained(resolve_model(origin)).save_pretrained(output)
+    with as_user_error(f"the tokenizer of `{origin}`"):
+        AutoTokenizer.from_pretrained(resolve_model(origin)).save_pretrained(output)
     if lora == "adapter":
         write_adapter(output, state, about["lora"])
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from pgpo_lightning.core.errors import as_user_error
 from pgpo_lightning.models.lm_head import decoder
 from pgpo_lightning.models.loading import resolve_model
 
@@ -26,9 +27,10 @@ def configuration(name: str, revision: str | None = None, trust_remote_code: boo
     """
     shipped = SHAPES / name.lower().rpartition("/")[2]
     own = name.lower().startswith("qwen/") and not Path(name).exists() and (shipped / "config.json").exists()
-    return AutoConfig.from_pretrained(
-        str(shipped) if own else resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
-    )
+    with as_user_error(f"the model `{name}`"):
+        return AutoConfig.from_pretrained(
+            str(shipped) if own else resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:

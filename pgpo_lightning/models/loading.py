@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pgpo_lightning.core.errors import as_user_error
+from pgpo_lightning.core.errors import UserError, as_user_error
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import first_row
 from pgpo_lightning.models.quantization import Quantization, keep_weights_as_they_are
@@ -41,8 +42,16 @@ def fp32_by_default() -> Iterator[None]:
 
 
 def resolve_model(name: str) -> str:
-    """Return the folder or Hub id of a model. ``toy`` and ``toy-code`` are base models in this package."""
-    return str(files("pgpo_lightning") / "assets" / SHIPPED[name]) if name in SHIPPED else name
+    """Return the folder or Hub id of a model. ``toy`` and ``toy-code`` are base models in this package.
+
+    Raises:
+        UserError: If the name can only be that of a folder, because no Hub id is written so, and there is no such folder.
+    """
+    if name in SHIPPED:
+        return str(files("pgpo_lightning") / "assets" / SHIPPED[name])
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise UserError(f"Expected a model in the folder {name}, but there is no such folder.")
+    return name
 
 
 def load_model(

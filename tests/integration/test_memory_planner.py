@@ -80,6 +80,8 @@ def test_every_config_is_understood(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if TEACHERS.get(path.stem) == "external":
         shutil.copytree(resolve_model("toy"), tmp_path / "runs" / "toy-teacher")
+    if path.stem == "real_model":  # made by `make test-llm`
+        shutil.copytree(resolve_model("toy"), tmp_path / ".models" / "smollm2-135m-instruct")
     run = command(*arguments(path)).run()
     assert run.samples == 8
     assert run.teacher == TEACHERS.get(path.stem, "ema")

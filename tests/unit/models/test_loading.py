@@ -8,7 +8,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from pgpo_lightning.core.errors import UserError
 from pgpo_lightning.core.types import Question
+from pgpo_lightning.memory_planner.parameters import configuration
 from pgpo_lightning.models.loading import (
     architecture,
     check_architecture,
@@ -67,6 +69,19 @@ def test_toy_is_found_and_loaded_in_the_asked_type():
         model = load_model("toy", dtype=dtype)
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert resolve_model("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("name", [".models/smollm2", "/nowhere/model", "~/model", "runs/mine/model"])
+def test_a_folder_that_is_not_there_is_told_as_such(name):
+    for load in (load_model, load_tokenizer, configuration):
+        with pytest.raises(UserError, match=f"^Expected a model in the folder {name}, but there is no such folder.$"):
+            load(name)
+
+
+def test_what_the_hub_does_not_have_is_an_error_of_the_user():
+    for load in (load_model, load_tokenizer, configuration):
+        with pytest.raises(UserError, match=r"^Expected the .*`nobody\.has/this` to be usable, but "):
+            load("nobody.has/this")
 
 
 def other_tokenizer(**attributes):
