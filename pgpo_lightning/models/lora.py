@@ -22,7 +22,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Filled, Text, checked
-from pgpo_lightning.distributed.fsdp import shards_set_aside
+from pgpo_lightning.distributed.fsdp import full_tensor, shards_set_aside
 from pgpo_lightning.models.adapter import adapter, is_adapter
 from pgpo_lightning.models.loading import fingerprint, load_model
 from pgpo_lightning.models.quantization import Quantization
@@ -262,6 +262,22 @@ def write_adapter(folder: str | Path, matrices: dict[str, Tensor], saved: dict[s
         revision=saved["revision"],
         inference_mode=True,
     )
+    _write(folder, matrices, config)
+
+
+def write_current_adapter(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write the adapter that a model has now as :func:`write_adapter`. If it is sharded, every rank must call this.
+
+    Args:
+        model: A model with an adapter.
+        folder: Destination, one per rank.
+        dtype: Type of the matrices in the file.
+    """
+    matrices = {name: full_tensor(matrix.detach().to(dtype)).cpu() for name, matrix in adapter(model).items()}
+    _write(folder, matrices, model.peft_config["default"])
+
+
+def _write(folder: str | Path, matrices: dict[str, Tensor], config: Any) -> None:
     config.save_pretrained(str(folder))
     contiguous = {_peft_name(name): matrix.contiguous() for name, matrix in matrices.items()}
     save_file(contiguous, Path(folder) / _WEIGHTS, metadata={"format": "pt"})

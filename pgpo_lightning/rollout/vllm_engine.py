@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.core.settings import Count, Positive, PositiveFraction, Text, checked
 from pgpo_lightning.core.types import Question, Rollout
+from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.models.loading import Dtype, decode
 from pgpo_lightning.rollout.engine import Engine, Sampling, end_tokens
 from pgpo_lightning.rollout.weight_sync import checksum
@@ -83,8 +84,8 @@ class VLLMEngine(Engine):
     """Samples with vLLM. Needs the extra ``vllm``, or with a server vLLM on the server's machine only.
 
     Under DDP and FSDP2 every rank has a vLLM of its own in its process. The weights are streamed into it layer by layer, in the
-    type that it computes in, and an adapter is merged on the way. For a server, and for tensor-parallel workers of a run with one
-    process, they are written into a folder. A checksum of the weights decides in every session whether a sync is needed, so
+    type that it computes in, and an adapter is merged on the way, or sent alone (`lora`). For a server, and for tensor-parallel
+    workers of a run with one process, they are written into a folder. A checksum of the weights decides in every session whether a sync is needed, so
     resumed runs and runs that were reset to older weights are correct too.
 
     In training all random numbers of a call follow from one seed. Evaluation has a seed per question, which vLLM samples slower.
@@ -106,6 +107,8 @@ class VLLMEngine(Engine):
             process).
         enable_sleep_mode: Release vLLM's memory during the training step, its weights included: they are streamed anew in every
             session (in this process).
+        lora: What a student with an adapter sends: ``merged`` is all weights, with the adapter in them; ``adapter`` is the base
+            weights once, and then the adapter's matrices alone, which vLLM multiplies beside the base (in this process).
         options: Further arguments of ``vllm.LLM`` (in this process).
 
     Raises:
@@ -125,6 +128,7 @@ class VLLMEngine(Engine):
         enforce_eager: bool = False,
         dtype: Dtype | None = None,
         enable_sleep_mode: bool = False,
+        lora: Literal["merged", "adapter"] = "merged",
         options: dict[str, Any] | None = None,
     ) -> None:
         local: dict[str, Any] = {
@@ -134,6 +138,7 @@ class VLLMEngine(Engine):
             "enforce_eager": enforce_eager,
             "dtype": dtype,
             "enable_sleep_mode": enable_sleep_mode,
+            "lora": lora,
             "options": options,
         }
         _check(server, local)
@@ -149,6 +154,14 @@ class VLLMEngine(Engine):
             raise MisconfigurationException(
                 "Expected vLLM to be installed for `engine: VLLMEngine` without a `server`, but it is not: "
                 "pip install 'pgpo-lightning[vllm]'"
+            )
+
+    def prepare(self, model: PreTrainedModel, longest: int) -> None:
+        """See :meth:`Engine.prepare`: `lora` has an effect on a student with an adapter only."""
+        if self.local["lora"] == "adapter" and not adapter(model):
+            raise MisconfigurationException(
+                "Expected a student with `lora`, because `engine.lora` is adapter, but all weights are trained. Set "
+                "`engine.lora` to merged."
             )
 
     def generate(

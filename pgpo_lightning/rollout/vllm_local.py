@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.core.seeding import seeded
 from pgpo_lightning.distributed.collectives import gather
+from pgpo_lightning.models.lora import write_current_adapter
 from pgpo_lightning.rollout.engine import Sampling
 from pgpo_lightning.rollout.vllm_engine import SEEDS, Completion, Sampler
-from pgpo_lightning.rollout.weight_sync import drained, stream_weights, write_config, write_weights
+from pgpo_lightning.rollout.weight_sync import checksum, drained, stream_weights, write_config, write_weights
 
 T = TypeVar("T")
 
@@ -63,7 +64,14 @@ class LocalSampler(Sampler):
             options.setdefault("enable_chunked_prefill", False)
         if ranks > 1:
             options["distributed_executor_backend"] = "external_launcher"  # the ranks are its workers
-        arguments = {name: value for name, value in settings.items() if name != "options"}
+        arguments = {name: value for name, value in settings.items() if name not in ("options", "lora")}
+        self.base: list[int] | None = None  # checksum of the base weights that it has, if an adapter is sent alone
+        self.adapter: partial[Any] | None = None  # makes what names it in a request
+        if settings["lora"] == "adapter":
+            from vllm.lora.request import LoRARequest
+
+            self.adapter = partial(LoRARequest, "student", 1, str(self.folder / "adapter"))
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(model.peft_config["default"].r)}
         _quiet()
         with _rank_variables() if ranks > 1 else nullcontext():
             self.llm = vllm.LLM(
@@ -80,14 +88,27 @@ class LocalSampler(Sampler):
 
     def load(self, model: PreTrainedModel) -> None:
         """See :meth:`~pgpo_lightning.rollout.vllm_engine.Sampler.load`."""
+        if self.adapter is None:
+            self._load_weights(model)
+        else:
+            base = checksum(model, adapted=False)
+            if self.base != base:
+                self.base = None  # unknown if the next line fails
+                self._load_weights(model)
+                self.base = base
+            write_current_adapter(model, self.folder / "adapter", self.dtype)
+            self.llm.llm_engine.add_lora(self.adapter(load_inplace=True))
+        self._forget()
+
+    def _load_weights(self, model: PreTrainedModel) -> None:
+        merges = self.adapter is None
         if self.in_workers:  # tensors cannot be passed to other processes in a call
-            write_weights(model, self.folder, self.dtype)
+            write_weights(model, self.folder, self.dtype, merges)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
         else:
             # The model's `load_weights` is not enough: on a CPU the matrices are packed copies, which only this call renews.
-            with drained(stream_weights(model, self.dtype)) as weights:
+            with drained(stream_weights(model, self.dtype, merges)) as weights:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._forget()
 
     def _forget(self) -> None:
         if not self.llm.reset_prefix_cache():
@@ -117,7 +138,9 @@ class LocalSampler(Sampler):
         if sampling.seeds is None:
             self._forget()  # cached prompts change the order in which random numbers are drawn
         with seeded("vllm", seed):
-            answers = self.llm.generate(*map(list, zip(*everything, strict=True)), use_tqdm=False) if everything else []
+            asked = [list(each) for each in zip(*everything, strict=True)]
+            adapter = None if self.adapter is None else self.adapter()
+            answers = self.llm.generate(*asked, use_tqdm=False, lora_request=adapter) if asked else []
         return enumerate([_completion(output) for output in answer.outputs] for answer in answers[own])
 
     def wake(self) -> None:
@@ -139,7 +162,7 @@ class LocalSampler(Sampler):
             self.llm.sleep(
                 level=2
             )  # drops the weights; level 1 would move them to the host for the next step to overwrite
-            self.asleep, self.holds = True, None
+            self.asleep, self.holds, self.base = True, None, None
 
 
 class RankGroup:
@@ -177,6 +200,19 @@ def _rank_variables() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _room(rank: int) -> int:
+    """Return the smallest rank of an adapter that vLLM makes room for and that is large enough."""
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
+    if rank > max(ranks):
+        raise MisconfigurationException(
+            f"Expected `lora.r` to be at most {max(ranks)}, which is all that vLLM takes with `engine.lora` adapter, but got "
+            f"{rank}. Set `engine.lora` to merged."
+        )
+    return min(each for each in ranks if each >= rank)
 
 
 def _quiet() -> None:

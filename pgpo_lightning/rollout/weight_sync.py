@@ -34,28 +34,36 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def checksum(model: PreTrainedModel) -> list[int]:
+def checksum(model: PreTrainedModel, adapted: bool = True) -> list[int]:
     """Return the sum of every tensor's bits, read as integers, which changes with the weights.
 
     The tensors' version counters would not do: some optimizers do not change them (AdamW with ``fused``, bitsandbytes), and the
     sampler would keep old weights. The sums take one pass over the weights, on their device. Each rank sums its part of sharded
     weights, and the sums of all ranks are returned: then every rank must call it.
+
+    Args:
+        model: The student.
+        adapted: With the matrices of an adapter.
     """
-    tensors = [_local(tensor).reshape(-1) for tensor in model.state_dict().values()]
+    state = {name: tensor for name, tensor in model.state_dict().items() if adapted or not is_adapter(name)}
+    tensors = [_local(tensor).reshape(-1) for tensor in state.values()]
     sums = [tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
     local: list[int] = torch.stack(sums).tolist()  # one synchronisation with the device
     return [each for sums in gather(local) for each in sums] if is_sharded(model) else local
 
 
-def stream_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def stream_weights(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, adapted: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight as it is in a checkpoint on disk, layer by layer.
 
-    An adapter is merged: ``W + s B A``. A head that is tied to the embedding is included: ``save_pretrained`` omits it, and a
+    A head that is tied to the embedding is included: ``save_pretrained`` omits it, and a
     sampler whose kernels keep a packed copy of the head (vLLM on a CPU) would reload all weights except the head.
 
     Args:
         model: The student. If it is sharded, every rank must exhaust the iterator, and each tensor is gathered for its turn.
         dtype: Floating-point type of the stream. Null keeps that of the weights.
+        adapted: With an adapter merged, ``W + s B A``. If not, the base weights alone.
 
     Yields:
         Name and tensor. A tensor is a copy only where it was gathered, merged, converted or cast.
@@ -67,7 +75,9 @@ def stream_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> 
     whole = {name for name, _ in names}  # quantised layers store more than their weight
     for _, layer in groupby((name for name in stored if name in whole and not is_adapter(name)), key=_layer):
         # Cast before it is gathered: ranks exchange half as many bytes.
-        weights = {name.replace(".base_layer.", "."): full_tensor(_cast(_plain(model, name), dtype)) for name in layer}
+        weights = {
+            name.replace(".base_layer.", "."): full_tensor(_cast(_plain(model, name, adapted), dtype)) for name in layer
+        }
         yield from revert_weight_conversion(model, weights).items()
 
 
@@ -81,12 +91,12 @@ def drained(stream: Iterator[T]) -> Iterator[Iterator[T]]:
             pass
 
 
-def _plain(model: PreTrainedModel, name: str) -> Tensor:
+def _plain(model: PreTrainedModel, name: str, adapted: bool) -> Tensor:
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
     path, _, last = owner.rpartition(".")
     if kind == "weight" and (last == "base_layer" or isinstance(module, nn.Linear)):
-        return plain_weight(model.get_submodule(path) if last == "base_layer" else module)
+        return plain_weight(model.get_submodule(path) if last == "base_layer" and adapted else module)
     tensor: Tensor = getattr(module, kind)
     return tensor.detach()
 
@@ -114,7 +124,7 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None, adapted: bool = True) -> None:
     """Write configuration and :func:`stream_weights` into a folder, replacing earlier files.
 
     Of several ranks the first writes. If weights are sharded, every rank must call it.
@@ -124,7 +134,7 @@ def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
         return
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    with drained(stream_weights(model, dtype)) as stream:
+    with drained(stream_weights(model, dtype, adapted)) as stream:
         for name, tensor in stream:
             if writes:
                 tied = tensor.data_ptr() in seen  # the file format allows one name per memory

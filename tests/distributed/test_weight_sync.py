@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pgpo_lightning.models.adapter import adapter
+from pgpo_lightning.models.lora import write_current_adapter
 from pgpo_lightning.rollout.weight_sync import stream_weights
 from tests.support.helpers import tiny_model
 from tests.support.processes import finish, start_ranks
@@ -11,8 +13,12 @@ from tests.support.stream_worker import student
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stream")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("stream")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     finish(
         *start_ranks(["tests.support.stream_worker", folder / "found"], folder / "log", 2),
         log=folder / "log",
@@ -34,6 +40,22 @@ def test_the_stream_is_that_of_the_whole_model(ranks, adapted, precision, dtype)
         for name, tensor in expected.items():
             assert streamed[name].dtype == tensor.dtype
             assert torch.equal(streamed[name], tensor), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_an_adapter_alone_is_the_whole_one_on_every_rank_beside_the_base_weights(ranks, folder, precision):
+    write_current_adapter(student(True), folder / "expected", torch.bfloat16)
+    expected = load_file(folder / "expected" / "adapter_model.safetensors")
+    assert len(expected) == len(adapter(student(True)))
+    base = dict(stream_weights(tiny_model()))
+    for rank, found in enumerate(ranks[:2]):
+        written = load_file(folder / f"adapter {precision} {rank}" / "adapter_model.safetensors")
+        for ours, theirs in ((written, expected), (found[f"base {precision}"], base)):
+            assert [*ours] == [*theirs]
+            for name, tensor in theirs.items():
+                assert torch.equal(ours[name], tensor), name
+        before, after = found[f"base sums {precision}"]
+        assert before == after  # a change of the adapter is none of the base
 
 
 def test_a_reader_that_fails_on_one_rank(ranks):

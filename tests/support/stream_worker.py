@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from pgpo_lightning.distributed.collectives import gather
 from pgpo_lightning.distributed.fsdp import FullySharded
-from pgpo_lightning.models.lora import add_adapter
+from pgpo_lightning.models.adapter import adapter
+from pgpo_lightning.models.lora import add_adapter, write_current_adapter
 from pgpo_lightning.rollout.weight_sync import checksum, drained, stream_weights, write_weights
 from tests.support.adapters import disturb, lora
 from tests.support.helpers import tiny_model
@@ -40,6 +41,14 @@ def main(output):
         placement.run(lambda model=model: model(torch.arange(6, 18).unsqueeze(0)).logits)  # FSDP2 is at work
         for dtype in (None, torch.bfloat16):
             found[f"{adapted} {precision} {dtype}"] = dict(stream_weights(model, dtype))
+        if adapted:
+            found[f"base {precision}"] = dict(stream_weights(model, adapted=False))
+            write_current_adapter(model, output.parent / f"adapter {precision} {dist.get_rank()}", torch.bfloat16)
+            found[f"base sums {precision}"] = [checksum(model, adapted=False)]
+            with torch.no_grad():
+                for matrix in adapter(model).values():
+                    matrix.add_(1.0)
+            found[f"base sums {precision}"].append(checksum(model, adapted=False))
 
     if dist.get_rank() == 1:  # reads two tensors and fails; the other still gets all
 

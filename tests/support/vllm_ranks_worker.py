@@ -1,7 +1,8 @@
 """Trains with vLLM in every rank's process; run by tests/vllm/test_ranks.py.
 
-Usage: python -m tests.support.vllm_ranks_worker OUTPUT STRATEGY WHAT, once per rank. WHAT is `whole`, `lora`, `shared` (two ranks
-share one copy of the model), `stale` (weights are synced once) or `dies` (rank 1 disappears at the second step).
+Usage: python -m tests.support.vllm_ranks_worker OUTPUT STRATEGY WHAT, once per rank. WHAT is `whole`, `lora` (merged), `adapter`
+(alone), `shared` (two ranks share one copy of the model), `stale` or `stale-lora` (weights are synced once), or `dies` (rank 1
+disappears at the second step).
 """
 
 import os
@@ -53,10 +54,15 @@ def main():
             os._exit(3)
         return float(len(response) % 2)
 
-    engine = (Once if what == "stale" else Counting)(
-        max_model_len=256, enforce_eager=True, tensor_parallel_size=2 if what == "shared" else 1
+    engine = (Once if what.startswith("stale") else Counting)(
+        max_model_len=256,
+        enforce_eager=True,
+        tensor_parallel_size=2 if what == "shared" else 1,
+        lora="adapter" if what == "adapter" else "merged",
     )
-    given = {"lora": lora()} if what == "lora" else {}
+    given = {"lora": lora()} if what.endswith(("lora", "adapter")) else {}
+    if what == "stale-lora":  # a step moves an adapter's product by less than the default limit
+        given["max_sampler_gap"] = 1e-4
     module = build(Recording,
         student(), verifier, tokenizer=TOKENIZER, num_generations=4, eval_samples=2, engine=engine,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **LIMITS | given,

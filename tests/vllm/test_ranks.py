@@ -1,5 +1,7 @@
 """vLLM in every rank's process: under DDP and FSDP2, for all weights and an adapter. Run by `make test-vllm`."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -16,7 +18,8 @@ def run(folder, strategy, what):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "what"), [("ddp", "whole"), ("ddp", "lora"), ("fsdp2", "whole"), ("fsdp2", "shared")]
+    ("strategy", "what"),
+    [*product(("ddp", "fsdp2"), ("whole", "lora", "adapter")), ("fsdp2", "shared")],
 )
 def test_every_rank_samples_from_its_own_weights_at_every_step(tmp_path, strategy, what):
     ranks = run(tmp_path, strategy, what)
@@ -29,9 +32,12 @@ def test_every_rank_samples_from_its_own_weights_at_every_step(tmp_path, strateg
     assert ranks[0]["score"] == ranks[1]["score"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_stale_weights_stop_the_run_at_the_second_step(tmp_path, strategy):
-    ranks = start_ranks([WORKER, tmp_path / "found", strategy, "stale"], tmp_path / "log", 2)
+@pytest.mark.parametrize(
+    ("strategy", "what", "limit"),
+    [("ddp", "stale", "0.1"), ("fsdp2", "stale", "0.1"), ("fsdp2", "stale-lora", "0.0001")],
+)
+def test_stale_weights_stop_the_run_at_the_second_step(tmp_path, strategy, what, limit):
+    ranks = start_ranks([WORKER, tmp_path / "found", strategy, what], tmp_path / "log", 2)
     for rank in ranks:
         rank.join(600)
     codes = [rank.exitcode for rank in ranks]
@@ -40,7 +46,7 @@ def test_stale_weights_stop_the_run_at_the_second_step(tmp_path, strategy):
     texts = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert codes == [1, 1], texts[0][-3000:]
     for text in texts:
-        assert "`mismatch.max_sampler_gap`=0.1 nats per token" in text
+        assert f"`mismatch.max_sampler_gap`={limit} nats per token" in text
         assert "at step 1: the rollouts" in text
 
 

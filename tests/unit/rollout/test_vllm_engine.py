@@ -33,6 +33,7 @@ EOS = TOKENIZER.eos_token_id
         ({"options": {"logprobs_mode": "raw_logprobs"}}, "set elsewhere, but got logprobs_mode"),
         ({"server": "localhost:8000"}, "`server` to be an address such as http://localhost:8000, but got 'localhost:8000'"),
         ({"server": "http://a", "max_model_len": 9}, "`max_model_len` to be left at its default with a `server`, .* but got 9"),
+        ({"server": "http://a", "lora": "adapter"}, "`lora` to be left at its default with a `server`, .* but got adapter"),
         ({"server": "http://a", "dtype": "float32"}, "`dtype` to be left at its default with a `server`, .* but got float32"),
     ],
 )  # fmt: skip

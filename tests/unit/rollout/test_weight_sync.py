@@ -57,6 +57,9 @@ def test_an_adapter_is_merged(targets):
     for name, value in expected.state_dict().items():
         assert torch.allclose(streamed[name], value, atol=1e-6), name
     assert not torch.equal(streamed[QUERY], tiny_model().state_dict()[QUERY])
+    base = dict(stream_weights(model, adapted=False))
+    assert [*base] == [*streamed]
+    assert all(torch.equal(base[name], value) for name, value in tiny_model().state_dict().items())
 
 
 def test_an_adapter_is_merged_into_layers_that_are_not_linear_by_class():
