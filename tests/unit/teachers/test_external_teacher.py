@@ -207,8 +207,10 @@ def test_a_model_that_is_too_small_is_refused(tmp_path, settings, message):
 
 
 def test_a_folder_without_a_model_or_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"the tokenizer of `.*` to be usable"):
+    with pytest.raises(UserError, match=r"a model in the folder .*none, but there is no such folder"):
         made(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"the tokenizer of `.*` to be usable"):
+        made(str(tmp_path))
 
 
 @pytest.mark.parametrize(
