@@ -85,8 +85,8 @@ class VLLMEngine(Engine):
 
     Under DDP and FSDP2 every rank has a vLLM of its own in its process. The weights are streamed into it layer by layer, in the
     type that it computes in, and an adapter is merged on the way, or sent alone (`lora`). For a server, and for tensor-parallel
-    workers of a run with one process, they are written into a folder. A checksum of the weights decides in every session whether a sync is needed, so
-    resumed runs and runs that were reset to older weights are correct too.
+    workers of a run with one process, they are written into a folder. A checksum of the weights decides in every session
+    whether a sync is needed, so resumed runs and runs that were reset to older weights are correct too.
 
     In training all random numbers of a call follow from one seed. Evaluation has a seed per question, which vLLM samples slower.
 
