@@ -71,7 +71,8 @@ class LocalSampler(Sampler):
             from vllm.lora.request import LoRARequest
 
             self.adapter = partial(LoRARequest, "student", 1, str(self.folder / "adapter"))
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(model.peft_config["default"].r)}
+            rank = model.peft_config["default"].r  # type: ignore[attr-defined]
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(rank)}
         _quiet()
         with _rank_variables() if ranks > 1 else nullcontext():
             self.llm = vllm.LLM(
