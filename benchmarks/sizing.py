@@ -44,6 +44,7 @@ class Case:
         dtype: Type of the weights.
         mixed: Whether products run in bf16.
         teacher: Kind.
+        narrow: Whether the teacher's average is in bf16.
         optimizer: Name.
         budget: Most padded tokens of a forward pass.
         checkpointing: Whether activations are recomputed.
@@ -62,6 +63,7 @@ class Case:
     dtype: str = "float32"
     mixed: bool = False
     teacher: str = "ema"
+    narrow: bool = False
     optimizer: str = "AdamW"
     budget: int = 512
     checkpointing: bool = False
@@ -96,6 +98,7 @@ CASES = {
     "mid, frozen": replace(_MID, teacher="frozen"),
     "mid, live": replace(_MID, teacher="live"),
     "mid, trust region": replace(_MID, teacher="trust-region"),
+    "mid, teacher in bf16": replace(_MID, narrow=True),
     "mid, one micro-batch": replace(_MID, budget=4096),
     "mid, untied, two passes": replace(_MID, tied=False, passes=2),
     "8B, 2 layers, SGD, live": _BIG,
@@ -121,7 +124,7 @@ def predicted(case: Case) -> tuple[Row, Row]:
     from pgpo_lightning.memory_planner.plan import RunSpec, plan_memory
 
     dtype = getattr(torch, case.dtype)
-    teacher = torch.float32 if case.teacher == "ema" else dtype
+    teacher = torch.bfloat16 if case.narrow else torch.float32 if case.teacher == "ema" else dtype
     narrow = torch.bfloat16 if case.mixed else None
     compute = Compute(dtype, teacher, narrow, case.checkpointing, selective=case.selective)
     made = plan_memory(
@@ -179,7 +182,7 @@ def observe(case: Case) -> tuple[Row, Row]:
         model,
         make_optimizer(case.optimizer),
         update=UpdateConfig(micro_batch_tokens=case.budget, num_iterations=case.passes),
-        teacher=TeacherConfig(case.teacher),
+        teacher=TeacherConfig(case.teacher, dtype="bfloat16" if case.narrow else None),
         divergence=DivergenceConfig(distillation_topk=case.top_k),
         model_config=ModelConfig(gradient_checkpointing=case.checkpointing, selective_ac_option=case.selective),
     )

@@ -245,7 +245,7 @@ def _compute(module: OnPolicyModule, precision: str) -> Compute:
     student = forced or getattr(torch, module.student.config.dtype)
     teacher, teaching = student, module.objective.teaching
     if teaching is not None and teaching.config.kind in AVERAGING:
-        teacher = torch.float32
+        teacher = getattr(torch, teaching.config.dtype or "float32")
     elif teaching is not None and teaching.config.dtype is not None:
         teacher = getattr(torch, teaching.config.dtype)
     elif teaching is not None and teaching.config.quantization is not None:  # not converted with the student

@@ -85,9 +85,34 @@ def uniform(seeds: Tensor, step: int | Tensor) -> Tensor:
     """
     # int64 wraps around, which is the arithmetic modulo 2^64 that is wanted.
     state = seeds + (_signed(_GAMMA * (step + 1)) if isinstance(step, int) else (step + 1) * _signed(_GAMMA))
+    return _shifted(_mixed(state), 40).to(torch.float32) / 2**24
+
+
+def random_bits(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Return 16 random bits for each of some positions: a function of (seed, position) alone, bit-identical on every device.
+
+    Four positions share a number of SplitMix64. Whoever holds a part of a tensor can draw the numbers of that part.
+
+    Args:
+        seed: From :func:`derive_seed`.
+        first: The first position.
+        count: Number of positions, n.
+        device: Where they are needed. The host does not wait for it.
+
+    Returns:
+        int16, ``(n,)``: uniform over all its 65,536 values.
+    """
+    start = first // 4
+    numbers = torch.arange(start + 1, -(-(first + count) // 4) + 1, dtype=torch.int64, device=device)
+    numbers.mul_(_signed(_GAMMA)).add_(seed)
+    return _mixed(numbers).view(torch.int16)[first - 4 * start :][:count]
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """Return the numbers of SplitMix64 for its states."""
     state = (state ^ _shifted(state, 30)) * _signed(_MIX)
     state = (state ^ _shifted(state, 27)) * _signed(_MIX_AGAIN)
-    return _shifted(state ^ _shifted(state, 31), 40).to(torch.float32) / 2**24
+    return state ^ _shifted(state, 31)
 
 
 def _signed(number: int) -> int:

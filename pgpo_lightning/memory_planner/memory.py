@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from pgpo_lightning.core.devices import is_gpu
+from pgpo_lightning.memory_planner.averaging import rounding_bytes
 from pgpo_lightning.memory_planner.dry_run import (
     Compute,
     Peaks,
@@ -106,9 +107,8 @@ def standing_bytes(
     """Return the bytes that exist during the whole run, by part.
 
     Weights, and gradients of trained weights, have the size of their type. The optimizer's state is that of its class
-    (:mod:`~pgpo_lightning.memory_planner.optimizers`). A teacher with its own weights has the size of its type, fp32 for the
-    moving average. With sharding everything is divided by the number of devices. DDP has a copy of all gradients in its
-    buckets.
+    (:mod:`~pgpo_lightning.memory_planner.optimizers`). A teacher with its own weights has the size of its type. With sharding
+    everything is divided by the number of devices. DDP has a copy of all gradients in its buckets.
 
     Args:
         weights: Parameters of the student.
@@ -195,7 +195,8 @@ def gathered_bytes(
     of_layer = adapter // count.layers
     trained = 3 * of_layer * torch.float32.itemsize if adapter else count.layer * each
     student = (count.root + 2 * count.layer) * each + trained
-    teacher = 0 if own_teacher is None else (own_teacher.root + 2 * own_teacher.layer) * each
+    theirs = min(each, compute.teacher.itemsize)  # gathering narrows weights, and never widens them
+    teacher = 0 if own_teacher is None else (own_teacher.root + 2 * own_teacher.layer) * theirs
     teacher += adapter * torch.float32.itemsize * copied
     gradients = (adapter or count.total) * torch.float32.itemsize if accumulating and not sharding.reduces else 0
     rollouts = count.total * each + adapter * torch.float32.itemsize
@@ -303,11 +304,12 @@ def sampling_bytes(
 
 
 def update_need(
-    count: Count, compute: Compute, optimizer: OptimizerNeed, ema: bool, sharding: Sharding
+    count: Count, compute: Compute, optimizer: OptimizerNeed, ema: bool, sharding: Sharding, rounded: bool = False
 ) -> dict[str, int]:
     """Return the temporary bytes of the optimizer step and of the teacher's update.
 
-    Clipping multiplies gradients in place. A moving average in another type than the student's copies one parameter at a time.
+    Clipping multiplies gradients in place. A moving average in another type than the student's copies one parameter at a time; in
+    bf16, where it is rounded stochastically, a slice of one.
 
     Args:
         count: Parameters of the model.
@@ -315,8 +317,10 @@ def update_need(
         optimizer: Memory of the optimizer for the trained parameters.
         ema: Whether the teacher is a moving average.
         sharding: Distribution over devices.
+        rounded: Whether the average is in bf16.
     """
-    copies = ema and compute.student != compute.teacher
+    copies = ema and not rounded and compute.student != compute.teacher
     largest = max(torch.Size(shape).numel() for shape in count.shapes)
     passing = max(optimizer.passing, largest * compute.teacher.itemsize * copies)
-    return {"temporary": -(-passing // sharding.shards)}
+    slices = rounding_bytes(list(count.shapes), compute.student, sharding.shards) if rounded else 0
+    return {"temporary": max(-(-passing // sharding.shards), slices)}

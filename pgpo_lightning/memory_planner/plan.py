@@ -52,7 +52,7 @@ TEACHERS = {
     "none": [],
 }
 AVERAGING = ("ema", "restart")
-"""Teachers whose weights are fp32."""
+"""Teachers whose weights are fp32, or, of ``ema`` only, bf16 that is rounded stochastically."""
 
 
 @checked
@@ -134,6 +134,11 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         one_of(tuple(TEACHERS), teacher=self.teacher)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the teacher is an average whose weights are rounded to bf16."""
+        return self.teacher == "ema" and self.adapters is None and self.compute.teacher == torch.bfloat16
 
     @property
     def packings(self) -> tuple[Packing, Packing]:
@@ -276,7 +281,7 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     averaged = (
         run.teacher in AVERAGING and own is not None and not run.offload
     )  # on the host it takes no memory of the device
-    need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding)
+    need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding, run.rounded)
 
     return MemoryPlan(
         run,

@@ -6,6 +6,7 @@ import torch
 
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.memory_planner import flops
+from pgpo_lightning.memory_planner.averaging import rounding_work
 from pgpo_lightning.memory_planner.cards import Rates
 from pgpo_lightning.memory_planner.dry_run import Compute
 from pgpo_lightning.memory_planner.flops import Width
@@ -268,6 +269,7 @@ def optimizer_seconds(run: RunSpec, counted: Count, rates: Rates) -> float:
     """Return the seconds of clipping, the optimizer step and the teacher's update, which the memory's bandwidth bounds.
 
     Clipping reads the gradients twice and writes them. A moving average reads student and teacher and writes the teacher.
+    Stochastic rounding takes the operations of :mod:`pgpo_lightning.models.rounding`.
 
     Args:
         run: The run.
@@ -280,6 +282,7 @@ def optimizer_seconds(run: RunSpec, counted: Count, rates: Rates) -> float:
     trained = sum(torch.Size(shape).numel() for shape in shapes)
     clipping = 3 * trained * kind.itemsize
     teacher = torch.float32.itemsize if run.adapters is not None else run.compute.teacher.itemsize
-    averaging = trained * (kind.itemsize + 2 * teacher) * (run.teacher in AVERAGING)
+    averaging = trained * (kind.itemsize + 2 * teacher) * (run.teacher in AVERAGING and not run.rounded)
     moved = (need.traffic + clipping) * run.updates * run.passes + averaging
-    return moved / run.sharding.shards / rates.bandwidth
+    rounding = rounding_work(shapes, kind, run.sharding.shards).seconds(rates) if run.rounded else 0.0
+    return moved / run.sharding.shards / rates.bandwidth + rounding

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pgpo_lightning.distributed.collectives import gather
-from pgpo_lightning.distributed.fsdp import full_tensor
+from pgpo_lightning.distributed.fsdp import full_tensor, local_tensor
 from pgpo_lightning.models.adapter import is_adapter, plain_weight
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def checksum(model: PreTrainedModel, adapted: bool = True) -> list[int]:
         adapted: With the matrices of an adapter.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if adapted or not is_adapter(name)}
-    tensors = [_local(tensor).reshape(-1) for tensor in state.values()]
+    tensors = [local_tensor(tensor.detach()).reshape(-1) for tensor in state.values()]
     sums = [tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
     local: list[int] = torch.stack(sums).tolist()  # one synchronisation with the device
     return [each for sums in gather(local) for each in sums] if is_sharded(model) else local
@@ -108,11 +108,6 @@ def _layer(name: str) -> str:
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:

@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from pgpo_lightning.models.adapter import adapter
 from pgpo_lightning.teachers.base import LiveTeacher, Teacher, TeacherRegularization
-from pgpo_lightning.teachers.ema import EMATeacher
+from pgpo_lightning.teachers.ema import EMATeacher, NarrowEMATeacher
 from pgpo_lightning.teachers.frozen import FrozenTeacher, TrustRegionTeacher
 from pgpo_lightning.teachers.lora import EMAAdapterTeacher, FrozenAdapterTeacher, TrustRegionAdapterTeacher
 from pgpo_lightning.teachers.schedules import (
@@ -23,6 +23,7 @@ def make_teacher(
     period: int = 10,
     gate: RefreshGate | None = None,
     offload: bool = False,
+    narrow: bool = False,
 ) -> Teacher:
     """Return the teacher of a configuration, starting from the student's current weights, or from its adapter.
 
@@ -33,6 +34,7 @@ def make_teacher(
         period: Steps between two updates (``restart``).
         gate: Conditions of a copy (``gated``).
         offload: Keep whole weights in host memory. Without effect on adapters.
+        narrow: Keep the weights of an average in bf16 (``ema``). Without effect on adapters.
     """
     if kind == "live":
         return LiveTeacher()
@@ -41,7 +43,9 @@ def make_teacher(
     if kind == "frozen":
         return FrozenAdapterTeacher(student) if adapted else FrozenTeacher(student, offload)
     if kind == "ema":
-        return EMAAdapterTeacher(student, rate) if adapted else EMATeacher(student, rate, offload)
+        if adapted:
+            return EMAAdapterTeacher(student, rate)
+        return (NarrowEMATeacher if narrow else EMATeacher)(student, rate, offload)
     if kind == "trust-region":
         return TrustRegionAdapterTeacher(student, rate) if adapted else TrustRegionTeacher(student, rate, offload)
     if kind == "restart":

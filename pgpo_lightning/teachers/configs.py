@@ -44,7 +44,9 @@ class TeacherConfig(ConfigGroup):
         model: Folder or Hub id of another model that is the teacher, ``toy`` for the shipped one. It has the student's tokenizer,
             and any architecture and size. Checkpoints hold only its fingerprint. Null for a teacher made of the student.
         revision: Branch, tag or commit of `model` on the Hub.
-        dtype: Type of the weights of `model`, whatever the trainer's precision makes of the student's. Null for the student's.
+        dtype: Type of the weights of `model`, whatever the trainer's precision makes of the student's; null for the student's. Of
+            an average (``ema``): ``bfloat16`` for two bytes a weight, with updates in fp32 that are rounded stochastically; null
+            for ``float32``.
         quantization: Store the weights of `model` in 4 or 8 bits. Needs bitsandbytes.
 
     Raises:
@@ -81,11 +83,12 @@ class TeacherConfig(ConfigGroup):
 
     def _check_model(self) -> None:
         if self.model is None:
-            for name in ("revision", "dtype", "quantization"):
+            for name in ("revision", "quantization"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"Expected `teacher.model` with `teacher.{name}`, which is about another model, but got none."
                     )
+            self._check_dtype()
             return
         if self.regularization not in (None, "frozen"):
             raise ValueError(
@@ -101,6 +104,20 @@ class TeacherConfig(ConfigGroup):
             raise ValueError(
                 "Expected only one of `teacher.offload` and `teacher.quantization`, because quantised weights stay on the "
                 "device, but got both. Set `teacher.offload` to false."
+            )
+
+    def _check_dtype(self) -> None:
+        if self.dtype is None:
+            return
+        if self.kind != "ema":
+            raise ValueError(
+                f"Expected no `teacher.dtype` with the {self.kind} teacher made of the student, but got {self.dtype}. Set it to "
+                "null, or `teacher.regularization` to ema."
+            )
+        if self.dtype == "float16":
+            raise ValueError(
+                "Expected `teacher.dtype` to be float32 or bfloat16 with the ema teacher, because small weights are zero in "
+                "float16, but got float16. Set it to bfloat16."
             )
 
     @property
@@ -120,7 +137,9 @@ class TeacherConfig(ConfigGroup):
 
     def settled(self) -> dict[str, Any]:
         """See :meth:`ConfigGroup.settled`."""
-        return super().settled() | {"regularization": self.kind, "update_rate": self.rate, "period": self.steps}
+        dtype = None if self.kind == "ema" and self.dtype == "float32" else self.dtype
+        known = {"regularization": self.kind, "update_rate": self.rate, "period": self.steps, "dtype": dtype}
+        return super().settled() | known
 
 
 @partial(checked, prefix="reprompt.")

@@ -71,6 +71,11 @@ class SelfTeaching:
             raise ValueError(
                 "Expected no `teacher.offload` with a teacher that has an adapter, which is small. Set it to false."
             )
+        if config.dtype is not None and adapter and config.model is None:
+            raise ValueError(
+                "Expected no `teacher.dtype` with a teacher that has an adapter, which is small and stays in fp32, but got "
+                f"{config.dtype}. Set it to null."
+            )
         if reprompt.max_reprompt_len < max_prompt_length + (not reprompt.adds_nothing):
             raise ValueError(
                 f"Expected `reprompt.max_reprompt_len` to exceed `max_prompt_length` ({max_prompt_length}), because the teacher "
@@ -141,7 +146,8 @@ class SelfTeaching:
             self.start = external.identity
             return external
         kind = config.regularization or "ema"
-        teacher = make_teacher(kind, student, config.rate, config.steps, config.gate, config.offload)
+        narrow = config.dtype == "bfloat16"
+        teacher = make_teacher(kind, student, config.rate, config.steps, config.gate, config.offload, narrow)
         if isinstance(teacher, FrozenTeacher):
             self.start = fingerprint(student)
         return teacher

@@ -129,6 +129,20 @@ def test_lora_ema(program, tmp_path):
     assert lines(tmp_path / "run" / "lora_ema.jsonl") == [first, second]
 
 
+def test_ema_types(program, tmp_path):
+    model = {"verifier": "tests.support.helpers.half_right", "max_response_length": 12, "teacher.update_rate": 0.01}
+    quick = ["--trainer.limit_val_batches", "0", "--trainer.num_sanity_val_steps", "0"]
+    settings = config(tmp_path / "run", steps=10, model=model, multiplier=None)
+    rows = program("ema_types").main(["fit", "--config", settings, *quick])
+    assert [row["step"] for row in rows] == [1, 2, 5, 10]
+    last = rows[-1]
+    assert last["fp32"] < 1e-9
+    assert last["fp32"] < last["difference"] < last["stochastic"]
+    assert 10 * last["stochastic"] < last["nearest"] < last["student"]
+    assert last["stochastic"] < min(last["stochastic_mixed"], last["student"])
+    assert lines(tmp_path / "run" / "ema_types.jsonl") == rows
+
+
 def test_a_part_that_fails_does_not_stop_the_others(program, monkeypatch, capsys):
     gpu = program("gpu")
 

@@ -35,6 +35,7 @@ def bytes_of(value):
     ("module", "settings"),
     [
         ("SDPO", {"teacher_regularization": "ema"}),
+        ("SDPO", {"teacher.dtype": "bfloat16"}),
         ("SDPO", {"teacher_regularization": "trust-region", "dtype": "bfloat16"}),
         ("SDPO", {"teacher_regularization": "frozen", "lora": {"r": 4, "lora_alpha": 8}}),
     ],

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def sizing():
         {"mixed": True, "checkpointing": True, "teacher": "frozen", "budget": 256},
         {"checkpointing": True, "selective": 2, "operations": True},
         {"checkpointing": True, "selective": "op"},
+        {"narrow": True},
         {"dtype": "bfloat16", "optimizer": "SGD", "teacher": "trust-region", "tied": False},
     ],
     ids=lambda changes: ", ".join(map(str, changes.values())),
@@ -216,6 +218,48 @@ def test_a_copied_teacher_costs_what_a_frozen_one_does_and_a_restarted_one_what_
     assert costs["frozen"] == costs["gated"]
     assert costs["ema"] == costs["restart"]
     assert costs["ema"][0]["teacher"] == 2 * costs["gated"][0]["teacher"] > 0
+
+
+def half(compute):
+    """The student in bf16, so that every average has another type."""
+    return replace(compute, student=torch.bfloat16)
+
+
+def test_an_average_in_bf16_takes_two_bytes_a_weight_and_a_slice_while_it_moves():
+    args = [
+        "--config",
+        str(CONFIGS / "sciknoweval-qwen3-0.6b.yaml"),
+        "--device",
+        "cuda",
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
+    args += ["--data.batch_size", "2", "--data.eval_batch_size", "2", "--model.update.micro_batch_tokens", "4096"]
+    wide, narrow, far = (
+        plan_memory(command(*args, *more).run())
+        for more in (
+            ["--model.teacher.dtype", "float32"],
+            ["--model.teacher.dtype", "bfloat16"],
+            ["--model.teacher.dtype", "bfloat16", "--model.teacher.offload", "true"],
+        )
+    )
+    weights = wide.count.total
+    assert (wide.need.standing["teacher"], narrow.need.standing["teacher"], far.host) == (
+        4 * weights,
+        2 * weights,
+        2 * weights,
+    )
+    assert wide.saving.size - narrow.saving.size == 2 * weights
+    for phase in ("rollouts", "evaluation"):
+        assert wide.need.peak(phase) - narrow.need.peak(phase) == 2 * weights
+    # Its activations are bf16 as well.
+    assert wide.need.peak("gradients") - narrow.need.peak("gradients") >= 2 * weights
+    for run, temporary in ((wide, 4 * 151_936 * 1024), (narrow, 16 * 2**22), (far, 16 * 2**22)):
+        alone = replace(
+            run.run, optimizer=partial(torch.optim.SGD, lr=1e-5, foreach=False), compute=half(run.run.compute)
+        )
+        assert plan_memory(alone).need.phases["optimizer"] == {"temporary": temporary}
+    assert "teacher ema bfloat16" in plan_table(narrow, None)
 
 
 def test_a_second_prompt_doubles_the_teachers_passes_and_no_peak():

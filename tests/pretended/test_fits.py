@@ -43,6 +43,9 @@ def check(run, done):
         more += 2 * (run["module"] == "HAPO")  # what belongs to demonstrations
         most = WAITS_PER_PASS + more
         assert done.learning.waits.total() <= most * done.passes, done.learning.report()
+        assert done.moving.waits.total() == 0, done.moving.report()
+    moves = run["teacher"] in ("ema", "narrow") and precision != "16-mixed"  # which may skip every step
+    assert sum(done.moving.operations.values()) > 0 or not moves
     # A copy of the weights, a batch's start and end, and a look at every 16th token.
     assert done.decoding.waits.total() <= 12 * done.batches + done.tokens / 16, done.decoding.report()
 

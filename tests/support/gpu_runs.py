@@ -23,7 +23,7 @@ from tests.support.pretended_gpu.trainer import PRECISIONS, gpu_trainer
 OWN = ("ema", "frozen", "trust-region", "restart", "gated")
 FACTORS: dict[str, tuple[Any, ...]] = {
     "module": ("SDPO", "SRPO", "RLSD", "CEPO", "DRIFT", "TGPO", "OPD", "GRPO", "HAPO"),
-    "teacher": ("none", "reference", "live", "external", *OWN),
+    "teacher": ("none", "reference", "live", "external", "narrow", *OWN),
     "precision": PRECISIONS,
     "offload": (False, True),
     "checkpointing": (False, True),
@@ -41,7 +41,9 @@ def valid(run: dict[str, Any]) -> bool:
     else:
         goes = teacher == "external" if module == "OPD" else teacher not in ("none", "reference")
     if run["offload"]:
-        goes &= teacher == "external" or (teacher in OWN and not run["lora"])
+        goes &= teacher in ("external", "narrow", *OWN) and (teacher == "external" or not run["lora"])
+    if teacher == "narrow":
+        goes &= not run["lora"]
     if run["allocation"] is not None:
         goes &= module in ("SDPO", "SRPO", "OPD")
     return goes
@@ -75,6 +77,7 @@ class Fit:
         batches: Batches of responses that were sampled.
         learning: What all micro-batches took, backward passes apart.
         passes: Micro-batches.
+        moving: What all moves of the teacher took.
     """
 
     module: Any
@@ -83,6 +86,7 @@ class Fit:
     batches: int = 0
     learning: Counts = field(default_factory=Counts)
     passes: int = 0
+    moving: Counts = field(default_factory=Counts)
 
 
 def settings_of(run: dict[str, Any], external: str) -> Iterator[tuple[str, Any]]:
@@ -101,6 +105,9 @@ def settings_of(run: dict[str, Any], external: str) -> Iterator[tuple[str, Any]]
     elif teacher == "external":
         yield "teacher.model", external
         yield "teacher_regularization", "frozen"
+    elif teacher == "narrow":
+        yield "teacher_regularization", "ema"
+        yield "teacher.dtype", "bfloat16"
     elif teacher != "none":
         yield "teacher_regularization", teacher
     if teacher == "restart":
@@ -140,6 +147,7 @@ def fit(run: dict[str, Any], folder: Path, external: str, patch: Any, **settings
     )  # fmt: skip
     done = Fit(made)
     sample, learn, append = transformers_engine._sample, Learner._micro_batch, SharedPrompts.append
+    move = Learner.move_teacher
 
     def sampled(*args: Any) -> Any:
         done.batches += 1
@@ -156,7 +164,13 @@ def fit(run: dict[str, Any], folder: Path, external: str, patch: Any, **settings
             return learn(*args)
 
     patch.setattr(transformers_engine, "_sample", sampled)
+
+    def moved(learner: Learner) -> None:
+        with counting(done.moving):
+            move(learner)
+
     patch.setattr(Learner, "_micro_batch", learnt)
+    patch.setattr(Learner, "move_teacher", moved)
     patch.setattr(SharedPrompts, "append", appended)
     multiplier = {"information": InformationMultiplier(1.0), "kl": KLAdaptiveMultiplier()}
     callbacks = [multiplier[run["multiplier"]]] if run["multiplier"] else []

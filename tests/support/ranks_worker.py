@@ -7,8 +7,8 @@ teacher at all), `routed` (likewise, but the rows without are reinforced, and th
 certainty), `guided` (TGPO: likewise, without weights), `distilled` (OPD: every row), `contrasted` (CEPO; rank 1 has no row with
 two prompts), `difficulty` (DRIFT; rank 1 has no row with a teacher, and so none with factors) or `updates` (two optimizer steps
 per batch, each on half of the questions). With `uneven` under DDP the teacher is on the host. TEACHER `external` is the model
-in the folder `teacher` beside OUTPUT. A TEACHER that begins with `lora-` is that of an adapter of rank 3, which two ranks cannot
-share evenly.
+in the folder `teacher` beside OUTPUT, and `narrow` the average in bf16. A TEACHER that begins with `lora-` is that of an adapter
+of rank 3, which two ranks cannot share evenly.
 """
 
 import sys
@@ -121,6 +121,8 @@ def main():
     offload = (split, strategy) == ("uneven", "ddp")
     if teacher == "external":
         given |= {"teacher": TeacherConfig(model=str(Path(output).parent / "teacher"), offload=offload)}
+    elif teacher == "narrow":
+        given |= {"teacher.dtype": "bfloat16", "teacher_update_rate": 0.3, "teacher_offload": offload}
     else:
         given |= {"teacher_regularization": teacher, "teacher_offload": offload}
     if strategy == "fsdp2-once":

@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from pgpo_lightning.core.seeding import derive_seed, seeded, uniform
+from pgpo_lightning.core.seeding import derive_seed, random_bits, seeded, uniform
 
 
 def splitmix(seed, step):
@@ -39,6 +39,15 @@ def test_uniform_numbers_are_uniform_and_independent():
     centred = (table - 0.5) * 12**0.5
     for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((1, 1), (0, 1))):
         assert abs((centred * other).mean()) < 4 / 200_000**0.5
+
+
+def test_random_bits_are_those_of_the_published_generator_in_fours():
+    seed = derive_seed("bits")
+    found = random_bits(seed, 6, 7, torch.device("cpu"))
+    assert found.dtype == torch.int16
+    assert [bits % 2**16 for bits in found.tolist()] == [
+        splitmix(seed, place // 4) >> 16 * (place % 4) & 0xFFFF for place in range(6, 13)
+    ]
 
 
 def test_seeded_gives_the_states_back_also_after_an_exception():

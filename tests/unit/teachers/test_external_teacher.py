@@ -236,9 +236,9 @@ def test_settings_that_contradict_an_external_teacher_are_refused(settings, mess
         TeacherConfig(**{"model": "toy"} | settings)
 
 
-@pytest.mark.parametrize("name", ["revision", "dtype", "quantization"])
+@pytest.mark.parametrize("name", ["revision", "quantization"])
 def test_settings_of_a_model_need_one(name):
-    value = {"revision": "main", "dtype": "bfloat16", "quantization": Quantization()}[name]
+    value = {"revision": "main", "quantization": Quantization()}[name]
     with pytest.raises(ValueError, match=f"Expected `teacher.model` with `teacher.{name}`"):
         TeacherConfig(**{name: value})
 
