@@ -250,12 +250,9 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
             prompts, each, [run.longest_response] * (len(prompts) * each), run.longest_response, run.nucleus
         )
         like = replace(sampled, nucleus=run.nucleus)
-        need.phases["evaluation"] = (
-            sampling_bytes(run.config, compute, tested, run.device)[0]
-            if tested != like or run.nucleus
-            else dict(sampling)
-        )
-        need.phases["evaluation"] |= standing
+        other = tested != like or run.nucleus
+        found = sampling_bytes(run.config, compute, tested, run.device)[0] if other else sampling
+        need.phases["evaluation"] = found | standing
         need.absent["evaluation"] = ("gradients",)
     if run.engine != "transformers":  # weights reach it one tensor at a time
         taken = {"vLLM": int(run.engine_memory * GIB)} if run.engine == "vllm" else {}
@@ -278,11 +275,9 @@ def plan_memory(run: RunSpec, rows: list[Sample] | None = None) -> MemoryPlan:
     need.phases["gradients"] = parts
     if not accumulating:  # the backward pass of the only micro-batch creates them
         need.absent["gradients"] = ("gradients",)
-    averaged = (
-        run.teacher in AVERAGING and own is not None and not run.offload
-    )  # on the host it takes no memory of the device
+    # On the host it takes no memory of the device, unless it is rounded, which the device does.
+    averaged = run.teacher in AVERAGING and own is not None and not run.offload
     need.phases["optimizer"] = update_need(counted, compute, optimizer, averaged, run.sharding, run.rounded)
-
     return MemoryPlan(
         run,
         counted,
