@@ -29,8 +29,7 @@ def discover(
     """Make the missing runs of a comparison of methods on single questions, and report when each found its first success.
 
     Args:
-        config: File of the comparison, such as `configs/studies/discover.yaml`. Its keys are those of
-            :class:`pgpo_lightning.discovery.spec.DiscoverySpec`.
+        config: File of the comparison, such as `configs/studies/discover.yaml`. Its keys are in docs/discover.md.
         methods: Only these methods: sdpo, pgpo, frozen-teacher, placebo-feedback, no-feedback, reset-weights, best-of-k,
             multi-turn, multi-turn-attempts, or those of the file.
         questions: Numbers of the questions in their split, in place of those of the file.

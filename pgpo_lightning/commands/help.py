@@ -1,4 +1,4 @@
-"""The help of commands that need torch: fit and its like, plan, probe, export and ablate.
+"""The help of all commands but `configs`.
 
 That of fit has the settings of the module and the multiplier first, and Lightning's Trainer last. All is read from
 the sources, so that it imports neither torch, transformers nor Lightning. `--model.help NAME` is the parser's own help of a
@@ -42,7 +42,8 @@ def text(words: list[str]) -> str:
     Args:
         words: The command line, whose `--model`, `--multiplier` and `--data` choose the classes that are shown.
     """
-    lines = {"plan": _plan, "probe": _probe, "export": _export, "ablate": _ablate}.get(words[0])
+    own = {"plan": _plan, "probe": _probe, "export": _export, "ablate": _ablate, "discover": _discover}
+    lines = (own | {"report": _report, "guard": _guard}).get(words[0])
     return "\n".join(_lines(words) if lines is None else lines()) + "\n"
 
 
@@ -102,6 +103,30 @@ def _ablate() -> Iterator[str]:
     yield "makes the missing runs of a study: arms x seeds x conditions.\n"
     yield from _options("ablate", "ablate", "cluster")
     yield from _section("Jobs of a cluster", "cluster", _source("Cluster", "commands.cluster"))
+
+
+def _discover() -> Iterator[str]:
+    yield "pgpo discover --config FILE [--SETTING VALUE ...]"
+    yield "makes the missing runs of a comparison of methods on single questions, and reports when each"
+    yield "found its first success.\n"
+    yield from _options("discover", "discover")
+
+
+def _report() -> Iterator[str]:
+    yield "pgpo report RUNS... [--SETTING VALUE ...]"
+    yield "compares the arms of one or more studies: does information help beyond its dose?\n"
+    yield from _of_runs("report")
+
+
+def _guard() -> Iterator[str]:
+    yield "pgpo guard RUNS... [--SETTING VALUE ...]"
+    yield "measures how well the collapse rules separate collapsed runs from healthy ones.\n"
+    yield from _of_runs("guard")
+
+
+def _of_runs(command: str) -> Iterator[str]:
+    for one in documented(_source(command, f"commands.{command}")):
+        yield from _entry("RUNS...", one.text) if one.name == "runs" else _setting("", one)
 
 
 def _options(name: str, command: str, *skip: str) -> Iterator[str]:

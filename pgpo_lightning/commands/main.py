@@ -14,9 +14,6 @@ from pgpo_lightning.distributed.stopping import Stopped
 OWN_COMMANDS = ("configs", "export", "plan", "probe", "report", "ablate", "guard", "discover")
 """Commands with a parser of their own; the others are LightningCLI's subcommands."""
 
-NEED_TORCH = ("fit", "validate", "test", "predict", "plan", "probe", "export", "ablate")
-"""Commands whose help is read from their sources, because importing them takes seconds."""
-
 HELP = """pgpo COMMAND, pgpo COMMAND --help, and pgpo --version
 
 fit        train a model as a configuration says
@@ -66,8 +63,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def wants_help(words: list[str]) -> bool:
-    """Return whether the command line of a command that needs torch asks for help."""
-    return words[0] in NEED_TORCH and bool({"-h", "--help"} & set(words[1:]))
+    """Return whether the command line asks for the help of a command that has settings.
+
+    It is read from the sources, because importing most of them takes seconds.
+    """
+    return words[0] != "configs" and bool({"-h", "--help"} & set(words[1:]))
 
 
 def program() -> None:

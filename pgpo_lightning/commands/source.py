@@ -189,11 +189,17 @@ def _kind(annotation: ast.expr | None, group: Source | None, path: Path) -> str:
     text = re.sub(r"\b[A-Z]\w+\b", lambda found: _plain_alias(found[0], path), ast.unparse(annotation))
     text = re.sub(r"Annotated\[(\w+), Range\((.*?)\)\]", _range, text)
     text = re.sub(r"\bLiteral\[([^\]]*)\]", lambda found: " | ".join(found[1].split(", ")), text)
-    while (simpler := re.sub(r"\bOptional\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", r"\1 | None", text)) != text:
-        text = simpler
-    while (simpler := re.sub(r"\bUnion\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", _union, text)) != text:
+    while (simpler := _without_a_bracket(text)) != text:
         text = simpler
     return text.replace("None", "null").replace("'", "")
+
+
+def _without_a_bracket(text: str) -> str:
+    """Write Optional, Union and non-empty lists without their brackets, those within which no others have two of their own."""
+    inner = r"((?:[^\[\]]|\[[^\[\]]*\])*)"
+    text = re.sub(rf"\bOptional\[{inner}\]", r"\1 | None", text)
+    text = re.sub(rf"\bAnnotated\[{inner}, Filled\(\)\]", rf"\1 {settings.Filled()!r}", text)
+    return re.sub(rf"\bUnion\[{inner}\]", _union, text)
 
 
 def _plain_alias(name: str, path: Path) -> str:

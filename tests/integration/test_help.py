@@ -1,5 +1,6 @@
 """Help is complete, starts with what a user changes, and does not wait for torch."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import pytest
 
 from pgpo_lightning import GRPO, SDPO, InformationMultiplier
 from pgpo_lightning.commands.building import ParseCommand
+from pgpo_lightning.commands.discover import discover
 from pgpo_lightning.commands.fit import PGPOCommand
+from pgpo_lightning.commands.guard import guard
 from pgpo_lightning.commands.help import text
+from pgpo_lightning.commands.report import report
 from pgpo_lightning.commands.settings_of import settings_of
 from pgpo_lightning.commands.source import documented, public_class
 from pgpo_lightning.memory_planner.cards import CARDS
@@ -54,6 +58,24 @@ for words in {LIGHT!r}:
     assert all(line.endswith(" set()") for line in loaded), loaded
     commands = {line.split()[0] for line in result.stdout.splitlines() if line and line[0].isalpha()}
     assert commands >= {*PGPOCommand.subcommands(), "plan", "export", "ablate", "report"}
+
+
+COMMANDS = sorted({words[0] for words in LIGHT if words[1:]} | {*PGPOCommand.subcommands()})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_plain_text_of_settings(command):
+    told = text([command, "--help"])
+    assert told.startswith(f"pgpo {command} ")
+    assert not re.findall(r"``|:\w+:`|Optional\[|Annotated\[", told)
+    assert max(map(len, told.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("command", "function"), [("report", report), ("guard", guard), ("discover", discover)])
+def test_help_of_what_compares_runs_has_every_argument(command, function):
+    told = text([command, "--help"])
+    for name in inspect.signature(function).parameters:
+        assert ("\n  RUNS...\n" if name == "runs" else f"\n  --{name} ") in told
 
 
 def test_help_lists_what_the_parser_takes():
