@@ -84,6 +84,22 @@ def test_a_sharded_run_that_loses_rank_0_resumes_from_its_shards_to_what_ddp_giv
 
 
 @pytest.mark.timeout(900)
+def test_a_sharded_teacher_in_bf16_continues_from_a_file_bit_for_bit(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    narrow = ("--model.teacher.dtype", "bfloat16")
+    run(whole, FSDP2, *narrow)
+    run(broken, FSDP2, *narrow, "--trainer.max_steps", "2")
+    run(broken, FSDP2, *narrow, "--ckpt_path", "last")
+    ours, theirs = (torch.load(f / f"checkpoints/step={STEPS:06d}.ckpt", weights_only=True) for f in (broken, whole))
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    assert ours["state_dict"].pop("teacher._extra_state") == theirs["state_dict"].pop("teacher._extra_state")
+    assert all(torch.equal(ours["state_dict"][name], weights) for name, weights in theirs["state_dict"].items())
+    teacher = "teacher.model.model.layers.0.mlp.up_proj.weight"
+    assert ours["state_dict"][teacher].dtype == torch.bfloat16
+    assert not torch.equal(ours["state_dict"][teacher], ours["state_dict"][teacher.removeprefix("teacher.")].bfloat16())
+
+
+@pytest.mark.timeout(900)
 def test_a_ddp_run_that_loses_rank_1_resumes_with_sharded_weights_from_its_file(tmp_path):
     """As a cluster starts it: all ranks by themselves."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -208,6 +208,11 @@ def test_shards_and_buckets():
     mixed = Compute(torch.float32, torch.float32, torch.bfloat16)
     assert gathered_bytes(counted, None, mixed, once, accumulating=True) == several
     assert set(gathered_bytes(counted, counted, compute, Sharding(8, "ddp"), accumulating=True).values()) == {0}
+    plain = [
+        gathered_bytes(counted, counted, Compute(torch.float32, t), once, False)["update"]
+        for t in (torch.float32, torch.bfloat16)
+    ]
+    assert plain[0] - plain[1] == 2 * (counted.root + 2 * counted.layer)  # a teacher in bf16
     adapter = 10 * counted.layers  # in fp32: of two layers and a gradient, and the teacher's as a whole
     alone = gathered_bytes(counted, None, compute, once, False, adapter)
     assert alone == {
