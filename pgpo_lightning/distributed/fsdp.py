@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.buffers import keeping_buffers
+
 T = TypeVar("T")
 
 
@@ -90,8 +92,8 @@ class FullySharded(Placement):
                 f"{precision.precision}."
             )
         if precision.precision == "bf16-true":
-            module: nn.Module = student
-            module.to(torch.bfloat16)  # Lightning converts only later, when FSDP2 would not notice
+            # Lightning converts only later, when FSDP2 would not notice.
+            student._apply(keeping_buffers(student, lambda t: t.bfloat16() if t.is_floating_point() else t))
         narrow = compute[precision.precision]
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=None if narrow is None else torch.float32)
         shells: list[nn.Module] = []

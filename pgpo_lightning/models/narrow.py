@@ -1,15 +1,27 @@
-"""A warning about 16-bit products on a CPU without instructions for them, where they cost time."""
+"""What 16 bits must not change, and where they cost time: buffers, and products on a CPU without instructions for them."""
 
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from pgpo_lightning.core.buffers import keeping_buffers
 
 _FAST = {
     "bfloat16": ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
     "float16": ("_is_amx_fp16_supported",),
 }
 """The functions of ``torch.cpu`` that report support on x86 processors. There are none for others."""
+
+
+class KeepsBuffers:
+    """Mixed into a module: ``to``, ``half`` and Lightning's ``bf16-true`` narrow its weights alone."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_buffers(self, fn), recurse)  # type: ignore[misc, arg-type]
 
 
 def narrow_type(precision: str, dtype: str) -> str | None:

@@ -28,7 +28,7 @@ from pgpo_lightning.distributed.stopping import SIGNALS
 from pgpo_lightning.losses.step_statistics import StepStatistics
 from pgpo_lightning.models.loading import fp32_by_default
 from pgpo_lightning.models.lora import LoRA, check_settings, keep_adapter_only
-from pgpo_lightning.models.narrow import warn_of_slow_products
+from pgpo_lightning.models.narrow import KeepsBuffers, warn_of_slow_products
 from pgpo_lightning.models.quantization import Quantization
 from pgpo_lightning.modules import checkpoint_content
 from pgpo_lightning.modules.moved import check_moved
@@ -57,7 +57,7 @@ from pgpo_lightning.training.student import Student
 
 
 @checked
-class OnPolicyModule(Remembers, L.LightningModule):
+class OnPolicyModule(Remembers, KeepsBuffers, L.LightningModule):
     """Trains a language model on its own samples, one optimizer step (or a few) per batch of questions.
 
     A subclass sets :attr:`objective` in its ``__init__``.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.buffers import keeping_buffers
 from pgpo_lightning.core.types import Sample
 from pgpo_lightning.losses.logits import Head, Source
 from pgpo_lightning.models.lm_head import head, source
@@ -128,4 +129,5 @@ class OwnWeights(Teacher):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.device_copy is None:
             return super()._apply(fn, recurse)
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).dtype), recurse)  # changes the dtype, not the device
+        changed = keeping_buffers(self, lambda t: t.to(fn(t.new_empty(0)).dtype))  # the dtype, not the device
+        return super()._apply(changed, recurse)

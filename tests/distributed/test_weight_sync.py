@@ -58,6 +58,13 @@ def test_an_adapter_alone_is_the_whole_one_on_every_rank_beside_the_base_weights
         assert before == after  # a change of the adapter is none of the base
 
 
+def test_sharded_weights_are_narrowed_without_the_buffers(ranks):
+    for found in ranks[:2]:
+        assert found["weight"] == "torch.bfloat16"
+        assert found["buffers"]
+        assert {*found["buffers"].values()} == {"torch.float32"}
+
+
 def test_a_reader_that_fails_on_one_rank(ranks):
     assert all(found["failed"] for found in ranks[:2])
 

@@ -65,6 +65,10 @@ def main(output):
         found["failed"] = len([*stream_weights(model)]) == len(model.state_dict())
     assert gather(dist.get_rank()) == [0, 1]
 
+    narrow, _ = sharded("bf16-true")
+    found["buffers"] = {name: str(buffer.dtype) for name, buffer in narrow.named_buffers()}
+    found["weight"] = str(narrow.model.norm.weight.dtype)
+
     sums = [checksum(model)]
     with torch.no_grad():
         if dist.get_rank() == 1:
