@@ -43,6 +43,13 @@ def test_recomputation(program):
     assert all(row["plan_to_held"] == pytest.approx(1, abs=0.02) for row in rows)
 
 
+def test_fsdp_start(program):
+    shards, whole = program("fsdp_start").main(["--layers", "2", "--hidden", "512"])
+    assert shards["loss"] == whole["loss"] != 0
+    assert shards["norm"] == whole["norm"] > 0
+    assert shards["peak_mib"] < whole["peak_mib"] - shards["model_mib"] / 2
+
+
 def test_sampling(program, monkeypatch):
     sampling = program("sampling")
     shape = {"questions": 3, "prompt": (5, 9), "limit": 12, "mean": 6, "layers": 1, "vocabulary": 64, "at_once": 6}
