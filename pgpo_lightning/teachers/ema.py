@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pgpo_lightning.core.buffers import keeping_buffers
 from pgpo_lightning.core.seeding import derive_seed
 from pgpo_lightning.models.rounding import lerp_rounded_
 from pgpo_lightning.teachers.base import OwnWeights
@@ -28,14 +29,8 @@ class EMATeacher(OwnWeights):
         super().__init__(student, offload)
         self.rate = rate
         dtype = self.dtype(student)
-
-        def typed(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            # Buffers, such as the frequencies of rotary embeddings, are never narrowed.
-            return tensor.to(dtype if isinstance(tensor, nn.Parameter) else torch.promote_types(tensor.dtype, dtype))
-
-        self.model._apply(typed)
+        weights: nn.Module = self.model
+        weights._apply(keeping_buffers(weights, lambda t: t.to(dtype) if t.is_floating_point() else t))
 
     def dtype(self, student: PreTrainedModel) -> torch.dtype:
         """Return the dtype of the teacher's weights."""
