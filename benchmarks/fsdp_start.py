@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.measure import print_table, trim
+from benchmarks.measure import print_table, status, trim
 from pgpo_lightning import SDPO
 from pgpo_lightning.core.types import Question
 from pgpo_lightning.data import ToyArithmetic
@@ -55,12 +55,6 @@ def write_model(folder: Path, layers: int, hidden: int) -> float:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) / 2**20
 
 
-def memory(what: str) -> float:
-    """Return MiB of this process: ``VmRSS``, or ``VmHWM`` since it was last set back."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) / 1024
-
-
 def odd(question: Question, response: str) -> float:
     """Return 1 for a response of an odd number of characters: a random model is right about every second time."""
     return float(len(response) % 2)
@@ -71,7 +65,7 @@ class Start(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the process's status."""
-        self.peak, self.now = memory("VmHWM"), memory("VmRSS")
+        self.peak, self.now = status("VmHWM"), status("VmRSS")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: SDPO, *_: object) -> None:
         """Read what the step has reported."""
@@ -84,7 +78,7 @@ def rank(folder: Path, way: str) -> None:
     trim()
     ranks, own = int(os.environ["WORLD_SIZE"]), Start()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = memory("VmRSS")
+    before = status("VmRSS")
     module = SDPO(
         str(folder / "model") if way == "shards" else load_model(str(folder / "model")),
         odd,

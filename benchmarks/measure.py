@@ -94,12 +94,13 @@ def host_peak(run: Callable[[], Any]) -> tuple[float, Any]:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with suppress(OSError):  # no Linux, or a sandbox: then the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     result = run()
-    return max(0.0, _status("VmHWM") - before), result
+    return max(0.0, status("VmHWM") - before), result
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
+    """Return MiB of this process: ``VmRSS``, or ``VmHWM`` since it was last set back; NaN without Linux."""
     try:
         text = Path("/proc/self/status").read_text()
         return int(text.split(f"{field}:")[1].split()[0]) / 1024

@@ -175,7 +175,7 @@ def observe(case: Case) -> tuple[Row, Row]:
 
     torch.set_num_threads(1)
     measure.trim()
-    before = measure._status("VmRSS")
+    before = measure.status("VmRSS")
     rows = rows_of(case)
     model = random_qwen3("cpu", getattr(torch, case.dtype), case.tied, case.shape["hidden_size"] > 1024, **case.shape)
     policy = Standalone(
@@ -254,7 +254,7 @@ def observe(case: Case) -> tuple[Row, Row]:
         sample()
         seen["peak, rollouts"] = counter.restart()
         passes()
-    high = measure._status("VmHWM") - before
+    high = measure.status("VmHWM") - before
     weights = sum(p.nbytes for p in policy.model.parameters())
     teacher = sum(p.nbytes for p in policy.teacher.parameters())
     standing = {"weights": weights, "optimizer state": state_bytes(policy.optimizer), "teacher": teacher}

@@ -57,8 +57,8 @@ def stream_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight as it is in a checkpoint on disk, layer by layer.
 
-    A head that is tied to the embedding is included: ``save_pretrained`` omits it, and a
-    sampler whose kernels keep a packed copy of the head (vLLM on a CPU) would reload all weights except the head.
+    A head that is tied to the embedding is included: ``save_pretrained`` omits it, and a sampler whose kernels keep a packed copy
+    of the head (vLLM on a CPU) would reload all weights except the head.
 
     Args:
         model: The student. If it is sharded, every rank must exhaust the iterator, and each tensor is gathered for its turn.
